@@ -1,0 +1,36 @@
+"""mamba-sft: turn Falcon-Mamba-7B into an instruct model.
+
+The public names are imported on first use, so that `import mamba_sft` (and `mamba-sft --help`) never
+imports torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mamba_sft.conversation import generate
+    from mamba_sft.errors import MambaSFTError
+    from mamba_sft.merging import merge
+    from mamba_sft.recipe import Recipe
+    from mamba_sft.run import Run
+    from mamba_sft.training import train
+
+__version__ = "0.1.0"
+__all__ = ["MambaSFTError", "Recipe", "Run", "generate", "merge", "train"]
+
+_HOMES = {
+    "MambaSFTError": "errors",
+    "Recipe": "recipe",
+    "Run": "run",
+    "generate": "conversation",
+    "merge": "merging",
+    "train": "training",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'mamba_sft' has no attribute {name!r}")
+    return getattr(import_module(f"mamba_sft.{_HOMES[name]}"), name)

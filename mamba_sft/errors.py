@@ -1,0 +1,53 @@
+"""The errors a user can cause, each with one clear message and, where there is one, the likely fix.
+
+`cli.py` prints `error: MESSAGE` and `hint: HINT` and exits with `exit_code`; anything else that is
+raised is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+
+class MambaSFTError(Exception):
+    """An expected failure: what went wrong, where, and how to mend it.
+
+    Args:
+        message: One or more lines: what, where (file and line), the value seen. No full stop on one sentence.
+        hint: The likely fix, or None.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, hint: str | None = None):
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UsageError(MambaSFTError):
+    """The command or call itself is wrong: a missing file, an argument that makes no sense."""
+
+    exit_code = 2
+
+
+class RecipeError(UsageError):
+    """A recipe with problems; the message holds all of them, one a line, sorted by line number."""
+
+
+class DataError(MambaSFTError):
+    """Rows, templates or tokenizers that training data cannot be made from."""
+
+
+class ModelError(MambaSFTError):
+    """A base model that cannot be loaded, or is not the one expected."""
+
+
+class AdapterError(MambaSFTError):
+    """LoRA targets that match nothing, adapters that cannot learn, adapters that do not fit."""
+
+
+class TrainingError(MambaSFTError):
+    """A run that cannot start, or had to stop."""
+
+
+class MergeError(MambaSFTError):
+    """A merge that cannot be done, or whose check failed."""

@@ -1,0 +1,147 @@
+"""The layout of a run directory. No other module knows these file names.
+
+A run is the only contract between verbs: `train` writes it, `merge`, `export`, `chat` and `eval` read it
+and add to it. Every artifact appears by an atomic rename, so a file under its final name is complete.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from mamba_sft.errors import UsageError
+
+RUNS_ROOT = Path("runs")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory, by its parts.
+
+    Args:
+        path: The directory, e.g. `runs/quickstart`.
+    """
+
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        """The resolved recipe, as YAML."""
+        return self.path / "recipe.yaml"
+
+    @property
+    def environment(self) -> Path:
+        """Versions, hardware and seeds of the run, as JSON."""
+        return self.path / "environment.json"
+
+    @property
+    def adapter(self) -> Path:
+        """The final PEFT adapter with its tokenizer and chat template."""
+        return self.path / "adapter"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The trainer's checkpoints, one directory per saved step."""
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object per logged step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def samples(self) -> Path:
+        """Answers to the sample prompts, before and after training, one JSON object per prompt."""
+        return self.path / "samples.jsonl"
+
+    @property
+    def rejected(self) -> Path:
+        """Rows that `data.on_bad_row: skip` dropped, with the reason and where they came from."""
+        return self.path / "rejected.jsonl"
+
+    @property
+    def report(self) -> Path:
+        """The run report, one self-contained HTML page."""
+        return self.path / "report.html"
+
+    @property
+    def merged(self) -> Path:
+        """The merged checkpoint, as `transformers` loads it."""
+        return self.path / "merged"
+
+    @property
+    def export(self) -> Path:
+        """Exported files (GGUF, Ollama, model card)."""
+        return self.path / "export"
+
+    @property
+    def eval(self) -> Path:
+        """Evaluation results."""
+        return self.path / "eval"
+
+    @classmethod
+    def open(cls, where: Run | str | Path) -> Run:
+        """Returns the run at `where`.
+
+        Raises:
+            UsageError: `where` is not a run directory.
+        """
+        run = where if isinstance(where, Run) else cls(Path(where))
+        if not run.path.is_dir():
+            raise UsageError(f"no run at `{run.path}`", hint="`mamba-sft train RECIPE` makes one")
+        if not run.recipe.is_file():
+            raise UsageError(
+                f"`{run.path}` is not a run directory: it has no `{run.recipe.name}`",
+                hint="give the directory that `mamba-sft train` wrote",
+            )
+        return run
+
+    @classmethod
+    def newest(cls, root: str | Path = RUNS_ROOT) -> Run:
+        """Returns the most recently trained run under `root`, by the age of its recipe.
+
+        Raises:
+            UsageError: There is none.
+        """
+        recipes = sorted(Path(root).glob("*/recipe.yaml"), key=lambda path: path.stat().st_mtime)
+        if not recipes:
+            raise UsageError(f"no run under `{root}/`", hint="`mamba-sft train quickstart` makes one in minutes")
+        return cls(recipes[-1].parent)
+
+
+@contextmanager
+def atomic_directory(final: Path) -> Iterator[Path]:
+    """Yields `<final>.partial`, an empty directory, and renames it to `final` when the block succeeds.
+
+    A previous `final` is replaced only at that moment; on any exception the partial directory is removed
+    and `final` is as it was.
+    """
+    partial = final.with_name(final.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        _replace_directory(partial, final)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _replace_directory(partial: Path, final: Path) -> None:
+    old = final.with_name(final.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        final.rename(old)
+    partial.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes `text` as UTF-8 to `path` through a temporary file and a rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
