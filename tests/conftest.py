@@ -1,0 +1,107 @@
+"""Shared fixtures: tiny models and tokenizers built on the spot, no network."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SHARED_FALCON = Path(__file__).parents[2] / "shared" / "falcon-tokenizer"
+
+SLOTS = [
+    ">>TITLE<<", ">>ABSTRACT<<", ">>INTRODUCTION<<", ">>SUMMARY<<", ">>COMMENT<<", ">>ANSWER<<",
+    ">>QUESTION<<", ">>DOMAIN<<", ">>PREFIX<<", ">>SUFFIX<<", ">>MIDDLE<<", "<|endoftext|>",
+]  # fmt: skip
+
+
+def build_tokenizer() -> Any:
+    """A byte-level BPE tokenizer with Falcon's structure: special slots first, then bytes, then merges."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Punctuation(behavior="contiguous"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+            pre_tokenizers.Digits(individual_digits=False),
+            pre_tokenizers.Split(Regex("[0-9][0-9][0-9]"), behavior="isolated"),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=512,
+        special_tokens=SLOTS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    text = "the quick brown fox jumps over the lazy dog and asks user assistant system hello world"
+    words = (text + " question answer number colour").split()
+    corpus = [" ".join(words[i:] + words[:i]) + f" {i} {i * 7}" for i in range(len(words))] * 4
+    tokenizer.train_from_iterator(corpus, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|endoftext|>",
+        eos_token="<|endoftext|>",
+        pad_token="<|endoftext|>",
+    )
+    fast.model_max_length = 8192
+    return fast
+
+
+def build_model(**config: Any) -> Any:
+    """A 2-layer fp32 FalconMamba with weights large enough that logits are not flat, in eval mode."""
+    import torch
+    from transformers import FalconMambaConfig, FalconMambaForCausalLM
+
+    values = {
+        "vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 16, "tie_word_embeddings": False,
+        "bos_token_id": 0, "eos_token_id": 11, "pad_token_id": 11,
+    } | config  # fmt: skip
+    torch.manual_seed(0)
+    model = FalconMambaForCausalLM(FalconMambaConfig(**values)).float().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2 and not name.endswith("A_log"):
+                parameter.normal_(0.0, parameter.shape[1] ** -0.5)
+        model.backbone.embeddings.weight.normal_(0.0, 1.0)
+        if not model.config.tie_word_embeddings:
+            model.lm_head.weight.normal_(0.0, 2.0 * model.config.hidden_size**-0.5)
+    return model
+
+
+@pytest.fixture
+def tiny_model() -> Any:
+    """A stock transformers model; tests install our mixer themselves."""
+    return build_model()
+
+
+@pytest.fixture
+def tiny_tokenizer() -> Any:
+    """No chat template, no ChatML tokens: what the base tokenizer is like."""
+    return build_tokenizer()
+
+
+@pytest.fixture
+def tiny_base(tmp_path: Path) -> Path:
+    """A directory with the tiny model and tokenizer, as a hub snapshot has them."""
+    path = tmp_path / "tiny-base"
+    build_model().save_pretrained(path)
+    build_tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def falcon_tokenizer() -> Any:
+    """The real 65,024-token Falcon tokenizer."""
+    if not SHARED_FALCON.is_dir():
+        pytest.skip("the real Falcon tokenizer is not beside this checkout")
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(SHARED_FALCON)
