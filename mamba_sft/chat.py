@@ -1,0 +1,273 @@
+"""The chat template: which tokens a conversation becomes, and which of them are the assistant's.
+
+A rendered chat is tokenized in pieces, cut at the template's generation marks, never as one text. So the
+prompt of an answer has the very tokens it has when the model is asked for that answer, however the answer
+begins, and the mask is exact without mapping characters to tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mamba_sft.errors import DataError
+from mamba_sft.special_tokens import is_single, rename_tokens, settle_pad, unused_slots
+
+if TYPE_CHECKING:
+    from mamba_sft.recipe import ChatSection
+
+Message = dict[str, Any]
+Tools = list[dict[str, Any]] | None
+
+TURN_START = "<|im_start|>"
+TURN_END = "<|im_end|>"
+BUILT_IN_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
+
+_PROBE: list[Message] = [
+    {"role": "user", "content": "first question"},
+    {"role": "assistant", "content": "first answer"},
+    {"role": "user", "content": "second question"},
+    {"role": "assistant", "content": "second answer"},
+]
+
+
+@dataclass
+class TemplateSetup:
+    """A tokenizer with its chat template installed, and what the model has to know about it.
+
+    Args:
+        tokenizer: A copy of the base's tokenizer: template installed, `eos_token` is the stop token.
+        trained_token_ids: Embedding rows that were given a new meaning and must be trained.
+        resize_to: Rows the embedding matrix must grow to, or None where it stays as it is.
+        stop_token: What ends an assistant turn.
+        stop_token_ids: Ids that end generation: the stop token, and the base's own end of text.
+        template: Where the template came from, for messages: `chatml`, `tokenizer` or a path.
+    """
+
+    tokenizer: Any
+    trained_token_ids: list[int]
+    resize_to: int | None
+    stop_token: str
+    stop_token_ids: list[int]
+    template: str = "chatml"
+    renamed: dict[str, str] = field(default_factory=dict)
+    """Old name -> new name of the vocabulary rows that were given a new meaning."""
+
+
+def prepare_tokenizer(
+    tokenizer: Any, chat: ChatSection, reserved_ids: Collection[int], embedding_rows: int | None = None
+) -> TemplateSetup:
+    """Installs the chat template on a copy of `tokenizer` and settles its special tokens.
+
+    Args:
+        tokenizer: The base's tokenizer; it is not changed.
+        chat: The recipe's `chat` section.
+        reserved_ids: Ids that must keep their meaning, e.g. those the model's config names.
+        embedding_rows: Rows of the embedding matrix; by default as many as the tokenizer has tokens.
+
+    Returns:
+        The tokenizer to train, save and talk with, and what the model must be told about it.
+
+    Raises:
+        DataError: There is no template, it cannot be rendered, or its assistant turns end with no stop token.
+    """
+    base_length = len(tokenizer)
+    base_eos = tokenizer.eos_token_id
+    source, text = _template_text(tokenizer, chat.template)
+    missing = [token for token in (TURN_START, TURN_END) if token in text and not is_single(tokenizer, token)]
+    slots = unused_slots(tokenizer, reserved_ids) if chat.special_tokens == "auto" else []
+    renamed: dict[str, str] = {}
+    if not missing:
+        tokenizer = copy.deepcopy(tokenizer)
+    elif len(slots) >= len(missing):
+        renamed = dict(zip(slots, missing, strict=False))
+        tokenizer = rename_tokens(tokenizer, renamed)
+    else:
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.add_special_tokens({"additional_special_tokens": missing})
+    tokenizer.chat_template = text
+    stop_token = _find_stop_token(tokenizer, source)
+    tokenizer.eos_token = stop_token
+    settle_pad(tokenizer, base_eos, reserved_ids)
+    stop_ids = [tokenizer.convert_tokens_to_ids(stop_token)]
+    if base_eos is not None and base_eos not in stop_ids:
+        stop_ids.append(base_eos)
+    rows = base_length if embedding_rows is None else embedding_rows
+    return TemplateSetup(
+        tokenizer=tokenizer,
+        trained_token_ids=sorted(tokenizer.convert_tokens_to_ids(token) for token in missing),
+        resize_to=len(tokenizer) if len(tokenizer) > rows else None,
+        stop_token=stop_token,
+        stop_token_ids=stop_ids,
+        template=source,
+        renamed=renamed,
+    )
+
+
+def render(
+    tokenizer: Any, messages: Sequence[Message], *, add_generation_prompt: bool = False, tools: Tools = None
+) -> tuple[list[int], list[int]]:
+    """Renders one conversation.
+
+    Args:
+        tokenizer: `TemplateSetup.tokenizer`.
+        messages: `{"role", "content"}` and, for tools, `tool_calls`.
+        add_generation_prompt: End with the opening of an assistant turn, for the model to answer.
+        tools: JSON schemas of the tools on offer, passed to the template.
+
+    Returns:
+        Token ids, and a mask of the same length: 1 for what the assistant writes (its stop token included).
+        A template without generation marks gives a mask of zeros.
+
+    Raises:
+        DataError: The template refuses the conversation, or marks a turn without its stop token.
+    """
+    pieces = split_rendered(tokenizer, messages, add_generation_prompt=add_generation_prompt, tools=tools)
+    return join_pieces(tokenizer, pieces, encode_batch(tokenizer, [text for text, _ in pieces]))
+
+
+def split_rendered(
+    tokenizer: Any, messages: Sequence[Message], *, add_generation_prompt: bool = False, tools: Tools = None
+) -> list[tuple[str, bool]]:
+    """Renders one conversation to text, cut at the generation marks: [(text, written by the assistant)].
+
+    Raises:
+        DataError: The template refuses the conversation.
+    """
+    from jinja2 import TemplateError
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    try:
+        rendered, marks = render_jinja_template(
+            conversations=[[{k: v for k, v in m.items() if v is not None} for m in messages]],
+            tools=tools or None,
+            chat_template=tokenizer.chat_template,
+            return_assistant_tokens_mask=True,
+            add_generation_prompt=add_generation_prompt,
+            **tokenizer.special_tokens_map,
+        )
+    except (TemplateError, TypeError) as error:
+        raise DataError(f"the chat template refuses this conversation: {error}") from error
+    text, end = rendered[0], 0
+    pieces: list[tuple[str, bool]] = []
+    for first, last in marks[0]:
+        pieces += [(text[end:first], False), (text[first:last], True)]
+        end = last
+    pieces.append((text[end:], False))
+    return [(piece, trained) for piece, trained in pieces if piece]
+
+
+def encode_batch(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """Token ids of each text; special tokens written out in a text count as such, none are added."""
+    if not texts:
+        return []
+    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    return list(encoded["input_ids"])
+
+
+def join_pieces(
+    tokenizer: Any, pieces: Sequence[tuple[str, bool]], encoded: Sequence[list[int]]
+) -> tuple[list[int], list[int]]:
+    """Token ids and assistant mask of a conversation from its tokenized pieces.
+
+    Raises:
+        DataError: A piece the assistant writes does not hold the stop token.
+    """
+    ids: list[int] = []
+    mask: list[int] = []
+    for (text, trained), tokens in zip(pieces, encoded, strict=True):
+        if trained and tokenizer.eos_token_id not in tokens:
+            raise DataError(
+                f"the chat template marks an assistant turn without its stop token"
+                f" {tokenizer.eos_token}: {text[-60:]!r}",
+                hint=f"move {{% endgeneration %}} behind {tokenizer.eos_token}",
+            )
+        ids += tokens
+        mask += [int(trained)] * len(tokens)
+    return ids, mask
+
+
+def check_generation_marks(setup: TemplateSetup) -> None:
+    """Checks that the mask of a multi-turn chat covers every assistant turn with its stop token, and no more.
+
+    Raises:
+        DataError: It does not; names the template.
+    """
+    pieces = split_rendered(setup.tokenizer, _PROBE)
+    trained = [text for text, is_trained in pieces if is_trained]
+    answers = [message["content"] for message in _PROBE if message["role"] == "assistant"]
+    if not trained:
+        raise DataError(
+            f"the chat template `{setup.template}` has no {{% generation %}} marks, which"
+            " `data.assistant_only_loss` needs to know the assistant's tokens",
+            hint="use `chat.template: chatml`, add the marks to a copy of the template, or set"
+            " `data.assistant_only_loss: false`",
+        )
+    if len(trained) != len(answers) or any(a not in t for a, t in zip(answers, trained, strict=False)):
+        raise DataError(
+            f"the chat template `{setup.template}` marks {len(trained)} of {len(answers)} assistant turns",
+            hint="put {% generation %} ... {% endgeneration %} around the assistant's branch of the loop",
+        )
+    for text in trained:
+        if setup.stop_token not in text:
+            raise DataError(
+                f"the chat template `{setup.template}` leaves the stop token {setup.stop_token} outside its"
+                f" generation marks: a model trained on {text!r} never stops",
+                hint=f"move {{% endgeneration %}} behind {setup.stop_token}",
+            )
+
+
+def with_system(messages: list[Message], system: str | None) -> list[Message]:
+    """`messages`, opened by the default system message where they have none of their own."""
+    if not system or messages[0]["role"] == "system":
+        return messages
+    return [{"role": "system", "content": system}, *messages]
+
+
+def _template_text(tokenizer: Any, template: str) -> tuple[str, str]:
+    if template == "chatml":
+        return template, BUILT_IN_TEMPLATE.read_text(encoding="utf-8")
+    if template == "tokenizer":
+        if not tokenizer.chat_template:
+            raise DataError(
+                "`chat.template: tokenizer`, but the base's tokenizer has no chat template",
+                hint="use `chat.template: chatml`, or the path of a .jinja file",
+            )
+        return template, tokenizer.get_chat_template()
+    from mamba_sft.recipe_files import find_path
+
+    path = find_path(template)
+    try:
+        return template, path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"cannot read the chat template `{template}`: {error}",
+            hint="`chat.template` is `chatml`, `tokenizer` or the path of a .jinja file",
+        ) from error
+
+
+def _find_stop_token(tokenizer: Any, template: str) -> str:
+    """The first special token after an assistant's answer, as the template writes it."""
+    try:
+        text = "".join(piece for piece, _ in split_rendered(tokenizer, _PROBE))
+    except DataError as error:
+        raise DataError(
+            f"the chat template `{template}` cannot render a plain chat: {error.message}"
+        ) from error
+    answer = _PROBE[-1]["content"]
+    if answer not in text:
+        raise DataError(f"the chat template `{template}` drops the assistant's answer")
+    tail = text[text.rindex(answer) + len(answer) :]
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    found = re.search("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)", tail)
+    if not found:
+        raise DataError(
+            f"the chat template `{template}` ends an assistant turn with no special token (it writes"
+            f" {tail!r}), so a model trained with it never stops",
+            hint="end assistant turns with `{{ eos_token }}` or <|im_end|>",
+        )
+    return found.group()
