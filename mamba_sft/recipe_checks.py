@@ -1,0 +1,177 @@
+"""What the fields of a recipe owe each other: defaults that follow from another field, and settings that clash.
+
+Everything here can be decided from the recipe alone. What needs the data, the model or the trainer is checked
+where those are known.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pydantic import BaseModel
+
+if TYPE_CHECKING:
+    from mamba_sft.recipe import Recipe
+
+Path = tuple[str | int, ...]
+
+OWNED_ARGUMENTS = {
+    "output_dir": "`output_dir`",
+    "seed": "`seed`",
+    "bf16": "`model.dtype: bfloat16`",
+    "fp16": "`model.dtype: float16`",
+    "bf16_full_eval": "`model.dtype: bfloat16`",
+    "fp16_full_eval": "`model.dtype: float16`",
+    "model_init_kwargs": "the `model` section",
+    "chat_template_path": "`chat.template`",
+    "max_length": "`data.max_length`",
+    "packing": "`data.packing`",
+    "assistant_only_loss": "`data.assistant_only_loss`",
+    "completion_only_loss": "`data.assistant_only_loss`",
+    "truncation_mode": "`data.too_long`",
+    "gradient_checkpointing": "`train.checkpointing`",
+    "gradient_checkpointing_kwargs": "`train.checkpointing`",
+    "activation_checkpointing": "`train.checkpointing`",
+    "eval_steps": "`eval.eval_steps`",
+    "eval_strategy": "`eval.eval_steps`",
+    "save_strategy": "`train.save_steps`",
+    "logging_strategy": "`train.logging_steps`",
+    "per_device_eval_batch_size": "`eval.per_device_eval_batch_size`",
+    "load_best_model_at_end": "`eval.load_best_model_at_end`",
+}
+"""Fields of SFTConfig that follow from the recipe elsewhere, and what to use instead; every field of `train` is too."""
+
+FIXED_ARGUMENTS = {
+    "trust_remote_code": "code from a model repository is never run",
+    "resume_from_checkpoint": "`mamba-sft train --resume` does that",
+    "eos_token": "the chat template settles the stop token",
+    "pad_token": "the chat template settles the padding token",
+    "dataset_text_field": "rows reach the trainer as tokens",
+    "dataset_kwargs": "rows reach the trainer as tokens",
+    "remove_unused_columns": "packed rows need all their columns",
+    "packing_strategy": "rows reach the trainer packed",
+    "eval_packing": "rows reach the trainer packed",
+    "padding_free": "rows reach the trainer packed",
+    "metric_for_best_model": "the best checkpoint is the one with the lowest validation loss",
+    "greater_is_better": "the best checkpoint is the one with the lowest validation loss",
+    "do_train": "`mamba-sft train` trains",
+    "do_eval": "`data.validation` decides that",
+    "do_predict": "`mamba-sft train` trains",
+}
+"""Fields of SFTConfig that no recipe can set, and why."""
+
+
+class Problem(NamedTuple):
+    """Something wrong with the value at `path`; `text` follows the name of the field in the message."""
+
+    path: Path
+    text: str
+
+
+class ConflictError(ValueError):
+    """Fields that are fine each by itself and cannot go together."""
+
+    def __init__(self, problems: list[Problem]):
+        super().__init__("; ".join(f"{'.'.join(map(str, path))} {text}" for path, text in problems))
+        self.problems = problems
+
+
+def derive_defaults(values: Any) -> Any:
+    """Fills in the two defaults that follow from another field: `train.save_steps`, `eval.load_best_model_at_end`."""
+    if not isinstance(values, dict):
+        return values
+    data, train, eval_ = (_as_dict(values.get(name)) for name in ("data", "train", "eval"))
+    if data is None or train is None or eval_ is None:
+        return values
+    interval = eval_.get("eval_steps")
+    if isinstance(interval, int | float) and interval > 0:
+        train.setdefault("save_steps", interval)
+    if data.get("validation") == 0:
+        eval_.setdefault("load_best_model_at_end", False)
+    return values | {"train": train, "eval": eval_}
+
+
+def _as_dict(section: Any) -> dict[str, Any] | None:
+    if isinstance(section, BaseModel):
+        return section.model_dump(exclude_unset=True)
+    if section is None:
+        return {}
+    return dict(section) if isinstance(section, dict) else None
+
+
+def refuse_conflicts(recipe: Recipe) -> None:
+    """Raises ConflictError with every clash in the recipe, if there is one."""
+    problems = [*_data_conflicts(recipe), *_validation_conflicts(recipe), *_trainer_conflicts(recipe)]
+    if problems:
+        raise ConflictError(problems)
+
+
+def _data_conflicts(recipe: Recipe) -> Iterator[Problem]:
+    data = recipe.data
+    if data.packing and data.max_length is None:
+        yield Problem(
+            ("data", "max_length"),
+            "must be a number when `data.packing` is true: packing fills rows up to it; "
+            "set it, or set `data.packing: false`",
+        )
+    if data.assistant_only_loss:
+        for index, source in enumerate(data.sources):
+            if source.format == "text":
+                yield Problem(
+                    ("data", "sources", index, "format"),
+                    "must not be `text` when `data.assistant_only_loss` is true: plain text has no assistant turn, "
+                    "so none of it would be trained; set `data.assistant_only_loss: false`",
+                )
+    yield from _duplicates(("adapter", "target_modules"), recipe.adapter.target_modules)
+    yield from _duplicates(("train", "report_to"), recipe.train.report_to)
+
+
+def _duplicates(path: Path, values: list[Any]) -> Iterator[Problem]:
+    repeated = [value for value, count in Counter(values).items() if count > 1]
+    if repeated:
+        yield Problem(path, "must not repeat " + ", ".join(f"`{value}`" for value in repeated))
+
+
+def _validation_conflicts(recipe: Recipe) -> Iterator[Problem]:
+    eval_, save_steps = recipe.eval, recipe.train.save_steps
+    if recipe.data.validation == 0:
+        if eval_.early_stopping_patience is not None:
+            yield Problem(
+                ("eval", "early_stopping_patience"),
+                "needs validation rows, and `data.validation` is 0; hold some out, or leave it out",
+            )
+        if eval_.load_best_model_at_end and "load_best_model_at_end" in eval_.model_fields_set:
+            yield Problem(
+                ("eval", "load_best_model_at_end"),
+                "needs validation rows to tell which is best, and `data.validation` is 0; "
+                "hold some out, or set it to false",
+            )
+    elif eval_.load_best_model_at_end and not _is_multiple(save_steps, eval_.eval_steps):
+        yield Problem(
+            ("train", "save_steps"),
+            f"must be a multiple of `eval.eval_steps` ({eval_.eval_steps:g}) when `eval.load_best_model_at_end` is "
+            f"true, got {save_steps:g}: only a checkpoint that was evaluated can be the best; "
+            "leave it out to save at every evaluation",
+        )
+
+
+def _is_multiple(save_steps: float, eval_steps: float) -> bool:
+    if (save_steps < 1) != (eval_steps < 1):
+        return False  # a share and a number of steps meet only by luck
+    ratio = save_steps / eval_steps
+    return round(ratio) >= 1 and abs(ratio - round(ratio)) < 1e-9
+
+
+def _trainer_conflicts(recipe: Recipe) -> Iterator[Problem]:
+    train = recipe.train
+    own = set(type(train).model_fields) - {"trainer_arguments", "checkpointing"}
+    for name in train.trainer_arguments:
+        path = ("train", "trainer_arguments", name)
+        if name in own:
+            yield Problem(path, f"must not be set here; use `train.{name}`")
+        elif name in OWNED_ARGUMENTS:
+            yield Problem(path, f"must not be set here; use {OWNED_ARGUMENTS[name]}")
+        elif name in FIXED_ARGUMENTS:
+            yield Problem(path, f"must not be set: {FIXED_ARGUMENTS[name]}")
