@@ -1,0 +1,6 @@
+"""`python -m mamba_sft` is `mamba-sft`."""
+
+from mamba_sft.cli import main
+
+if __name__ == "__main__":
+    main()

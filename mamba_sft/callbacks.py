@@ -1,0 +1,119 @@
+"""What happens around the trainer's steps: metrics on disk, a way out on Ctrl-C, a check that the adapter learns."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from mamba_sft.adapter import dead_adapters
+from mamba_sft.errors import AdapterError
+
+logger = logging.getLogger(__name__)
+
+
+class MetricsLog(TrainerCallback):
+    """Appends every logged dictionary to `metrics.jsonl`, with its step.
+
+    On a resumed run, lines of steps after the checkpoint are dropped first: they describe work that was lost.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Cuts the log back to the step that training starts from."""
+        if not state.is_world_process_zero:
+            return
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
+        self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Appends one line."""
+        if state.is_world_process_zero and logs:
+            with self.path.open("a", encoding="utf-8") as log:
+                log.write(json.dumps({"step": state.global_step, "epoch": state.epoch, **logs}) + "\n")
+
+
+class AdapterWatch(TrainerCallback):
+    """Stops the run when part of the adapter cannot learn.
+
+    A kernel that reads a projection's weight around the adapter, or a target nothing flows through, trains
+    nothing without a word. LoRA starts with B = 0, so A's gradient is exactly zero in the first step; every
+    tensor must have had a gradient by the second.
+    """
+
+    STEPS = 2
+
+    def __init__(self) -> None:
+        self.dead: set[str] | None = None
+        self.checked = 0
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        """Looks at the gradients that the optimizer is about to use."""
+        if self.checked >= self.STEPS or self.dead == set():
+            return
+        found = set(dead_adapters(model))
+        self.dead = found if self.dead is None else self.dead & found
+        self.checked += 1
+        if self.checked == self.STEPS and self.dead:
+            names = "\n".join(f"  {name}" for name in sorted(self.dead))
+            raise AdapterError(
+                f"no gradient reached {len(self.dead)} adapter tensors in the first {self.STEPS} steps:\n{names}",
+                hint="remove the targets from `adapter.target_modules`, or report this as a bug with the recipe",
+            )
+
+
+class Interruption(TrainerCallback):
+    """Turns the first Ctrl-C (or SIGTERM) into a checkpoint and a clean stop; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Saves and stops after the step in which the signal came."""
+        if self.requested:
+            control.should_save = True
+            control.should_training_stop = True
+        return control
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Handles the signals inside the block; outside the main thread it changes nothing."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        logger.warning("stopping after this step and saving a checkpoint; once more stops at once")

@@ -1,0 +1,195 @@
+"""The command line: one short function per verb. The only module that prints or exits.
+
+Data goes to stdout, progress and messages to stderr. Exit codes: 0 done, 1 an expected failure, 2 wrong usage,
+130 interrupted. Verbs import what they need when they run, so that `--help` never loads torch.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from mamba_sft import __version__
+from mamba_sft.errors import MambaSFTError, UsageError
+
+if TYPE_CHECKING:
+    from mamba_sft.run import Run
+
+app = typer.Typer(
+    name="mamba-sft",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Turn Falcon-Mamba into an instruct model: `train` a recipe, `merge` the adapter, `chat` with the result.",
+)
+recipes_app = typer.Typer(no_args_is_help=False, invoke_without_command=True, help="List, show and describe recipes.")
+app.add_typer(recipes_app, name="recipes")
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False)
+
+RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a built-in one.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[section.field=value]...", help="Changes to the recipe's values.")
+]
+RunArgument = Annotated[str | None, typer.Argument(metavar="[RUN]", help="A run directory; default: the newest.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+
+
+def main() -> None:
+    """Runs the command line; expected failures become one message and an exit code."""
+    try:
+        app()
+    except MambaSFTError as error:
+        _print_error(error)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        err.print("interrupted")
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def _print_error(error: MambaSFTError) -> None:
+    err.print(f"[bold red]error:[/] {escape(error.message)}", soft_wrap=True)
+    if error.hint:
+        err.print(f"[bold cyan]hint:[/] {escape(error.hint)}", soft_wrap=True)
+
+
+def _version(shown: bool) -> None:
+    if shown:
+        out.print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the libraries' own messages.")] = False,
+) -> None:
+    """Sets up messages: ours always, those of the libraries on request."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("mamba_sft")
+    logger.handlers = [handler]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not verbose:
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0")
+        os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+        import warnings
+
+        warnings.filterwarnings("ignore", module="(torch|transformers|trl|peft|accelerate|bitsandbytes|datasets).*")
+
+
+@app.command()
+def train(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on exactly where the last checkpoint stopped.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run of the same name.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, stop before the weights.")] = False,
+) -> None:
+    """Fine-tune a base model as a recipe says: `mamba-sft train recipes/quickstart.yaml`."""
+    from mamba_sft.recipe import Recipe
+
+    loaded = Recipe.load(recipe, overrides=overrides or [])
+    from mamba_sft.progress import TrainingBar
+    from mamba_sft.training import fit, prepare
+
+    preparation = prepare(loaded, resume=resume, overwrite=overwrite or dry_run)
+    if dry_run:
+        from mamba_sft.preview import statistics
+
+        err.print(statistics(preparation.data.report))
+        out.print(
+            f"{len(preparation.train_rows):,} training rows, {preparation.max_steps:,} steps;"
+            f" everything before the weights is fine; without `--dry-run` this trains into {preparation.run.path}"
+        )
+        return
+    bar = TrainingBar(err)
+    try:
+        run = fit(preparation, callbacks=[bar])
+    finally:
+        bar.close()
+    _show_samples(run)
+    out.print(f"trained: {run.path}  (report: {run.report})")
+    out.print(f"next:    mamba-sft chat {run.path}   or   mamba-sft merge {run.path}")
+
+
+def _show_samples(run: Run, rows: int = 6) -> None:
+    from mamba_sft.samples import exact_match, read_samples
+
+    if not run.samples.exists():
+        return
+    samples = read_samples(run.samples)
+    table = Table(title="sample answers", show_lines=True, expand=True)
+    for title, ratio in (("prompt", 3), ("base", 3), ("tuned", 3)):
+        table.add_column(title, ratio=ratio, overflow="fold")
+    for sample in samples[:rows]:
+        table.add_row(*(escape(_short(text)) for text in (sample.prompt.prompt, sample.before, sample.after)))
+    err.print(table)
+    prompts = [sample.prompt for sample in samples]
+    scores = [exact_match(prompts, [getattr(sample, when) for sample in samples]) for when in ("before", "after")]
+    if scores[0] is not None and scores[1] is not None:
+        count = sum(prompt.answer is not None for prompt in prompts)
+        out.print(f"exact match on {count} held-out prompts: {scores[0]:.1%} before, {scores[1]:.1%} after")
+
+
+def _short(text: str, limit: int = 200) -> str:
+    text = text.strip()
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def _run_or_newest(run: str | None) -> Run:
+    from mamba_sft.run import Run
+
+    if run is not None:
+        return Run.open(run)
+    newest = Run.newest()
+    err.print(f"using the newest run: {newest.path}")
+    return newest
+
+
+@recipes_app.callback()
+def recipes(context: typer.Context) -> None:
+    """List the built-in recipes."""
+    if context.invoked_subcommand is not None:
+        return
+    from mamba_sft.recipe import builtin_recipes
+
+    for name, path in builtin_recipes().items():
+        first = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+        out.print(f"{name:<20} {first}")
+
+
+@recipes_app.command("show")
+def recipes_show(name: Annotated[str, typer.Argument(help="The name of a built-in recipe.")]) -> None:
+    """Print a built-in recipe: `mamba-sft recipes show quickstart > mine.yaml`."""
+    from mamba_sft.recipe import builtin_recipes
+
+    found = builtin_recipes()
+    if name not in found:
+        raise UsageError(f"no built-in recipe `{name}`", hint="there are " + ", ".join(f"`{known}`" for known in found))
+    sys.stdout.write(found[name].read_text(encoding="utf-8"))
+
+
+@recipes_app.command("schema")
+def recipes_schema() -> None:
+    """Print the JSON schema of a recipe, for editors."""
+    from mamba_sft.recipe import recipe_schema
+
+    sys.stdout.write(json.dumps(recipe_schema(), indent=2) + "\n")

@@ -1,0 +1,83 @@
+"""What is already in a run directory: the checkpoint to go on from, and what must not be overwritten."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mamba_sft.errors import RecipeError, TrainingError
+from mamba_sft.recipe import Recipe
+from mamba_sft.run import Run
+
+CHANGEABLE = ("train.logging_steps", "train.save_total_limit", "train.report_to", "model.kernels")
+"""Fields that may change between a run and its resumption, because they change no number in it."""
+
+
+def newest_checkpoint(run: Run) -> Path | None:
+    """Returns the newest complete checkpoint of a run: one whose trainer state, written last, can be read."""
+    complete = []
+    for state in run.checkpoints.glob("checkpoint-*/trainer_state.json"):
+        try:
+            complete.append((json.loads(state.read_text(encoding="utf-8"))["global_step"], state.parent))
+        except (ValueError, KeyError):
+            continue
+    return max(complete)[1] if complete else None
+
+
+def find_checkpoint(run: Run, recipe: Recipe) -> Path:
+    """Returns the checkpoint that `--resume` goes on from.
+
+    Raises:
+        RecipeError: The recipe differs from the one the run was started with; the message lists every difference.
+        TrainingError: The run is finished, or has no complete checkpoint.
+    """
+    Run.open(run)
+    trained = Recipe.load(run.recipe)
+    changed = [
+        f"  `{name}` was {old!r}, now {new!r}"
+        for name, old, new in differences(trained, recipe)
+        if name not in CHANGEABLE
+    ]
+    if changed:
+        raise RecipeError(
+            f"`{run.path}` was started with another recipe:\n" + "\n".join(changed),
+            hint=f"go on with its own: `mamba-sft train {run.recipe} --resume`, or choose another `output_dir`",
+        )
+    if run.adapter.is_dir():
+        raise TrainingError(f"`{run.path}` is finished", hint=f"next: `mamba-sft merge {run.path}`")
+    checkpoint = newest_checkpoint(run)
+    if checkpoint is None:
+        raise TrainingError(
+            f"`{run.path}` has no complete checkpoint to resume from", hint="start anew with `--overwrite`"
+        )
+    return checkpoint
+
+
+def differences(old: Recipe, new: Recipe) -> list[tuple[str, Any, Any]]:
+    """Returns the fields in which two recipes differ, as (dotted name, old value, new value)."""
+    left, right = _flat(old.model_dump()), _flat(new.model_dump())
+    return [(name, left.get(name), right.get(name)) for name in sorted({*left, *right}) if left.get(name) != right.get(name)]
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def refuse_to_overwrite(run: Run) -> None:
+    """Raises `TrainingError` when the run directory holds anything, saying what and what to do."""
+    if not run.path.exists() or not any(run.path.iterdir()):
+        return
+    if not run.recipe.exists():
+        raise TrainingError(
+            f"`{run.path}` exists and is not a run", hint="choose another directory: `output_dir=runs/NAME`"
+        )
+    what = "a finished run" if run.adapter.is_dir() else "an unfinished run"
+    fixes = "start anew with `--overwrite`, or choose another directory: `output_dir=runs/NAME`"
+    raise TrainingError(
+        f"`{run.path}` holds {what}",
+        hint=fixes if run.adapter.is_dir() else f"continue it with `--resume`, {fixes}",
+    )

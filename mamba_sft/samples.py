@@ -1,0 +1,103 @@
+"""Sample prompts: answered before and after training, scored where the right answer is known."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mamba_sft.errors import DataError
+from mamba_sft.run import write_atomically
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One sample prompt.
+
+    Args:
+        prompt: What the user says.
+        answer: The only right answer, when there is one; such prompts are scored by exact match.
+        system: The system message, or None.
+    """
+
+    prompt: str
+    answer: str | None = None
+    system: str | None = None
+
+    def messages(self, default_system: str | None = None) -> list[dict[str, str]]:
+        """Returns the chat that asks this prompt."""
+        system = self.system or default_system
+        head = [{"role": "system", "content": system}] if system else []
+        return [*head, {"role": "user", "content": self.prompt}]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A prompt with the answers of the base (`before`) and of the tuned model (`after`)."""
+
+    prompt: Prompt
+    before: str
+    after: str
+
+
+def load_prompts(path: Path) -> list[Prompt]:
+    """Reads sample prompts from a JSON Lines file of `{"prompt": ..., "answer": ..., "system": ...}`.
+
+    Raises:
+        DataError: The file is missing or a line is not such an object; the message has file and line.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read the sample prompts `{path}`: {error}", hint="see `eval.prompts`") from error
+    prompts = [_parse(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+    if not prompts:
+        raise DataError(f"`{path}` holds no prompts", hint='one a line: {"prompt": "What is a haiku?"}')
+    return prompts
+
+
+def _parse(line: str, where: str) -> Prompt:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: not JSON: {error}") from error
+    known = {"prompt", "answer", "system"}
+    wrong = not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not set(row) <= known
+    if wrong or not all(value is None or isinstance(value, str) for value in row.values()):
+        raise DataError(
+            f"{where}: a sample prompt needs `prompt` and may have `answer` and `system`, all strings",
+            hint='for example {"prompt": "What is the capital of France?", "answer": "Paris"}',
+        )
+    return Prompt(**row)
+
+
+def exact_match(prompts: Sequence[Prompt], answers: Sequence[str]) -> float | None:
+    """Returns the share of scored prompts answered exactly (after stripping), None when none is scored."""
+    scored = [
+        (prompt.answer, answer) for prompt, answer in zip(prompts, answers, strict=True) if prompt.answer is not None
+    ]
+    if not scored:
+        return None
+    return sum(right.strip() == answer.strip() for right, answer in scored) / len(scored)
+
+
+def pair(prompts: Sequence[Prompt], before: Sequence[str], after: Sequence[str]) -> list[Sample]:
+    """Returns the samples of two rounds of answers to the same prompts."""
+    return [Sample(*parts) for parts in zip(prompts, before, after, strict=True)]
+
+
+def write_samples(path: Path, samples: Sequence[Sample]) -> None:
+    """Writes samples as JSON Lines, atomically."""
+    rows = [
+        {"prompt": s.prompt.prompt, "system": s.prompt.system, "answer": s.prompt.answer, "before": s.before, "after": s.after}
+        for s in samples
+    ]  # fmt: skip
+    write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def read_samples(path: Path) -> list[Sample]:
+    """Reads what `write_samples` wrote."""
+    rows: list[dict[str, Any]] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [Sample(Prompt(r["prompt"], r["answer"], r["system"]), r["before"], r["after"]) for r in rows]

@@ -1,0 +1,143 @@
+"""TRL's trainer as this project uses it: its configuration from a recipe, and what ours adds. The only user of trl."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import fields
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from mamba_sft.errors import RecipeError, TrainingError
+from mamba_sft.model import resolve_dtype
+from mamba_sft.recipe import Recipe
+from mamba_sft.resuming import newest_checkpoint
+from mamba_sft.run import Run, write_atomically
+from mamba_sft.schedule import TRAINER_NAMES, scheduler_arguments
+
+
+class Trainer(SFTTrainer):  # type: ignore[misc]
+    """TRL's trainer, which stops at the first loss or gradient that is not a number, and knows `wsd`.
+
+    Args:
+        run: Where a batch that gave NaN is kept.
+        schedule: The recipe's `lr_scheduler_type`.
+        callbacks: As the trainer's; when one of them shows progress (has a `console`), the trainer's bar is off.
+        **arguments: Everything else `SFTTrainer` takes.
+    """
+
+    def __init__(self, *, run: Run, schedule: str, callbacks: Sequence[TrainerCallback], **arguments: Any):
+        self.run = run
+        self.schedule = schedule
+        super().__init__(callbacks=list(callbacks), **arguments)
+        self.remove_callback(PrinterCallback)
+        if any(hasattr(callback, "console") for callback in callbacks):
+            self.remove_callback(ProgressCallback)
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:  # TRL casts a quantized model's adapter to bf16: small updates round away
+                parameter.data = parameter.data.float()
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Adds what `wsd` needs to know to the trainer's own schedulers."""
+        self.args.lr_scheduler_kwargs = scheduler_arguments(self.schedule, num_training_steps)
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """One forward and backward; raises `TrainingError` before a NaN can reach the weights."""
+        loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
+        if not torch.isfinite(loss):
+            self._stop_on_nan("loss", inputs)
+        elif self.accelerator.sync_gradients and self.accelerator.scaler is None and not _gradients_finite(model):
+            self._stop_on_nan("gradient", inputs)
+        return loss
+
+    def _stop_on_nan(self, what: str, inputs: dict[str, Any]) -> None:
+        step = self.state.global_step + 1
+        rows = inputs["input_ids"].tolist()
+        batch = self.run.path / f"nan-batch-step-{step}.json"
+        tokens = {key: value.tolist() for key, value in inputs.items() if isinstance(value, torch.Tensor)}
+        write_atomically(batch, json.dumps(tokens))
+        text = self.processing_class.decode(rows[0][:40])
+        kept = newest_checkpoint(self.run)
+        where = f"the last good checkpoint is `{kept}`" if kept else "no checkpoint had been saved yet"
+        raise TrainingError(
+            f"the {what} is not a number at step {step}; {where}\n"
+            f"the batch is in `{batch}`; its first row starts {text!r}",
+            hint="look at that batch, lower `train.learning_rate`, or use bfloat16 instead of float16; "
+            "then go on with `--resume`",
+        )
+
+
+def _gradients_finite(model: torch.nn.Module) -> bool:
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    return bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients)))
+
+
+def trainer_arguments(recipe: Recipe, run: Run, *, has_validation: bool) -> SFTConfig:
+    """Returns TRL's configuration of a run, every field of which comes from the recipe.
+
+    Raises:
+        RecipeError: `train.trainer_arguments` names a field TRL does not have.
+    """
+    dtype = resolve_dtype(recipe.model)
+    if dtype == torch.float16 and not torch.cuda.is_available():
+        raise RecipeError(
+            "`model.dtype: float16` trains on CUDA cards only",
+            hint="use `float32` or `bfloat16` on a CPU: `model.dtype=float32`",
+        )
+    values = {
+        "output_dir": str(run.checkpoints),
+        "seed": recipe.seed,
+        "bf16": dtype == torch.bfloat16,
+        "fp16": dtype == torch.float16,
+        "gradient_checkpointing": recipe.train.checkpointing != "none",
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        "lr_scheduler_type": TRAINER_NAMES[recipe.train.lr_scheduler_type],
+        "max_length": None,
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+        "remove_unused_columns": False,
+        "logging_first_step": True,
+        "logging_nan_inf_filter": False,
+        "disable_tqdm": False,
+        "report_to": recipe.train.report_to or "none",
+        "run_name": run.path.name,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    } | _same_names(recipe)
+    if has_validation:
+        values |= {
+            "eval_strategy": "steps",
+            "eval_steps": recipe.eval.eval_steps,
+            "per_device_eval_batch_size": recipe.eval.per_device_eval_batch_size,
+            "prediction_loss_only": True,
+            "load_best_model_at_end": recipe.eval.load_best_model_at_end,
+            "metric_for_best_model": "eval_loss",
+            "greater_is_better": False,
+        }
+    return _sft_config(values, recipe.train.trainer_arguments)
+
+
+def _same_names(recipe: Recipe) -> dict[str, Any]:
+    names = (
+        "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate",
+        "warmup_steps", "weight_decay", "max_grad_norm", "optim", "logging_steps", "save_steps", "save_total_limit",
+    )  # fmt: skip
+    return {name: getattr(recipe.train, name) for name in names}
+
+
+def _sft_config(values: dict[str, Any], more: dict[str, Any]) -> SFTConfig:
+    known = [field.name for field in fields(SFTConfig)]
+    for name in more:
+        if name not in known:
+            close = get_close_matches(name, known, n=1)
+            raise RecipeError(
+                f"unknown field `train.trainer_arguments.{name}`" + (f"; did you mean `{close[0]}`?" if close else ""),
+                hint="it takes any field of trl.SFTConfig that the recipe has no field for",
+            )
+    try:
+        return SFTConfig(**values | more)
+    except (ValueError, TypeError) as error:
+        raise RecipeError(f"the trainer refuses these settings: {error}") from error

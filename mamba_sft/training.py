@@ -1,0 +1,259 @@
+"""From a recipe to a run: data, model, adapter and TRL's `SFTTrainer`, put together in the order they are needed.
+
+Everything that can be checked without weights is checked first (`prepare`, which `--dry-run` stops after).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import EarlyStoppingCallback, TrainerCallback
+
+from mamba_sft.adapter import adapter_allowed, attach_adapter, save_adapter
+from mamba_sft.callbacks import AdapterWatch, Interruption, MetricsLog
+from mamba_sft.chat import TemplateSetup, prepare_tokenizer
+from mamba_sft.data import PreparedData, prepare_data
+from mamba_sft.environment import describe_environment
+from mamba_sft.errors import TrainingError
+from mamba_sft.generation import answer_all
+from mamba_sft.model import apply_setup, load_config, load_model, load_tokenizer
+from mamba_sft.packing import Collator, pack
+from mamba_sft.recipe import Recipe, find_path
+from mamba_sft.reporting import write_report
+from mamba_sft.resuming import find_checkpoint, newest_checkpoint, refuse_to_overwrite
+from mamba_sft.run import Run, atomic_directory, write_atomically
+from mamba_sft.samples import Prompt, exact_match, load_prompts, pair, write_samples
+from mamba_sft.trainer import Trainer, trainer_arguments
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from trl import SFTConfig
+
+logger = logging.getLogger(__name__)
+
+
+class Interrupted(TrainingError):
+    """The user stopped the run; its newest checkpoint is complete."""
+
+    exit_code = 130
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """Everything a run needs before the weights.
+
+    Args:
+        run: Where it will be written.
+        setup: The tokenizer with its chat template and special tokens settled.
+        data: The prepared rows and what was seen while preparing them.
+        train_rows: Rows as the trainer takes them: packed when `data.packing` is on.
+        validation_rows: Held-out rows in the same form, or None.
+        arguments: The trainer's own configuration.
+        prompts: Sample prompts to answer before and after.
+        max_steps: Optimizer steps of the whole run.
+        checkpoint: The checkpoint to go on from, or None.
+    """
+
+    recipe: Recipe
+    run: Run
+    setup: TemplateSetup
+    data: PreparedData
+    train_rows: Dataset
+    validation_rows: Dataset | None
+    arguments: SFTConfig
+    prompts: list[Prompt]
+    max_steps: int
+    checkpoint: Path | None
+
+
+def prepare(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> Preparation:
+    """Does everything that comes before the weights: reads and renders the data, checks every setting.
+
+    Args:
+        recipe: What to train.
+        resume: Go on from the newest complete checkpoint in `recipe.output_dir`.
+        overwrite: Delete what is in `recipe.output_dir` when training starts.
+
+    Raises:
+        MambaSFTError: Anything in recipe, base, data or output directory that would make the run fail.
+    """
+    run = Run(Path(recipe.output_dir))
+    checkpoint = find_checkpoint(run, recipe) if resume else None
+    if not resume and not overwrite:
+        refuse_to_overwrite(run)
+    config = load_config(recipe.model)
+    tokenizer = load_tokenizer(recipe.model)
+    reserved = {config.bos_token_id, config.eos_token_id, config.pad_token_id} - {None}
+    setup = prepare_tokenizer(tokenizer, recipe.chat, reserved, embedding_rows=config.vocab_size)
+    data = prepare_data(recipe.data, setup, system=recipe.chat.system, seed=recipe.seed, rejected=run.rejected)
+    packed = recipe.data.packing
+    max_length = recipe.data.max_length
+    train_rows = pack(data.train, max_length, recipe.seed) if packed and max_length else data.train
+    validation_rows = data.validation
+    if validation_rows is not None and packed and max_length:
+        validation_rows = pack(validation_rows, max_length, recipe.seed)
+    arguments = trainer_arguments(recipe, run, has_validation=validation_rows is not None)
+    return Preparation(
+        recipe=recipe,
+        run=run,
+        setup=setup,
+        data=data,
+        train_rows=train_rows,
+        validation_rows=validation_rows,
+        arguments=arguments,
+        prompts=load_prompts(find_path(recipe.eval.prompts)) if recipe.eval.prompts else [],
+        max_steps=count_steps(recipe, len(train_rows), arguments.world_size),
+        checkpoint=checkpoint,
+    )
+
+
+def train(
+    recipe: Recipe, *, resume: bool = False, overwrite: bool = False, callbacks: Sequence[TrainerCallback] = ()
+) -> Run:
+    """Trains `recipe` and returns the finished run.
+
+    Args:
+        recipe: What to train.
+        resume: Go on exactly where the newest complete checkpoint of `recipe.output_dir` stopped.
+        overwrite: Replace an earlier run in `recipe.output_dir`.
+        callbacks: More trainer callbacks. When one of them shows progress, the trainer's own bar is off.
+
+    Raises:
+        MambaSFTError: The run cannot start, diverged, or holds an adapter that cannot learn.
+        Interrupted: Ctrl-C or SIGTERM; a checkpoint was saved.
+    """
+    return fit(prepare(recipe, resume=resume, overwrite=overwrite), callbacks=callbacks)
+
+
+def fit(preparation: Preparation, *, callbacks: Sequence[TrainerCallback] = ()) -> Run:
+    """Loads the weights of a prepared run, trains, and writes the run directory. See `train`."""
+    recipe, run = preparation.recipe, preparation.run
+    _start_directory(preparation)
+    started = time.time()
+    model = load_model(recipe.model)
+    apply_setup(model, preparation.setup)
+    model = attach_adapter(model, recipe.adapter, trained_token_ids=preparation.setup.trained_token_ids)
+    interruption = Interruption()
+    trainer = _build_trainer(preparation, model, interruption, callbacks)
+    before = _answer(preparation, trainer, "before")
+    _run_trainer(trainer, preparation.checkpoint, interruption)
+    after = _answer(preparation, trainer, "after")
+    if trainer.is_world_process_zero():
+        _save(preparation, trainer, before, after, time.time() - started)
+    return run
+
+
+def count_steps(recipe: Recipe, rows: int, processes: int) -> int:
+    """Returns the optimizer steps that `rows` training rows give under the recipe's batch size and epochs."""
+    if recipe.train.max_steps > 0:
+        return recipe.train.max_steps
+    batches = math.ceil(rows / (recipe.train.per_device_train_batch_size * processes))
+    return math.ceil(recipe.train.num_train_epochs * math.ceil(batches / recipe.train.gradient_accumulation_steps))
+
+
+def _start_directory(preparation: Preparation) -> None:
+    run = preparation.run
+    if preparation.arguments.process_index != 0:
+        return
+    if preparation.checkpoint is None:
+        rejected = run.rejected.read_bytes() if run.rejected.exists() else None
+        shutil.rmtree(run.path, ignore_errors=True)
+        run.path.mkdir(parents=True)
+        if rejected is not None:
+            run.rejected.write_bytes(rejected)
+    write_atomically(run.recipe, preparation.recipe.to_yaml())
+    write_atomically(run.environment, json.dumps(describe_environment(), indent=2) + "\n")
+
+
+def _build_trainer(
+    preparation: Preparation, model: Any, interruption: Interruption, callbacks: Sequence[TrainerCallback]
+) -> Trainer:
+    recipe, run = preparation.recipe, preparation.run
+    watchers: list[TrainerCallback] = [MetricsLog(run.metrics), AdapterWatch(), interruption, *callbacks]
+    if recipe.eval.early_stopping_patience and preparation.validation_rows is not None:
+        watchers.append(EarlyStoppingCallback(recipe.eval.early_stopping_patience))
+    return Trainer(
+        run=run,
+        schedule=recipe.train.lr_scheduler_type,
+        model=model,
+        args=preparation.arguments,
+        data_collator=Collator(preparation.setup.tokenizer.pad_token_id),
+        train_dataset=preparation.train_rows,
+        eval_dataset=preparation.validation_rows,
+        processing_class=preparation.setup.tokenizer,
+        callbacks=watchers,
+    )
+
+
+def _run_trainer(trainer: Trainer, checkpoint: Path | None, interruption: Interruption) -> None:
+    with interruption.listening(), adapter_allowed(trainer.model), _out_of_memory_explained():
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except KeyboardInterrupt:
+            raise _interrupted(trainer) from None
+    if interruption.requested:
+        raise _interrupted(trainer)
+
+
+def _interrupted(trainer: Trainer) -> Interrupted:
+    kept = newest_checkpoint(trainer.run)
+    if kept is None:
+        return Interrupted(f"stopped at step {trainer.state.global_step}, before the first checkpoint")
+    return Interrupted(
+        f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; saved `{kept}`",
+        hint=f"continue with `mamba-sft train {trainer.run.recipe} --resume`",
+    )
+
+
+@contextmanager
+def _out_of_memory_explained() -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"the card is out of memory: {error}",
+            hint="lower `train.per_device_train_batch_size` or `data.max_length`, or use `model.quantization=nf4`",
+        ) from error
+
+
+def _answer(preparation: Preparation, trainer: Trainer, when: str) -> list[str]:
+    prompts, recipe = preparation.prompts, preparation.recipe
+    if not prompts or not trainer.is_world_process_zero():
+        return []
+    logger.info("answering %d sample prompts %s training", len(prompts), when)
+    answers: list[str] = answer_all(
+        trainer.model,
+        preparation.setup.tokenizer,
+        [prompt.messages(recipe.chat.system) for prompt in prompts],
+        max_new_tokens=recipe.eval.max_new_tokens,
+    )
+    score = exact_match(prompts, answers)
+    if score is not None:
+        logger.info("exact match %s training: %.1f%%", when, 100 * score)
+    return answers
+
+
+def _save(preparation: Preparation, trainer: Trainer, before: list[str], after: list[str], seconds: float) -> None:
+    run, recipe = preparation.run, preparation.recipe
+    with atomic_directory(run.adapter) as partial:
+        save_adapter(trainer.model, partial, section=recipe.model, setup=preparation.setup)
+    if before:
+        write_samples(run.samples, pair(preparation.prompts, before, after))
+    facts = describe_environment() | {
+        "seconds": round(seconds, 1),
+        "steps": trainer.state.global_step,
+        "tokens": trainer.state.num_input_tokens_seen,
+        "best_validation_loss": trainer.state.best_metric,
+    }
+    write_atomically(run.environment, json.dumps(facts, indent=2) + "\n")
+    write_report(run)
