@@ -1,9 +1,10 @@
 """The two operations a Mamba-1 mixer needs beside matrix products: `causal_conv1d` and `selective_scan`.
 
-Both take activations, channels last, and return gradients for every tensor that requires them. `backend` picks who
-computes: `reference` (the definition, a Python loop), `cpu` (numba) or `triton`; `auto` picks the fastest that works
-for the tensors at hand and says once, through `logging`, what it picked. `README.md` in this folder has the
-mathematics, the layouts and the measured speed; `falcon_mamba.install` puts the operations into a model.
+Both take activations, channels last, and return gradients for every tensor that requires them. `backend`
+picks who computes: `reference` (the definition, a Python loop), `cpu` (numba) or `triton`; `auto` picks the
+fastest that works for the tensors at hand and says once, through `logging`, what it picked. `README.md` in
+this folder has the mathematics, the layouts and the measured speed; `falcon_mamba.install` puts the
+operations into a model.
 """
 
 from __future__ import annotations
@@ -55,23 +56,19 @@ def selective_scan(
     `h[t] = exp(dt[t] * A) * h[t-1] + dt[t] * B[t] * u[t]`, `y[t] = (C[t] . h[t] + D * u[t]) * silu(z[t])`.
 
     Args:
-        u: Input, (B, L, D) in float32, bfloat16, float16 or float64. L is at least 1.
-        dt: Step sizes, (B, L, D).
-        A: Decay rates, (D, N); negative in a trained model.
-        B: Input weights, (B, L, N).
-        C: Output weights, (B, L, N).
-        D: Skip weights, (D,), or None for no skip.
-        z: Gate, (B, L, D), or None for no gate.
-        dt_bias: Added to `dt` in float32 before the softplus, (D,).
-        dt_softplus: Whether `dt` passes through a softplus.
-        initial_state: State before the first position, (B, D, N); zeros if None.
-        seq_idx: Integers, (B, L). The state restarts from zero wherever the value differs from the one before it;
+        u: Input, (B, L, D) in float32, bfloat16, float16 or float64. L is at least 1. dt: Step sizes, (B,
+        L, D). A: Decay rates, (D, N); negative in a trained model. B: Input weights, (B, L, N). C: Output
+        weights, (B, L, N). D: Skip weights, (D,), or None for no skip. z: Gate, (B, L, D), or None for no
+        gate. dt_bias: Added to `dt` in float32 before the softplus, (D,). dt_softplus: Whether `dt` passes
+        through a softplus. initial_state: State before the first position, (B, D, N); zeros if None.
+        seq_idx: Integers, (B, L). The state restarts from zero wherever the value differs from the one
+        before;
             `initial_state` therefore belongs to the first sequence of each row.
         return_final_state: Whether to return the state after the last position too.
         backend: `auto`, `reference`, `cpu` or `triton`.
 
     Returns:
-        y, (B, L, D) in the dtype of `u`; with `return_final_state` the pair (y, final_state), where the state is
+        y, (B, L, D) in the dtype of `u`; with `return_final_state` the pair (y, final_state), the state being
         (B, D, N) in float32 (float64 for float64 inputs). Gradients flow through both.
 
     Raises:
@@ -112,7 +109,7 @@ def causal_conv1d(
         backend: `auto`, `reference`, `cpu` or `triton`.
 
     Returns:
-        y, (B, L, D) in the dtype of `x`; with `return_final_state` the pair (y, final_state), where the state is
+        y, (B, L, D) in the dtype of `x`; with `return_final_state` the pair (y, final_state), the state being
         (B, D, W - 1) in the dtype of `x`. Gradients flow through both.
 
     Raises:
@@ -136,7 +133,7 @@ def _implementation(backend: str, x: Tensor) -> ModuleType:
         raise RuntimeError(f"backend {backend!r} is unavailable: {reason}")
     if backend == "cpu" and (x.device.type != "cpu" or x.dtype not in FAST_DTYPES):
         raise ValueError(
-            f"backend 'cpu' takes float32, bfloat16 or float16 tensors on the CPU, got {x.dtype} on {x.device}; "
+            f"backend 'cpu' takes float32, bfloat16 or float16 on the CPU, got {x.dtype} on {x.device}; "
             "backend='reference' takes any"
         )
     return importlib.import_module(f"{__name__}.{backend}")
@@ -148,16 +145,12 @@ def _automatic(device_type: str, dtype: torch.dtype) -> str:
     if device_type == "cpu" and dtype in FAST_DTYPES:
         reason = _why_unavailable("cpu")
         if reason is None:
-            logger.info(
-                "selective scan and convolution: backend cpu (numba) for %s on %s", dtype, device_type
-            )
+            logger.info("scan and convolution: backend cpu (numba) for %s on %s", dtype, device_type)
             return "cpu"
-        logger.warning(
-            "selective scan and convolution: backend reference, a slow Python loop; cpu: %s", reason
-        )
+        logger.warning("scan and convolution: backend reference, a slow Python loop; cpu: %s", reason)
     elif dtype in FAST_DTYPES:
         logger.warning(
-            "selective scan and convolution: backend reference, a slow Python loop, for %s on %s",
+            "scan and convolution: backend reference, a slow Python loop, for %s on %s",
             dtype,
             device_type,
         )

@@ -1,15 +1,16 @@
 """Falcon-Mamba's mixer, block and model forward, written on `causal_conv1d` and `selective_scan`.
 
-`install(model)` turns the modules of a loaded `transformers` model into the classes below, in place: the weights,
-the module names and the checkpoint stay what they were. What changes:
+`install(model)` turns the modules of a loaded `transformers` model into the classes below, in place: the
+weights, the module names and the checkpoint stay what they were. What changes:
 
-- Projections are called as modules, so LoRA, NF4 and int8 layers take part; the two operations get activations only.
+- Projections are called as modules, so LoRA, NF4 and int8 layers take part; the operations get activations
+  only.
 - Training computes what inference computes: the norms of dt, B and C come before `dt_proj`, always.
 - `seq_idx` reaches every mixer, so that packed sequences do not see each other.
 - A cache is continued exactly by any number of new tokens, not by single ones only.
 
-The classes keep the names of the ones they replace, because saved configurations, device maps and FSDP policies refer
-to classes by name.
+The classes keep the names of the ones they replace, because saved configurations, device maps and FSDP
+policies refer to classes by name.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def install(model: Model, backend: str = "auto") -> Model:
 
 
 class FalconMambaMixer(stock.FalconMambaMixer):
-    """The mixer of one layer: projections as modules, the convolution and the scan as operations on activations."""
+    """The mixer of one layer: projections as modules, convolution and scan as operations on activations."""
 
     backend = "auto"
 
@@ -80,7 +81,7 @@ class FalconMambaMixer(stock.FalconMambaMixer):
             hidden_states: Normed activations, (B, L, hidden_size).
             cache_params: Where the states before position 0 come from and the states after L - 1 go, or None.
             attention_mask: (B, L) or longer, of which the last L columns count; zeros silence padding.
-            seq_idx: (B, L) integers, states restart where the value changes; None if every row is one sequence.
+            seq_idx: (B, L) integers, states restart where the value changes; None: each row is one sequence.
             kwargs: Ignored, as in the model's other layers.
         """
         dtype = hidden_states.dtype
@@ -128,7 +129,7 @@ class FalconMambaMixer(stock.FalconMambaMixer):
         return self.out_proj(y.to(dtype))
 
     def _cached_states(self, cache: Cache | None) -> tuple[Tensor | None, Tensor | None]:
-        """Return the (B, D, W - 1) inputs and the (B, D, N) state that the new tokens continue, if there are any."""
+        """Return the (B, D, W - 1) inputs and the (B, D, N) state that the new tokens continue, or None."""
         if cache is None or not cache.has_previous_state(self.layer_idx):
             return None, None
         layer = cache.layers[self.layer_idx]
@@ -142,9 +143,10 @@ class FalconMambaMixer(stock.FalconMambaMixer):
     def _project_dt(self, dt: Tensor) -> tuple[Tensor, Tensor | None]:
         """Apply `dt_proj` but leave its bias to the scan, which adds it in float32.
 
-        The bias is several times larger than the product it is added to, so rounding their sum to bfloat16 would put
-        an error of up to 1% on every step size. Calling the module with a bias of zeros is exact whatever the module
-        is (LoRA around NF4, say). Where the bias is not at hand the module adds it as it always does.
+        The bias is several times larger than the product it is added to, so rounding their sum to bfloat16
+        would put an error of up to 1% on every step size. Calling the module with a bias of zeros is exact
+        whatever the module is (LoRA around NF4, say). Where the bias is not at hand the module adds it as
+        it always does.
         """
         linear, path = self.dt_proj, "bias"
         while hasattr(linear, "base_layer"):

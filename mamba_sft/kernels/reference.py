@@ -1,14 +1,14 @@
-"""The definition of both operations: loops over time that can be checked by hand, differentiable by autograd.
+"""The definition of both operations: loops that can be checked by hand, differentiable by autograd.
 
-They run in float64 when the input is float64 and in float32 otherwise, on any device, and are what every other
-backend is tested against. Shapes are those of the public functions in `mamba_sft.kernels`.
+They run in float64 when the input is float64 and in float32 otherwise, on any device, and are what every
+other backend is tested against. Shapes are those of the public functions in `mamba_sft.kernels`.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import pad, silu, softplus
 
 
 def selective_scan(
@@ -31,7 +31,7 @@ def selective_scan(
     if dt_bias is not None:
         dt = dt + dt_bias.to(dtype)
     if dt_softplus:
-        dt = F.softplus(dt)
+        dt = softplus(dt)
 
     if initial_state is None:
         h = torch.zeros(batch, channels, A.shape[1], dtype=dtype, device=u.device)
@@ -50,7 +50,7 @@ def selective_scan(
     if D is not None:
         y = y + D.to(dtype) * x
     if z is not None:
-        y = y * F.silu(z.to(dtype))
+        y = y * silu(z.to(dtype))
     return y.to(u.dtype), h
 
 
@@ -75,10 +75,11 @@ def causal_conv1d(
 
     # The inputs before the row belong to its first sequence, so they carry that sequence's number: 0.
     starts = sequence_starts(seq_idx)
-    numbers = (
-        torch.zeros(batch, length, dtype=torch.int64, device=x.device) if starts is None else starts.cumsum(1)
-    )
-    numbers = F.pad(numbers, (width - 1, 0))
+    if starts is None:
+        numbers = torch.zeros(batch, length, dtype=torch.int64, device=x.device)
+    else:
+        numbers = starts.cumsum(1)
+    numbers = pad(numbers, (width - 1, 0))
 
     y = torch.zeros(batch, length, channels, dtype=dtype, device=x.device)
     if bias is not None:
@@ -87,7 +88,7 @@ def causal_conv1d(
         same_sequence = numbers[:, tap : tap + length] == numbers[:, width - 1 :]
         y = y + weight[:, tap] * torch.where(same_sequence[..., None], inputs[:, tap : tap + length], 0.0)
     if activation == "silu":
-        y = F.silu(y)
+        y = silu(y)
 
     same_sequence = numbers[:, length:] == numbers[:, -1:]
     final_state = torch.where(same_sequence[..., None], inputs[:, length:], 0.0).transpose(1, 2)
@@ -100,7 +101,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def sequence_starts(seq_idx: Tensor | None) -> Tensor | None:
-    """(B, L) bool, true where a new sequence starts inside the row; never at t = 0, which continues the past."""
+    """(B, L) bool: where a new sequence starts inside the row; never at t = 0, which continues the past."""
     if seq_idx is None:
         return None
-    return F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
+    return pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
