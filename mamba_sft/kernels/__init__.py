@@ -56,13 +56,17 @@ def selective_scan(
     `h[t] = exp(dt[t] * A) * h[t-1] + dt[t] * B[t] * u[t]`, `y[t] = (C[t] . h[t] + D * u[t]) * silu(z[t])`.
 
     Args:
-        u: Input, (B, L, D) in float32, bfloat16, float16 or float64. L is at least 1. dt: Step sizes, (B,
-        L, D). A: Decay rates, (D, N); negative in a trained model. B: Input weights, (B, L, N). C: Output
-        weights, (B, L, N). D: Skip weights, (D,), or None for no skip. z: Gate, (B, L, D), or None for no
-        gate. dt_bias: Added to `dt` in float32 before the softplus, (D,). dt_softplus: Whether `dt` passes
-        through a softplus. initial_state: State before the first position, (B, D, N); zeros if None.
-        seq_idx: Integers, (B, L). The state restarts from zero wherever the value differs from the one
-        before;
+        u: Input, (B, L, D) in float32, bfloat16, float16 or float64. L is at least 1.
+        dt: Step sizes, (B, L, D).
+        A: Decay rates, (D, N); negative in a trained model.
+        B: Input weights, (B, L, N).
+        C: Output weights, (B, L, N).
+        D: Skip weights, (D,), or None for no skip.
+        z: Gate, (B, L, D), or None for no gate.
+        dt_bias: Added to `dt` in float32 before the softplus, (D,).
+        dt_softplus: Whether `dt` passes through a softplus.
+        initial_state: State before the first position, (B, D, N); zeros if None.
+        seq_idx: Integers, (B, L). The state restarts from zero wherever the value differs from the last one;
             `initial_state` therefore belongs to the first sequence of each row.
         return_final_state: Whether to return the state after the last position too.
         backend: `auto`, `reference`, `cpu` or `triton`.
