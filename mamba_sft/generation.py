@@ -1,0 +1,273 @@
+"""Answers, token by token, with the model's state carried on.
+
+A Mamba model reads a conversation into a state of constant size, so nothing is ever read twice: a `State`
+goes in with the new tokens and comes out having read them and the answer. This module knows token ids and,
+at its edge, text; it knows nothing about turns or templates.
+
+The model must have our mixer (`kernels.falcon_mamba.install`): stock transformers restarts the recurrence
+when several tokens are given on top of a cache.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from mamba_sft.errors import UsageError
+from mamba_sft.sampling import Sampling, choose
+
+PREFILL_CHUNK = 2048
+"""Tokens read at once, so that the memory a long prompt takes does not grow with its length."""
+
+
+@dataclass
+class State:
+    """All that is needed to go on with a sequence.
+
+    Args:
+        read: The ids that the cache has read, in order.
+        cache: The recurrent and convolution states, the same size however long `read` is.
+        logits: Scores of the next token, `(1, vocabulary)` fp32; None before the first.
+    """
+
+    read: list[int] = field(default_factory=list)
+    cache: Any = None
+    logits: Any = None
+
+    def copy(self) -> State:
+        """Returns an independent state at the same place: going on with one leaves the other alone."""
+        return State(list(self.read), copy.deepcopy(self.cache), self.logits)
+
+    def clear(self) -> None:
+        """Forgets everything read."""
+        self.read, self.cache, self.logits = [], None, None
+
+
+def prefill(model: Any, ids: Sequence[int], state: State) -> None:
+    """Reads `ids` into `state`.
+
+    An exception in the middle (Ctrl-C, out of memory) clears the state: some layers have read more than
+    others.
+    """
+    try:
+        for start in range(0, len(ids), PREFILL_CHUNK):
+            chunk = torch.tensor([ids[start : start + PREFILL_CHUNK]], device=model.device)  # (1, L)
+            state.logits, state.cache = _forward(model, chunk, state.cache)
+    except BaseException:
+        state.clear()
+        raise
+    state.read.extend(ids)
+
+
+def stream(
+    model: Any, ids: Sequence[int], state: State, *, sampling: Sampling, stop_ids: Collection[int]
+) -> Iterator[int]:
+    """Reads `ids`, then yields the answer's token ids as they are chosen.
+
+    Ends before a stop id, which is neither yielded nor read: the next turn's text says how the answer closes.
+    Exactly `sampling.max_new_tokens` ids mean that the length ended it. Every yielded id has been read by
+    `state`, so the iterator may be dropped at any time.
+
+    Args:
+        model: A causal FalconMamba with our mixer, bare or PEFT-wrapped.
+        ids: What to read first; may be empty when `state` has read something.
+        state: Where to go on from; it is moved along.
+        sampling: How to choose and when to stop.
+        stop_ids: Ids that end an answer.
+
+    Raises:
+        UsageError: There is nothing to answer: no ids, now or before.
+    """
+    if not ids and not state.read:
+        raise UsageError("the prompt is empty: there is nothing to answer")
+    with evaluating(model):
+        prefill(model, ids, state)
+        generators = [sampling.generator(model.device)]
+        for _ in range(sampling.max_new_tokens):
+            token = int(choose(state.logits, sampling, generators))
+            if token in stop_ids:
+                return
+            prefill(model, [token], state)
+            yield token
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One finished answer.
+
+    Args:
+        text: Without special tokens.
+        finish_reason: `stop` at a stop token, `length` at `max_new_tokens`.
+        tokens: Answer tokens, the stop token not counted.
+    """
+
+    text: str
+    finish_reason: Literal["stop", "length"]
+    tokens: int
+
+
+def finished(text: str, tokens: int, sampling: Sampling) -> Answer:
+    """Returns the answer that reads `text`; at the length limit it was cut off."""
+    return Answer(text, "length" if tokens == sampling.max_new_tokens else "stop", tokens)
+
+
+def answers(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    sampling: Sampling,
+    stop_ids: Collection[int],
+    batch_size: int = 8,
+    on_answer: Callable[[int, Answer], None] | None = None,
+) -> list[Answer]:
+    """Answers every prompt, several at a time; its neighbours in a batch do not change an answer.
+
+    Args:
+        model: As for `stream`; put back into training mode afterwards if it was.
+        tokenizer: Decodes the answers.
+        prompts: Token ids, one sequence a prompt.
+        sampling: As for `stream`; prompt number i draws with `seed + i`.
+        stop_ids: Ids that end an answer.
+        batch_size: Prompts answered together.
+        on_answer: Called with the prompt's number and its answer as each one finishes, in any order.
+
+    Returns:
+        The answers, in the order of `prompts`.
+
+    Raises:
+        UsageError: A prompt is empty.
+    """
+    if not all(len(ids) for ids in prompts):
+        raise UsageError("a prompt is empty: there is nothing to answer")
+    by_length = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))  # little padding
+    found: dict[int, Answer] = {}
+    with evaluating(model):
+        for start in range(0, len(by_length), batch_size):
+            batch = {number: prompts[number] for number in by_length[start : start + batch_size]}
+            for number, ids in _answer_batch(model, batch, sampling, stop_ids):
+                reason: Literal["stop", "length"] = (
+                    "length" if len(ids) == sampling.max_new_tokens else "stop"
+                )
+                found[number] = Answer(_decode(tokenizer, ids), reason, len(ids))
+                if on_answer is not None:
+                    on_answer(number, found[number])
+    return [found[number] for number in range(len(prompts))]
+
+
+def _answer_batch(
+    model: Any, prompts: dict[int, Sequence[int]], sampling: Sampling, stop_ids: Collection[int]
+) -> Iterator[tuple[int, list[int]]]:
+    """Yields `(number, answer ids)` as they finish; finished rows leave the batch."""
+    rows = list(prompts)
+    logits, cache = _prefill_batch(model, [prompts[number] for number in rows])
+    generators = [sampling.generator(model.device, offset=number) for number in rows]
+    written: dict[int, list[int]] = {number: [] for number in rows}
+    while True:
+        chosen = choose(logits, sampling, generators)  # (B,)
+        going = []
+        for row, token in enumerate(chosen.tolist()):
+            ids = written[rows[row]]
+            if token not in stop_ids:
+                ids.append(token)
+                if len(ids) < sampling.max_new_tokens:
+                    going.append(row)
+                    continue
+            yield rows[row], ids
+        if not going:
+            return
+        if len(going) < len(rows):
+            kept = torch.tensor(going, device=chosen.device)
+            cache.reorder_cache(kept)
+            chosen = chosen[kept]
+            rows, generators = [rows[row] for row in going], [generators[row] for row in going]
+        logits, cache = _forward(model, chosen[:, None], cache)
+
+
+def _prefill_batch(model: Any, prompts: Sequence[Sequence[int]]) -> tuple[Any, Any]:
+    """Reads prompts padded on the left, where the mask keeps the state at zero. Returns (logits, cache)."""
+    length = max(len(ids) for ids in prompts)
+    padded = torch.tensor([[0] * (length - len(ids)) + list(ids) for ids in prompts])  # (B, L)
+    mask = torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in prompts])
+    logits, cache = None, None
+    for start in range(0, length, PREFILL_CHUNK):
+        chunk = slice(start, start + PREFILL_CHUNK)
+        kept = None if mask[:, chunk].all() else mask[:, chunk].to(model.device)
+        logits, cache = _forward(model, padded[:, chunk].to(model.device), cache, kept)
+    return logits, cache
+
+
+def _forward(model: Any, ids: Any, cache: Any, mask: Any = None) -> tuple[Any, Any]:
+    """Returns the next token's scores `(B, vocabulary)` in fp32, and the cache."""
+    with torch.no_grad():
+        output = model(
+            input_ids=ids,
+            attention_mask=mask,
+            cache_params=cache,
+            use_cache=True,
+            logits_to_keep=1,
+            return_dict=True,
+        )
+    return output.logits[:, -1].float(), output.cache_params
+
+
+def stop_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Returns the ids that end an answer: the tokenizer's `eos_token` and the generation config's."""
+    configured = model.generation_config.eos_token_id
+    ids = configured if isinstance(configured, list) else [configured]
+    return frozenset(number for number in [*ids, tokenizer.eos_token_id] if number is not None)
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Switches dropout off inside the block."""
+    was_training = model.training
+    if was_training:
+        model.eval()
+    try:
+        yield
+    finally:
+        if was_training:
+            model.train()
+
+
+class TextStream:
+    """Turns token ids into text as they come, never yielding half a character.
+
+    A byte-level token may hold part of a UTF-8 character; its bytes wait for the rest. Special tokens give no
+    text. All pieces joined are the decoding of all ids.
+    """
+
+    def __init__(self, tokenizer: Any):
+        self._tokenizer = tokenizer
+        self._window: list[int] = []  # the last tokens: those not yet shown after one that gives them context
+        self._shown = 0  # characters of the window's text already given out
+
+    def push(self, token: int) -> str:
+        """Returns the text that `token` completes, possibly none."""
+        self._window.append(token)
+        text = _decode(self._tokenizer, self._window)
+        ready = text.rstrip("\ufffd")
+        piece = ready[self._shown :]
+        if piece and ready == text:
+            self._window = [token]
+            self._shown = len(_decode(self._tokenizer, self._window))
+        else:
+            self._shown += len(piece)
+        return piece
+
+    def flush(self) -> str:
+        """Returns what still waits when the answer ends: bytes that never became a character."""
+        piece = _decode(self._tokenizer, self._window)[self._shown :]
+        self._window, self._shown = [], 0
+        return piece
+
+
+def _decode(tokenizer: Any, ids: Sequence[int]) -> str:
+    text: str = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return text
