@@ -1,4 +1,4 @@
-"""What happens around the trainer's steps: metrics on disk, a way out on Ctrl-C, a check that the adapter learns."""
+"""What happens around the trainer's steps: metrics on disk, a way out on Ctrl-C, an adapter that learns."""
 
 from __future__ import annotations
 
@@ -57,30 +57,37 @@ class AdapterWatch(TrainerCallback):
     """Stops the run when part of the adapter cannot learn.
 
     A kernel that reads a projection's weight around the adapter, or a target nothing flows through, trains
-    nothing without a word. LoRA starts with B = 0, so A's gradient is exactly zero in the first step; every
-    tensor must have had a gradient by the second.
+    nothing without a word. The first steps are watched: `dead_adapters` says which tensors should have had a
+    gradient and had none, and a tensor it names twice ends the run. (Once may be a batch without a trained
+    token; and LoRA's A has no gradient until B, which starts at zero, has moved.)
     """
 
-    STEPS = 2
+    STEPS = 4
 
     def __init__(self) -> None:
-        self.dead: set[str] | None = None
+        self.suspects: set[str] = set()
         self.checked = 0
 
     def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        **kwargs: Any,
     ) -> None:
         """Looks at the gradients that the optimizer is about to use."""
-        if self.checked >= self.STEPS or self.dead == set():
+        if self.checked >= self.STEPS:
             return
-        found = set(dead_adapters(model))
-        self.dead = found if self.dead is None else self.dead & found
         self.checked += 1
-        if self.checked == self.STEPS and self.dead:
-            names = "\n".join(f"  {name}" for name in sorted(self.dead))
+        found = set(dead_adapters(model))
+        dead = sorted(self.suspects & found)
+        self.suspects |= found
+        if dead:
+            names = "\n".join(f"  {name}" for name in dead)
             raise AdapterError(
-                f"no gradient reached {len(self.dead)} adapter tensors in the first {self.STEPS} steps:\n{names}",
-                hint="remove the targets from `adapter.target_modules`, or report this as a bug with the recipe",
+                f"no gradient reaches {len(dead)} adapter tensors, so they would never learn:\n{names}",
+                hint="remove them from `adapter.target_modules`, or report this as a bug with the recipe",
             )
 
 

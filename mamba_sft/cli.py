@@ -1,7 +1,7 @@
 """The command line: one short function per verb. The only module that prints or exits.
 
-Data goes to stdout, progress and messages to stderr. Exit codes: 0 done, 1 an expected failure, 2 wrong usage,
-130 interrupted. Verbs import what they need when they run, so that `--help` never loads torch.
+Data goes to stdout, progress and messages to stderr. Exit codes: 0 done, 1 an expected failure,
+2 wrong usage, 130 interrupted. Verbs import what they need when they run, so that `--help` never loads torch.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ import json
 import logging
 import os
 import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -30,19 +29,26 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Turn Falcon-Mamba into an instruct model: `train` a recipe, `merge` the adapter, `chat` with the result.",
+    help="Turn Falcon-Mamba into an instruct model: `train` a recipe, `merge` the adapter, `chat` with it.",
 )
-recipes_app = typer.Typer(no_args_is_help=False, invoke_without_command=True, help="List, show and describe recipes.")
+recipes_app = typer.Typer(
+    no_args_is_help=False, invoke_without_command=True, help="List, show and describe recipes."
+)
 app.add_typer(recipes_app, name="recipes")
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False)
 
-RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a built-in one.")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[section.field=value]...", help="Changes to the recipe's values.")
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a built-in one.")
 ]
-RunArgument = Annotated[str | None, typer.Argument(metavar="[RUN]", help="A run directory; default: the newest.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[section.field=value]...", help="Changes to the recipe's values."),
+]
+RunArgument = Annotated[
+    str | None, typer.Argument(metavar="[RUN]", help="A run directory; default: the newest.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 
 
@@ -75,8 +81,12 @@ def _version(shown: bool) -> None:
 
 @app.callback()
 def options(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the libraries' own messages.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Show the libraries' own messages.")
+    ] = False,
 ) -> None:
     """Sets up messages: ours always, those of the libraries on request."""
     handler = logging.StreamHandler(sys.stderr)
@@ -92,16 +102,24 @@ def options(
         os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
         import warnings
 
-        warnings.filterwarnings("ignore", module="(torch|transformers|trl|peft|accelerate|bitsandbytes|datasets).*")
+        warnings.filterwarnings(
+            "ignore", module="(torch|transformers|trl|peft|accelerate|bitsandbytes|datasets).*"
+        )
 
 
 @app.command()
 def train(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on exactly where the last checkpoint stopped.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run of the same name.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, stop before the weights.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on exactly where the last checkpoint stopped.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier run of the same name.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, stop before the weights.")
+    ] = False,
 ) -> None:
     """Fine-tune a base model as a recipe says: `mamba-sft train recipes/quickstart.yaml`."""
     from mamba_sft.recipe import Recipe
@@ -117,7 +135,7 @@ def train(
         err.print(statistics(preparation.data.report))
         out.print(
             f"{len(preparation.train_rows):,} training rows, {preparation.max_steps:,} steps;"
-            f" everything before the weights is fine; without `--dry-run` this trains into {preparation.run.path}"
+            f" all is well before the weights; without `--dry-run` this trains into {preparation.run.path}"
         )
         return
     bar = TrainingBar(err)
@@ -143,10 +161,11 @@ def _show_samples(run: Run, rows: int = 6) -> None:
         table.add_row(*(escape(_short(text)) for text in (sample.prompt.prompt, sample.before, sample.after)))
     err.print(table)
     prompts = [sample.prompt for sample in samples]
-    scores = [exact_match(prompts, [getattr(sample, when) for sample in samples]) for when in ("before", "after")]
-    if scores[0] is not None and scores[1] is not None:
+    before = exact_match(prompts, [sample.before for sample in samples])
+    after = exact_match(prompts, [sample.after for sample in samples])
+    if before is not None and after is not None:
         count = sum(prompt.answer is not None for prompt in prompts)
-        out.print(f"exact match on {count} held-out prompts: {scores[0]:.1%} before, {scores[1]:.1%} after")
+        out.print(f"exact match on {count} held-out prompts: {before:.1%} before, {after:.1%} after")
 
 
 def _short(text: str, limit: int = 200) -> str:
@@ -169,7 +188,7 @@ def recipes(context: typer.Context) -> None:
     """List the built-in recipes."""
     if context.invoked_subcommand is not None:
         return
-    from mamba_sft.recipe import builtin_recipes
+    from mamba_sft.recipe_files import builtin_recipes
 
     for name, path in builtin_recipes().items():
         first = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
@@ -179,11 +198,13 @@ def recipes(context: typer.Context) -> None:
 @recipes_app.command("show")
 def recipes_show(name: Annotated[str, typer.Argument(help="The name of a built-in recipe.")]) -> None:
     """Print a built-in recipe: `mamba-sft recipes show quickstart > mine.yaml`."""
-    from mamba_sft.recipe import builtin_recipes
+    from mamba_sft.recipe_files import builtin_recipes
 
     found = builtin_recipes()
     if name not in found:
-        raise UsageError(f"no built-in recipe `{name}`", hint="there are " + ", ".join(f"`{known}`" for known in found))
+        raise UsageError(
+            f"no built-in recipe `{name}`", hint="there are " + ", ".join(f"`{known}`" for known in found)
+        )
     sys.stdout.write(found[name].read_text(encoding="utf-8"))
 
 

@@ -9,8 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 PACKAGES = (
-    "mamba-sft", "torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes", "numba", "triton",
-    "tokenizers", "safetensors",
+    "mamba-sft", "torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes", "numba",
+    "triton", "tokenizers", "safetensors",
 )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ LINES_WITHOUT_TERMINAL = 20
 
 
 class TrainingBar(TrainerCallback):
-    """Draws the progress of a run on `console`; where there is no terminal, about twenty plain lines instead."""
+    """Draws the progress of a run on `console`; without a terminal, about twenty plain lines."""
 
     def __init__(self, console: Console):
         self.console = console
@@ -41,7 +41,12 @@ class TrainingBar(TrainerCallback):
         """Starts the bar at the step training goes on from."""
         self.started = time.monotonic()
         self.task = self.bar.add_task(
-            "train", total=state.max_steps, completed=state.global_step, loss="-", validation="", rate="- tokens/s"
+            "train",
+            total=state.max_steps,
+            completed=state.global_step,
+            loss="-",
+            validation="",
+            rate="- tokens/s",
         )
         if state.is_world_process_zero:
             self.bar.start()
@@ -75,10 +80,16 @@ class TrainingBar(TrainerCallback):
         tokens = self.tokens - self.tokens_at_start
         rate = f"{tokens / seconds:,.0f} tokens/s" if tokens and seconds else "- tokens/s"
         self.bar.update(
-            self.task, completed=state.global_step, loss=self.loss or "-", validation=self.validation, rate=rate
+            self.task,
+            completed=state.global_step,
+            loss=self.loss or "-",
+            validation=self.validation,
+            rate=rate,
         )
         every = max(1, state.max_steps // LINES_WITHOUT_TERMINAL)
-        if not self.console.is_terminal and (state.global_step % every == 0 or state.global_step == state.max_steps):
+        if not self.console.is_terminal and (
+            state.global_step % every == 0 or state.global_step == state.max_steps
+        ):
             left = seconds / max(1, state.global_step) * (state.max_steps - state.global_step)
             self.console.print(
                 f"step {state.global_step}/{state.max_steps}  loss {self.loss or '-'}  {self.validation}"

@@ -20,7 +20,8 @@ table { border-collapse: collapse; width: 100% } th, td { text-align: left; vert
   padding: .35rem .6rem; border-bottom: 1px solid var(--line) } th { font-weight: 600 }
 td pre, pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; font-size: .9rem }
 .figures { display: flex; flex-wrap: wrap; gap: 1rem; margin: 1rem 0 } .figures div { background: var(--soft);
-  border-radius: .5rem; padding: .6rem 1rem } .figures b { display: block; font-size: 1.3rem; color: var(--accent) }
+  border-radius: .5rem; padding: .6rem 1rem }
+.figures b { display: block; font-size: 1.3rem; color: var(--accent) }
 .plot { background: #fff; border-radius: .5rem; padding: .5rem } .plot svg { width: 100%; height: auto }
 details pre { background: var(--soft); border-radius: .5rem; padding: 1rem }
 """
@@ -44,7 +45,9 @@ def loss_plot(metrics: list[dict[str, Any]]) -> str:
     rates = [(m["step"], m["learning_rate"]) for m in metrics if "learning_rate" in m]
     if steps:
         axes.plot(*zip(*steps, strict=True), color="#74c0fc", linewidth=1, label="training loss, each step")
-        axes.plot(*zip(*_smooth(steps), strict=True), color="#1971c2", linewidth=2, label="training loss, smoothed")
+        axes.plot(
+            *zip(*_smooth(steps), strict=True), color="#1971c2", linewidth=2, label="training loss, smoothed"
+        )
     if held_out:
         axes.plot(*zip(*held_out, strict=True), "o-", color="#e8590c", linewidth=2, label="validation loss")
     axes.set_xlabel("step")
@@ -53,7 +56,9 @@ def loss_plot(metrics: list[dict[str, Any]]) -> str:
     axes.grid(alpha=0.3)
     if rates:
         right = axes.twinx()
-        right.plot(*zip(*rates, strict=True), color="#868e96", linewidth=1, linestyle=":", label="learning rate")
+        right.plot(
+            *zip(*rates, strict=True), color="#868e96", linewidth=1, linestyle=":", label="learning rate"
+        )
         right.set_ylabel("learning rate")
         right.set_ylim(bottom=0)
     lines = [line for ax in figure.axes for line in ax.get_lines()]
@@ -89,12 +94,18 @@ def write_report(run: Run) -> None:
         f"<pre>{escape(json.dumps(environment, indent=2))}</pre></details>",
     ]
     title = f"<title>{escape(run.path.name)}: mamba-sft run report</title>"
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width">{title}<style>{STYLE}</style>'
-    write_atomically(run.report, f"<!doctype html><html lang=en><head>{head}</head><body>{''.join(parts)}</body></html>\n")
+    meta = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+    head = f"{meta}{title}<style>{STYLE}</style>"
+    write_atomically(
+        run.report, f"<!doctype html><html lang=en><head>{head}</head><body>{''.join(parts)}</body></html>\n"
+    )
 
 
 def _figures(environment: dict[str, Any], metrics: list[dict[str, Any]], samples: list[Sample]) -> str:
-    figures = {"steps": f"{environment.get('steps', 0):,}", "time": _duration(environment.get("seconds", 0.0))}
+    figures = {
+        "steps": f"{environment.get('steps', 0):,}",
+        "time": _duration(environment.get("seconds", 0.0)),
+    }
     tokens = [m["num_tokens"] for m in metrics if "num_tokens" in m]
     if tokens:
         figures["tokens read"] = f"{tokens[-1]:,.0f}"
@@ -105,7 +116,9 @@ def _figures(environment: dict[str, Any], metrics: list[dict[str, Any]], samples
         score = exact_match([s.prompt for s in samples], [getattr(s, when) for s in samples])
         if score is not None:
             figures[f"exact match {when}"] = f"{100 * score:.1f} %"
-    return '<div class="figures">' + "".join(f"<div><b>{v}</b>{k}</div>" for k, v in figures.items()) + "</div>"
+    return (
+        '<div class="figures">' + "".join(f"<div><b>{v}</b>{k}</div>" for k, v in figures.items()) + "</div>"
+    )
 
 
 def _duration(seconds: float) -> str:
@@ -118,7 +131,11 @@ def _samples_table(samples: list[Sample]) -> str:
     if not samples:
         return ""
     rows = "".join(
-        "<tr>" + "".join(f"<td><pre>{escape(text)}</pre></td>" for text in (s.prompt.prompt, s.before, s.after)) + "</tr>"
+        "<tr>"
+        + "".join(f"<td><pre>{escape(text)}</pre></td>" for text in (s.prompt.prompt, s.before, s.after))
+        + "</tr>"
         for s in samples[:SHOWN_SAMPLES]
     )
-    return f"<h2>Before and after</h2><table><tr><th>prompt</th><th>base</th><th>tuned</th></tr>{rows}</table>"
+    return (
+        f"<h2>Before and after</h2><table><tr><th>prompt</th><th>base</th><th>tuned</th></tr>{rows}</table>"
+    )

@@ -29,7 +29,7 @@ def find_checkpoint(run: Run, recipe: Recipe) -> Path:
     """Returns the checkpoint that `--resume` goes on from.
 
     Raises:
-        RecipeError: The recipe differs from the one the run was started with; the message lists every difference.
+        RecipeError: The recipe is not the one the run was started with; the message lists what differs.
         TrainingError: The run is finished, or has no complete checkpoint.
     """
     Run.open(run)
@@ -42,7 +42,7 @@ def find_checkpoint(run: Run, recipe: Recipe) -> Path:
     if changed:
         raise RecipeError(
             f"`{run.path}` was started with another recipe:\n" + "\n".join(changed),
-            hint=f"go on with its own: `mamba-sft train {run.recipe} --resume`, or choose another `output_dir`",
+            hint=f"go on with its own: `mamba-sft train {run.recipe} --resume`, or set another `output_dir`",
         )
     if run.adapter.is_dir():
         raise TrainingError(f"`{run.path}` is finished", hint=f"next: `mamba-sft merge {run.path}`")
@@ -57,7 +57,11 @@ def find_checkpoint(run: Run, recipe: Recipe) -> Path:
 def differences(old: Recipe, new: Recipe) -> list[tuple[str, Any, Any]]:
     """Returns the fields in which two recipes differ, as (dotted name, old value, new value)."""
     left, right = _flat(old.model_dump()), _flat(new.model_dump())
-    return [(name, left.get(name), right.get(name)) for name in sorted({*left, *right}) if left.get(name) != right.get(name)]
+    return [
+        (name, left.get(name), right.get(name))
+        for name in sorted({*left, *right})
+        if left.get(name) != right.get(name)
+    ]
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

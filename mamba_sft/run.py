@@ -109,7 +109,9 @@ class Run:
         """
         recipes = sorted(Path(root).glob("*/recipe.yaml"), key=lambda path: path.stat().st_mtime)
         if not recipes:
-            raise UsageError(f"no run under `{root}/`", hint="`mamba-sft train quickstart` makes one in minutes")
+            raise UsageError(
+                f"no run under `{root}/`", hint="`mamba-sft train quickstart` makes one in minutes"
+            )
         return cls(recipes[-1].parent)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,9 @@ def load_prompts(path: Path) -> list[Prompt]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read the sample prompts `{path}`: {error}", hint="see `eval.prompts`") from error
+        raise DataError(
+            f"cannot read the sample prompts `{path}`: {error}", hint="see `eval.prompts`"
+        ) from error
     prompts = [_parse(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
     if not prompts:
         raise DataError(f"`{path}` holds no prompts", hint='one a line: {"prompt": "What is a haiku?"}')
@@ -76,7 +78,9 @@ def _parse(line: str, where: str) -> Prompt:
 def exact_match(prompts: Sequence[Prompt], answers: Sequence[str]) -> float | None:
     """Returns the share of scored prompts answered exactly (after stripping), None when none is scored."""
     scored = [
-        (prompt.answer, answer) for prompt, answer in zip(prompts, answers, strict=True) if prompt.answer is not None
+        (prompt.answer, answer)
+        for prompt, answer in zip(prompts, answers, strict=True)
+        if prompt.answer is not None
     ]
     if not scored:
         return None
@@ -90,10 +94,7 @@ def pair(prompts: Sequence[Prompt], before: Sequence[str], after: Sequence[str])
 
 def write_samples(path: Path, samples: Sequence[Sample]) -> None:
     """Writes samples as JSON Lines, atomically."""
-    rows = [
-        {"prompt": s.prompt.prompt, "system": s.prompt.system, "answer": s.prompt.answer, "before": s.before, "after": s.after}
-        for s in samples
-    ]  # fmt: skip
+    rows = [asdict(sample.prompt) | {"before": sample.before, "after": sample.after} for sample in samples]
     write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 

@@ -1,4 +1,4 @@
-"""TRL's trainer as this project uses it: its configuration from a recipe, and what ours adds. The only user of trl."""
+"""TRL's trainer as this project uses it: configured from a recipe, and what ours adds. Owner of trl."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
+from mamba_sft.adapter import keep_float32
 from mamba_sft.errors import RecipeError, TrainingError
 from mamba_sft.model import resolve_dtype
 from mamba_sft.recipe import Recipe
@@ -26,7 +27,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
     Args:
         run: Where a batch that gave NaN is kept.
         schedule: The recipe's `lr_scheduler_type`.
-        callbacks: As the trainer's; when one of them shows progress (has a `console`), the trainer's bar is off.
+        callbacks: As the trainer's; one that shows progress (has a `console`) replaces the trainer's bar.
         **arguments: Everything else `SFTTrainer` takes.
     """
 
@@ -37,9 +38,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         self.remove_callback(PrinterCallback)
         if any(hasattr(callback, "console") for callback in callbacks):
             self.remove_callback(ProgressCallback)
-        for parameter in self.model.parameters():
-            if parameter.requires_grad:  # TRL casts a quantized model's adapter to bf16: small updates round away
-                parameter.data = parameter.data.float()
+        keep_float32(self.model)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Adds what `wsd` needs to know to the trainer's own schedulers."""
@@ -51,7 +50,11 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
         if not torch.isfinite(loss):
             self._stop_on_nan("loss", inputs)
-        elif self.accelerator.sync_gradients and self.accelerator.scaler is None and not _gradients_finite(model):
+        elif (
+            self.accelerator.sync_gradients
+            and self.accelerator.scaler is None
+            and not _gradients_finite(model)
+        ):
             self._stop_on_nan("gradient", inputs)
         return loss
 
@@ -122,8 +125,9 @@ def trainer_arguments(recipe: Recipe, run: Run, *, has_validation: bool) -> SFTC
 
 def _same_names(recipe: Recipe) -> dict[str, Any]:
     names = (
-        "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate",
-        "warmup_steps", "weight_decay", "max_grad_norm", "optim", "logging_steps", "save_steps", "save_total_limit",
+        "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps",
+        "learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "optim", "logging_steps",
+        "save_steps", "save_total_limit",
     )  # fmt: skip
     return {name: getattr(recipe.train, name) for name in names}
 
@@ -134,7 +138,8 @@ def _sft_config(values: dict[str, Any], more: dict[str, Any]) -> SFTConfig:
         if name not in known:
             close = get_close_matches(name, known, n=1)
             raise RecipeError(
-                f"unknown field `train.trainer_arguments.{name}`" + (f"; did you mean `{close[0]}`?" if close else ""),
+                f"unknown field `train.trainer_arguments.{name}`"
+                + (f"; did you mean `{close[0]}`?" if close else ""),
                 hint="it takes any field of trl.SFTConfig that the recipe has no field for",
             )
     try:

@@ -1,4 +1,4 @@
-"""From a recipe to a run: data, model, adapter and TRL's `SFTTrainer`, put together in the order they are needed.
+"""From a recipe to a run: data, model, adapter and trainer, put together in the order they are needed.
 
 Everything that can be checked without weights is checked first (`prepare`, which `--dry-run` stops after).
 """
@@ -21,18 +21,20 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 
 from mamba_sft.adapter import adapter_allowed, attach_adapter, save_adapter
 from mamba_sft.callbacks import AdapterWatch, Interruption, MetricsLog
-from mamba_sft.chat import TemplateSetup, prepare_tokenizer
+from mamba_sft.chat import TemplateSetup, prepare_tokenizer, render
 from mamba_sft.data import PreparedData, prepare_data
 from mamba_sft.environment import describe_environment
 from mamba_sft.errors import TrainingError
-from mamba_sft.generation import answer_all
+from mamba_sft.generation import answers, stop_token_ids
 from mamba_sft.model import apply_setup, load_config, load_model, load_tokenizer
 from mamba_sft.packing import Collator, pack
-from mamba_sft.recipe import Recipe, find_path
+from mamba_sft.recipe import Recipe
+from mamba_sft.recipe_files import find_path
 from mamba_sft.reporting import write_report
 from mamba_sft.resuming import find_checkpoint, newest_checkpoint, refuse_to_overwrite
 from mamba_sft.run import Run, atomic_directory, write_atomically
-from mamba_sft.samples import Prompt, exact_match, load_prompts, pair, write_samples
+from mamba_sft.samples import Prompt, load_prompts, pair, write_samples
+from mamba_sft.sampling import Sampling
 from mamba_sft.trainer import Trainer, trainer_arguments
 
 if TYPE_CHECKING:
@@ -41,8 +43,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+ANSWERED_TOGETHER = 32
+"""Sample prompts answered in one batch."""
 
-class Interrupted(TrainingError):
+
+class RunInterruptedError(TrainingError):
     """The user stopped the run; its newest checkpoint is complete."""
 
     exit_code = 130
@@ -95,7 +100,9 @@ def prepare(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) ->
     tokenizer = load_tokenizer(recipe.model)
     reserved = {config.bos_token_id, config.eos_token_id, config.pad_token_id} - {None}
     setup = prepare_tokenizer(tokenizer, recipe.chat, reserved, embedding_rows=config.vocab_size)
-    data = prepare_data(recipe.data, setup, system=recipe.chat.system, seed=recipe.seed, rejected=run.rejected)
+    data = prepare_data(
+        recipe.data, setup, system=recipe.chat.system, seed=recipe.seed, rejected=run.rejected
+    )
     packed = recipe.data.packing
     max_length = recipe.data.max_length
     train_rows = pack(data.train, max_length, recipe.seed) if packed and max_length else data.train
@@ -118,7 +125,11 @@ def prepare(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) ->
 
 
 def train(
-    recipe: Recipe, *, resume: bool = False, overwrite: bool = False, callbacks: Sequence[TrainerCallback] = ()
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> Run:
     """Trains `recipe` and returns the finished run.
 
@@ -130,7 +141,7 @@ def train(
 
     Raises:
         MambaSFTError: The run cannot start, diverged, or holds an adapter that cannot learn.
-        Interrupted: Ctrl-C or SIGTERM; a checkpoint was saved.
+        RunInterruptedError: Ctrl-C or SIGTERM; a checkpoint was saved.
     """
     return fit(prepare(recipe, resume=resume, overwrite=overwrite), callbacks=callbacks)
 
@@ -158,7 +169,9 @@ def count_steps(recipe: Recipe, rows: int, processes: int) -> int:
     if recipe.train.max_steps > 0:
         return recipe.train.max_steps
     batches = math.ceil(rows / (recipe.train.per_device_train_batch_size * processes))
-    return math.ceil(recipe.train.num_train_epochs * math.ceil(batches / recipe.train.gradient_accumulation_steps))
+    return math.ceil(
+        recipe.train.num_train_epochs * math.ceil(batches / recipe.train.gradient_accumulation_steps)
+    )
 
 
 def _start_directory(preparation: Preparation) -> None:
@@ -205,11 +218,13 @@ def _run_trainer(trainer: Trainer, checkpoint: Path | None, interruption: Interr
         raise _interrupted(trainer)
 
 
-def _interrupted(trainer: Trainer) -> Interrupted:
+def _interrupted(trainer: Trainer) -> RunInterruptedError:
     kept = newest_checkpoint(trainer.run)
     if kept is None:
-        return Interrupted(f"stopped at step {trainer.state.global_step}, before the first checkpoint")
-    return Interrupted(
+        return RunInterruptedError(
+            f"stopped at step {trainer.state.global_step}, before the first checkpoint"
+        )
+    return RunInterruptedError(
         f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; saved `{kept}`",
         hint=f"continue with `mamba-sft train {trainer.run.recipe} --resume`",
     )
@@ -222,7 +237,7 @@ def _out_of_memory_explained() -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         raise TrainingError(
             f"the card is out of memory: {error}",
-            hint="lower `train.per_device_train_batch_size` or `data.max_length`, or use `model.quantization=nf4`",
+            hint="lower `train.per_device_train_batch_size`, `data.max_length`, or use `model.quantization=nf4`",
         ) from error
 
 
@@ -231,19 +246,22 @@ def _answer(preparation: Preparation, trainer: Trainer, when: str) -> list[str]:
     if not prompts or not trainer.is_world_process_zero():
         return []
     logger.info("answering %d sample prompts %s training", len(prompts), when)
-    answers: list[str] = answer_all(
+    tokenizer = preparation.setup.tokenizer
+    chats = [prompt.messages(recipe.chat.system) for prompt in prompts]
+    given = answers(
         trainer.model,
-        preparation.setup.tokenizer,
-        [prompt.messages(recipe.chat.system) for prompt in prompts],
-        max_new_tokens=recipe.eval.max_new_tokens,
+        tokenizer,
+        [render(tokenizer, chat, add_generation_prompt=True)[0] for chat in chats],
+        sampling=Sampling(max_new_tokens=recipe.eval.max_new_tokens),
+        stop_ids=stop_token_ids(trainer.model, tokenizer),
+        batch_size=ANSWERED_TOGETHER,
     )
-    score = exact_match(prompts, answers)
-    if score is not None:
-        logger.info("exact match %s training: %.1f%%", when, 100 * score)
-    return answers
+    return [answer.text for answer in given]
 
 
-def _save(preparation: Preparation, trainer: Trainer, before: list[str], after: list[str], seconds: float) -> None:
+def _save(
+    preparation: Preparation, trainer: Trainer, before: list[str], after: list[str], seconds: float
+) -> None:
     run, recipe = preparation.run, preparation.recipe
     with atomic_directory(run.adapter) as partial:
         save_adapter(trainer.model, partial, section=recipe.model, setup=preparation.setup)

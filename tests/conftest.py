@@ -61,8 +61,8 @@ def build_model(**config: Any) -> Any:
     from transformers import FalconMambaConfig, FalconMambaForCausalLM
 
     values = {
-        "vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 16, "tie_word_embeddings": False,
-        "bos_token_id": 0, "eos_token_id": 11, "pad_token_id": 11,
+        "vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 16,
+        "tie_word_embeddings": False, "bos_token_id": 0, "eos_token_id": 11, "pad_token_id": 11,
     } | config  # fmt: skip
     torch.manual_seed(0)
     model = FalconMambaForCausalLM(FalconMambaConfig(**values)).float().eval()
