@@ -237,7 +237,7 @@ def _out_of_memory_explained() -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         raise TrainingError(
             f"the card is out of memory: {error}",
-            hint="lower `train.per_device_train_batch_size` or `data.max_length`, or set `model.quantization=nf4`",
+            hint="lower `train.per_device_train_batch_size` or `data.max_length`, or use nf4",
         ) from error
 
 
