@@ -1,0 +1,284 @@
+"""Where LoRA goes on a Mamba mixer: attach it, save and load it, prove that it learns.
+
+PEFT refuses LoRA on `out_proj` of every Mamba model, by name, because the compiled path of `transformers` multiplies by
+`out_proj.weight` and would skip the adapter without a word. Our mixer calls `in_proj`, `x_proj`, `dt_proj` and
+`out_proj` as modules and hands only activations to its kernels, so an adapter on any of them takes part in forward and
+backward. `adapter_allowed` lifts the refusal for a model that carries our mixer, and for nothing else.
+
+Adapter weights are float32 whatever the base is: the steps of training are too small for 16 bits to hold.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import peft.tuners.tuners_utils as tuners_utils
+import torch
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+
+from mamba_sft.errors import AdapterError
+from mamba_sft.kernels.falcon_mamba import FalconMambaMixer
+from mamba_sft.model import base_fingerprint, resolve_base
+
+if TYPE_CHECKING:
+    from mamba_sft.chat import TemplateSetup
+    from mamba_sft.recipe import AdapterSection, ModelSection
+
+TARGETS = ("in_proj", "x_proj", "dt_proj", "out_proj")
+WEIGHTS_NAME = "adapter_model.safetensors"
+BASE_FACTS_NAME = "base.json"
+_ADAPTER = "default"
+_REFUSED = {
+    "conv1d": "it is a depthwise convolution, not a projection, and its kernel reads the weight directly",
+    "lm_head": "the chunked loss multiplies by its weight directly, so an adapter on it would never be trained",
+    "embeddings": "only the rows of new special tokens are trained, through `trained_token_ids`",
+    "A_log": "it is a parameter of the recurrence, not a projection",
+    "D": "it is a parameter of the recurrence, not a projection",
+}
+
+
+@contextmanager
+def adapter_allowed(model: Any) -> Iterator[None]:
+    """Lifts PEFT's refusal of `out_proj`, inside the block, for models whose every mixer is ours.
+
+    Safe because the refusal guards against mixers that read `out_proj.weight`; ours never does, which the tests of
+    this module and the gradient check in training hold. Any other model meets PEFT's own check, inside the block too.
+
+    Raises:
+        AdapterError: `model` does not carry our mixer.
+    """
+    if not _has_our_mixer(model):
+        raise AdapterError(
+            "this model does not carry mamba-sft's mixer, so an adapter on `out_proj` could be skipped silently",
+            hint="call `mamba_sft.kernels.falcon_mamba.install(model)` first",
+        )
+    check = tuners_utils._check_lora_target_modules_mamba
+
+    def allow(config: PeftConfig, module: Any, target: str) -> None:
+        if target != "out_proj" or not _has_our_mixer(module):
+            check(config, module, target)
+
+    tuners_utils._check_lora_target_modules_mamba = allow
+    try:
+        yield
+    finally:
+        tuners_utils._check_lora_target_modules_mamba = check
+
+
+def attach_adapter(
+    model: Any, section: AdapterSection, *, trained_token_ids: Sequence[int] = ()
+) -> PeftModel:
+    """Wraps `model` with a fresh trainable adapter; everything else is frozen.
+
+    Args:
+        model: A FalconMamba language model with our mixer installed, quantized or not.
+        section: Rank, scale, targets, variants.
+        trained_token_ids: Rows of the embeddings, and of `lm_head` where it is a matrix of its own, trained in full.
+
+    Raises:
+        AdapterError: A target is refused or matches nothing, a row does not exist, or the mixer is not ours.
+    """
+    _check_targets(model, section.target_modules)
+    size = model.get_input_embeddings().weight.shape[0]
+    outside = [token for token in trained_token_ids if not 0 <= token < size]
+    if outside:
+        raise AdapterError(f"tokens {outside} have no row in the embeddings, which have {size}")
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=section.r,
+        lora_alpha=section.lora_alpha,
+        lora_dropout=section.lora_dropout,
+        target_modules=sorted(section.target_modules),
+        use_rslora=section.use_rslora,
+        use_dora=section.use_dora,
+        trainable_token_indices=_trained_rows(model, trained_token_ids),
+    )
+    return _wrap(model, config)
+
+
+def load_adapter(model: Any, path: str | Path, *, trainable: bool = False) -> PeftModel:
+    """Wraps `model` with the adapter saved in `path`, weights in float32 exactly as saved.
+
+    Args:
+        model: The base it was trained on, prepared by `apply_setup` as then, with our mixer installed.
+        path: A directory with `adapter_config.json` and `adapter_model.safetensors`.
+        trainable: Whether its tensors require gradients.
+
+    Raises:
+        AdapterError: Files are missing or broken, or the adapter does not fit the model.
+    """
+    path = Path(path)
+    config, weights = _read_adapter(path)
+    config.inference_mode = not trainable
+    config.base_model_name_or_path = None  # where it lay when it was trained is not where it lies now
+    try:
+        wrapped = _wrap(model, config)
+        result = set_peft_model_state_dict(wrapped, weights, adapter_name=_ADAPTER)
+    except (RuntimeError, ValueError, IndexError, KeyError) as error:
+        raise AdapterError(
+            f"the adapter in `{path}` does not fit this model: {error}",
+            hint="load the base it was trained on",
+        ) from error
+    lacking = [name for name in adapter_tensors(wrapped) if name in set(result.missing_keys)]
+    if lacking or result.unexpected_keys:
+        odd = (lacking or list(result.unexpected_keys))[0]
+        raise AdapterError(
+            f"the adapter in `{path}` does not fit this model: {len(lacking)} tensors lacking, "
+            f"{len(result.unexpected_keys)} unknown, such as `{odd}`",
+            hint="the base has another number of layers, or the adapter's config and weights do not belong together",
+        )
+    for parameter in adapter_tensors(wrapped).values():
+        parameter.requires_grad_(trainable)
+    return wrapped.train(trainable)
+
+
+def save_adapter(model: PeftModel, directory: Path, *, section: ModelSection, setup: TemplateSetup) -> None:
+    """Writes the adapter, its tokenizer and template, and what a merge must know of the base.
+
+    Args:
+        model: From `attach_adapter` or `load_adapter`.
+        directory: Where to; made if absent.
+        section: The base it was trained on.
+        setup: The tokenizer and special tokens it was trained with.
+    """
+    from safetensors.torch import save_file
+
+    directory.mkdir(parents=True, exist_ok=True)
+    weights = get_peft_model_state_dict(model, save_embedding_layers=False)
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(weights.items())}
+    save_file(contiguous, directory / WEIGHTS_NAME, metadata={"format": "pt"})
+    model.peft_config[_ADAPTER].save_pretrained(directory, inference_mode=True)
+    setup.tokenizer.save_pretrained(directory)
+    model.generation_config.save_pretrained(directory)
+    facts = {
+        "base": section.base,
+        "revision": section.revision,
+        "fingerprint": base_fingerprint(resolve_base(section.base, section.revision)),
+        "quantization": section.quantization,
+        "dtype": str(model.get_base_model().dtype).removeprefix("torch."),
+        "resize_to": setup.resize_to,
+        "trained_token_ids": list(setup.trained_token_ids),
+    }
+    (directory / BASE_FACTS_NAME).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+def adapter_tensors(model: Any) -> dict[str, torch.nn.Parameter]:
+    """Returns the adapter's parameters by name: LoRA matrices, DoRA magnitudes, trained token rows."""
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if ".lora_" in name or ".trainable_tokens_delta." in name
+    }
+
+
+def keep_float32(model: Any) -> None:
+    """Makes the adapter's parameters float32, in place.
+
+    Needed again after `SFTTrainer` is built: on a quantized base it casts trainable parameters to bfloat16.
+    """
+    for parameter in adapter_tensors(model).values():
+        parameter.data = parameter.data.float()
+
+
+def dead_adapters(model: Any) -> list[str]:
+    """Returns the names of trainable adapter tensors that the last backward should have reached but did not.
+
+    A tensor without a gradient is dead, and so is one whose gradient is exactly zero, with two exceptions. LoRA starts
+    with B = 0, through which no signal reaches A, so A counts only once B has moved (not in the first step, nor while
+    warm-up keeps the learning rate at zero). Rows of input tokens count only if they occurred in the batch.
+
+    Args:
+        model: After a backward, before the gradients are cleared.
+    """
+    parameters = adapter_tensors(model)
+    return [
+        name
+        for name, parameter in parameters.items()
+        if parameter.requires_grad and parameter.numel() and _is_dead(name, parameter, parameters)
+    ]
+
+
+def _is_dead(name: str, parameter: torch.nn.Parameter, parameters: dict[str, torch.nn.Parameter]) -> bool:
+    if parameter.grad is None:
+        return True
+    if parameter.grad.any():
+        return False
+    if ".lora_A." in name:
+        return bool(parameters[name.replace(".lora_A.", ".lora_B.")].any())
+    return ".embeddings." not in name
+
+
+def _wrap(model: Any, config: PeftConfig) -> PeftModel:
+    with adapter_allowed(model):
+        wrapped = get_peft_model(model, config, adapter_name=_ADAPTER)
+    head = wrapped.get_output_embeddings()
+    if (
+        "bias" not in head._parameters
+    ):  # PEFT's wrapper of trained rows hides that `lm_head` has none, and TRL asks
+        head.register_parameter("bias", None)
+    keep_float32(wrapped)
+    return wrapped
+
+
+def _trained_rows(model: Any, token_ids: Sequence[int]) -> dict[str, list[int]] | None:
+    if not token_ids:
+        return None
+    rows = {"embeddings": sorted(set(token_ids))}
+    if model.get_input_embeddings().weight is not model.get_output_embeddings().weight:
+        rows["lm_head"] = sorted(set(token_ids))
+    return rows  # PEFT extends the rows of a tied matrix to its other use
+
+
+def _has_our_mixer(model: Any) -> bool:
+    mixers = [module for module in model.modules() if hasattr(module, "A_log")]
+    return bool(mixers) and all(isinstance(mixer, FalconMambaMixer) for mixer in mixers)
+
+
+def _check_targets(model: Any, targets: Sequence[str]) -> None:
+    names = [name for name, module in model.named_modules() if not list(module.children())]
+    leaves = Counter(name.rpartition(".")[2] for name in names if name.rpartition(".")[2] in TARGETS)
+    existing = ", ".join(f"{leaf} ({leaves[leaf]})" for leaf in TARGETS if leaves[leaf])
+    problems = []
+    for target in targets:
+        leaf = target.rpartition(".")[2]
+        if leaf in _REFUSED:
+            problems.append(f"`{target}` cannot carry LoRA: {_REFUSED[leaf]}")
+        elif leaf not in TARGETS or not any(name == target or name.endswith(f".{target}") for name in names):
+            problems.append(f"`{target}` matches no projection of this model")
+    if problems or not targets:
+        raise AdapterError(
+            "\n".join(problems) or "`adapter.target_modules` is empty",
+            hint=f"there are: {existing or 'none'}",
+        )
+
+
+def _read_adapter(path: Path) -> tuple[PeftConfig, dict[str, torch.Tensor]]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    for name in ("adapter_config.json", WEIGHTS_NAME):
+        if not (path / name).is_file():
+            raise AdapterError(
+                f"no adapter in `{path}`: `{name}` is missing", hint="give the `adapter/` of a run"
+            )
+    try:
+        config, weights = PeftConfig.from_pretrained(str(path)), load_file(path / WEIGHTS_NAME)
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise AdapterError(
+            f"the adapter in `{path}` cannot be read: {error}", hint="copy it again"
+        ) from error
+    if not isinstance(config, LoraConfig):
+        raise AdapterError(f"the adapter in `{path}` is {config.peft_type}, not LoRA")
+    return config, weights

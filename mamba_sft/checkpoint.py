@@ -1,0 +1,192 @@
+"""A base checkpoint on disk, checked and told from others before anything heavy is loaded.
+
+Headers and a few samples are read, not weights: a 14.5 GB model takes well under a second. Only safetensors
+is accepted. A `.bin` file is a pickle, and opening one can run any code its author put there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mamba_sft.errors import ModelError
+
+MODEL_TYPE = "falcon_mamba"
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+# Config fields that saving a model again changes while the model stays the same.
+_INCIDENTAL = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
+_PROBES = 8
+_PROBE_BYTES = 64
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where one tensor lies.
+
+    Args:
+        file: The shard that holds it.
+        dtype: As safetensors names it, e.g. `BF16`.
+        shape: Its dimensions.
+        start: First byte in the file.
+        end: One past the last byte.
+    """
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """Returns the `config.json` of a FalconMamba checkpoint.
+
+    Raises:
+        ModelError: There is none, it is not JSON, it is of another model type, or the weights are quantized.
+    """
+    path = directory / "config.json"
+    if not path.is_file():
+        if (directory / "adapter_config.json").is_file():
+            raise ModelError(
+                f"`{directory}` is an adapter, not a base model: it has no `config.json`",
+                hint="give the base model it was trained on, or merge it first with `mamba-sft merge`",
+            )
+        raise ModelError(
+            f"`{directory}` is not a model: it has no `config.json`",
+            hint="give a directory that `save_pretrained` wrote, or a hub id",
+        )
+    config = _read_json(path)
+    if config.get("model_type") != MODEL_TYPE:
+        raise ModelError(
+            f"`{directory}` is a `{config.get('model_type')}` model; mamba-sft trains `{MODEL_TYPE}` models",
+            hint="try `tiiuae/falcon-mamba-7b`",
+        )
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method", "unknown method")
+        raise ModelError(
+            f"`{directory}` holds weights that are already quantized ({method})",
+            hint="give the full-precision base with `model.quantization: nf4`: then the run can be merged",
+        )
+    return config
+
+
+def read_tensors(directory: Path) -> dict[str, TensorEntry]:
+    """Returns every tensor of a checkpoint by name, after checking that all shards are present and whole.
+
+    Raises:
+        ModelError: No safetensors file; a missing, truncated or corrupt shard; an index that disagrees.
+    """
+    places = _weight_map(directory)
+    names = sorted(set(places.values())) or [SINGLE_NAME]
+    missing = [name for name in names if not (directory / name).is_file()]
+    if missing:
+        raise _missing_weights(directory, missing, len(names))
+    entries: dict[str, TensorEntry] = {}
+    for name in names:
+        entries.update(_read_header(directory / name))
+    for tensor, file in places.items():
+        if tensor not in entries or entries[tensor].file.name != file:
+            raise ModelError(
+                f"`{directory / INDEX_NAME}` says that `{file}` holds `{tensor}`, but it does not",
+                hint="the shards and the index are of different checkpoints; download the model again",
+            )
+    return entries
+
+
+def base_fingerprint(directory: str | Path) -> str:
+    """Returns a hash that tells one base model from another without reading all of its weights.
+
+    It covers the architecture (`config.json` without incidental fields), every tensor's name, dtype and
+    shape, and eight 64-byte samples spread over each tensor. It does not depend on how tensors are spread
+    over shards. Fine-tuned or merged weights differ almost everywhere, so the samples tell them apart; an
+    edit between samples, such as one token's embedding, goes unseen.
+
+    Raises:
+        ModelError: The directory is not a complete FalconMamba checkpoint.
+    """
+    directory = Path(directory)
+    config = {key: value for key, value in read_config(directory).items() if key not in _INCIDENTAL}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    entries = read_tensors(directory)
+    files = {path: path.open("rb") for path in {entry.file for entry in entries.values()}}
+    try:
+        for name in sorted(entries):
+            entry = entries[name]
+            digest.update(f"{name} {entry.dtype} {entry.shape}".encode())
+            last = max(entry.start, entry.end - _PROBE_BYTES)
+            for i in range(_PROBES):
+                offset = entry.start + (last - entry.start) * i // (_PROBES - 1)
+                files[entry.file].seek(offset)
+                digest.update(files[entry.file].read(min(_PROBE_BYTES, entry.end - offset)))
+    finally:
+        for file in files.values():
+            file.close()
+    return digest.hexdigest()
+
+
+def _weight_map(directory: Path) -> dict[str, str]:
+    if not (directory / INDEX_NAME).is_file():
+        return {}
+    places = _read_json(directory / INDEX_NAME).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise ModelError(f"`{directory / INDEX_NAME}` lists no weights", hint="download the model again")
+    return places
+
+
+def _missing_weights(directory: Path, missing: list[str], total: int) -> ModelError:
+    pickles = sorted(path.name for path in directory.glob("*.bin"))
+    if pickles and missing == [SINGLE_NAME]:
+        return ModelError(
+            f"`{directory}` has its weights as pickles (`{pickles[0]}`), which can run code when opened; "
+            "only safetensors is loaded",
+            hint="convert it where you trust it: `from_pretrained(...)`, then `save_pretrained(...)`",
+        )
+    return ModelError(
+        f"`{directory}` lacks {len(missing)} of {total} weight files: {', '.join(missing)}",
+        hint="the download or copy is not complete; fetch the missing files",
+    )
+
+
+def _read_header(path: Path) -> dict[str, TensorEntry]:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        if start == b"version ":
+            raise ModelError(f"`{path}` is a Git LFS pointer, not weights", hint="run `git lfs pull`")
+        length = int.from_bytes(start, "little")
+        header = file.read(length) if len(start) == 8 and length <= size - 8 else b""
+    try:
+        tensors = json.loads(header)
+        tensors.pop("__metadata__", None)
+        entries = {name: _entry(path, 8 + length, value) for name, value in tensors.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(
+            f"`{path}` is not a safetensors file: its header cannot be read ({size:,} bytes in all)",
+            hint="it is corrupt or an interrupted download; fetch it again",
+        ) from error
+    expected = max((entry.end for entry in entries.values()), default=8 + length)
+    if size < expected:
+        raise ModelError(
+            f"`{path}` is truncated: it has {size:,} bytes, its header promises {expected:,}",
+            hint="an interrupted download leaves this; fetch it again",
+        )
+    return entries
+
+
+def _entry(path: Path, data_start: int, value: dict[str, Any]) -> TensorEntry:
+    begin, end = value["data_offsets"]
+    return TensorEntry(path, value["dtype"], tuple(value["shape"]), data_start + begin, data_start + end)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"`{path}` is not valid JSON: {error}", hint="download it again") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"`{path}` is not a JSON object", hint="download it again")
+    return content

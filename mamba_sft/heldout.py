@@ -1,0 +1,72 @@
+"""The loss on rows that were not trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from mamba_sft.errors import DataError
+
+# Positions per projection on to the vocabulary: 65,024 logits in float32 are then 0.25 GB, however long the rows.
+_POSITIONS = 1024
+
+
+@torch.no_grad()
+def heldout_loss(
+    model: Any, dataset: Sequence[Any], collator: Callable[[list[Any]], Any], batch_size: int
+) -> float:
+    """Returns the mean negative log-likelihood of the trained tokens, each token weighing the same.
+
+    The full logits never exist: positions without a label are skipped, the rest are projected in pieces.
+
+    Args:
+        model: A FalconMamba language model, plain, quantized or with an adapter; its training mode is restored.
+        dataset: Rows with `input_ids` and `labels`, by integer index.
+        collator: Rows -> `input_ids`, `labels` (B, L), -100 where not trained, with `attention_mask` and `seq_idx`.
+        batch_size: Rows at a time.
+
+    Raises:
+        DataError: No token is trained in any row.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    device = base.get_input_embeddings().weight.device
+    total, count = 0.0, 0
+    with _evaluating(model):
+        for start in range(0, len(dataset), batch_size):
+            rows = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
+            batch = {name: tensor.to(device) for name, tensor in collator(rows).items()}
+            labels = batch.pop("labels")[:, 1:]
+            hidden = base.backbone(**batch, use_cache=False).last_hidden_state[:, :-1]
+            trained = labels != -100
+            losses = _losses(base.get_output_embeddings(), hidden[trained], labels[trained])
+            total += losses
+            count += int(trained.sum())
+    if count == 0:
+        raise DataError(
+            f"none of the {len(dataset)} held-out rows has a token to be scored on",
+            hint="a larger `data.validation`, or a longer `data.max_length`, leaves answers in them",
+        )
+    return total / count
+
+
+def _losses(head: Any, hidden: torch.Tensor, labels: torch.Tensor) -> float:
+    dtype = getattr(head, "original_module", head).weight.dtype
+    total = 0.0
+    for piece, targets in zip(hidden.split(_POSITIONS), labels.split(_POSITIONS), strict=True):
+        logits = head(piece.to(dtype)).float()
+        total += torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
+    return total
+
+
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,323 @@
+"""The base model and its tokenizer: found, checked, loaded in the asked precision, with our mixer installed.
+
+`load_model` accepts any `transformers` FalconMamba checkpoint in safetensors, from a directory or the hub. Code that
+comes with a checkpoint is never run. Weights keep one dtype throughout, the recipe's: the mixer computes the
+recurrence and every norm in float32 anyway, and what was trained against is then exactly what a merge writes.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mamba_sft.checkpoint import base_fingerprint, read_config, read_tensors
+from mamba_sft.errors import ModelError
+from mamba_sft.kernels.falcon_mamba import install
+from mamba_sft.recipe import ModelSection, find_path
+
+if TYPE_CHECKING:
+    from mamba_sft.chat import TemplateSetup
+
+__all__ = [
+    "apply_setup",
+    "base_fingerprint",
+    "load_config",
+    "load_model",
+    "load_tokenizer",
+    "resolve_base",
+    "resolve_dtype",
+]
+
+logger = logging.getLogger(__name__)
+
+# Everything a snapshot needs and nothing that is code or a pickle.
+_TOKENIZER_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]
+_WEIGHT_FILES = ["*.safetensors"]
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+# Kept in the compute dtype when the rest is quantized. `lm_head` feeds the loss and TRL's chunked loss multiplies by
+# its weight. `dt_proj` is 2% of the weights and sets the decay of every state, where an error compounds over time.
+UNQUANTIZED = ("lm_head", "dt_proj")
+
+
+def resolve_base(base: str, revision: str | None = None, *, weights: bool = True) -> Path:
+    """Returns the local directory of a base model, downloading it if it is a hub id.
+
+    Args:
+        base: A directory (from here, or among the bundled data) or a hub id.
+        revision: Branch, tag or commit on the hub; not allowed with a directory.
+        weights: False fetches configuration and tokenizer only.
+
+    Raises:
+        ModelError: Nothing is there, the hub cannot be reached, or it is not a FalconMamba model.
+    """
+    path = find_path(base)
+    if path.is_dir():
+        if revision is not None:
+            raise ModelError(
+                f"`model.revision: {revision}` has no meaning for the local directory `{path}`",
+                hint="remove `model.revision`, or give a hub id",
+            )
+        directory = path
+    elif path.exists():
+        raise ModelError(f"`{path}` is a file; a base model is a directory", hint=f"try `{path.parent}`")
+    elif _looks_local(base):
+        raise ModelError(f"no model directory `{base}`", hint=_similar(path))
+    else:
+        directory = _download(base, revision, weights=False)
+        read_config(directory)  # a wrong model is refused before its weights are fetched
+        if weights:
+            directory = _download(base, revision, weights=True)
+    read_config(directory)
+    return directory
+
+
+def load_config(section: ModelSection) -> Any:
+    """Returns the `FalconMambaConfig` of the section's base, without fetching its weights.
+
+    Raises:
+        ModelError: The base is missing, not FalconMamba, or its config has values `transformers` refuses.
+    """
+    from transformers import FalconMambaConfig
+
+    directory = resolve_base(section.base, section.revision, weights=False)
+    try:
+        return FalconMambaConfig.from_pretrained(directory, local_files_only=True)
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"`{directory / 'config.json'}` is not usable: {error}") from error
+
+
+def load_tokenizer(section: ModelSection) -> Any:
+    """Returns the fast tokenizer of the section's base, without fetching its weights.
+
+    Raises:
+        ModelError: The base or its tokenizer is missing or cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    directory = resolve_base(section.base, section.revision, weights=False)
+    if not (directory / "tokenizer.json").is_file():
+        raise ModelError(
+            f"`{section.base}` has no `tokenizer.json`", hint="copy the tokenizer's files beside the weights"
+        )
+    try:
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # tokenizers raises a bare Exception for a broken file
+        raise ModelError(f"the tokenizer in `{directory}` cannot be read: {error}") from error
+
+
+def resolve_dtype(section: ModelSection, device: str | torch.device | None = None) -> torch.dtype:
+    """Returns the dtype the section means on `device`, by default the one `load_model` takes.
+
+    `auto` is bfloat16 on cards that compute in it, float16 on older ones, float32 on a CPU. A bfloat16 that the card
+    would only emulate becomes float16, with a warning.
+    """
+    device = _pick_device(device)
+    native = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if section.dtype == "auto":
+        if device.type == "cpu":
+            return torch.float32
+        return torch.bfloat16 if native else torch.float16
+    dtype = _DTYPES[section.dtype]
+    if dtype == torch.bfloat16 and not native:
+        logger.warning("%s has no bfloat16: using float16", torch.cuda.get_device_name(device))
+        return torch.float16
+    return dtype
+
+
+def load_model(section: ModelSection, *, device: str | torch.device | None = None) -> Any:
+    """Returns the section's base model in eval mode, on `device`, with our mixer installed.
+
+    Args:
+        section: Which model, in which precision, on which kernels.
+        device: Where to; None takes this process's GPU if there is one.
+
+    Raises:
+        ModelError: The checkpoint is missing, broken or of another kind, the device is absent, or memory is short.
+    """
+    from transformers import FalconMambaForCausalLM
+
+    device = _pick_device(device)
+    dtype = resolve_dtype(section, device)
+    directory = resolve_base(section.base, section.revision)
+    read_tensors(directory)
+    try:
+        model, info = FalconMambaForCausalLM.from_pretrained(
+            directory,
+            dtype=dtype,
+            device_map={"": device},
+            quantization_config=_quantization(section, dtype),
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except (RuntimeError, MemoryError) as error:
+        explained = _explain_loading(error, section, device)
+        if explained is None:
+            raise
+        raise explained from error
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise ModelError(
+            f"`{directory}` lacks {len(missing)} tensors of the model, the first `{missing[0]}`",
+            hint="the checkpoint is incomplete, or its config does not belong to it",
+        )
+    model.name_or_path = section.base if not find_path(section.base).is_dir() else str(directory.resolve())
+    install(model, section.kernels)
+    return model.eval()
+
+
+def apply_setup(model: Any, setup: TemplateSetup) -> None:
+    """Makes the model agree with the tokenizer that `prepare_tokenizer` settled, in place and deterministically.
+
+    Grows the vocabulary if asked, gives every row that is to be trained a start, and sets the stop, padding and
+    start ids in both configs. Existing slot rows saw no text in pre-training and hold noise, so they start anew too:
+    inputs from the mean of the vocabulary, which says nothing; outputs of a stop token from the row that ended
+    documents, so that stopping is known from the first step. Where the matrices are tied the output's need wins.
+
+    Args:
+        model: A model without an adapter.
+        setup: What the chat template needs.
+
+    Raises:
+        ModelError: The tokenizer has fewer tokens than `resize_to` would drop.
+    """
+    old_size = model.get_input_embeddings().weight.shape[0]
+    old_eos = _first_id(model.config.eos_token_id)
+    if setup.resize_to is not None and setup.resize_to < old_size:
+        raise ModelError(f"the vocabulary cannot shrink from {old_size} to {setup.resize_to} tokens")
+    new_rows = range(old_size, setup.resize_to or old_size)
+    if new_rows:
+        model.resize_token_embeddings(setup.resize_to, mean_resizing=False)
+    _start_rows(
+        model, sorted({*setup.trained_token_ids, *new_rows}), set(setup.stop_token_ids), old_eos, old_size
+    )
+    tokenizer = setup.tokenizer
+    for config in (model.config, model.generation_config):
+        config.eos_token_id = list(setup.stop_token_ids)
+        config.pad_token_id = tokenizer.pad_token_id
+        config.bos_token_id = tokenizer.bos_token_id
+
+
+@torch.no_grad()
+def _start_rows(model: Any, rows: list[int], stops: set[int], old_eos: int | None, old_size: int) -> None:
+    if not rows:
+        return
+    inputs, outputs = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    tied = inputs is outputs
+    for matrix in (inputs,) if tied else (inputs, outputs):
+        mean = matrix[:old_size].mean(0, dtype=torch.float32).to(matrix.dtype)
+        end = matrix[old_eos].clone() if old_eos is not None else mean
+        for row in rows:
+            if row == old_eos:
+                continue
+            matrix[row] = end if row in stops and (tied or matrix is outputs) else mean
+
+
+def _first_id(ids: int | list[int] | None) -> int | None:
+    return ids[0] if isinstance(ids, list) else ids
+
+
+def _looks_local(base: str) -> bool:
+    return (
+        base.startswith((".", "/", "~"))
+        or not _HUB_ID.fullmatch(base)
+        or Path(base).parent.is_dir()
+        and "/" in base
+    )
+
+
+def _similar(path: Path) -> str | None:
+    siblings = (
+        [entry.name for entry in path.parent.iterdir() if entry.is_dir()] if path.parent.is_dir() else []
+    )
+    close = difflib.get_close_matches(path.name, siblings, n=1)
+    return (
+        f"did you mean `{path.parent / close[0]}`?"
+        if close
+        else "give a directory, or a hub id such as `owner/name`"
+    )
+
+
+def _download(base: str, revision: str | None, *, weights: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    patterns = _TOKENIZER_FILES + (_WEIGHT_FILES if weights else [])
+    try:
+        return Path(snapshot_download(base, revision=revision, allow_patterns=patterns))
+    except GatedRepoError as error:
+        raise ModelError(
+            f"`{base}` is gated", hint="accept its terms on the hub, then `hf auth login`"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise ModelError(
+            f"`{base}` has no revision `{revision}`", hint="see its branches and tags on the hub"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise ModelError(
+            f"no directory and no hub model `{base}`",
+            hint="check the spelling; a private one needs `hf auth login`",
+        ) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise ModelError(
+            f"`{base}` is not a directory here, not in the hub cache, and the hub cannot be reached",
+            hint="go online once (and unset HF_HUB_OFFLINE), or give the path of a downloaded copy",
+        ) from error
+
+
+def _quantization(section: ModelSection, dtype: torch.dtype) -> Any:
+    if section.quantization == "none":
+        return None
+    from transformers import BitsAndBytesConfig
+
+    if section.quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(UNQUANTIZED))
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=list(UNQUANTIZED),
+    )
+
+
+def _pick_device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    picked = torch.device(device)
+    if picked.type != "cuda":
+        return picked
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    index = picked.index if picked.index is not None else int(os.environ.get("LOCAL_RANK", "0"))
+    if index >= count:
+        raise ModelError(
+            f"device `cuda:{index}` was asked for, but this machine shows {count} CUDA devices",
+            hint="see `nvidia-smi` and CUDA_VISIBLE_DEVICES, or leave the device out to run on the CPU",
+        )
+    return torch.device("cuda", index)
+
+
+def _explain_loading(error: BaseException, section: ModelSection, device: torch.device) -> ModelError | None:
+    short = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)
+    if short:
+        smaller = "free memory on it" if section.quantization == "nf4" else "try `model.quantization=nf4`"
+        return ModelError(f"not enough memory on {device} to load `{section.base}`", hint=smaller)
+    if "mismatch" in str(error):
+        return ModelError(
+            f"the weights of `{section.base}` do not have the shapes that its config gives: {error}",
+            hint="config.json and the shards come from different models; download both again",
+        )
+    return None
