@@ -1,4 +1,4 @@
-"""What the fields of a recipe owe each other: defaults that follow from another field, and settings that clash.
+"""What the fields of a recipe owe each other: defaults that follow from another field, settings that clash.
 
 Everything here can be decided from the recipe alone. What needs the data, the model or the trainer is checked
 where those are known.
@@ -15,7 +15,7 @@ from pydantic import BaseModel
 if TYPE_CHECKING:
     from mamba_sft.recipe import Recipe
 
-Path = tuple[str | int, ...]
+Keys = tuple[str | int, ...]
 
 OWNED_ARGUMENTS = {
     "output_dir": "`output_dir`",
@@ -24,7 +24,7 @@ OWNED_ARGUMENTS = {
     "fp16": "`model.dtype: float16`",
     "bf16_full_eval": "`model.dtype: bfloat16`",
     "fp16_full_eval": "`model.dtype: float16`",
-    "model_init_kwargs": "the `model` section",
+    "model_init_kwargs": "the section `model`",
     "chat_template_path": "`chat.template`",
     "max_length": "`data.max_length`",
     "packing": "`data.packing`",
@@ -34,6 +34,7 @@ OWNED_ARGUMENTS = {
     "gradient_checkpointing": "`train.checkpointing`",
     "gradient_checkpointing_kwargs": "`train.checkpointing`",
     "activation_checkpointing": "`train.checkpointing`",
+    "activation_checkpointing_kwargs": "`train.checkpointing`",
     "eval_steps": "`eval.eval_steps`",
     "eval_strategy": "`eval.eval_steps`",
     "save_strategy": "`train.save_steps`",
@@ -41,7 +42,7 @@ OWNED_ARGUMENTS = {
     "per_device_eval_batch_size": "`eval.per_device_eval_batch_size`",
     "load_best_model_at_end": "`eval.load_best_model_at_end`",
 }
-"""Fields of SFTConfig that follow from the recipe elsewhere, and what to use instead; every field of `train` is too."""
+"""Fields of SFTConfig that follow from a field outside `train`, and that field."""
 
 FIXED_ARGUMENTS = {
     "trust_remote_code": "code from a model repository is never run",
@@ -56,30 +57,34 @@ FIXED_ARGUMENTS = {
     "padding_free": "rows reach the trainer packed",
     "metric_for_best_model": "the best checkpoint is the one with the lowest validation loss",
     "greater_is_better": "the best checkpoint is the one with the lowest validation loss",
-    "do_train": "`mamba-sft train` trains",
-    "do_eval": "`data.validation` decides that",
-    "do_predict": "`mamba-sft train` trains",
+    "do_train": "`mamba-sft train` always trains",
+    "do_eval": "evaluation follows `data.validation`",
+    "do_predict": "`mamba-sft train` always trains",
 }
 """Fields of SFTConfig that no recipe can set, and why."""
 
 
 class Problem(NamedTuple):
-    """Something wrong with the value at `path`; `text` follows the name of the field in the message."""
+    """A clash, told at `path`: `text` follows the name of that field, `fields` are the others in it."""
 
-    path: Path
+    path: Keys
     text: str
+    fields: tuple[Keys, ...] = ()
 
 
 class ConflictError(ValueError):
     """Fields that are fine each by itself and cannot go together."""
 
     def __init__(self, problems: list[Problem]):
-        super().__init__("; ".join(f"{'.'.join(map(str, path))} {text}" for path, text in problems))
+        super().__init__("; ".join(f"{'.'.join(map(str, each.path))} {each.text}" for each in problems))
         self.problems = problems
 
 
 def derive_defaults(values: Any) -> Any:
-    """Fills in the two defaults that follow from another field: `train.save_steps`, `eval.load_best_model_at_end`."""
+    """Fills in the defaults that follow from another field.
+
+    `train.save_steps` is `eval.eval_steps`; `eval.load_best_model_at_end` is false without validation rows.
+    """
     if not isinstance(values, dict):
         return values
     data, train, eval_ = (_as_dict(values.get(name)) for name in ("data", "train", "eval"))
@@ -103,7 +108,7 @@ def _as_dict(section: Any) -> dict[str, Any] | None:
 
 def refuse_conflicts(recipe: Recipe) -> None:
     """Raises ConflictError with every clash in the recipe, if there is one."""
-    problems = [*_data_conflicts(recipe), *_validation_conflicts(recipe), *_trainer_conflicts(recipe)]
+    problems = [*_data_conflicts(recipe), *_validation_conflicts(recipe), *_argument_conflicts(recipe)]
     if problems:
         raise ConflictError(problems)
 
@@ -115,23 +120,24 @@ def _data_conflicts(recipe: Recipe) -> Iterator[Problem]:
             ("data", "max_length"),
             "must be a number when `data.packing` is true: packing fills rows up to it; "
             "set it, or set `data.packing: false`",
+            (("data", "packing"),),
         )
-    if data.assistant_only_loss:
-        for index, source in enumerate(data.sources):
-            if source.format == "text":
-                yield Problem(
-                    ("data", "sources", index, "format"),
-                    "must not be `text` when `data.assistant_only_loss` is true: plain text has no assistant turn, "
-                    "so none of it would be trained; set `data.assistant_only_loss: false`",
-                )
+    for index, source in enumerate(data.sources):
+        if data.assistant_only_loss and source.format == "text":
+            yield Problem(
+                ("data", "sources", index, "format"),
+                "must not be `text` when `data.assistant_only_loss` is true: plain text has no assistant "
+                "turn, so none of it would be trained; set `data.assistant_only_loss: false`",
+                (("data", "assistant_only_loss"),),
+            )
     yield from _duplicates(("adapter", "target_modules"), recipe.adapter.target_modules)
     yield from _duplicates(("train", "report_to"), recipe.train.report_to)
 
 
-def _duplicates(path: Path, values: list[Any]) -> Iterator[Problem]:
-    repeated = [value for value, count in Counter(values).items() if count > 1]
+def _duplicates(path: Keys, values: list[Any]) -> Iterator[Problem]:
+    repeated = [f"`{value}`" for value, count in Counter(values).items() if count > 1]
     if repeated:
-        yield Problem(path, "must not repeat " + ", ".join(f"`{value}`" for value in repeated))
+        yield Problem(path, "must not repeat " + ", ".join(repeated))
 
 
 def _validation_conflicts(recipe: Recipe) -> Iterator[Problem]:
@@ -140,20 +146,23 @@ def _validation_conflicts(recipe: Recipe) -> Iterator[Problem]:
         if eval_.early_stopping_patience is not None:
             yield Problem(
                 ("eval", "early_stopping_patience"),
-                "needs validation rows, and `data.validation` is 0; hold some out, or leave it out",
+                "needs a validation loss, and `data.validation` is 0; hold rows out, or set it to null",
+                (("data", "validation"),),
             )
-        if eval_.load_best_model_at_end and "load_best_model_at_end" in eval_.model_fields_set:
+        if eval_.load_best_model_at_end:
             yield Problem(
                 ("eval", "load_best_model_at_end"),
-                "needs validation rows to tell which is best, and `data.validation` is 0; "
-                "hold some out, or set it to false",
+                "needs a validation loss to tell which is best, and `data.validation` is 0; "
+                "hold rows out, or set it to false",
+                (("data", "validation"),),
             )
     elif eval_.load_best_model_at_end and not _is_multiple(save_steps, eval_.eval_steps):
         yield Problem(
             ("train", "save_steps"),
-            f"must be a multiple of `eval.eval_steps` ({eval_.eval_steps:g}) when `eval.load_best_model_at_end` is "
-            f"true, got {save_steps:g}: only a checkpoint that was evaluated can be the best; "
-            "leave it out to save at every evaluation",
+            f"must be a multiple of `eval.eval_steps` ({eval_.eval_steps:g}) when "
+            f"`eval.load_best_model_at_end` is true, got {save_steps:g}: only a checkpoint that was "
+            "evaluated can be the best; leave it out to save at every evaluation",
+            (("eval", "eval_steps"), ("eval", "load_best_model_at_end"), ("data", "validation")),
         )
 
 
@@ -164,10 +173,9 @@ def _is_multiple(save_steps: float, eval_steps: float) -> bool:
     return round(ratio) >= 1 and abs(ratio - round(ratio)) < 1e-9
 
 
-def _trainer_conflicts(recipe: Recipe) -> Iterator[Problem]:
-    train = recipe.train
-    own = set(type(train).model_fields) - {"trainer_arguments", "checkpointing"}
-    for name in train.trainer_arguments:
+def _argument_conflicts(recipe: Recipe) -> Iterator[Problem]:
+    own = set(type(recipe.train).model_fields) - {"trainer_arguments", "checkpointing"}
+    for name in recipe.train.trainer_arguments:
         path = ("train", "trainer_arguments", name)
         if name in own:
             yield Problem(path, f"must not be set here; use `train.{name}`")

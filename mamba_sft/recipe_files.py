@@ -1,4 +1,4 @@
-"""Where recipes and the data they name are found: the working directory first, then what the package brings."""
+"""Where recipes and their data are found: the working directory first, then what the package brings."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent
 
 
 def bundled_root() -> Path:
-    """The directory that holds `recipes/` and `data/`: inside the package in a wheel, else the checkout's root.
+    """The directory of `recipes/` and `data/`: inside the package in a wheel, else the checkout's root.
 
     Raises:
         RecipeError: Neither is there, which means the installation is damaged.

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator
 from difflib import get_close_matches
-from typing import Any, NamedTuple, get_args, get_origin
+from typing import Any, NamedTuple, get_args
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
-from mamba_sft.recipe_checks import ConflictError
-
-Keys = tuple[str | int, ...]
+from mamba_sft.recipe_checks import ConflictError, Keys
+from mamba_sft.recipe_foreign import FOREIGN_KEYS, FOREIGN_VALUES, UNWANTED_KEYS
 
 
 class Place(NamedTuple):
-    """Where a value was written. Sorts by file line, then by order of the overrides."""
+    """Where a value was written. Places in the file sort by line, overrides come after it in their order."""
 
     order: int
     line: int
@@ -29,114 +30,56 @@ class Finding(NamedTuple):
     text: str
 
 
-FOREIGN_KEYS = {
-    "base_model": "model.base",
-    "base_model_name_or_path": "model.base",
-    "checkpoint_dir": "model.base",
-    "model_name": "model.base",
-    "model_name_or_path": "model.base",
-    "model_revision": "model.revision",
-    "torch_dtype": "model.dtype",
-    "precision": "model.dtype",
-    "bf16": "model.dtype: bfloat16",
-    "fp16": "model.dtype: float16",
-    "load_in_4bit": "model.quantization: nf4",
-    "load_in_8bit": "model.quantization: int8",
-    "quantization_bit": "model.quantization",
-    "quant_bits": "model.quantization",
-    "quantize": "model.quantization",
-    "chat_template": "chat.template",
-    "default_system": "chat.system",
-    "system_prompt": "chat.system",
-    "dataset": "data.sources",
-    "datasets": "data.sources",
-    "dataset_mixture": "data.sources",
-    "dataset_name": "data.sources",
-    "hf_dataset": "data.sources",
-    "train_file": "data.sources",
-    "split_dataset_ratio": "data.validation",
-    "val_set_size": "data.validation",
-    "val_size": "data.validation",
-    "cutoff_len": "data.max_length",
-    "max_seq_len": "data.max_length",
-    "max_seq_length": "data.max_length",
-    "sequence_len": "data.max_length",
-    "neat_packing": "data.packing",
-    "sample_packing": "data.packing",
-    "completion_only_loss": "data.assistant_only_loss",
-    "mask_prompt": "data.assistant_only_loss",
-    "train_on_inputs": "data.assistant_only_loss (which means the opposite)",
-    "train_on_prompt": "data.assistant_only_loss (which means the opposite)",
-    "lora_rank": "adapter.r",
-    "lora_r": "adapter.r",
-    "lora_scale": "adapter.lora_alpha",
-    "lora_target": "adapter.target_modules",
-    "lora_target_modules": "adapter.target_modules",
-    "lora_modules": "adapter.target_modules",
-    "lora_use_dora": "adapter.use_dora",
-    "peft_use_dora": "adapter.use_dora",
-    "peft_use_rslora": "adapter.use_rslora",
-    "epochs": "train.num_train_epochs",
-    "num_epochs": "train.num_train_epochs",
-    "iters": "train.max_steps",
-    "batch_size": "train.per_device_train_batch_size",
-    "micro_batch_size": "train.per_device_train_batch_size",
-    "grad_accumulation_steps": "train.gradient_accumulation_steps",
-    "lr": "train.learning_rate",
-    "lr_scheduler": "train.lr_scheduler_type",
-    "lr_schedule": "train.lr_scheduler_type",
-    "warmup_ratio": "train.warmup_steps (below 1 it is a share of the run)",
-    "gradient_clipping": "train.max_grad_norm",
-    "max_norm": "train.max_grad_norm",
-    "optimizer": "train.optim",
-    "gradient_checkpointing": "train.checkpointing",
-    "use_gradient_checkpointing": "train.checkpointing",
-    "steps_per_report": "train.logging_steps",
-    "save_every": "train.save_steps",
-    "steps_per_save": "train.save_steps",
-    "eval_batch_size": "eval.per_device_eval_batch_size",
-    "steps_per_eval": "eval.eval_steps",
-    "early_stopping_steps": "eval.early_stopping_patience",
-    "adapter_path": "output_dir",
-    "out_dir": "output_dir",
-    "random_state": "seed",
+PLACEHOLDERS: dict[str, Any] = {
+    "output_dir": "x",
+    "model": {"base": "x"},
+    "base": "x",
+    "data": {"sources": [{"path": "x"}]},
+    "sources": [{"path": "x"}],
+    "path": "x",
 }
-"""Field names of axolotl, TRL, LLaMA-Factory, ms-swift, Unsloth, mlx-lm and litgpt, and ours for the same thing."""
-
-UNWANTED_KEYS = {
-    "adapter": "every run trains a LoRA adapter; its settings are the section `adapter`",
-    "finetuning_type": "every run trains a LoRA adapter; leave it out",
-    "tuner_type": "every run trains a LoRA adapter; leave it out",
-    "use_peft": "every run trains a LoRA adapter; leave it out",
-    "trust_remote_code": "code from a model repository is never run; leave it out",
-    "double_quantization": "`model.quantization: nf4` always quantizes its scales too; leave it out",
-    "use_bnb_nested_quant": "`model.quantization: nf4` always quantizes its scales too; leave it out",
-    "eval_strategy": "evaluation follows `eval.eval_steps` and needs `data.validation`",
-    "save_strategy": "checkpoints follow `train.save_steps`",
-}
-"""Field names of other tools that have nothing to set here, and why."""
+"""Values for required fields, so that the rest of a broken recipe can be checked."""
 
 
-def find_problems(model: type[BaseModel], tree: Any, places: dict[Keys, Place]) -> list[Finding]:
-    """Everything wrong with `tree`, which `model` refuses.
+def find_problems(model: type[BaseModel], tree: dict[str, Any], places: dict[Keys, Place]) -> list[Finding]:
+    """Everything wrong with `tree`.
 
-    Fields that clash are looked for only in a valid tree, so wrong values are taken out and what is left is
-    validated again: both kinds of problems are reported at once.
+    Clashes between fields show only in a recipe that is valid otherwise. So wrong values are taken out and
+    the rest is validated again; a clash that a wrong value takes part in is left for later.
     """
+    errors = [error for error in _errors(model, tree) if error["loc"]]  # clashes have no place of their own
+    broken = [error["loc"] for error in errors]
+    findings = [
+        Finding(_place(error["loc"], places), _describe(model, error))
+        for error in errors
+        if error["type"] == "missing" or _is_written(tree, error["loc"])
+    ]
     tree = copy.deepcopy(tree)
-    findings: list[Finding] = []
-    for _ in range(3):
-        try:
-            model.model_validate(tree)
-            break
-        except ValidationError as error:
-            problems = [
-                problem for details in error.errors() for problem in _problems(model, tree, dict(details))
-            ]
-            findings += [Finding(_place(path, places), text) for path, text in problems]
-            if not _repair(tree, error):
-                break
+    for error in reversed(errors):  # list entries from the end, so that indices stay
+        _repair(tree, error["loc"])
+    for error in _errors(model, tree):
+        conflict = error.get("ctx", {}).get("error")
+        for problem in conflict.problems if isinstance(conflict, ConflictError) else []:
+            if not any(
+                part[: len(bad)] == bad for bad in broken if bad for part in (problem.path, *problem.fields)
+            ):
+                findings.append(
+                    Finding(_place(problem.path, places), f"`{dotted(problem.path)}` {problem.text}")
+                )
     return findings
+
+
+def dotted(path: Keys) -> str:
+    """The path as overrides write it: `data.sources.0.path`."""
+    return ".".join(map(str, path))
+
+
+def _errors(model: type[BaseModel], tree: dict[str, Any]) -> list[ErrorDetails]:
+    try:
+        model.model_validate(tree)
+    except ValidationError as error:
+        return error.errors()
+    return []
 
 
 def _place(path: Keys, places: dict[Keys, Place]) -> Place:
@@ -145,40 +88,166 @@ def _place(path: Keys, places: dict[Keys, Place]) -> Place:
     return places[path]
 
 
-def _repair(tree: Any, error: ValidationError) -> bool:
-    """Takes out what `error` complains about; False where that cannot make the tree valid."""
-    for details in sorted(error.errors(), key=lambda details: len(details["loc"]), reverse=True):
-        *parents, last = details["loc"] or (None,)
-        target = tree
-        for key in parents:
-            target = target[key] if isinstance(target, list) else target.get(key)
-        if details["type"] == "missing":
-            target[last] = {"base": "x", "sources": [{"path": "x"}]}.get(str(last), "x")
-        elif isinstance(target, dict):
-            target.pop(last, None)
-        else:
+def _is_written(tree: Any, path: Keys) -> bool:
+    """Whether the value at `path` is the author's; a derived default repeats the error of its origin."""
+    for key in path:
+        if isinstance(tree, dict) and key not in tree:
             return False
+        tree = tree[key] if isinstance(tree, dict | list) else None
     return True
 
 
-def _problems(model: type[BaseModel], tree: Any, details: dict[str, Any]) -> Iterator[tuple[Keys, str]]:
-    path: Keys = details["loc"]
-    kind, context = details["type"], details.get("ctx", {})
-    dotted = ".".join(map(str, path))
-    if kind == "extra_forbidden":
-        yield path, f"unknown field `{dotted}`{_suggestion(model, path)}"
-    elif kind == "missing":
-        yield path, f"`{dotted}` is missing"
-    elif isinstance(context.get("error"), ConflictError):
-        for at, text in context["error"].problems:
-            yield at, f"`{'.'.join(map(str, at))}` {text}"
-    else:
-        yield path, f"`{dotted}` {_expectation(kind, context, details['input'])}"
+def _repair(tree: Any, path: Keys) -> None:
+    if not path:
+        return
+    *parents, last = path
+    for key in parents:
+        tree = tree.get(key) if isinstance(tree, dict) else tree[key]
+    if last in PLACEHOLDERS and isinstance(tree, dict):
+        tree[last] = copy.deepcopy(PLACEHOLDERS[str(last)])
+    elif isinstance(tree, dict):
+        tree.pop(last, None)
+    elif parents[-1] == "sources":
+        tree[last] = {"path": "x"}
+    elif isinstance(tree, list):
+        del tree[last]
 
 
-def _expectation(kind: str, context: dict[str, Any], value: Any) -> str:
-    return f"{kind} {context} {value}"
+def _describe(model: type[BaseModel], error: ErrorDetails) -> str:
+    path = error["loc"]
+    if error["type"] == "extra_forbidden":
+        return f"unknown field `{dotted(path)}`{_suggestion(model, path)}"
+    if error["type"] == "missing":
+        section = _section_at(model, path) if len(path) == 1 else None
+        needs = _names(section, required=True) if section else []
+        return f"`{dotted(path)}` is missing" + "".join(
+            f"; it needs `{dotted((*path, name))}`" for name in needs
+        )
+    return f"`{dotted(path)}` {_expectation(error)}"
+
+
+def _section_at(model: type[BaseModel], path: Keys) -> type[BaseModel] | None:
+    """The section that `path` leads to; list entries count as their list."""
+    section: type[BaseModel] | None = model
+    for key in path:
+        if section and isinstance(key, str):
+            field = section.model_fields.get(key)
+            kinds = (field.annotation, *get_args(field.annotation)) if field else ()
+            section = next(
+                (kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None
+            )
+    return section
+
+
+def _names(section: type[BaseModel], required: bool = False) -> list[str]:
+    return [name for name, field in section.model_fields.items() if field.is_required() or not required]
+
+
+def _homes(model: type[BaseModel], path: Keys = ()) -> Iterator[tuple[str, Keys]]:
+    """Every field name with the section it belongs to."""
+    for name in _names(model):
+        yield name, path
+        section = _section_at(model, (name,))
+        if section:
+            yield from _homes(section, (*path, name))
 
 
 def _suggestion(model: type[BaseModel], path: Keys) -> str:
+    key = str(path[-1])
+    word = key.strip().lower().replace("-", "_")
+    homes = dict(_homes(model))
+    section = _section_at(model, path[:-1])
+    own = _names(section) if section else []
+    if word in own:
+        return f"; did you mean `{word}`?"
+    if word in homes:
+        return f"; it goes {_where(homes[word])}"
+    if word in UNWANTED_KEYS:
+        return f"; {UNWANTED_KEYS[word]}"
+    if word in FOREIGN_KEYS:
+        ours, bracket, note = FOREIGN_KEYS[word].partition(" (")
+        return f"; here it is `{ours}`{bracket}{note}"
+    for names in (own, list(homes)):
+        if close := get_close_matches(word, names, n=1, cutoff=0.7):
+            return f"; did you mean `{close[0] if names is own else dotted((*homes[close[0]], close[0]))}`?"
+    if "trainer_arguments" in own:
+        return "; other fields of SFTConfig go under `train.trainer_arguments`"
     return ""
+
+
+def _where(home: Keys) -> str:
+    if not home:
+        return "at the top level"
+    return f"into an entry of `{dotted(home)}`" if len(home) > 1 else f"under `{home[0]}`"
+
+
+EXPECTATIONS = {
+    "greater_than": "must be greater than {gt:g}",
+    "greater_than_equal": "must be at least {ge:.10g}",
+    "less_than": "must be less than {lt:g}",
+    "less_than_equal": "must be at most {le:.10g}",
+    "finite_number": "must be a finite number",
+    "float_type": "must be a number",
+    "int_type": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "int_parsing_size": "must be a smaller number",
+    "bool_type": "must be true or false",
+    "string_type": "must be text",
+    "string_too_short": "must not be empty",
+    "list_type": "must be a list",
+    "too_short": "must have at least one entry",
+    "dict_type": "must be a section with fields of its own",
+    "model_type": "must be a section with fields of its own",
+    "value_error": "{error}",
+}
+BOOLEANS = dict.fromkeys(("yes", "on", "true", "1"), "true") | dict.fromkeys(
+    ("no", "off", "false", "0"), "false"
+)
+
+
+def _expectation(error: ErrorDetails) -> str:
+    kind, value, context = error["type"], error["input"], error.get("ctx", {})
+    if kind == "literal_error":
+        return _choice(error["ctx"]["expected"], value)
+    rule = EXPECTATIONS.get(kind)
+    if rule is None:
+        return f"is not valid: {error['msg'][:1].lower()}{error['msg'][1:]}"
+    got = "" if kind in ("string_too_short", "too_short") else f", got {shown_value(value)}"
+    return rule.format(**context) + got + _fix(kind, value)
+
+
+def _choice(expected: str, value: Any) -> str:
+    choices = re.findall(r"'([^']*)'", expected)
+    word = FOREIGN_VALUES.get(str(value).lower(), str(value).lower())
+    close = get_close_matches(word, choices, n=1, cutoff=0.5)
+    question = f"; did you mean `{close[0]}`?" if close else ""
+    got = f"`{value}`" if isinstance(value, str) else shown_value(value)
+    return f"must be one of {', '.join(f'`{choice}`' for choice in choices)}, got {got}{question}"
+
+
+def _fix(kind: str, value: Any) -> str:
+    """The value as it should have been written, where that is plain to see."""
+    if kind in ("int_type", "float_type") and isinstance(value, str):
+        number = re.sub(r"[_,\s]", "", value)
+        if re.fullmatch(
+            r"[-+]?[0-9]+" + (r"(\.[0-9]*)?([eE][-+]?[0-9]+)?" if kind == "float_type" else ""), number
+        ):
+            return f"; write {number} without quotes"
+    if kind == "bool_type" and str(value).lower() in BOOLEANS:
+        return f"; write {BOOLEANS[str(value).lower()]}"
+    if kind == "string_type" and isinstance(value, int | float):
+        return "; put it in quotes"
+    if kind == "list_type" and isinstance(value, str):
+        return f"; write [{', '.join(value.replace(',', ' ').split())}]" if value != "none" else "; write []"
+    return ""
+
+
+def shown_value(value: Any) -> str:
+    """A value as messages show it."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, str):
+        return f"the text `{value}`"
+    if isinstance(value, list | dict):
+        return "a list" if isinstance(value, list) else "fields"
+    return str(value)

@@ -9,14 +9,16 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from mamba_sft.errors import RecipeError
-from mamba_sft.recipe_problems import Finding, Keys, Place, find_problems
+from mamba_sft.recipe_checks import Keys
+from mamba_sft.recipe_problems import Finding, Place, dotted, find_problems, shown_value
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -28,6 +30,7 @@ CORE_SCHEMA = [
     ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", "-+.0123456789"),
     ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+."),
 ]
+EXPONENT = r"^[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"
 CONVERT: dict[str, Callable[[str], Any]] = {
     "null": lambda text: None,
     "bool": lambda text: text.lower() == "true",
@@ -46,7 +49,7 @@ class SyntaxProblem(Exception):  # noqa: N818
 
 
 class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()
@@ -93,29 +96,26 @@ def load(model: type[Model], text: str, name: str, overrides: Sequence[str]) -> 
     Raises:
         RecipeError: All problems, those of the file by line, then those of the overrides.
     """
-    places: dict[Keys, Place] = {(): Place(0, 1, f"{name}:1")}
-    findings: list[Finding] = []
-    tree: Any = {}
+    source = _Source(lambda line: Place(0, line, f"{name}:{line}"), {}, [])
     try:
-        root = _compose(text)
-        tree = _convert(root, (), name, places, findings) if root else {}
+        tree = source.read(text)
     except SyntaxProblem as problem:
         raise RecipeError(f"{name}:{problem.line}: {problem.text}") from None
-    if root is None:
+    if tree is None:
         raise RecipeError(
             f"{name}:1: the recipe is empty", hint="`mamba-sft recipes show quickstart` prints one"
         )
     if not isinstance(tree, dict):
         raise RecipeError(
-            f"{name}:{root.start_mark.line + 1}: a recipe must be `section:` and fields, got {_kind(tree)}"
+            f"{name}:1: a recipe must consist of fields (`name: value`), got {shown_value(tree)}"
         )
     for order, override in enumerate(overrides, start=1):
         place = Place(order, 0, f"override `{override}`")
         try:
-            _apply(tree, override, place, places)
+            _apply(tree, override, place, source)
         except SyntaxProblem as problem:
-            findings.append(Finding(place, problem.text))
-    return _validate(model, tree, places, findings)
+            source.findings.append(Finding(place, problem.text))
+    return _validate(model, tree, source.places | {(): Place(0, 1, f"{name}:1")}, source.findings)
 
 
 def build(model: type[Model], values: dict[str, Any]) -> Model:
@@ -127,7 +127,9 @@ def build(model: type[Model], values: dict[str, Any]) -> Model:
     return _validate(model, values, {(): Place(0, 1, "recipe")}, [])
 
 
-def _validate(model: type[Model], tree: Any, places: dict[Keys, Place], findings: list[Finding]) -> Model:
+def _validate(
+    model: type[Model], tree: dict[str, Any], places: dict[Keys, Place], findings: list[Finding]
+) -> Model:
     try:
         recipe = model.model_validate(tree)
         if not findings:
@@ -138,109 +140,112 @@ def _validate(model: type[Model], tree: Any, places: dict[Keys, Place], findings
     raise RecipeError("\n".join(lines))
 
 
-def _compose(text: str) -> yaml.Node | None:
-    try:
-        return yaml.compose(text, Loader=_Loader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        tab = "\\t" in (error.problem or "")
-        words = "tabs cannot indent YAML; use spaces" if tab else f"not valid YAML: {error.problem}"
-        raise SyntaxProblem(mark.line + 1 if mark else 1, words) from None
-    except yaml.reader.ReaderError as error:
-        line = text[: error.position].count("\n") + 1
-        raise SyntaxProblem(line, f"not valid YAML: control character #x{error.character:04x}") from None
-    except RecursionError:
-        raise SyntaxProblem(1, "not valid YAML: nested too deeply") from None
+@dataclass
+class _Source:
+    """Reads YAML into plain values, and notes where each of them stands.
+
+    Args:
+        place_of: The place that a line (from 1) of this text has in messages.
+        places: Where each value stands, by its path; filled by reading.
+        findings: Problems that do not stop the reading.
+    """
+
+    place_of: Callable[[int], Place]
+    places: dict[Keys, Place]
+    findings: list[Finding]
+
+    def read(self, text: str, path: Keys = ()) -> Any:
+        """The value of `text`, which stands at `path` of the recipe; None for nothing.
+
+        Raises:
+            SyntaxProblem: The text is not YAML, or YAML that recipes do not allow.
+        """
+        try:
+            node = yaml.compose(text, Loader=_Loader)
+            return None if node is None else self._convert(node, path)
+        except yaml.MarkedYAMLError as error:
+            mark = error.problem_mark or error.context_mark
+            tab = "'\\t'" in (error.problem or "")
+            words = "tabs cannot indent YAML; use spaces" if tab else f"not valid YAML: {error.problem}"
+            raise SyntaxProblem(mark.line + 1 if mark else 1, words) from None
+        except yaml.reader.ReaderError as error:
+            line = text[: error.position].count("\n") + 1
+            raise SyntaxProblem(line, f"not valid YAML: control character #x{error.character:02x}") from None
+        except RecursionError:
+            raise SyntaxProblem(1, "not valid YAML: nested too deeply") from None
+
+    def _convert(self, node: yaml.Node, path: Keys) -> Any:
+        if isinstance(node, yaml.MappingNode):
+            return dict(self._items(node, path))
+        if isinstance(node, yaml.SequenceNode):
+            return [self._entry(item, (*path, index)) for index, item in enumerate(node.value)]
+        line, kind = node.start_mark.line + 1, node.tag.removeprefix(TAG)
+        if kind not in CONVERT:
+            raise SyntaxProblem(line, f"tags (`!{kind.lstrip('!')}`) are not allowed")
+        try:
+            return CONVERT[kind](node.value)
+        except ValueError:
+            raise SyntaxProblem(line, f"`{node.value}` is no {kind}") from None
+
+    def _entry(self, node: yaml.Node, path: Keys) -> Any:
+        self.places[path] = self.place_of(node.start_mark.line + 1)
+        return self._convert(node, path)
+
+    def _items(self, node: yaml.MappingNode, path: Keys) -> Iterator[tuple[str, Any]]:
+        first_lines: dict[str, int] = {}
+        for key_node, value_node in node.value:
+            line = key_node.start_mark.line + 1
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise SyntaxProblem(line, "a field name must be a word")
+            here = (*path, key_node.value)
+            if key_node.value in first_lines:
+                first = f", first on line {first_lines[key_node.value]}" if self.place_of(line).line else ""
+                self.findings.append(Finding(self.place_of(line), f"`{dotted(here)}` is set twice{first}"))
+                continue
+            first_lines[key_node.value] = line
+            self.places[here] = self.place_of(line)
+            yield key_node.value, self._convert(value_node, here)
 
 
-def _convert(
-    node: yaml.Node, path: Keys, name: str, places: dict[Keys, Place], findings: list[Finding]
-) -> Any:
-    line = node.start_mark.line + 1
-    if isinstance(node, yaml.MappingNode):
-        return dict(_items(node, path, name, places, findings))
-    if isinstance(node, yaml.SequenceNode):
-        for index, item in enumerate(node.value):
-            places[(*path, index)] = _place(name, item.start_mark.line + 1)
-        return [
-            _convert(item, (*path, index), name, places, findings) for index, item in enumerate(node.value)
-        ]
-    kind = node.tag.removeprefix(TAG)
-    if kind not in CONVERT:
-        raise SyntaxProblem(line, f"tags such as `!{kind.lstrip('!')}` are not allowed")
-    try:
-        return CONVERT[kind](node.value)
-    except ValueError:
-        raise SyntaxProblem(line, f"`{node.value}` is not {kind}") from None
-
-
-def _items(
-    node: yaml.MappingNode, path: Keys, name: str, places: dict[Keys, Place], findings: list[Finding]
-) -> Iterator[tuple[str, Any]]:
-    first_lines: dict[str, int] = {}
-    for key_node, value_node in node.value:
-        line = key_node.start_mark.line + 1
-        if not isinstance(key_node, yaml.ScalarNode):
-            raise SyntaxProblem(line, "a field name must be a word")
-        key = key_node.value
-        if key in first_lines:
-            dotted = ".".join(map(str, (*path, key)))
-            findings.append(
-                Finding(_place(name, line), f"`{dotted}` is set twice, first on line {first_lines[key]}")
-            )
-            continue
-        first_lines[key] = line
-        places[(*path, key)] = _place(name, line)
-        yield key, _convert(value_node, (*path, key), name, places, findings)
-
-
-def _place(name: str, line: int) -> Place:
-    return Place(0, line, f"{name}:{line}")
-
-
-def _apply(tree: dict[str, Any], override: str, place: Place, places: dict[Keys, Place]) -> None:
-    dotted, equals, text = override.partition("=")
-    if not equals or not dotted.strip():
+def _apply(tree: dict[str, Any], override: str, place: Place, source: _Source) -> None:
+    """Sets in `tree` what `override` says, and notes `place` for it."""
+    field, equals, text = override.partition("=")
+    if not equals or not field.strip():
         raise SyntaxProblem(0, "must read `section.field=value`")
-    keys: list[str | int] = list(dotted.strip().split("."))
+    *parents, last = field.strip().split(".")
     target: Any = tree
-    for depth, key in enumerate(keys):
-        if isinstance(target, list):
-            keys[depth] = key = _index(target, str(key), ".".join(map(str, keys[:depth])))
-        if depth == len(keys) - 1:
-            break
-        if not isinstance(target, list) and target.get(key) is None:
+    path: Keys = ()
+    for key in parents:
+        step = _step(target, key, path)
+        path = (*path, step)
+        if isinstance(target, dict) and target.get(key) is None:
             target[key] = {}
-            places.setdefault(tuple(keys[: depth + 1]), place)
-        target = target[key]
-        if not isinstance(target, dict | list):
-            raise SyntaxProblem(0, f"`{'.'.join(map(str, keys[: depth + 1]))}` has no fields")
-    path = tuple(keys)
-    for known in [known for known in places if known[: len(path)] == path]:
-        del places[known]
-    places[path] = place
-    node = _compose(text)
-    target[keys[-1]] = None if node is None else _convert(node, path, "", {}, [])
+            source.places.setdefault(path, place)
+        target = target[step]
+    step = _step(target, last, path)
+    path = (*path, step)
+    for known in [known for known in source.places if known[: len(path)] == path]:
+        del source.places[known]
+    source.places[path] = place
+    target[step] = _Source(lambda line: place, source.places, source.findings).read(text, path)
 
 
-def _index(target: list[Any], key: str, dotted: str) -> int:
-    if key.isdecimal() and int(key) < len(target):
-        return int(key)
-    last = f"0 to {len(target) - 1}" if target else "none"
-    raise SyntaxProblem(0, f"`{dotted}` has no entry `{key}` (there are: {last})")
-
-
-def _kind(value: Any) -> str:
-    return "a list" if isinstance(value, list) else f"`{value}`"
+def _step(target: Any, key: str, path: Keys) -> str | int:
+    """The key or index that `key` means in `target`, which stands at `path`."""
+    if isinstance(target, dict):
+        return key
+    if not isinstance(target, list):
+        raise SyntaxProblem(0, f"`{dotted(path)}` has no fields")
+    if not key.isdecimal() or int(key) >= len(target):
+        raise SyntaxProblem(0, f"`{dotted(path)}` has {len(target)} entries, counted from 0")
+    return int(key)
 
 
 class _Dumper(yaml.SafeDumper):
     """Quotes what either YAML would misread, and keeps short lists on one line."""
 
 
-_Dumper.add_implicit_resolver(
-    TAG + "float", re.compile(r"[-+]?[0-9.]+[eE][-+]?[0-9]+\Z"), list("-+.0123456789")
-)
+_Dumper.add_implicit_resolver(TAG + "float", re.compile(EXPONENT), list("-+.0123456789"))
 _Dumper.add_implicit_resolver(TAG + "int", re.compile(r"0o[0-7]+\Z"), ["0"])
 
 
@@ -249,7 +254,12 @@ def _represent_list(dumper: yaml.SafeDumper, values: list[Any]) -> yaml.Node:
     return dumper.represent_sequence(TAG + "seq", values, flow_style=short)
 
 
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    return dumper.represent_scalar(TAG + "str", text, style="|" if "\n" in text else None)
+
+
 _Dumper.add_representer(list, _represent_list)
+_Dumper.add_representer(str, _represent_text)
 
 
 def dump(values: dict[str, Any]) -> str:
