@@ -59,6 +59,9 @@ FIXED_ARGUMENTS = {
     "greater_is_better": "the best checkpoint is the one with the lowest validation loss",
     "do_train": "`mamba-sft train` always trains",
     "do_eval": "evaluation follows `data.validation`",
+    "lr_scheduler_kwargs": "`train.lr_scheduler_type` settles them",
+    "logging_nan_inf_filter": "a loss that is not a number stops the run",
+    "prediction_loss_only": "only the loss is measured while training",
     "do_predict": "`mamba-sft train` always trains",
 }
 """Fields of SFTConfig that no recipe can set, and why."""
@@ -156,21 +159,20 @@ def _validation_conflicts(recipe: Recipe) -> Iterator[Problem]:
                 "hold rows out, or set it to false",
                 (("data", "validation"),),
             )
-    elif eval_.load_best_model_at_end and not _is_multiple(save_steps, eval_.eval_steps):
+    elif eval_.load_best_model_at_end and not _meet(save_steps, eval_.eval_steps):
+        relation = "a multiple of" if eval_.eval_steps >= 1 else "the same as"
         yield Problem(
             ("train", "save_steps"),
-            f"must be a multiple of `eval.eval_steps` ({eval_.eval_steps:g}) when "
+            f"must be {relation} `eval.eval_steps` ({eval_.eval_steps:g}) when "
             f"`eval.load_best_model_at_end` is true, got {save_steps:g}: only a checkpoint that was "
             "evaluated can be the best; leave it out to save at every evaluation",
             (("eval", "eval_steps"), ("eval", "load_best_model_at_end"), ("data", "validation")),
         )
 
 
-def _is_multiple(save_steps: float, eval_steps: float) -> bool:
-    if (save_steps < 1) != (eval_steps < 1):
-        return False  # a share and a number of steps meet only by luck
-    ratio = save_steps / eval_steps
-    return round(ratio) >= 1 and abs(ratio - round(ratio)) < 1e-9
+def _meet(save_steps: float, eval_steps: float) -> bool:
+    """Whether every save falls on an evaluation; shares are rounded to steps each by itself, so must be equal."""
+    return save_steps == eval_steps or (min(save_steps, eval_steps) >= 1 and save_steps % eval_steps == 0)
 
 
 def _argument_conflicts(recipe: Recipe) -> Iterator[Problem]:
