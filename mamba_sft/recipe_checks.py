@@ -171,7 +171,7 @@ def _validation_conflicts(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _meet(save_steps: float, eval_steps: float) -> bool:
-    """Whether every save falls on an evaluation; shares are rounded to steps each by itself, so must be equal."""
+    """Whether every save falls on an evaluation. Shares are rounded to steps one by one, so must be equal."""
     return save_steps == eval_steps or (min(save_steps, eval_steps) >= 1 and save_steps % eval_steps == 0)
 
 
