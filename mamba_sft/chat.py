@@ -90,7 +90,7 @@ def prepare_tokenizer(
         tokenizer = copy.deepcopy(tokenizer)
         tokenizer.add_special_tokens({"additional_special_tokens": missing})
     tokenizer.chat_template = text
-    stop_token = _find_stop_token(tokenizer, source)
+    stop_token = find_stop_token(tokenizer, source)
     tokenizer.eos_token = stop_token
     settle_pad(tokenizer, base_eos, reserved_ids)
     stop_ids = [tokenizer.convert_tokens_to_ids(stop_token)]
@@ -250,8 +250,16 @@ def _template_text(tokenizer: Any, template: str) -> tuple[str, str]:
         ) from error
 
 
-def _find_stop_token(tokenizer: Any, template: str) -> str:
-    """The first special token after an assistant's answer, as the template writes it."""
+def find_stop_token(tokenizer: Any, template: str) -> str:
+    """The first special token after an assistant's answer, as the tokenizer's chat template writes it.
+
+    Args:
+        tokenizer: With a chat template.
+        template: What to call the template in messages.
+
+    Raises:
+        DataError: The template cannot render a plain chat, or ends an answer with no special token.
+    """
     try:
         text = "".join(piece for piece, _ in split_rendered(tokenizer, _PROBE))
     except DataError as error:
