@@ -171,5 +171,5 @@ def _gather(offsets: np.ndarray, order: np.ndarray) -> np.ndarray:
     """Positions in the flat column of the rows `order`, one after the other."""
     lengths = offsets[order + 1] - offsets[order]
     ends = np.cumsum(lengths)
-    positions: np.ndarray = np.arange(ends[-1] if len(ends) else 0)
-    return positions - np.repeat(ends - lengths - offsets[order], lengths)
+    shifts = np.repeat(offsets[order] - (ends - lengths), lengths)
+    return shifts + np.arange(len(shifts))

@@ -1,0 +1,208 @@
+"""Training data: rows in, `input_ids` and `labels` out, and a report of what happened on the way.
+
+Rows are read (`sources`), recognised (`formats`), rendered (`rendering`), fitted to the longest length, split
+into training and validation rows, and mixed by weight (`mixing`). A source of weight w gives w times its
+training rows to each epoch: below 1 a fixed random share of them, above 1 copies and a share of one more.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain, groupby, islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mamba_sft import formats
+from mamba_sft.chat import TemplateSetup
+from mamba_sft.data_report import DataReport, SourceReport
+from mamba_sft.errors import DataError
+from mamba_sft.mixing import SourceRows, fit, take_validation, weighted
+from mamba_sft.packing import IGNORED, list_table
+from mamba_sft.rendering import Example, Renderer, Tokens
+from mamba_sft.run import write_atomically
+from mamba_sft.sources import Row, read_source
+from mamba_sft.turns import BadRowError, Chat
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from mamba_sft.recipe import DataSection, SourceSection
+
+logger = logging.getLogger(__name__)
+
+_LISTED = 10
+"""Bad rows that an error lists."""
+
+
+@dataclass
+class PreparedData:
+    """What a run trains and validates on.
+
+    Args:
+        train: Columns `input_ids` and `labels` (-100 where a token is not trained), lists of int32.
+        validation: The same, or None.
+        report: What became of the rows.
+        train_origins: Where each training row came from, e.g. `chats.jsonl:12`.
+        validation_origins: The same for validation rows.
+    """
+
+    train: Dataset
+    validation: Dataset | None
+    report: DataReport
+    train_origins: list[str]
+    validation_origins: list[str]
+
+
+def prepare_data(
+    data: DataSection, setup: TemplateSetup, *, system: str | None, seed: int, rejected: Path | None = None
+) -> PreparedData:
+    """Reads, renders and splits the rows of all sources; the same recipe and seed give the same rows.
+
+    Args:
+        data: The recipe's `data` section.
+        setup: The tokenizer with its chat template.
+        system: System message of chats that have none.
+        seed: Decides the validation rows and the shares that weights take.
+        rejected: Where to write the bad rows that `on_bad_row: skip` leaves out; None writes nothing.
+
+    Raises:
+        DataError: A source cannot be read, rows are bad and `on_bad_row` is `stop`, the template's marks are
+            unfit for the mask, or no row is left.
+    """
+    report = DataReport(max_length=data.max_length)
+    renderer = Renderer(setup, system, data.assistant_only_loss)
+    bad: list[tuple[Row, str]] = []
+    sources = [_read(section, data, renderer, report, bad) for section in data.sources]
+    _settle_bad_rows(bad, data.on_bad_row, report.read, rejected)
+    if not any(source.rows for source in sources):
+        raise _nothing_left(report)
+    validation = take_validation(sources, data.validation, np.random.default_rng(seed), report)
+    train = [piece for i, source in enumerate(sources) for piece in weighted(source, (seed, i))]
+    report.count_tokens(train, validation)
+    return PreparedData(
+        train=_dataset(train),
+        validation=_dataset(validation) if validation else None,
+        report=report,
+        train_origins=[piece.where for piece in train],
+        validation_origins=[piece.where for piece in validation],
+    )
+
+
+def _read(
+    section: SourceSection,
+    data: DataSection,
+    renderer: Renderer,
+    report: DataReport,
+    bad: list[tuple[Row, str]],
+) -> SourceRows:
+    source = SourceRows(section, SourceReport(section.path, section.weight))
+    report.sources.append(source.report)
+    bad_before = len(bad)
+    stops = data.on_bad_row == "stop"
+    for rendered in renderer.render(_examples(section, renderer.control_tokens(), source.report, bad, stops)):
+        if not isinstance(rendered, Tokens):
+            bad.append(rendered)
+        elif pieces := fit(rendered, data, report):
+            source.rows.append(pieces)
+    source.report.bad = len(bad) - bad_before
+    source.report.kept = len(source.rows)
+    return source
+
+
+def _examples(
+    section: SourceSection,
+    control: re.Pattern[str],
+    report: SourceReport,
+    bad: list[tuple[Row, str]],
+    stops: bool,
+) -> Iterator[tuple[Row, Example]]:
+    """Yields the good rows of a source as examples; adds the others to `bad`.
+
+    Once a row is bad and the run is to stop there is nothing to render: the rest is only counted.
+    """
+    for file, rows in groupby(read_source(section), key=lambda row: row.file):
+        head = list(islice(rows, formats.LOOKED_AT))
+        expected = _file_format(file, head, section.format, report)
+        for row in chain(head, rows):
+            report.read += 1
+            try:
+                example = _parse(row, expected, control)
+            except BadRowError as error:
+                bad.append((row, str(error)))
+                continue
+            report.trimmed += isinstance(example, Chat) and example.trimmed > 0
+            if not (stops and bad):
+                yield row, example
+
+
+def _file_format(file: str, head: list[Row], wanted: str, report: SourceReport) -> str:
+    readable = [row.value for row in head if row.problem is None]
+    if not readable:
+        raise DataError(f"none of the first {len(head)} rows can be read: {head[0].where}: {head[0].problem}")
+    if wanted == "auto":
+        wanted, seen = formats.detect_file(file, readable)
+    else:
+        seen = f"`{file}` is read as {wanted}, as the recipe says"
+    logger.info("%s", seen)
+    report.seen.append(seen)
+    report.formats[file] = wanted
+    return wanted
+
+
+def _parse(row: Row, expected: str, control: re.Pattern[str]) -> Example:
+    if row.problem is not None:
+        raise BadRowError(row.problem)
+    return formats.parse(row.value, expected, control)
+
+
+def _settle_bad_rows(bad: list[tuple[Row, str]], on_bad_row: str, read: int, rejected: Path | None) -> None:
+    if bad and on_bad_row == "stop":
+        shown = [f"  {row.where}: {reason}" for row, reason in bad[:_LISTED]]
+        if len(bad) > _LISTED:
+            shown.append(f"  ... and {len(bad) - _LISTED} more")
+        raise DataError(
+            "\n".join([f"{len(bad)} of {read} rows cannot be trained on:", *shown]),
+            hint="mend them, or set `data.on_bad_row: skip` to leave them out (listed in rejected.jsonl)",
+        )
+    if bad and rejected:
+        lines = [
+            json.dumps(
+                {"where": row.where, "reason": reason, "row": row.value}, ensure_ascii=False, default=str
+            )
+            for row, reason in bad
+        ]
+        # half a surrogate pair, a reason to reject a row, has no UTF-8: it is written as JSON escapes it
+        text = "".join(line + "\n" for line in lines).encode("utf-8", "backslashreplace").decode("utf-8")
+        write_atomically(rejected, text)
+
+
+def _dataset(pieces: list[Tokens]) -> Dataset:
+    from datasets import Dataset as ArrowDataset
+
+    lengths = np.array([len(piece.ids) for piece in pieces])
+    ids = np.concatenate([piece.ids for piece in pieces])
+    trained = np.concatenate([piece.trained for piece in pieces])
+    labels = np.where(trained, ids, np.int32(IGNORED))
+    return ArrowDataset(list_table({"input_ids": (ids, lengths), "labels": (labels, lengths)}))
+
+
+def _nothing_left(report: DataReport) -> DataError:
+    reasons = [
+        f"{count} {what}"
+        for count, what in (
+            (report.bad, "bad"),
+            (report.dropped, f"longer than data.max_length {report.max_length}"),
+            (report.untrained, "with no trained token within data.max_length"),
+        )
+        if count
+    ]
+    return DataError(
+        f"no row is left to train on: {report.read} read, {', '.join(reasons)}",
+        hint="`data.max_length` and `data.too_long` decide on long rows, `data.on_bad_row` on bad ones",
+    )

@@ -1,0 +1,142 @@
+"""From examples to token ids: what a row's tokens are, and which of them are trained."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+
+from mamba_sft.chat import (
+    TemplateSetup,
+    check_generation_marks,
+    encode_batch,
+    join_pieces,
+    split_rendered,
+    with_system,
+)
+from mamba_sft.errors import DataError
+from mamba_sft.formats import Passage
+from mamba_sft.sources import Row
+from mamba_sft.turns import BadRowError, Chat
+
+_BATCH = 1000  # rows tokenized in one call, which the tokenizer spreads over the cores
+Example = Chat | Passage
+Pieces = list[tuple[str, bool]]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A row's tokens.
+
+    Args:
+        where: The file and line it came from.
+        ids: (L,) int32.
+        trained: (L,) bool; the first is False, as nothing before it predicts it.
+    """
+
+    where: str
+    ids: np.ndarray
+    trained: np.ndarray
+
+
+class Renderer:
+    """Renders examples with one tokenizer.
+
+    Args:
+        setup: The tokenizer and its template.
+        system: System message of chats that have none.
+        assistant_only: Train on the assistant's turns or the completion only; else on every token.
+    """
+
+    def __init__(self, setup: TemplateSetup, system: str | None, assistant_only: bool):
+        self.tokenizer = setup.tokenizer
+        self.setup = setup
+        self.system = system
+        self.assistant_only = assistant_only
+        self._marks_checked = False
+
+    def control_tokens(self) -> re.Pattern[str]:
+        """What a message must not hold: special tokens, which would be taken for the template's own."""
+        special = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        return re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
+
+    def render(self, examples: Iterable[tuple[Row, Example]]) -> Iterator[Tokens | tuple[Row, str]]:
+        """Yields the tokens of each (row, example), in order, or (row, reason) if the template refuses it.
+
+        Raises:
+            DataError: The template has no generation marks, or they leave out the stop token.
+        """
+        examples = iter(examples)
+        while batch := list(islice(examples, _BATCH)):
+            yield from self._render_batch(batch)
+
+    def _render_batch(self, batch: Sequence[tuple[Row, Example]]) -> Iterator[Tokens | tuple[Row, str]]:
+        pieces = [self._pieces_or_reason(example) for _, example in batch]
+        encoded = iter(encode_batch(self.tokenizer, [text for cut in pieces for text, _ in _as_pieces(cut)]))
+        for (row, example), cut in zip(batch, pieces, strict=True):
+            if isinstance(cut, str):
+                yield row, cut
+            else:
+                yield self._tokens(row.where, example, cut, list(islice(encoded, len(cut))))
+
+    def _pieces_or_reason(self, example: Example) -> Pieces | str:
+        if isinstance(example, Passage):
+            return self._passage(example)
+        if self.assistant_only and not self._marks_checked:
+            check_generation_marks(self.setup)
+            self._marks_checked = True
+        try:
+            return self._chat(example)
+        except BadRowError as error:
+            return str(error)
+
+    def _chat(self, chat: Chat) -> Pieces:
+        try:
+            messages = with_system(chat.messages, self.system)
+            pieces = split_rendered(self.tokenizer, messages, tools=chat.tools)
+        except DataError as error:
+            raise BadRowError(error.message) from error
+        if not self.assistant_only:
+            return pieces
+        marked = sum(trained for _, trained in pieces)
+        turns = sum(message["role"] == "assistant" for message in chat.messages)
+        if marked != turns:
+            raise BadRowError(f"the chat template marks {marked} of {turns} assistant turns")
+        return pieces
+
+    def _passage(self, passage: Passage) -> Pieces:
+        stop = self.setup.stop_token
+        text = passage.text if passage.text.endswith(stop) else passage.text + stop
+        return [(passage.prompt, False), (text, True)] if passage.prompt else [(text, True)]
+
+    def _tokens(self, where: str, example: Example, pieces: Pieces, encoded: list[list[int]]) -> Tokens:
+        try:
+            ids, mask = join_pieces(self.tokenizer, pieces, encoded)
+        except DataError as error:
+            raise DataError(f"{where}: {error.message}", error.hint) from error
+        trained = np.array(mask, dtype=bool) if self.assistant_only else np.ones(len(ids), dtype=bool)
+        if self.assistant_only and isinstance(example, Chat) and example.untrained_turns:
+            trained[: _end_of_turn(pieces, encoded, example.untrained_turns)] = False
+        trained[:1] = False
+        length = (
+            int(trained.nonzero()[0].max(initial=-1)) + 1
+        )  # what follows the last trained token teaches nothing
+        return Tokens(where, np.array(ids[:length], dtype=np.int32), trained[:length])
+
+
+def _as_pieces(cut: Pieces | str) -> Pieces:
+    return [] if isinstance(cut, str) else cut
+
+
+def _end_of_turn(pieces: Pieces, encoded: list[list[int]], turn: int) -> int:
+    """Where the assistant's `turn`-th turn ends, in tokens."""
+    end = 0
+    for (_, trained), tokens in zip(pieces, encoded, strict=True):
+        end += len(tokens)
+        turn -= trained
+        if turn == 0:
+            return end
+    return end
