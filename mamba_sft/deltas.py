@@ -1,0 +1,240 @@
+"""What a saved PEFT adapter adds to each tensor of its base, without PEFT and without a model.
+
+Read straight from `adapter_model.safetensors` and `adapter_config.json`, so that a merge can walk a
+checkpoint of any size. Everything is float32 until the caller rounds the sum, once.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from mamba_sft.errors import MergeError
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+CONFIG_NAME = "adapter_config.json"
+# Settings that change what an adapter means, or where its tensors go, in ways a sum cannot express.
+_UNSUPPORTED = (
+    "alora_invocation_tokens", "arrow_config", "fan_in_fan_out", "kasa_config", "layer_replication",
+    "modules_to_save", "monteclora_config", "target_parameters", "use_bdlora", "use_qalora", "velora_config",
+)  # fmt: skip
+_FACTOR = re.compile(
+    r"(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_magnitude_vector)$"
+)
+
+
+@dataclass
+class LowRank:
+    """The LoRA or DoRA of one linear module with weight (out, in), all in float32.
+
+    Args:
+        a: (r, in).
+        b: (out, r).
+        scale: What B A is multiplied with.
+        magnitude: DoRA's length of every output row, (out,), or None.
+        bias: LoRA's own bias of B, (out,), not yet scaled, or None.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scale: float
+    magnitude: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+
+    def merge(self, rows: torch.Tensor, start: int) -> torch.Tensor:
+        """Adds the update to rows of the base weight, in place and in their own precision.
+
+        Args:
+            rows: (n, in) rows of the base weight from `start` on; float32 for a merge, float64 to check one.
+            start: Which row of the weight the first one is.
+
+        Returns:
+            The merged rows: W + scale * B A, and for DoRA those scaled to the trained lengths.
+        """
+        part = slice(start, start + rows.shape[0])
+        rows.addmm_(self.b[part].to(rows.dtype), self.a.to(rows.dtype), alpha=self.scale)
+        if self.magnitude is not None:
+            length = torch.linalg.vector_norm(rows, dim=1)
+            rows.mul_((self.magnitude[part].to(rows.dtype) / length).unsqueeze(1))
+        return rows
+
+
+@dataclass
+class SavedAdapter:
+    """An adapter as saved: low-rank updates by module, and rows and whole tensors that replace the base's.
+
+    Args:
+        path: The directory it was read from.
+        config: `adapter_config.json`.
+        low_rank: LoRA by module name, e.g. `backbone.layers.0.mixer.in_proj`.
+        rows: By tensor name, the row numbers (k,) and their trained values (k, d).
+        whole: By tensor name, values that replace the tensor: trained biases, resized embeddings.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    low_rank: dict[str, LowRank] = field(default_factory=dict)
+    rows: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    whole: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def touches(self, name: str) -> bool:
+        """Returns whether the adapter changes the tensor."""
+        module, _, kind = name.rpartition(".")
+        factors = self.low_rank.get(module)
+        if factors is not None and (kind == "weight" or (kind == "bias" and factors.bias is not None)):
+            return True
+        return name in self.rows or name in self.whole
+
+    def targets(self, module: str) -> bool:
+        """Returns whether the adapter's config names the module, as PEFT matches names, in every layer."""
+        names = self.config.get("target_modules") or []
+        if self.config.get("layers_to_transform") is not None or self.config.get("exclude_modules"):
+            return False
+        if isinstance(names, str):
+            return re.fullmatch(names, module) is not None
+        return any(module == name or module.endswith(f".{name}") for name in names)
+
+    def merge(self, name: str, rows: torch.Tensor, start: int) -> torch.Tensor:
+        """Merges everything the adapter knows about rows [start, start + n) of a tensor.
+
+        Args:
+            name: The tensor's name in the checkpoint.
+            rows: (n, ...) rows of the base, changed in place; their dtype is the precision of the sum.
+            start: Which row of the tensor the first one is.
+
+        Returns:
+            The merged rows, in the dtype of `rows`.
+        """
+        module, _, kind = name.rpartition(".")
+        if name in self.whole:
+            rows.copy_(self.whole[name][start : start + rows.shape[0]])
+        if module in self.low_rank:
+            factors = self.low_rank[module]
+            if kind == "weight":
+                rows = factors.merge(rows, start)
+            elif factors.bias is not None:
+                rows.add_(factors.bias[start : start + rows.shape[0]], alpha=factors.scale)
+        if name in self.rows:
+            ids, values = self.rows[name]
+            inside = (ids >= start) & (ids < start + rows.shape[0])
+            rows[ids[inside] - start] = values[inside].to(rows.dtype)
+        return rows
+
+
+def read_adapter(path: Path) -> SavedAdapter:
+    """Reads a saved PEFT LoRA.
+
+    Raises:
+        MergeError: There is none, it is damaged, or it holds something that is not a sum of low-rank
+            updates, trained rows and biases.
+    """
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        if not (path / name).is_file():
+            raise MergeError(
+                f"no adapter in `{path}`: it has no `{name}`",
+                hint="training writes it when it ends; a stopped run goes on with `mamba-sft train --resume`",
+            )
+    adapter = SavedAdapter(path, _read_config(path / CONFIG_NAME))
+    tensors = _read_tensors(path / WEIGHTS_NAME)
+    factors: dict[str, dict[str, torch.Tensor]] = {}
+    unknown = []
+    for key, value in tensors.items():
+        name = key.removeprefix("base_model.model.")
+        if match := _FACTOR.match(name):
+            factors.setdefault(match["module"], {})[match["part"]] = value
+        elif name.endswith(".token_adapter.trainable_tokens_delta"):
+            module = name.removesuffix(".token_adapter.trainable_tokens_delta")
+            adapter.rows[f"{module}.weight"] = (_row_ids(adapter, module, len(value)), value)
+        elif (plain := name.replace(".base_layer", "").replace(".token_adapter", "")).rpartition(".")[2] in (
+            ("weight", "bias") if _is_embedding(plain) else ("bias",)
+        ):
+            adapter.whole[plain] = value
+        else:
+            unknown.append(key)
+    if unknown:
+        raise MergeError(
+            f"`{path / WEIGHTS_NAME}` holds tensors that cannot be merged: " + ", ".join(sorted(unknown)[:5]),
+            hint="merge handles LoRA, rsLoRA, DoRA, trained token rows and biases",
+        )
+    for module, parts in factors.items():
+        adapter.low_rank[module] = _low_rank(adapter, module, parts)
+    return adapter
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise MergeError(f"`{path}` is not JSON: {error}") from None
+    if config.get("peft_type") != "LORA":
+        raise MergeError(f"`{path}` is an adapter of type {config.get('peft_type')!r}; only LORA merges")
+    used = [f"{key}={config[key]!r}" for key in _UNSUPPORTED if config.get(key)]
+    if used:
+        raise MergeError(f"`{path}` uses what cannot be merged: " + ", ".join(used))
+    return dict(config)
+
+
+def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        tensors = {name: value.float() for name, value in load_file(path).items()}
+    except SafetensorError as error:
+        raise MergeError(f"`{path}` is truncated or not a safetensors file: {error}") from None
+    broken = sorted(name for name, value in tensors.items() if not torch.isfinite(value).all())
+    if broken:
+        raise MergeError(
+            f"`{path}` has NaN or infinity in {len(broken)} tensors, first in `{broken[0]}`",
+            hint="the training diverged; take an earlier checkpoint",
+        )
+    return tensors
+
+
+def _is_embedding(name: str) -> bool:
+    return name in ("backbone.embeddings.weight", "lm_head.weight")
+
+
+def _row_ids(adapter: SavedAdapter, module: str, count: int) -> torch.Tensor:
+    """The row numbers of a module's trained rows, as PEFT's config has them: a list, or one by module."""
+    listed = adapter.config.get("trainable_token_indices")
+    ids: list[int] | None = listed if isinstance(listed, list) else _by_pattern(listed or {}, module, None)
+    if ids is None or len(ids) != count:
+        raise MergeError(
+            f"`{adapter.path}` has {count} trained rows for `{module}`, but its config names "
+            f"{len(ids) if ids is not None else 'none'}"
+        )
+    return torch.tensor(ids)
+
+
+def _by_pattern(values: dict[str, Any], module: str, default: Any) -> Any:
+    """Looks a module up as PEFT does: by a regular expression for the end of its name."""
+    for pattern, value in values.items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default
+
+
+def _low_rank(adapter: SavedAdapter, module: str, parts: dict[str, torch.Tensor]) -> LowRank:
+    config = adapter.config
+    a, b = parts.get("lora_A.weight"), parts.get("lora_B.weight")
+    rank = _by_pattern(config.get("rank_pattern") or {}, module, config["r"])
+    if a is None or b is None or a.ndim != 2 or b.ndim != 2 or a.shape[0] != rank or b.shape[1] != rank:
+        shapes = {part: tuple(value.shape) for part, value in parts.items()}
+        raise MergeError(
+            f"the adapter of `{module}` in `{adapter.path}` is not of rank {rank}: it has {shapes}",
+            hint="adapter_config.json and adapter_model.safetensors must be of the same training",
+        )
+    magnitude = parts.get("lora_magnitude_vector")
+    if bool(config.get("use_dora")) != (magnitude is not None):
+        raise MergeError(
+            f"`{adapter.path}`: use_dora is {config.get('use_dora')}, but `{module}` has "
+            f"{'no' if magnitude is None else 'a'} magnitude vector"
+        )
+    alpha = _by_pattern(config.get("alpha_pattern") or {}, module, config["lora_alpha"])
+    scale = alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
+    return LowRank(a, b, scale, magnitude, parts.get("lora_B.bias"))

@@ -1,0 +1,250 @@
+"""Whether a merged checkpoint is what base and adapter are together, in the memory of one layer.
+
+Two checks in one walk over the layers. Rows of every tensor are recomputed in float64 and compared with the
+bytes in the file. And a prompt goes through both models, layer by layer: once through the base with the
+adapter attached by PEFT, once through the merged weights, both in float32, so that the only difference left is
+the rounding of the merged weights.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.models.falcon_mamba.modeling_falcon_mamba import FalconMambaBlock, FalconMambaRMSNorm
+
+from mamba_sft.deltas import SavedAdapter
+from mamba_sft.errors import MergeError
+from mamba_sft.kernels.falcon_mamba import install
+from mamba_sft.shards import DTYPES, StoredTensors, read_rows
+
+# Largest relative difference of the logits that rounding the merged weights to a dtype explains.
+TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+_SAMPLE_ROWS = 8
+
+Attach = Callable[[torch.nn.Module, int], None]
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """What the check of a merged checkpoint saw.
+
+    Args:
+        rows: Rows recomputed in float64 and found in the file.
+        prompt_tokens: Length of the prompt.
+        difference: Root mean square of the logits' difference, relative to that of the logits.
+        largest_difference: The largest difference of any logit.
+        tolerance: What `difference` was held against.
+        same_next_token: Whether both models continue the prompt with the same token.
+    """
+
+    rows: int
+    prompt_tokens: int
+    difference: float
+    largest_difference: float
+    tolerance: float
+    same_next_token: bool
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did and what its check found; stored in `merge.json`.
+
+    Args:
+        path: The merged model.
+        base: The base, as the recipe names it.
+        onto: `base`, or `dequantized` for the weights a quantized run was trained on.
+        dtype: The dtype asked for, or None where every tensor kept its own.
+        tensors: Tensors written.
+        changed: How many of them the adapter changed.
+        nbytes: Bytes written.
+        overflowed: Values beyond float16's range, stored as infinity.
+        seconds: Time to write.
+        check_seconds: Time to check.
+        peak_rss: The process's largest resident set so far, in bytes.
+        check: What the check found.
+        losses: Held-out loss of the merged model, by what was merged onto; empty where not measured.
+        losses_note: Why they were not measured, or None.
+    """
+
+    path: Path
+    base: str
+    onto: str
+    dtype: str | None
+    tensors: int
+    changed: int
+    nbytes: int
+    overflowed: int
+    seconds: float
+    check_seconds: float
+    peak_rss: int
+    check: CheckResult
+    losses: dict[str, float]
+    losses_note: str | None
+
+    def to_json(self) -> str:
+        """Returns the report as JSON."""
+        return json.dumps(asdict(self) | {"path": str(self.path)}, indent=2)
+
+
+class MergeCheck:
+    """Compares a merged checkpoint with its base and adapter.
+
+    Args:
+        base: The base's tensors, as the merge took them.
+        merged: The tensors in the written files.
+        adapter: What was merged.
+        config: The merged model's `FalconMambaConfig`.
+        attach: Puts the adapter on one block, given the block and its number.
+    """
+
+    def __init__(
+        self, base: StoredTensors, merged: StoredTensors, adapter: SavedAdapter, config: Any, attach: Attach
+    ):
+        self.base, self.merged, self.adapter, self.config, self.attach = base, merged, adapter, config, attach
+        self.rows = 0
+        self._random = random.Random(0)
+
+    @torch.no_grad()  # type: ignore[untyped-decorator]
+    def run(
+        self, prompt: Sequence[int], progress: Callable[[int, int], None] = lambda done, total: None
+    ) -> CheckResult:
+        """Walks the layers.
+
+        Args:
+            prompt: Token ids.
+            progress: Called after each layer with the number done and the total.
+
+        Raises:
+            MergeError: A row is not what it should be, or the logits differ by more than rounding explains.
+        """
+        ids = torch.tensor(list(prompt))
+        expected, actual = self._embed(ids)
+        for layer in range(self.config.num_hidden_layers):
+            expected, actual = self._layer(layer, expected, actual)
+            progress(layer + 1, self.config.num_hidden_layers)
+        expected, actual = self._head(self._norm(self.base, expected), self._norm(self.merged, actual))
+        return self._judge(expected, actual, len(ids))
+
+    def _embed(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        name = "backbone.embeddings.weight"
+        self._check_vocabulary(name)
+        expected = torch.cat([self._expected_row(name, int(i)) for i in ids])
+        actual = torch.cat([read_rows(self.merged.entries[name], int(i), int(i) + 1).float() for i in ids])
+        return expected[None], actual[None]
+
+    def _layer(
+        self, layer: int, expected: torch.Tensor, actual: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        prefix = f"backbone.layers.{layer}."
+        names = [name for name in self.merged.entries if name.startswith(prefix)]
+        tensors = {name: self.base.whole(name) for name in names}
+        samples = {name: self._sample(name, tensor) for name, tensor in tensors.items()}
+        tensors.update({name: self.adapter.whole[name] for name in names if name in self.adapter.whole})
+        block = self._block(prefix, tensors)
+        self.attach(block, layer)
+        expected = block(expected)
+        del block, tensors
+        tensors = {name: self.merged.whole(name) for name in names}
+        for name, (start, rows) in samples.items():
+            found = tensors[name][start : start + len(rows)] if rows.ndim else tensors[name]
+            self._compare(name, rows, found)
+        return expected, self._block(prefix, tensors)(actual)
+
+    def _block(self, prefix: str, tensors: dict[str, torch.Tensor]) -> Any:
+        with torch.device("meta"):
+            block = FalconMambaBlock(self.config, layer_idx=0)
+        block.load_state_dict(
+            {name.removeprefix(prefix): value for name, value in tensors.items()}, assign=True
+        )
+        for module in block.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, torch.ones(buffer.shape))  # the weightless norms' place holders
+        return install(block, "reference").eval()
+
+    def _norm(self, source: StoredTensors, hidden: torch.Tensor) -> torch.Tensor:
+        norm = FalconMambaRMSNorm(self.config.hidden_size, eps=self.config.layer_norm_epsilon)
+        norm.weight.data = source.whole("backbone.norm_f.weight")
+        return norm(hidden)[0]
+
+    def _head(self, expected: torch.Tensor, actual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        name = "lm_head.weight" if "lm_head.weight" in self.merged.entries else "backbone.embeddings.weight"
+        if name == "lm_head.weight":
+            self._check_vocabulary(name)
+        pieces = []
+        for start, rows in self.merged.blocks(name):
+            right = self._expected_rows(name, start, start + len(rows)).float()
+            pieces.append((expected @ right.T, actual @ rows.float().T))
+        left, right = zip(*pieces, strict=True)
+        return torch.cat(left, 1), torch.cat(right, 1)
+
+    def _expected_row(self, name: str, row: int) -> torch.Tensor:
+        return self._expected_rows(name, row, row + 1).float()
+
+    def _expected_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Merged rows of the embedding or head in float64; those past the base's end are the adapter's."""
+        entry = self.base.entries[name]
+        rows = torch.zeros((stop - start, *entry.shape[1:]), dtype=torch.float64)
+        inside = max(0, min(stop, entry.shape[0]) - start)
+        if inside:
+            rows[:inside] = read_rows(entry, start, start + inside)
+        return self.adapter.merge(name, rows, start)
+
+    def _check_vocabulary(self, name: str) -> None:
+        entry = self.merged.entries[name]
+        last = entry.shape[0]
+        picks = {self._random.randrange(last) for _ in range(_SAMPLE_ROWS)}
+        picks.update(int(i) for i in self.adapter.rows.get(name, (torch.tensor([]),))[0])
+        for row in sorted(picks):
+            self._compare(name, self._expected_rows(name, row, row + 1), read_rows(entry, row, row + 1))
+
+    def _sample(self, name: str, tensor: torch.Tensor) -> tuple[int, torch.Tensor]:
+        """A few rows of the base, merged in float64, and where they start."""
+        if not tensor.ndim:
+            return 0, tensor.double()
+        start = self._random.randrange(max(1, len(tensor) - _SAMPLE_ROWS + 1))
+        rows = tensor[start : start + _SAMPLE_ROWS].double()
+        return start, self.adapter.merge(name, rows, start)
+
+    def _compare(self, name: str, expected: torch.Tensor, found: torch.Tensor) -> None:
+        """Raises unless `found` is `expected` (float64) rounded once to the dtype in the file."""
+        stored = torch.finfo(DTYPES[self.merged.entries[name].dtype])
+        scale = expected.abs().max() if expected.numel() else torch.zeros(())
+        allowed = expected.abs() * (stored.eps / 2) + stored.tiny * stored.eps + 2e-6 * scale
+        wrong = ((found.double() - expected).abs() > allowed) & (expected.abs() < stored.max)
+        if wrong.any() or found.shape != expected.shape:
+            raise MergeError(
+                f"`{name}` in the merged files is not base + adapter: {int(wrong.sum())} of {wrong.numel()} "
+                f"sampled values are off, by up to {(found.double() - expected).abs().max():.3g}",
+                hint="the disk or memory may be faulty, or a file changed while it was merged; merge again",
+            )
+        self.rows += len(expected) if expected.ndim else 1
+
+    def _judge(self, expected: torch.Tensor, actual: torch.Tensor, tokens: int) -> CheckResult:
+        if not (torch.isfinite(expected).all() and torch.isfinite(actual).all()):
+            raise MergeError(
+                "the merged model's logits are not finite",
+                hint="values may have overflowed float16; merge with `--dtype bfloat16`",
+            )
+        delta = actual - expected
+        kinds = {DTYPES[entry.dtype] for entry in self.merged.entries.values() if entry.dtype in DTYPES}
+        result = CheckResult(
+            rows=self.rows,
+            prompt_tokens=tokens,
+            difference=(delta.norm() / expected.norm()).item(),
+            largest_difference=delta.abs().max().item(),
+            tolerance=max(TOLERANCES[kind] for kind in kinds),
+            same_next_token=bool(expected[-1].argmax() == actual[-1].argmax()),
+        )
+        if result.difference > result.tolerance:
+            raise MergeError(
+                f"the merged model's logits differ from base + adapter by {result.difference:.2%} of their "
+                f"size; rounding explains {result.tolerance:.2%}",
+                hint="this adapter is of a kind that merge does not understand; please report it",
+            )
+        return result

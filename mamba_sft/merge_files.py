@@ -1,0 +1,101 @@
+"""The files of a merged model: its tensors as they are written, and everything around them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from math import prod
+from pathlib import Path
+
+import torch
+
+from mamba_sft.merge_plan import REPORT_NAME, MergePlan
+from mamba_sft.shards import DTYPES, Layout, StoredTensors
+
+INDEX_NAME = "model.safetensors.index.json"
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "chat_template.jinja",
+)  # fmt: skip
+_NOT_COPIED = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".h5",
+    ".msgpack",
+    ".gguf",
+    ".onnx",
+    ".index.json",
+    ".py",
+)
+
+
+class MergedTensors:
+    """Produces merged tensors block by block, and counts what it produced.
+
+    Args:
+        plan: What is merged.
+        source: The base's tensors.
+        progress: Called after every block with the bytes produced so far.
+    """
+
+    def __init__(self, plan: MergePlan, source: StoredTensors, progress: Callable[[int], None]):
+        self.plan, self.source, self.progress = plan, source, progress
+        self.done = self.overflowed = 0
+
+    def blocks(self, layout: Layout) -> Iterator[torch.Tensor]:
+        """Yields the merged rows of a tensor, summed in float32 and rounded once to its final dtype."""
+        for rows in self._merged(layout):
+            rounded = self._rounded(rows, layout)
+            yield rounded
+            self.done += rounded.nbytes
+            self.progress(self.done)
+
+    def _merged(self, layout: Layout) -> Iterator[torch.Tensor]:
+        name, adapter = layout.name, self.plan.adapter
+        touched = adapter.touches(name)
+        for start, rows in self.source.blocks(name):
+            yield adapter.merge(name, rows.float(), start) if touched else rows
+        size = self.plan.entries[name].shape
+        if layout.shape != size:  # the vocabulary grew
+            yield adapter.merge(name, torch.zeros(layout.shape[0] - size[0], *size[1:]), size[0])
+
+    def _rounded(self, rows: torch.Tensor, layout: Layout) -> torch.Tensor:
+        if layout.dtype not in DTYPES:
+            return rows
+        rounded = rows.to(DTYPES[layout.dtype])
+        if rounded.dtype == torch.float16 and rows.dtype != torch.float16:
+            self.overflowed += int((torch.isinf(rounded) & torch.isfinite(rows)).sum())
+        return rounded
+
+
+def write_companions(plan: MergePlan, directory: Path) -> None:
+    """Writes what is not weights: index, configs, tokenizer with its template, the base's other files."""
+    own = plan.run.adapter
+    ours = {path.name for path in own.iterdir() if path.name in _TOKENIZER_FILES}
+    for path in sorted(plan.base.iterdir()):
+        stale = (
+            path.name in _TOKENIZER_FILES and ours
+        )  # the base's stop token must not come back with its files
+        if _is_companion(path) and not stale:
+            shutil.copyfile(path, directory / path.name)
+    for name in sorted(ours | {"generation_config.json"}):
+        if (own / name).is_file():
+            shutil.copyfile(own / name, directory / name)
+    (directory / "config.json").write_text(json.dumps(plan.config, indent=2) + "\n", encoding="utf-8")
+    if (plan.base / INDEX_NAME).is_file():
+        index = json.loads((plan.base / INDEX_NAME).read_text(encoding="utf-8"))
+        layouts = {layout.name: (file, layout) for file, shard in plan.shards.items() for layout in shard}
+        metadata = index.get("metadata", {}) | {"total_size": plan.nbytes}
+        if "total_parameters" in metadata:
+            metadata["total_parameters"] = sum(prod(layout.shape) for _, layout in layouts.values())
+        index = {"metadata": metadata, "weight_map": {name: layouts[name][0] for name in sorted(layouts)}}
+        (directory / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _is_companion(path: Path) -> bool:
+    """Small files that belong to the model; not its weights, its page on the hub, or anything hidden."""
+    odd = path.name.startswith(".") or path.name.lower() in ("readme.md", "config.json", REPORT_NAME)
+    return path.is_file() and not odd and not path.name.endswith(_NOT_COPIED)

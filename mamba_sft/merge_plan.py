@@ -1,0 +1,243 @@
+"""What a merge settles before it writes a byte: that the adapter fits, what the files hold, that there is room."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mamba_sft.adapter import BASE_FACTS_NAME
+from mamba_sft.checkpoint import TensorEntry, base_fingerprint, read_config, read_tensors
+from mamba_sft.deltas import SavedAdapter, read_adapter
+from mamba_sft.errors import MergeError, ModelError, UsageError
+from mamba_sft.model import resolve_base
+from mamba_sft.run import Run
+from mamba_sft.shards import DTYPES, Layout
+
+REPORT_NAME = "merge.json"
+VOCABULARY = ("backbone.embeddings.weight", "lm_head.weight")
+_DTYPE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_SPARE = 64 << 20  # tokenizer, configs, and room for the filesystem
+
+
+@dataclass(frozen=True)
+class BaseFacts:
+    """What training recorded of the base: the contents of `base.json`."""
+
+    base: str
+    revision: str | None
+    fingerprint: str
+    quantization: str
+    dtype: str
+    resize_to: int | None
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """A merge that can be done.
+
+    Args:
+        run: The run it belongs to.
+        output: Where the merged model goes.
+        dtype: The dtype asked for, or None where every tensor keeps its own.
+        facts: What training recorded of the base.
+        adapter: The adapter.
+        base: The base's directory.
+        entries: The base's tensors.
+        config: `config.json` of the merged model.
+        shards: What each file of the merged model will hold, by file name.
+    """
+
+    run: Run
+    output: Path
+    dtype: str | None
+    facts: BaseFacts
+    adapter: SavedAdapter
+    base: Path
+    entries: dict[str, TensorEntry]
+    config: dict[str, Any]
+    shards: dict[str, list[Layout]]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors of the merged model."""
+        return sum(layout.nbytes for shard in self.shards.values() for layout in shard)
+
+    @property
+    def changed(self) -> int:
+        """How many tensors the adapter changes."""
+        return sum(self.adapter.touches(name) for name in self.entries)
+
+
+def plan_merge(run: Run, output: Path, dtype: str | None) -> MergePlan:
+    """Checks a merge from end to end, on headers alone.
+
+    Args:
+        run: A finished run.
+        output: Where the merged model goes.
+        dtype: `float32`, `bfloat16`, `float16`, or None to keep every tensor's own.
+
+    Raises:
+        MergeError: The adapter is missing, is not of this base, or holds what cannot be merged; the output
+            directory is someone else's; or the disk is too full.
+        ModelError: The base is missing or incomplete.
+    """
+    if dtype is not None and dtype not in _DTYPE_NAMES:
+        raise UsageError(f"no such dtype `{dtype}`", hint=f"give one of {', '.join(_DTYPE_NAMES)}")
+    adapter = read_adapter(run.adapter)
+    facts = _read_facts(run.adapter / BASE_FACTS_NAME)
+    base = resolve_base(facts.base, facts.revision)
+    _check_output(output, [base, run.adapter, run.path])
+    entries = read_tensors(base)
+    if base_fingerprint(base) != facts.fingerprint:
+        raise MergeError(
+            f"`{base}` is not the base this adapter was trained on: its config or weights have changed since",
+            hint=f"restore the model that `{facts.base}` was when the run started",
+        )
+    _check_fit(adapter, entries, facts)
+    config = _merged_config(read_config(base), run.adapter, facts, dtype)
+    shards = _lay_out(entries, adapter, facts, dtype)
+    _check_complete(config, shards, base)
+    plan = MergePlan(run, output, dtype, facts, adapter, base, entries, config, shards)
+    _check_space(plan)
+    return plan
+
+
+def _read_facts(path: Path) -> BaseFacts:
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        return BaseFacts(**{name: facts[name] for name in BaseFacts.__dataclass_fields__})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise MergeError(
+            f"`{path}` does not say which base the adapter was trained on: {error!r}",
+            hint="`mamba-sft train` writes it beside the adapter; copy the whole directory",
+        ) from None
+
+
+def _check_output(output: Path, sources: Iterable[Path]) -> None:
+    if any(output.resolve() == source.resolve() for source in sources):
+        raise UsageError(f"`{output}` is what would be merged; the result needs a directory of its own")
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"`{output}` is a file", hint="give a directory with `--output`")
+    if output.is_dir() and any(output.iterdir()) and not (output / REPORT_NAME).is_file():
+        raise UsageError(
+            f"`{output}` is not empty and not an earlier merge: it has no `{REPORT_NAME}`",
+            hint="give another directory with `--output`, or empty this one",
+        )
+
+
+def _check_fit(adapter: SavedAdapter, entries: dict[str, TensorEntry], facts: BaseFacts) -> None:
+    problems = []
+    for module, factors in adapter.low_rank.items():
+        entry = entries.get(f"{module}.weight")
+        shape = (factors.b.shape[0], factors.a.shape[1])
+        if entry is None:
+            problems.append(f"`{module}` has LoRA but no weight in the base")
+        elif entry.shape != shape:
+            problems.append(f"`{module}` is {entry.shape} in the base, {shape} in the adapter")
+        if factors.bias is not None and f"{module}.bias" not in entries:
+            problems.append(f"`{module}` has a LoRA bias but no bias in the base")
+    modules = [name.removesuffix(".weight") for name in entries if name.endswith(".weight")]
+    problems += [
+        f"`{module}` is a target but has no LoRA in the adapter"
+        for module in modules
+        if adapter.targets(module) and module not in adapter.low_rank
+    ]
+    for name, value in adapter.whole.items():
+        if name not in entries or entries[name].shape[1:] != tuple(value.shape[1:]):
+            problems.append(f"`{name}` in the adapter has no tensor of its shape in the base")
+    for name in VOCABULARY:
+        if name in entries:
+            problems += _check_rows(adapter, name, entries[name], facts)
+    problems += [
+        f"`{name}` has trained rows but is not in the base" for name in adapter.rows if name not in entries
+    ]
+    if problems:
+        more = f"\n... and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise MergeError(
+            f"the adapter in `{adapter.path}` does not fit its base:\n" + "\n".join(problems[:5]) + more,
+            hint="adapter and base must be those of one training",
+        )
+
+
+def _check_rows(adapter: SavedAdapter, name: str, entry: TensorEntry, facts: BaseFacts) -> list[str]:
+    """Rows must exist in the base or come from the adapter: where training started them is not known here."""
+    if name in adapter.whole:
+        return []
+    ids, values = adapter.rows.get(
+        name, (torch.tensor([], dtype=torch.long), torch.empty(0, *entry.shape[1:]))
+    )
+    size = facts.resize_to or entry.shape[0]
+    if tuple(values.shape[1:]) != entry.shape[1:] or bool((ids >= size).any()):
+        return [
+            f"`{name}` has {size} rows of {entry.shape[1:]}; the adapter's trained rows do not fit: "
+            f"{tuple(values.shape)}"
+        ]
+    lacking = sorted(set(range(entry.shape[0], size)) - set(ids.tolist()))
+    return [f"rows {lacking} of `{name}` are neither in the base nor in the adapter"] if lacking else []
+
+
+def _merged_config(config: dict[str, Any], own: Path, facts: BaseFacts, dtype: str | None) -> dict[str, Any]:
+    """The base's config with what changed: stop and padding ids, the vocabulary, the dtype asked for."""
+    config = {key: value for key, value in config.items() if key != "_name_or_path"}
+    if (own / "generation_config.json").is_file():
+        generation = json.loads((own / "generation_config.json").read_text(encoding="utf-8"))
+        ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+        config |= {key: generation[key] for key in ids if key in generation}
+    if facts.resize_to is not None:
+        config["vocab_size"] = facts.resize_to
+    if dtype is not None:
+        config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
+    return config
+
+
+def _lay_out(
+    entries: dict[str, TensorEntry], adapter: SavedAdapter, facts: BaseFacts, dtype: str | None
+) -> dict[str, list[Layout]]:
+    """The base's own files and order; only dtypes and the vocabulary's rows can differ."""
+    shards: dict[str, list[Layout]] = {}
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].file, item[1].start)):
+        kind = _DTYPE_NAMES[dtype] if dtype and entry.dtype in DTYPES else entry.dtype
+        rows = facts.resize_to if name in VOCABULARY and facts.resize_to else None
+        shape = (rows, *entry.shape[1:]) if rows else entry.shape
+        nbytes = prod(shape) * DTYPES[kind].itemsize if kind in DTYPES else entry.end - entry.start
+        if adapter.touches(name) and kind not in DTYPES:
+            raise MergeError(f"`{name}` is stored as {kind}, which nothing can be added to")
+        shards.setdefault(entry.file.name, []).append(Layout(name, kind, shape, nbytes))
+    return shards
+
+
+def _check_complete(config: dict[str, Any], shards: dict[str, list[Layout]], base: Path) -> None:
+    """Compares names and shapes with those of the model that `transformers` will build from the config."""
+    from transformers import FalconMambaConfig, FalconMambaForCausalLM
+
+    with torch.device("meta"):
+        model = FalconMambaForCausalLM(FalconMambaConfig.from_dict(config))
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    found = {layout.name: layout.shape for shard in shards.values() for layout in shard}
+    if model.config.tie_word_embeddings:
+        expected.pop("lm_head.weight")
+        found.pop("lm_head.weight", None)
+    odd = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    if odd:
+        raise ModelError(
+            f"`{base}` does not hold the model of its config: {len(odd)} tensors, the first `{odd[0]}` "
+            f"({found.get(odd[0], 'absent')}, the config says {expected.get(odd[0], 'absent')})",
+            hint="the download or copy is not complete; fetch the model again",
+        )
+
+
+def _check_space(plan: MergePlan) -> None:
+    place = next(path for path in (plan.output.absolute(), *plan.output.absolute().parents) if path.is_dir())
+    free, needed = shutil.disk_usage(place).free, plan.nbytes + _SPARE
+    if free < needed:
+        raise MergeError(
+            f"the merged model takes {needed / 1e9:.1f} GB; `{place}` has {free / 1e9:.1f} GB left",
+            hint="free some space, or give a directory on another disk with `--output`",
+        )

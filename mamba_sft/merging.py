@@ -1,0 +1,286 @@
+"""A run's adapter and its base, summed into one checkpoint that needs neither.
+
+The base is read and the result written a few rows at a time, so that a model of any size merges in the memory
+of one layer. What is on disk is then checked against base and adapter, before the directory gets its name.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from mamba_sft.adapter import WEIGHTS_NAME, adapter_allowed
+from mamba_sft.chat import prepare_tokenizer, render
+from mamba_sft.checkpoint import TensorEntry, read_tensors
+from mamba_sft.data import prepare_data
+from mamba_sft.deltas import SavedAdapter
+from mamba_sft.errors import MambaSFTError, MergeError, UsageError
+from mamba_sft.heldout import heldout_loss
+from mamba_sft.merge_check import CheckResult, MergeCheck, MergeReport
+from mamba_sft.merge_files import MergedTensors, write_companions
+from mamba_sft.merge_plan import REPORT_NAME, MergePlan, plan_merge
+from mamba_sft.model import UNQUANTIZED, load_config, load_model, load_tokenizer
+from mamba_sft.packing import Collator
+from mamba_sft.recipe import ModelSection, Recipe
+from mamba_sft.run import Run, atomic_directory
+from mamba_sft.shards import StoredTensors, write_shard
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[str, int, int], None]
+"""Called with the stage (`merging`, `checking`), how much of it is done, and its total: bytes, layers."""
+
+_QUESTION = "Name three things that float on water, and say why they do."
+_BLOCK = 64  # bitsandbytes' NF4 block, as transformers sets it
+
+
+def merge(
+    run: Run | str | Path,
+    *,
+    output: str | Path | None = None,
+    dtype: str | None = None,
+    onto: str = "base",
+    progress: Progress | None = None,
+) -> MergeReport:
+    """Merges a run's adapter into its base and writes a checkpoint that `transformers` loads by itself.
+
+    Every tensor is base + scale * B A (scaled to the trained lengths for DoRA), summed in float32 and rounded
+    once. Files, index and tokenizer are laid out as the base's.
+
+    Args:
+        run: A finished run.
+        output: Where to; by default the run's `merged/`. An earlier merge there is replaced at the end.
+        dtype: `float32`, `bfloat16`, `float16`, or None to keep every tensor's own.
+        onto: For a run on a quantized base: `base` merges into the full-precision base, `dequantized` into
+            the rounded weights that the adapter was trained on. Both held-out losses are in the report.
+        progress: Told how far it is.
+
+    Raises:
+        MergeError: The merge cannot be done, or its check failed; nothing is left under the final name.
+        MambaSFTError: The run or its base is missing or broken.
+    """
+    run = Run.open(run)
+    progress = progress or (lambda stage, done, total: None)
+    plan = plan_merge(run, Path(output) if output is not None else run.merged, dtype)
+    source = _source(plan, onto)
+    started = time.monotonic()
+    with _explained(plan), atomic_directory(plan.output) as directory:
+        writer = MergedTensors(plan, source, lambda done: progress("merging", done, plan.nbytes))
+        for file, layouts in plan.shards.items():
+            write_shard(directory / file, layouts, writer.blocks)
+        write_companions(plan, directory)
+        seconds = time.monotonic() - started
+        if writer.overflowed:
+            logger.warning("%d values are beyond float16's range and became infinite", writer.overflowed)
+        check = _check(plan, source, directory, progress)
+        check_seconds = time.monotonic() - started - seconds
+        losses, note = _heldout_losses(plan, onto, directory)
+        report = MergeReport(
+            path=plan.output,
+            base=plan.facts.base,
+            onto=onto,
+            dtype=dtype,
+            tensors=len(plan.entries),
+            changed=plan.changed,
+            nbytes=plan.nbytes,
+            overflowed=writer.overflowed,
+            seconds=round(seconds, 3),
+            check_seconds=round(check_seconds, 3),
+            peak_rss=_peak_rss(),
+            check=check,
+            losses=losses,
+            losses_note=note,
+        )
+        (directory / REPORT_NAME).write_text(report.to_json() + "\n", encoding="utf-8")
+    return report
+
+
+def quantizes(name: str) -> bool:
+    """Returns whether the tensor is a projection that `load_model` quantizes."""
+    module, _, kind = name.rpartition(".")
+    leaf = module.rpartition(".")[2]
+    return kind == "weight" and leaf.endswith("_proj") and leaf not in UNQUANTIZED
+
+
+class DequantizedTensors(StoredTensors):
+    """A base's tensors as a quantized run computes with them: projections quantized, then dequantized.
+
+    Args:
+        entries: The full-precision base's tensors.
+        quantization: `nf4` or `int8`.
+        dtype: What the weights were loaded as before they were quantized.
+    """
+
+    def __init__(self, entries: dict[str, TensorEntry], quantization: str, dtype: torch.dtype):
+        super().__init__(entries)
+        self.quantization, self.dtype = quantization, dtype
+
+    def blocks(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yields a tensor from its first row to its last, as (row number, rows)."""
+        if not quantizes(name):
+            return super().blocks(name)
+        return self._nf4(name) if self.quantization == "nf4" else self._int8(name)
+
+    def _nf4(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
+        # Whole tensors would take eight times their size on the way. Blocks of 64 rows are whole NF4 blocks;
+        # only the second quantization, that of the blocks' largest values, looks at the tensor as a whole.
+        import bitsandbytes.functional as bnb
+
+        pieces = [
+            (start, *bnb.quantize_4bit(rows.to(self.dtype), blocksize=_BLOCK, quant_type="nf4"))
+            for start, rows in super().blocks(name)
+        ]
+        largest = torch.cat([state.absmax for _, _, state in pieces])
+        offset = largest.mean()
+        codes, second = bnb.quantize_blockwise(largest - offset, blocksize=256)
+        largest = bnb.dequantize_blockwise(codes, second) + offset
+        for start, packed, state in pieces:
+            state.absmax, largest = largest[: len(state.absmax)], largest[len(state.absmax) :]
+            yield start, bnb.dequantize_4bit(packed, state)
+
+    def _int8(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
+        import bitsandbytes.functional as bnb
+
+        for start, rows in super().blocks(name):
+            codes, largest, _ = bnb.int8_vectorwise_quant(rows.to(self.dtype).to(torch.float16))
+            yield start, bnb.int8_vectorwise_dequant(codes, largest)
+
+
+def _source(plan: MergePlan, onto: str) -> StoredTensors:
+    if onto not in ("base", "dequantized"):
+        raise UsageError(f"merge onto what? `{onto}` is neither `base` nor `dequantized`")
+    if onto == "base":
+        return StoredTensors(plan.entries)
+    if plan.facts.quantization == "none":
+        raise UsageError(
+            "this run's base was not quantized, so there are no dequantized weights to merge onto",
+            hint="leave `--onto` out",
+        )
+    return DequantizedTensors(plan.entries, plan.facts.quantization, getattr(torch, plan.facts.dtype))
+
+
+def _check(plan: MergePlan, source: StoredTensors, directory: Path, progress: Progress) -> CheckResult:
+    from transformers import AutoTokenizer, FalconMambaConfig
+
+    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    if tokenizer.chat_template:
+        prompt = render(tokenizer, [{"role": "user", "content": _QUESTION}], add_generation_prompt=True)[0]
+    else:
+        prompt = tokenizer.encode(_QUESTION, add_special_tokens=False)
+    check = MergeCheck(
+        base=source,
+        merged=StoredTensors(read_tensors(directory)),
+        adapter=plan.adapter,
+        config=FalconMambaConfig.from_pretrained(directory),
+        attach=partial(_attach, plan.adapter),
+    )
+    result: CheckResult = check.run(prompt, lambda done, total: progress("checking", done, total))
+    return result
+
+
+def _attach(adapter: SavedAdapter, block: torch.nn.Module, layer: int) -> None:
+    """Puts the adapter on one block through PEFT itself, so that its formulas are held against ours."""
+    from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+    from safetensors import safe_open
+
+    root, prefix = "base_model.model.", f"backbone.layers.{layer}."
+    with safe_open(adapter.path / WEIGHTS_NAME, "pt") as file:
+        names = [name for name in file.keys() if name.startswith(root + prefix) and ".lora_" in name]  # noqa: SIM118
+        weights = {name.removeprefix(root): file.get_tensor(name).float() for name in names}
+    if not weights:
+        return
+    config = LoraConfig.from_pretrained(str(adapter.path))
+    config.trainable_token_indices = None
+    holder = torch.nn.ModuleDict({str(layer): block})
+    for name in ("layers", "backbone"):
+        holder = torch.nn.ModuleDict({name: holder})
+    with adapter_allowed(holder):
+        inject_adapter_in_model(config, holder)
+    result = set_peft_model_state_dict(holder, weights)
+    if result.unexpected_keys:
+        raise MergeError(f"PEFT does not know the adapter's tensor `{result.unexpected_keys[0]}`")
+
+
+def _heldout_losses(plan: MergePlan, onto: str, directory: Path) -> tuple[dict[str, float], str | None]:
+    """Held-out loss of a quantized run merged either way, with the reason if there is none.
+
+    One model is loaded and its projections are exchanged: the other merge needs no disk and no second model.
+    """
+    if plan.facts.quantization == "none":
+        return {}, None
+    try:
+        recipe = Recipe.load(str(plan.run.recipe))
+        rows, collator = _validation(recipe)
+        if rows is None:
+            return {}, "the recipe holds no validation rows back"
+        _require_memory(plan)
+        section = {"base": str(directory), "dtype": plan.dtype or plan.facts.dtype}
+        model = load_model(ModelSection.model_validate(section | {"kernels": recipe.model.kernels}))
+    except MambaSFTError as error:
+        return {}, error.message
+    batch_size = recipe.eval.per_device_eval_batch_size
+    losses = {onto: heldout_loss(model, rows, collator, batch_size)}
+    other = "dequantized" if onto == "base" else "base"
+    source = _source(plan, other)
+    for name in filter(quantizes, plan.entries):
+        weight = model.get_parameter(name).data
+        for start, block in source.blocks(name):
+            weight[start : start + len(block)] = plan.adapter.merge(name, block.float(), start)
+    losses[other] = heldout_loss(model, rows, collator, batch_size)
+    return losses, None
+
+
+def _validation(recipe: Recipe) -> tuple[Dataset | None, Collator]:
+    config = load_config(recipe.model)
+    reserved = {config.bos_token_id, config.eos_token_id, config.pad_token_id} - {None}
+    tokenizer = load_tokenizer(recipe.model)
+    setup = prepare_tokenizer(tokenizer, recipe.chat, reserved, embedding_rows=config.vocab_size)
+    data = prepare_data(recipe.data, setup, system=recipe.chat.system, seed=recipe.seed, rejected=None)
+    return data.validation, Collator(setup.tokenizer.pad_token_id)
+
+
+def _require_memory(plan: MergePlan) -> None:
+    import psutil  # type: ignore[import-untyped]
+
+    on_card = torch.cuda.is_available()
+    free = torch.cuda.mem_get_info()[0] if on_card else psutil.virtual_memory().available
+    needed = plan.nbytes + (2 << 30)
+    if needed > free:
+        raise MergeError(
+            f"the merged model needs {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free"
+        )
+
+
+@contextmanager
+def _explained(plan: MergePlan) -> Iterator[None]:
+    """Turns what a disk can do wrong into an error that says so."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise MergeError(
+                f"the disk of `{plan.output}` is full: the merged model takes {plan.nbytes / 1e9:.1f} GB",
+                hint="free some space, or give a directory on another disk with `--output`",
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise MergeError(f"cannot write to `{plan.output}`: {error.strerror}") from error
+        raise
+
+
+def _peak_rss() -> int:
+    """The process's largest resident set so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

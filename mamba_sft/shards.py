@@ -1,0 +1,147 @@
+"""Tensors of a checkpoint read and written a few rows at a time.
+
+The safetensors library maps whole shards into memory, or serializes them from memory; with 5 GB shards
+neither fits a small machine. The format is simple enough to stream: eight bytes of header length, a JSON header that
+gives every tensor's dtype, shape and place, then the data.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from io import RawIOBase
+from math import prod
+from pathlib import Path
+from typing import cast
+
+import torch
+
+from mamba_sft.checkpoint import TensorEntry
+from mamba_sft.errors import ModelError
+
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_BLOCK_ELEMENTS = 1 << 20  # 4 MiB in float32: still in the cache when it is summed, rounded and written
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One tensor of a shard to be written.
+
+    Args:
+        name: Its name in the checkpoint.
+        dtype: As safetensors names it, e.g. `BF16`.
+        shape: Its dimensions.
+        nbytes: Bytes it takes.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+def row_blocks(shape: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Yields (start, stop) over the first dimension: about a million elements, a multiple of 64 rows."""
+    rows = shape[0] if shape else 1
+    step = max(64, _BLOCK_ELEMENTS // max(1, prod(shape[1:])) // 64 * 64)
+    for start in range(0, rows, step):
+        yield start, min(start + step, rows)
+
+
+def read_rows(entry: TensorEntry, start: int = 0, stop: int | None = None) -> torch.Tensor:
+    """Reads rows [start, stop) of a tensor into fresh memory.
+
+    A plain read, not a map: mapped pages count as the process's own for as long as the kernel keeps them.
+
+    Args:
+        entry: Where the tensor lies.
+        start: First row.
+        stop: Row after the last; None reads to the end.
+
+    Returns:
+        The rows, (stop - start, ...), in the file's dtype; types that are never computed with as raw bytes.
+
+    Raises:
+        ModelError: The file ended early.
+    """
+    rows = entry.shape[0] if entry.shape else 1
+    stop = rows if stop is None else stop
+    row_bytes = (entry.end - entry.start) // max(1, rows)
+    buffer = torch.empty((stop - start) * row_bytes, dtype=torch.uint8)
+    with entry.file.open("rb", buffering=0) as file:
+        file.seek(entry.start + start * row_bytes)
+        view = memoryview(buffer.numpy())
+        while view:
+            count = cast(RawIOBase, file).readinto(view)
+            if not count:
+                raise ModelError(
+                    f"`{entry.file}` ended early", hint="the file is cut short; download it again"
+                )
+            view = view[count:]
+    if entry.dtype not in DTYPES:
+        return buffer
+    shape = (stop - start, *entry.shape[1:]) if entry.shape else ()
+    return buffer.view(DTYPES[entry.dtype]).view(shape)
+
+
+class StoredTensors:
+    """The tensors of a checkpoint, as they are stored.
+
+    Args:
+        entries: Where each lies, by name, as `read_tensors` gives them.
+    """
+
+    def __init__(self, entries: Mapping[str, TensorEntry]):
+        self.entries = entries
+
+    def blocks(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yields a tensor from its first row to its last, as (row number, rows); see `read_rows`."""
+        entry = self.entries[name]
+        for start, stop in row_blocks(entry.shape):
+            yield start, read_rows(entry, start, stop)
+
+    def whole(self, name: str) -> torch.Tensor:
+        """Returns a whole tensor in float32."""
+        tensor = torch.empty(self.entries[name].shape, dtype=torch.float32)
+        for start, rows in self.blocks(name):
+            (tensor[start : start + len(rows)] if tensor.ndim else tensor).copy_(rows)
+        return tensor
+
+
+def write_shard(
+    path: Path, tensors: Sequence[Layout], blocks: Callable[[Layout], Iterator[torch.Tensor]]
+) -> None:
+    """Writes one safetensors file, a block of rows at a time.
+
+    Args:
+        path: The file; replaced if it exists.
+        tensors: What it holds, in order.
+        blocks: Yields a tensor's rows in order, already in its dtype (or as its raw bytes).
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in tensors:
+        place = [end, end + tensor.nbytes]
+        header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": place}
+        end = place[1]
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the format wants the data aligned
+    with path.open("wb", buffering=0) as file:
+        _write_all(file, len(text).to_bytes(8, "little") + text)
+        for tensor in tensors:
+            count = sum(_write_all(file, _as_bytes(block)) for block in blocks(tensor))
+            assert count == tensor.nbytes, f"wrote {count} of {tensor.nbytes} bytes of {tensor.name}"
+        os.fsync(file.fileno())  # a disk that fills up late must fail here, before the rename
+
+
+def _as_bytes(block: torch.Tensor) -> memoryview:
+    return memoryview(block.contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def _write_all(file: RawIOBase, data: bytes | memoryview) -> int:
+    view = memoryview(data)
+    while view:
+        view = view[file.write(view) :]
+    return len(data)
