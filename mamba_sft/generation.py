@@ -111,9 +111,9 @@ class Answer:
     tokens: int
 
 
-def finished(text: str, tokens: int, sampling: Sampling) -> Answer:
-    """Returns the answer that reads `text`; at the length limit it was cut off."""
-    return Answer(text, "length" if tokens == sampling.max_new_tokens else "stop", tokens)
+def finish_reason(tokens: int, sampling: Sampling) -> Literal["stop", "length"]:
+    """Returns why an answer of that many tokens, from `stream` or `answers`, has ended."""
+    return "length" if tokens == sampling.max_new_tokens else "stop"
 
 
 def answers(

@@ -1,0 +1,211 @@
+"""Talking to a model: answers to a list of prompts, and conversations."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from mamba_sft.chat import encode_batch, render, with_system
+from mamba_sft.comparison import CompareSession
+from mamba_sft.errors import DataError, UsageError
+from mamba_sft.generation import Answer, answers
+from mamba_sft.run import Run, write_atomically
+from mamba_sft.sampling import Sampling
+from mamba_sft.session import ChatSession, require_template
+from mamba_sft.talker import Talker, load_talker, split_talker
+from mamba_sft.terminal import Session, chat_loop
+
+__all__ = [
+    "Answer",
+    "ChatSession",
+    "CompareSession",
+    "Sampling",
+    "Talker",
+    "chat_loop",
+    "generate",
+    "load_talker",
+    "open_session",
+]
+
+Message = dict[str, Any]
+Prompt = str | Sequence[Message]
+
+
+def generate(
+    model: Talker | Run | str | Path,
+    prompts: Prompt | Path | Iterable[Prompt],
+    *,
+    output: str | Path | None = None,
+    sampling: Sampling | None = None,
+    system: str | None = None,
+    raw: bool = False,
+    batch_size: int = 8,
+    on_answer: Callable[[int, Answer], None] | None = None,
+) -> list[Answer]:
+    """Answers prompts, several at a time.
+
+    Args:
+        model: A run, a model directory, a hub id, or what `load_talker` returned.
+        prompts: A text, a list of messages, several of either, or the `Path` of a JSON Lines file with one
+            `{"prompt": ...}` or `{"messages": [...]}` a line.
+        output: JSON Lines file to write: prompt, `answer`, `finish_reason` (`stop` or `length`), `tokens`.
+        sampling: How to choose tokens; greedy by default.
+        system: System message of prompts that have none; None takes the one the model was trained with.
+        raw: Continue the texts as they are, without the chat template.
+        batch_size: Prompts answered together.
+        on_answer: Called with a prompt's number and answer as each one finishes, in any order.
+
+    Returns:
+        One answer a prompt, in their order.
+
+    Raises:
+        UsageError: A prompt is blank, or the output cannot be written.
+        DataError: A line of the file is not a prompt (with file and line), or there is no chat template.
+        ModelError: The model cannot be loaded.
+    """
+    rows = _read_prompts(prompts) if isinstance(prompts, Path) else _list_prompts(prompts)
+    if output is not None and Path(output).is_dir():
+        raise UsageError(
+            f"`{output}` is a directory; the output is a file", hint="for example `answers.jsonl`"
+        )
+    talker = model if isinstance(model, Talker) else load_talker(model)
+    if not raw:
+        require_template(talker)
+    found = answers(
+        talker.model,
+        talker.tokenizer,
+        [
+            _encode(talker, row, where, talker.system if system is None else system, raw)
+            for where, row in rows
+        ],
+        sampling=sampling or Sampling(),
+        stop_ids=talker.stop_ids,
+        batch_size=batch_size,
+        on_answer=on_answer,
+    )
+    if output is not None:
+        _write_answers(Path(output), [row for _, row in rows], found)
+    return found
+
+
+def open_session(
+    model: Talker | Run | str | Path,
+    *,
+    compare: bool = False,
+    sampling: Sampling | None = None,
+    system: str | None = None,
+) -> Session:
+    """Starts a conversation.
+
+    Args:
+        model: A run, a model directory, a hub id, or what `load_talker` returned.
+        compare: Talk to a run's base and to its tuned model at once; they share one model in memory.
+        sampling: How to choose tokens; greedy by default.
+        system: System message; None takes the one the model was trained with.
+
+    Raises:
+        UsageError: `compare` with something that has no adapter.
+        DataError: There is no chat template.
+        ModelError: The model cannot be loaded.
+    """
+    talker = model if isinstance(model, Talker) else load_talker(model)
+    if not compare:
+        return ChatSession(talker, sampling=sampling, system=system)
+    base, tuned = (ChatSession(side, sampling=sampling, system=system) for side in split_talker(talker))
+    return CompareSession(base, tuned)
+
+
+def _list_prompts(prompts: Prompt | Iterable[Prompt]) -> list[tuple[str, Prompt]]:
+    """Returns (where, prompt) of one prompt or several."""
+    listed: list[Any] = [prompts] if isinstance(prompts, str) else list(prompts)
+    if listed and isinstance(listed[0], dict):
+        listed = [listed]
+    rows = [(f"prompt {number}", prompt) for number, prompt in enumerate(listed, 1)]
+    for where, prompt in rows:
+        _check_prompt(prompt, where, UsageError)
+    return rows
+
+
+def _read_prompts(path: Path) -> list[tuple[str, Prompt]]:
+    """Returns (file:line, prompt) of every line that is not blank."""
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise DataError(f"cannot read the prompts `{path}`: {error.strerror}") from error
+    rows = [_parse(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+    if not rows:
+        raise DataError(f"`{path}` holds no prompts", hint='one a line: {"prompt": "What is a haiku?"}')
+    return rows
+
+
+def _parse(line: bytes, where: str) -> tuple[str, Prompt]:
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: not UTF-8: {error.reason} at byte {error.start}") from error
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: not JSON: {error}") from error
+    if not isinstance(row, dict) or ("prompt" in row) == ("messages" in row):
+        raise DataError(
+            f"{where}: a line needs either `prompt` or `messages`",
+            hint='for example {"prompt": "What is the capital of France?"}',
+        )
+    prompt = row["prompt"] if "prompt" in row else row["messages"]
+    if not isinstance(prompt, str if "prompt" in row else list):
+        wanted = "a string" if "prompt" in row else "a list of messages"
+        raise DataError(f"{where}: `{'prompt' if 'prompt' in row else 'messages'}` is not {wanted}")
+    _check_prompt(prompt, where, DataError)
+    return where, prompt
+
+
+def _check_prompt(prompt: Any, where: str, kind: type[UsageError | DataError]) -> None:
+    if isinstance(prompt, str):
+        if not prompt.strip():
+            raise kind(f"{where}: the prompt is empty")
+        return
+    if not prompt:
+        raise kind(f"{where}: there are no messages")
+    for message in prompt:
+        if not _is_message(message):
+            raise kind(
+                f"{where}: a message needs `role` and `content`, both strings, not {message!r:.80}",
+                hint='for example {"role": "user", "content": "Hello"}',
+            )
+    if prompt[-1]["role"] == "assistant":
+        raise kind(f"{where}: the last message is the assistant's own", hint="end with a `user` message")
+
+
+def _is_message(message: Any) -> bool:
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        return False
+    return isinstance(message.get("content"), str) or bool(message.get("tool_calls"))
+
+
+def _encode(talker: Talker, prompt: Prompt, where: str, system: str | None, raw: bool) -> list[int]:
+    if raw:
+        if not isinstance(prompt, str):
+            raise UsageError(f"{where}: `raw` continues plain text, but this is a list of messages")
+        return encode_batch(talker.tokenizer, [prompt])[0]
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    try:
+        return render(talker.tokenizer, with_system(messages, system), add_generation_prompt=True)[0]
+    except DataError as error:
+        raise DataError(f"{where}: {error.message}", hint=error.hint) from error
+
+
+def _write_answers(path: Path, prompts: Sequence[Prompt], found: Sequence[Answer]) -> None:
+    rows = [
+        {
+            "prompt" if isinstance(prompt, str) else "messages": prompt,
+            "answer": answer.text,
+            "finish_reason": answer.finish_reason,
+            "tokens": answer.tokens,
+        }
+        for prompt, answer in zip(prompts, found, strict=True)
+    ]
+    try:
+        write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    except OSError as error:
+        raise UsageError(f"cannot write `{path}`: {error.strerror}") from error

@@ -1,0 +1,256 @@
+"""A model that is ready to talk: loaded from a run, an adapter, a model directory or the hub."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from mamba_sft.adapter import BASE_FACTS_NAME, load_adapter
+from mamba_sft.chat import TemplateSetup, find_stop_token
+from mamba_sft.checkpoint import base_fingerprint, read_config
+from mamba_sft.errors import AdapterError, UsageError
+from mamba_sft.generation import stop_token_ids
+from mamba_sft.model import apply_setup, load_model, load_tokenizer, resolve_base
+from mamba_sft.recipe import ModelSection, Recipe
+from mamba_sft.run import Run
+
+logger = logging.getLogger(__name__)
+
+Quantization = Literal["none", "nf4", "int8"]
+
+
+@dataclass
+class Talker:
+    """A model and all that a conversation with it needs.
+
+    Args:
+        name: What to call it: where it came from, or `base` and `tuned` in a comparison.
+        model: A FalconMamba language model with our mixer, with or without an adapter.
+        tokenizer: With its chat template, unless it is a bare base model's.
+        stop_ids: Ids that end an answer.
+        system: The system message it was trained with, if any.
+    """
+
+    name: str
+    model: Any
+    tokenizer: Any
+    stop_ids: frozenset[int]
+    system: str | None = None
+
+    @property
+    def state_bytes(self) -> int:
+        """Size of the state of one conversation, however long it is."""
+        config = self.model.config
+        conv = config.intermediate_size * config.conv_kernel * self.model.dtype.itemsize
+        scan = config.intermediate_size * config.state_size * 4
+        return int(config.num_hidden_layers * (conv + scan))
+
+    def held(self) -> AbstractContextManager[None]:
+        """Keeps the model in this talker's voice inside the block, which makes many short steps cheap."""
+        return self.model.held() if isinstance(self.model, AdapterOff) else nullcontext()
+
+
+class AdapterOff:
+    """A model with its adapter switched off while it computes: what it was before training.
+
+    Args:
+        model: A PEFT-wrapped model. Outside a call of this object its adapter is on.
+    """
+
+    def __init__(self, model: Any):
+        self._model = model
+        self._off = False
+        self.config, self.device, self.dtype = model.config, model.device, model.dtype
+
+    def __call__(self, **inputs: Any) -> Any:
+        """Calls the base model."""
+        with self.held():
+            return self._model(**inputs)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Leaves the adapter off between the calls inside the block: switching visits every layer."""
+        if self._off:
+            yield
+            return
+        self._off = True
+        self._model.base_model.disable_adapter_layers()
+        try:
+            yield
+        finally:
+            self._model.base_model.enable_adapter_layers()
+            self._off = False
+
+    @property
+    def training(self) -> bool:
+        """Whether the shared model is in training mode."""
+        return bool(self._model.training)
+
+    def eval(self) -> None:
+        """Switches dropout off."""
+        self._model.eval()
+
+    def train(self) -> None:
+        """Switches dropout on."""
+        self._model.train()
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What `where` turned out to be: a model, and an adapter on top of it unless it is complete by itself."""
+
+    section: ModelSection
+    adapter: Path | None = None
+    system: str | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def load_talker(
+    where: Run | str | Path, *, merged: bool = False, quantization: Quantization | None = None
+) -> Talker:
+    """Loads what is at `where`, ready to talk.
+
+    Args:
+        where: A run (its base with its adapter on top), the adapter directory of one, a model directory or a
+            hub id.
+        merged: Take the run's merged checkpoint rather than base and adapter.
+        quantization: How to hold the weights in memory; None takes what the run was trained with, or none.
+
+    Raises:
+        UsageError: The run has no adapter, or no merged checkpoint.
+        ModelError: There is no such model, or the base is not the one the adapter was trained on.
+        AdapterError: The adapter is incomplete or does not fit.
+    """
+    source = _find(where, merged)
+    section = source.section
+    if quantization is not None:
+        section = section.model_copy(update={"quantization": quantization})
+    name = str(where.path if isinstance(where, Run) else where)
+    if source.adapter is None:
+        tokenizer = load_tokenizer(section)
+        model = load_model(section)
+    else:
+        _check_base(section, source)
+        tokenizer = load_tokenizer_of(source.adapter)
+        model = load_model(section)
+        apply_setup(model, _saved_setup(tokenizer, source))
+        model = load_adapter(model, source.adapter)
+    stops = stop_token_ids(model, tokenizer)
+    if tokenizer.chat_template:
+        stops |= {tokenizer.convert_tokens_to_ids(find_stop_token(tokenizer, name))}
+    return Talker(name, model.eval(), tokenizer, stops, source.system)
+
+
+def split_talker(talker: Talker) -> tuple[Talker, Talker]:
+    """Returns the base and the tuned talker inside one adapted model; both use the tuned one's template.
+
+    Raises:
+        UsageError: The talker has no adapter, so there is nothing to compare with.
+    """
+    if not hasattr(talker.model, "peft_config"):
+        raise UsageError(
+            f"`{talker.name}` has no adapter to switch off, so there is no base to compare with",
+            hint="compare a run, which holds an adapter beside its base",
+        )
+    base = Talker("base", AdapterOff(talker.model), talker.tokenizer, talker.stop_ids, talker.system)
+    return base, Talker("tuned", talker.model, talker.tokenizer, talker.stop_ids, talker.system)
+
+
+def load_tokenizer_of(directory: Path) -> Any:
+    """Returns the tokenizer that was saved beside an adapter.
+
+    Raises:
+        AdapterError: It is missing or cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # tokenizers raises a bare Exception for a broken file
+        raise AdapterError(f"the tokenizer in `{directory}` cannot be read: {error}") from error
+
+
+def _find(where: Run | str | Path, merged: bool) -> _Source:
+    path = where.path if isinstance(where, Run) else Path(where)
+    if isinstance(where, Run) or Run(path).recipe.is_file():
+        return _find_in_run(Run.open(path), merged)
+    if merged:
+        raise UsageError(
+            f"`{path}` is not a run, so it has no merged checkpoint", hint="leave `--merged` out"
+        )
+    if (path / "adapter_config.json").is_file():
+        return _find_adapter(path)
+    return _Source(_section_of(str(where)))
+
+
+def _find_in_run(run: Run, merged: bool) -> _Source:
+    recipe = Recipe.load(str(run.recipe))
+    if merged:
+        if not run.merged.is_dir():
+            raise UsageError(
+                f"`{run.path}` has no merged checkpoint", hint=f"`mamba-sft merge {run.path}` makes one"
+            )
+        return _Source(_section_of(str(run.merged)), system=recipe.chat.system)
+    if not run.adapter.is_dir():
+        raise UsageError(
+            f"`{run.path}` has no adapter yet: its training has not finished",
+            hint=f"finish it with `mamba-sft train {run.recipe} --resume`",
+        )
+    return _Source(recipe.model, run.adapter, recipe.chat.system, _read_facts(run.adapter))
+
+
+def _find_adapter(path: Path) -> _Source:
+    facts = _read_facts(path)
+    section = ModelSection(
+        base=facts["base"],
+        revision=facts["revision"],
+        dtype=facts["dtype"],
+        quantization=facts["quantization"],
+    )
+    return _Source(section, path, facts=facts)
+
+
+def _read_facts(adapter: Path) -> dict[str, Any]:
+    path = adapter / BASE_FACTS_NAME
+    try:
+        facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise AdapterError(
+            f"`{adapter}` does not say which base it belongs to: {path.name}: {error}",
+            hint="give a run, or the `adapter/` directory of one",
+        ) from error
+    return facts
+
+
+def _section_of(base: str) -> ModelSection:
+    """A section that loads a checkpoint in the precision it was saved in."""
+    config = read_config(resolve_base(base, weights=False))
+    saved = str(config.get("dtype") or config.get("torch_dtype") or "auto")
+    known = {"bfloat16", "float16", "float32"}
+    return ModelSection.model_validate({"base": base, "dtype": saved if saved in known else "auto"})
+
+
+def _check_base(section: ModelSection, source: _Source) -> None:
+    if base_fingerprint(resolve_base(section.base, section.revision)) != source.facts["fingerprint"]:
+        raise AdapterError(
+            f"`{section.base}` is not the base that `{source.adapter}` was trained on",
+            hint="restore the base, or give the revision it had then as `model.revision` in the run's recipe",
+        )
+
+
+def _saved_setup(tokenizer: Any, source: _Source) -> TemplateSetup:
+    from transformers import GenerationConfig
+
+    stops = GenerationConfig.from_pretrained(source.adapter).eos_token_id
+    return TemplateSetup(
+        tokenizer=tokenizer,
+        trained_token_ids=source.facts["trained_token_ids"],
+        resize_to=source.facts["resize_to"],
+        stop_token=tokenizer.eos_token,
+        stop_token_ids=stops if isinstance(stops, list) else [stops],
+    )
