@@ -1,219 +1,36 @@
-"""The recipe: every setting of a run, with its bounds, its default and its help. Imports no torch.
+"""The recipe: every setting of a run. Imports no torch.
 
 A recipe is a frozen tree of sections. Code below takes the section it needs (`load_model(recipe.model)`),
-never the whole recipe. Field names are TRL's and PEFT's wherever they have one. The string under a field is
-its help: what a change of it does to quality, memory or time.
+never the whole recipe. `recipe_sections` holds the fields.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    JsonValue,
-    PlainSerializer,
-    model_validator,
-)
+from pydantic import Field, model_validator
 
 from mamba_sft import recipe_checks, recipe_yaml
 from mamba_sft.recipe_files import builtin_recipes, bundled_root, find_path, find_recipe
+from mamba_sft.recipe_sections import (
+    ORDINARY,
+    AdapterSection,
+    ChatSection,
+    DataSection,
+    EvalSection,
+    ModelSection,
+    Section,
+    SourceSection,
+    Text,
+    TrainSection,
+)
 
 __all__ = [
     "AdapterSection", "ChatSection", "DataSection", "EvalSection", "ModelSection", "Recipe", "SourceSection",
     "TrainSection", "builtin_recipes", "bundled_root", "find_path", "recipe_schema",
 ]  # fmt: skip
-
-
-def _whole_from_one(value: float) -> float:
-    if value >= 1 and not value.is_integer():
-        raise ValueError("must be a whole number from 1 up, or a share below 1")
-    return value
-
-
-def _not_zero(value: int) -> int:
-    if value == 0:
-        raise ValueError("must be -1 (no limit) or at least 1")
-    return value
-
-
-def _empty_is_default(value: Any) -> Any:
-    return {} if value is None else value
-
-
-def _as_count(value: float) -> float | int:
-    return int(value) if value.is_integer() else value
-
-
-CountOrShare = Annotated[float, AfterValidator(_whole_from_one), PlainSerializer(_as_count)]
-"""A count from 1 up, or below 1 a share of the whole."""
-
-MANY = 1_000_000_000  # where a number needs a bound and has no natural one
-Text = Annotated[str, Field(min_length=1)]
-ORDINARY = BeforeValidator(_empty_is_default)  # `eval:` with nothing under it is a section of defaults
-
-
-class Section(BaseModel):
-    """What all sections share: no unknown fields, no coercion, no NaN, no change after construction."""
-
-    model_config = ConfigDict(
-        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
-
-
-class ModelSection(Section):
-    """The base model and how it is loaded."""
-
-    base: Text
-    """The model to fine-tune: a hub id such as `tiiuae/falcon-mamba-7b`, or a directory."""
-    revision: Text | None = None
-    """Branch, tag or commit on the hub; a commit makes the run repeatable. null takes the newest."""
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "bfloat16"
-    """Number format of the base weights and of the computation. float32 doubles the memory of 16 bits;
-    float16 is for cards without bfloat16 (T4, V100); auto keeps the checkpoint's own."""
-    quantization: Literal["none", "nf4", "int8"] = "none"
-    """nf4 stores the frozen projections in 4 bits: a 7B base takes about 4.7 GB instead of 14.5 GB, at some
-    cost in speed and quality. int8 sits between the two."""
-    kernels: Literal["auto", "reference", "cpu", "triton"] = "auto"
-    """What runs the scan and the convolution. auto takes the fastest that works here and says which;
-    reference is slow and for checking."""
-
-
-class ChatSection(Section):
-    """How conversations become text."""
-
-    template: Text = "chatml"
-    """chatml installs the template the published instruct model uses; tokenizer keeps the base's own;
-    otherwise the path of a `.jinja` file, which must mark assistant turns with `{% generation %}`."""
-    system: Text | None = None
-    """System message put in front of every conversation that has none. null adds nothing."""
-    special_tokens: Literal["auto", "add"] = "auto"
-    """auto gives the template's marks unused rows of the vocabulary, so that no matrix grows;
-    add appends new rows and resizes the embeddings."""
-
-
-class SourceSection(Section):
-    """One place that training rows come from."""
-
-    path: Text
-    """A hub dataset id, a file (jsonl, json, csv, parquet), or a glob of files."""
-    name: Text | None = None
-    """Configuration of the hub dataset, where it has several."""
-    split: Text = "train"
-    """Split of the hub dataset."""
-    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"] = "auto"
-    """Shape of the rows. auto looks at the rows and says what it saw."""
-    weight: float = Field(default=1.0, gt=0, le=1000)
-    """How often this source is drawn, relative to the others: at 2.0 twice as often as one at 1.0."""
-    limit: int | None = Field(default=None, ge=1, le=MANY)
-    """Take at most this many rows. null takes all."""
-
-
-class DataSection(Section):
-    """What the model is trained on, and which tokens of it."""
-
-    sources: list[SourceSection] = Field(min_length=1)
-    """Where rows come from; several are mixed by their weights."""
-    validation: CountOrShare = Field(default=0.02, ge=0, le=MANY)
-    """Rows held out for the validation loss: below 1 a share, from 1 up a number of rows. 0 holds none out;
-    then no best checkpoint can be chosen."""
-    max_length: int | None = Field(default=2048, ge=8, le=1_048_576)
-    """Longest row in tokens. Activation memory grows linearly with it. null keeps every row whole."""
-    too_long: Literal["drop", "truncate", "split"] = "truncate"
-    """What happens to rows longer than `max_length`: truncate loses their end, split trains on all of it in
-    pieces, drop leaves the row out. No effect when `max_length` is null."""
-    packing: bool = True
-    """Fill each row with several conversations, whose states are kept apart. Less padding, so faster; what is
-    learned from each conversation stays the same."""
-    assistant_only_loss: bool = True
-    """Train on assistant turns only (with their stop token). false trains on user turns too."""
-    on_bad_row: Literal["stop", "skip"] = "stop"
-    """stop lists the first bad rows and ends; skip leaves them out, counts them and writes them to
-    rejected.jsonl."""
-
-
-class AdapterSection(Section):
-    """Where LoRA goes and how large it is."""
-
-    r: int = Field(default=16, ge=1, le=1024)
-    """Rank. Higher can learn more and costs memory and file size in proportion."""
-    lora_alpha: int = Field(default=32, ge=1, le=65536)
-    """The update is scaled by lora_alpha / r. Higher acts like a higher learning rate."""
-    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Share of adapter inputs dropped in training. Helps small data sets against overfitting."""
-    target_modules: list[Text] = Field(default=["in_proj", "x_proj", "out_proj"], min_length=1)
-    """Linear layers of the mixer that get an adapter; `dt_proj` is possible too. Fewer layers save memory
-    and can learn less."""
-    use_rslora: bool = False
-    """Scale by lora_alpha / sqrt(r), which keeps high ranks (64 and up) learning."""
-    use_dora: bool = False
-    """Learn the length of each weight row apart from its direction. Can help at low rank; slower."""
-
-
-class TrainSection(Section):
-    """Optimization: how long, how fast, how large the batches are."""
-
-    num_train_epochs: float = Field(default=1.0, gt=0, le=1000)
-    """Passes over the data. Instruct tuning rarely gains from more than 3."""
-    max_steps: Annotated[int, AfterValidator(_not_zero)] = Field(default=-1, ge=-1, le=MANY)
-    """Stop after this many optimizer steps, whatever num_train_epochs says. -1 has no limit."""
-    per_device_train_batch_size: int = Field(default=1, ge=1, le=4096)
-    """Rows that go through the model at once on each device. Activation memory is proportional to it."""
-    gradient_accumulation_steps: int = Field(default=16, ge=1, le=65536)
-    """Micro-batches added up for one optimizer step: a larger batch for time instead of memory."""
-    learning_rate: float = Field(default=2e-4, gt=0, le=1)
-    """Peak step size. LoRA likes 1e-4 to 3e-4; too high and the loss jumps or becomes NaN."""
-    lr_scheduler_type: Literal["wsd", "cosine", "linear", "constant"] = "wsd"
-    """Course of the learning rate after the warmup: wsd holds the peak and falls at the end, cosine and
-    linear fall all the way, constant stays."""
-    warmup_steps: CountOrShare = Field(default=0.03, ge=0, le=MANY)
-    """How long the learning rate rises from 0: below 1 a share of the run, from 1 up a number of steps."""
-    weight_decay: float = Field(default=0.0, ge=0, le=1)
-    """Pulls adapter weights towards zero. Seldom needed with LoRA."""
-    max_grad_norm: float = Field(default=1.0, gt=0, le=1e6)
-    """Gradients longer than this are scaled down to it, which tames loss spikes."""
-    optim: Literal["adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"] = "adamw_torch_fused"
-    """The 8-bit ones hold optimizer state in a quarter of the memory; paged moves it to CPU memory when the
-    card is full. With LoRA that state is small."""
-    checkpointing: Literal["none", "block"] = "block"
-    """block keeps only the input of each block and computes the rest again in the backward pass: far less
-    memory, about a third more time. none is faster if it fits."""
-    logging_steps: int = Field(default=1, ge=1, le=MANY)
-    """Optimizer steps between logged losses."""
-    save_steps: CountOrShare = Field(default=0.2, gt=0, le=MANY)
-    """When a checkpoint is saved: below 1 a share of the run, from 1 up a number of steps. Left out, it is
-    `eval.eval_steps`."""
-    save_total_limit: int = Field(default=2, ge=1, le=MANY)
-    """Checkpoints kept on disk; older ones are removed, the best one never."""
-    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = []
-    """Where metrics go besides metrics.jsonl."""
-    trainer_arguments: dict[str, JsonValue] = {}
-    """Any other field of TRL's SFTConfig, for the rare case."""
-
-
-class EvalSection(Section):
-    """What is measured while training."""
-
-    eval_steps: CountOrShare = Field(default=0.2, gt=0, le=MANY)
-    """When the validation loss is measured: below 1 a share of the run, from 1 up a number of steps."""
-    per_device_eval_batch_size: int = Field(default=1, ge=1, le=4096)
-    """Rows per forward pass in evaluation. Needs far less memory per row than training."""
-    prompts: Text | None = None
-    """A jsonl file of prompts to answer before and after training: {"prompt": ..., "answer": ...}, answer
-    optional. null answers none."""
-    max_new_tokens: int = Field(default=128, ge=1, le=65536)
-    """Longest answer to a prompt."""
-    load_best_model_at_end: bool = True
-    """Keep the checkpoint with the lowest validation loss instead of the last one. Left out, it is true if
-    there are validation rows."""
-    early_stopping_patience: int | None = Field(default=None, ge=1, le=MANY)
-    """Stop after this many evaluations without a lower validation loss. null never stops early."""
 
 
 class Recipe(Section):
@@ -224,17 +41,11 @@ class Recipe(Section):
     seed: int = Field(default=42, ge=0, le=2**32 - 1)
     """Drives the split, the shuffle, the adapter's start and dropout. The same seed repeats the run."""
     model: Annotated[ModelSection, ORDINARY]
-    """The base model and how it is loaded."""
     chat: Annotated[ChatSection, ORDINARY] = ChatSection()
-    """How conversations become text."""
     data: Annotated[DataSection, ORDINARY]
-    """What the model is trained on, and which tokens of it."""
     adapter: Annotated[AdapterSection, ORDINARY] = AdapterSection()
-    """Where LoRA goes and how large it is."""
     train: Annotated[TrainSection, ORDINARY] = TrainSection()
-    """Optimization: how long, how fast, how large the batches are."""
     eval: Annotated[EvalSection, ORDINARY] = EvalSection()
-    """What is measured while training."""
 
     @model_validator(mode="before")
     @classmethod
@@ -243,7 +54,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _refuse_conflicts(self) -> Recipe:
-        recipe_checks.refuse_conflicts(self)
+        recipe_checks.refuse_conflicts(self.data, self.adapter, self.train, self.eval)
         return self
 
     @classmethod

@@ -7,13 +7,12 @@ where those are known.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
-if TYPE_CHECKING:
-    from mamba_sft.recipe import Recipe
+from mamba_sft.recipe_sections import AdapterSection, DataSection, EvalSection, TrainSection
 
 Keys = tuple[str | int, ...]
 
@@ -109,15 +108,22 @@ def _as_dict(section: Any) -> dict[str, Any] | None:
     return dict(section) if isinstance(section, dict) else None
 
 
-def refuse_conflicts(recipe: Recipe) -> None:
-    """Raises ConflictError with every clash in the recipe, if there is one."""
-    problems = [*_data_conflicts(recipe), *_validation_conflicts(recipe), *_argument_conflicts(recipe)]
+def refuse_conflicts(
+    data: DataSection, adapter: AdapterSection, train: TrainSection, eval_: EvalSection
+) -> None:
+    """Raises ConflictError with every clash between these sections, if there is one."""
+    problems = [
+        *_data_conflicts(data),
+        *_validation_conflicts(data, train, eval_),
+        *_argument_conflicts(train),
+        *_duplicates(("adapter", "target_modules"), adapter.target_modules),
+        *_duplicates(("train", "report_to"), train.report_to),
+    ]
     if problems:
         raise ConflictError(problems)
 
 
-def _data_conflicts(recipe: Recipe) -> Iterator[Problem]:
-    data = recipe.data
+def _data_conflicts(data: DataSection) -> Iterator[Problem]:
     if data.packing and data.max_length is None:
         yield Problem(
             ("data", "max_length"),
@@ -133,19 +139,17 @@ def _data_conflicts(recipe: Recipe) -> Iterator[Problem]:
                 "turn, so none of it would be trained; set `data.assistant_only_loss: false`",
                 (("data", "assistant_only_loss"),),
             )
-    yield from _duplicates(("adapter", "target_modules"), recipe.adapter.target_modules)
-    yield from _duplicates(("train", "report_to"), recipe.train.report_to)
 
 
-def _duplicates(path: Keys, values: list[Any]) -> Iterator[Problem]:
+def _duplicates(path: Keys, values: Sequence[str]) -> Iterator[Problem]:
     repeated = [f"`{value}`" for value, count in Counter(values).items() if count > 1]
     if repeated:
         yield Problem(path, "must not repeat " + ", ".join(repeated))
 
 
-def _validation_conflicts(recipe: Recipe) -> Iterator[Problem]:
-    eval_, save_steps = recipe.eval, recipe.train.save_steps
-    if recipe.data.validation == 0:
+def _validation_conflicts(data: DataSection, train: TrainSection, eval_: EvalSection) -> Iterator[Problem]:
+    save_steps = train.save_steps
+    if data.validation == 0:
         if eval_.early_stopping_patience is not None:
             yield Problem(
                 ("eval", "early_stopping_patience"),
@@ -175,9 +179,9 @@ def _meet(save_steps: float, eval_steps: float) -> bool:
     return save_steps == eval_steps or (min(save_steps, eval_steps) >= 1 and save_steps % eval_steps == 0)
 
 
-def _argument_conflicts(recipe: Recipe) -> Iterator[Problem]:
-    own = set(type(recipe.train).model_fields) - {"trainer_arguments", "checkpointing"}
-    for name in recipe.train.trainer_arguments:
+def _argument_conflicts(train: TrainSection) -> Iterator[Problem]:
+    own = set(TrainSection.model_fields) - {"trainer_arguments", "checkpointing"}
+    for name in train.trainer_arguments:
         path = ("train", "trainer_arguments", name)
         if name in own:
             yield Problem(path, f"must not be set here; use `train.{name}`")

@@ -15,7 +15,8 @@ MODULES = sorted(PACKAGE.glob("*.py"))
 KERNELS = sorted((PACKAGE / "kernels").glob("*.py"))
 
 GROUND = {"errors", "kernels"}
-CONTRACT = {"recipe", "recipe_checks", "recipe_files", "recipe_problems", "recipe_yaml", "run"}
+CONTRACT = {"recipe", "recipe_checks", "recipe_files", "recipe_foreign", "recipe_problems", "recipe_sections",
+            "recipe_yaml", "run"}  # fmt: skip
 TOP = {"training", "merging", "exporting", "evaluation", "conversation", "planning", "doctor"}
 
 OWNERS = {
@@ -26,7 +27,7 @@ OWNERS = {
     "lm_eval": {"evaluation"},
     "typer": {"cli"},
     "yaml": {"recipe_yaml"},
-    "pydantic": {"recipe", "recipe_problems", "recipe_yaml"},
+    "pydantic": {"recipe", "recipe_checks", "recipe_problems", "recipe_sections", "recipe_yaml"},
     "triton": {"kernels"},
     "numba": {"kernels"},
 }

@@ -1,0 +1,516 @@
+"""The recipe's fields, their bounds and help, what clashes, and what its messages say."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel, ValidationError
+
+from mamba_sft.errors import RecipeError, UsageError
+from mamba_sft.recipe import (
+    AdapterSection,
+    EvalSection,
+    ModelSection,
+    Recipe,
+    TrainSection,
+    builtin_recipes,
+    bundled_root,
+    find_path,
+    recipe_schema,
+)
+from mamba_sft.recipe_checks import FIXED_ARGUMENTS, OWNED_ARGUMENTS
+from mamba_sft.recipe_foreign import FOREIGN_KEYS, FOREIGN_VALUES, UNWANTED_KEYS
+
+MINIMAL = """\
+output_dir: runs/x
+model:
+  base: some/base
+data:
+  sources:
+    - path: rows.jsonl
+"""
+
+
+def problems(text: str, *overrides: str) -> list[str]:
+    """The lines of the error that `text` gives, as the file `r.yaml`."""
+    with pytest.raises(RecipeError) as caught:
+        Recipe.from_text(text, "r.yaml", overrides)
+    return caught.value.message.split("\n")
+
+
+def minimal(more: str) -> str:
+    """The least recipe and `more`, which starts on line 7."""
+    return MINIMAL + more
+
+
+def sections(model: type[BaseModel] = Recipe) -> list[type[BaseModel]]:
+    return [model] + [
+        inner
+        for field in model.model_fields.values()
+        for kind in (field.annotation, *getattr(field.annotation, "__args__", ()))
+        if isinstance(kind, type) and issubclass(kind, BaseModel)
+        for inner in sections(kind)
+    ]
+
+
+# --- the tree -----------------------------------------------------------------------------------------------
+
+
+def test_minimal_recipe_has_every_default() -> None:
+    recipe = Recipe.from_text(MINIMAL)
+    assert recipe.seed == 42
+    assert (recipe.model.dtype, recipe.model.quantization, recipe.model.kernels) == (
+        "bfloat16",
+        "none",
+        "auto",
+    )
+    assert recipe.chat.template == "chatml"
+    assert recipe.data.sources[0].weight == 1.0
+    assert (recipe.data.validation, recipe.data.max_length, recipe.data.packing) == (0.02, 2048, True)
+    assert recipe.adapter.target_modules == ["in_proj", "x_proj", "out_proj"]
+    assert recipe.train.learning_rate == 2e-4
+    assert (recipe.train.save_steps, recipe.eval.eval_steps) == (0.2, 0.2)
+    assert recipe.eval.load_best_model_at_end is True
+
+
+def test_field_count_stays_small() -> None:
+    assert sum(len(section.model_fields) for section in sections()) <= 60
+
+
+@pytest.mark.parametrize("section", sections(), ids=lambda section: section.__name__)
+def test_every_field_has_help_and_every_number_bounds(section: type[BaseModel]) -> None:
+    schema = section.model_json_schema()
+    for name, field in schema["properties"].items():
+        target = schema["$defs"][field["$ref"].split("/")[-1]] if "$ref" in field else field
+        assert target.get("description"), name
+        for kind in field.get("anyOf", [field]):
+            if kind.get("type") in ("integer", "number"):
+                assert {"minimum", "exclusiveMinimum"} & kind.keys(), name
+                assert {"maximum", "exclusiveMaximum"} & kind.keys(), name
+
+
+def test_recipe_is_frozen() -> None:
+    recipe = Recipe.from_text(MINIMAL)
+    with pytest.raises(ValidationError):
+        recipe.train.learning_rate = 1.0  # type: ignore[misc]
+
+
+def test_import_is_light() -> None:
+    code = (
+        "import sys, mamba_sft.recipe; "
+        "print(sorted({'torch', 'transformers', 'datasets', 'numpy', 'rich', 'typer'} & set(sys.modules)))"
+    )
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+
+
+def test_defaults_that_follow_from_another_field() -> None:
+    assert Recipe.from_text(minimal("eval: {eval_steps: 50}")).train.save_steps == 50
+    assert (
+        Recipe.from_text(minimal("eval: {eval_steps: 50}\ntrain: {save_steps: 100}")).train.save_steps == 100
+    )
+    assert Recipe.from_text(MINIMAL, overrides=["data.validation=0"]).eval.load_best_model_at_end is False
+
+
+def test_build_from_python() -> None:
+    recipe = Recipe.build(
+        output_dir="runs/x",
+        model=ModelSection(base="some/base"),
+        data={"sources": [{"path": "rows.jsonl"}]},
+        adapter=AdapterSection(r=8),
+        train=TrainSection(max_steps=5),
+        eval=EvalSection(eval_steps=2),
+    )
+    assert (recipe.adapter.r, recipe.train.max_steps, recipe.train.save_steps) == (8, 5, 2)
+
+
+def test_build_reports_all_problems() -> None:
+    with pytest.raises(RecipeError) as caught:
+        Recipe.build(output_dir="runs/x", model={"base": "b", "bse": 1}, data={"sources": []})
+    assert caught.value.message.split("\n") == [
+        "recipe: `data.sources` must have at least one entry",
+        "recipe: unknown field `model.bse`; did you mean `base`?",
+    ]
+
+
+# --- messages -----------------------------------------------------------------------------------------------
+
+
+def test_all_problems_at_once_by_line() -> None:
+    text = """\
+output_dir: runs/x
+model:
+  base: some/base
+  dtype: bf16
+train:
+  learning_rte: 1e-5
+  max_steps: 0
+  learning_rate: -1
+data:
+  sources:
+    - path: rows.jsonl
+      format: text
+adapter:
+  r: 0
+"""
+    assert problems(text, "train.lr=3") == [
+        "r.yaml:4: `model.dtype` must be one of `auto`, `bfloat16`, `float16`, `float32`, got `bf16`; "
+        "did you mean `bfloat16`?",
+        "r.yaml:6: unknown field `train.learning_rte`; did you mean `learning_rate`?",
+        "r.yaml:7: `train.max_steps` must be -1 (no limit) or at least 1, got 0",
+        "r.yaml:8: `train.learning_rate` must be greater than 0, got -1",
+        "r.yaml:12: `data.sources.0.format` must not be `text` when `data.assistant_only_loss` is true: plain "
+        "text has no assistant turn, so none of it would be trained; set `data.assistant_only_loss: false`",
+        "r.yaml:14: `adapter.r` must be at least 1, got 0",
+        "override `train.lr=3`: unknown field `train.lr`; here it is `train.learning_rate`",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("train: {learning_rate: 2}", "`train.learning_rate` must be at most 1, got 2"),
+        ("train: {learning_rate: .nan}", "`train.learning_rate` must be a finite number, got nan"),
+        ("train: {learning_rate: -.inf}", "`train.learning_rate` must be a finite number, got -inf"),
+        ("train: {learning_rate: fast}", "`train.learning_rate` must be a number, got the text `fast`"),
+        ("train: {learning_rate: true}", "`train.learning_rate` must be a number, got true"),
+        (
+            'train: {learning_rate: "1e-5"}',
+            "`train.learning_rate` must be a number, got the text `1e-5`; write 1e-5 without quotes",
+        ),
+        ("train: {max_steps: 1.5}", "`train.max_steps` must be a whole number, got 1.5"),
+        ("train: {max_steps: -2}", "`train.max_steps` must be at least -1, got -2"),
+        ("train: {max_steps: null}", "`train.max_steps` must be a whole number, got null"),
+        (
+            'adapter: {r: "16"}',
+            "`adapter.r` must be a whole number, got the text `16`; write 16 without quotes",
+        ),
+        (
+            "train: {max_steps: 1_000}",
+            "`train.max_steps` must be a whole number, got the text `1_000`; write 1000 without quotes",
+        ),
+        ("adapter: {r: true}", "`adapter.r` must be a whole number, got true"),
+        ("adapter: {r: 99999}", "`adapter.r` must be at most 1024, got 99999"),
+        ("adapter: {lora_dropout: 1}", "`adapter.lora_dropout` must be less than 1, got 1"),
+        (
+            "adapter: {use_dora: yes}",
+            "`adapter.use_dora` must be true or false, got the text `yes`; write true",
+        ),
+        (
+            "adapter: {use_dora: Off}",
+            "`adapter.use_dora` must be true or false, got the text `Off`; write false",
+        ),
+        ("adapter: {use_dora: 1}", "`adapter.use_dora` must be true or false, got 1; write true"),
+        ("adapter: {use_dora: maybe}", "`adapter.use_dora` must be true or false, got the text `maybe`"),
+        (
+            "adapter: {target_modules: 'in_proj,x_proj'}",
+            "`adapter.target_modules` must be a list, got the text `in_proj,x_proj`; write [in_proj, x_proj]",
+        ),
+        ("adapter: {target_modules: []}", "`adapter.target_modules` must have at least one entry"),
+        (
+            "adapter: {target_modules: [1]}",
+            "`adapter.target_modules.0` must be text, got 1; put it in quotes",
+        ),
+        ("adapter: {target_modules: ['']}", "`adapter.target_modules.0` must not be empty"),
+        ("adapter: lora", "`adapter` must be a section with fields of its own, got the text `lora`"),
+        ("adapter: [r, 3]", "`adapter` must be a section with fields of its own, got a list"),
+        ("train: {report_to: none}", "`train.report_to` must be a list, got the text `none`; write []"),
+        (
+            "train: {report_to: [mlflow]}",
+            "`train.report_to.0` must be one of `tensorboard`, `wandb`, `trackio`, got `mlflow`",
+        ),
+        (
+            "train: {optim: adamw_bnb_8bit}",
+            "`train.optim` must be one of `adamw_torch_fused`, `adamw_8bit`, `paged_adamw_8bit`, got "
+            "`adamw_bnb_8bit`; did you mean `adamw_8bit`?",
+        ),
+        (
+            "train: {checkpointing: true}",
+            "`train.checkpointing` must be one of `none`, `block`, got true",
+        ),
+        (
+            "train: {trainer_arguments: [a]}",
+            "`train.trainer_arguments` must be a section with fields of its own, got a list",
+        ),
+        (
+            "eval: {eval_steps: 1.5}",
+            "`eval.eval_steps` must be a whole number from 1 up, or a share below 1, got 1.5",
+        ),
+        ("eval: {eval_steps: 0}", "`eval.eval_steps` must be greater than 0, got 0"),
+        ("seed: -1", "`seed` must be at least 0, got -1"),
+        ("seed: 4294967296", "`seed` must be at most 4294967295, got 4294967296"),
+    ],
+)
+def test_a_wrong_value_is_one_clear_line(more: str, message: str) -> None:
+    assert problems(minimal(more)) == [f"r.yaml:7: {message}"]
+
+
+def test_text_that_yaml_reads_as_a_number() -> None:
+    assert problems(MINIMAL.replace("base: some/base", "base: b\n  revision: 1e10")) == [
+        "r.yaml:4: `model.revision` must be text, got 10000000000.0; put it in quotes"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "seed: 1",
+            ["`data` is missing; it needs `data.sources`", "`model` is missing; it needs `model.base`"],
+        ),
+        ("output_dir: x\nmodel:\ndata: {sources: [{path: x}]}", ["`model.base` is missing"]),
+        ("output_dir: x\nmodel: {base: b}\ndata: {packing: true}", ["`data.sources` is missing"]),
+    ],
+)
+def test_missing_fields_say_what_is_needed(text: str, message: list[str]) -> None:
+    found = [line.split(": ", 1)[1] for line in problems(text)]
+    assert [line for line in found if "output_dir" not in line] == message
+
+
+def test_a_missing_field_is_told_at_its_section() -> None:
+    assert problems("output_dir: x\n\nmodel:\n  dtype: auto\ndata:\n  sources:\n    - split: test\n") == [
+        "r.yaml:3: `model.base` is missing",
+        "r.yaml:7: `data.sources.0.path` is missing",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("sede: 3", "unknown field `sede`; did you mean `seed`?"),
+        ("lora_alpha: 3", "unknown field `lora_alpha`; it goes under `adapter`"),
+        ("learning_rte: 3", "unknown field `learning_rte`; did you mean `train.learning_rate`?"),
+        ("adapter: {learning_rate: 3}", "unknown field `adapter.learning_rate`; it goes under `train`"),
+        ("train: {seed: 3}", "unknown field `train.seed`; it goes at the top level"),
+        ("train: {split: test}", "unknown field `train.split`; it goes into an entry of `data.sources`"),
+        ("train: {Learning-Rate: 3}", "unknown field `train.Learning-Rate`; did you mean `learning_rate`?"),
+        (
+            "train: {adam_beta2: 0.9}",
+            "unknown field `train.adam_beta2`; other fields of SFTConfig go under `train.trainer_arguments`",
+        ),
+        ("qqq: 3", "unknown field `qqq`"),
+        ("<<: {seed: 3}", "unknown field `<<`"),
+        (
+            "micro_batch_size: 2",
+            "unknown field `micro_batch_size`; here it is `train.per_device_train_batch_size`",
+        ),
+        ("lora_r: 2", "unknown field `lora_r`; here it is `adapter.r`"),
+        ("sequence_len: 2", "unknown field `sequence_len`; here it is `data.max_length`"),
+        ("max_seq_length: 2", "unknown field `max_seq_length`; here it is `data.max_length`"),
+        ("cutoff_len: 2", "unknown field `cutoff_len`; here it is `data.max_length`"),
+        ("model_name_or_path: b", "unknown field `model_name_or_path`; here it is `model.base`"),
+        ("base_model: b", "unknown field `base_model`; here it is `model.base`"),
+        ("num_epochs: 2", "unknown field `num_epochs`; here it is `train.num_train_epochs`"),
+        ("load_in_4bit: true", "unknown field `load_in_4bit`; here it is `model.quantization: nf4`"),
+        ("sample_packing: true", "unknown field `sample_packing`; here it is `data.packing`"),
+        ("packing: true", "unknown field `packing`; it goes under `data`"),
+        (
+            "train_on_inputs: false",
+            "unknown field `train_on_inputs`; here it is `data.assistant_only_loss` (which means the opposite)",
+        ),
+        ("datasets: []", "unknown field `datasets`; here it is `data.sources`"),
+        ("val_set_size: 0.1", "unknown field `val_set_size`; here it is `data.validation`"),
+        ("lora_target: all", "unknown field `lora_target`; here it is `adapter.target_modules`"),
+        (
+            "gradient_checkpointing: true",
+            "unknown field `gradient_checkpointing`; here it is `train.checkpointing`",
+        ),
+        ("train: {bf16: true}", "unknown field `train.bf16`; here it is `model.dtype: bfloat16`"),
+        ("train: {fp16: true}", "unknown field `train.fp16`; here it is `model.dtype: float16`"),
+        (
+            "trust_remote_code: true",
+            "unknown field `trust_remote_code`; code from a model repository is never run; leave it out",
+        ),
+    ],
+)
+def test_an_unknown_field_gets_the_right_hint(more: str, message: str) -> None:
+    assert problems(minimal(more)) == [f"r.yaml:7: {message}"]
+
+
+def dotted_fields(model: type[BaseModel] = Recipe, prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, field in model.model_fields.items():
+        found[prefix + name] = field
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            found |= dotted_fields(field.annotation, f"{prefix}{name}.")
+    return found
+
+
+def test_hints_name_fields_that_exist() -> None:
+    known = dotted_fields()
+    for foreign, ours in FOREIGN_KEYS.items():
+        field, _, value = ours.partition(" (")[0].partition(": ")
+        assert field in known, foreign
+        assert not value or value in known[field].annotation.__args__, foreign
+    for name, words in OWNED_ARGUMENTS.items():
+        field = words.split("`")[1].partition(": ")[0]
+        assert field in known, name
+    assert not set(UNWANTED_KEYS) & set(FOREIGN_KEYS)
+
+
+def test_hinted_values_are_choices() -> None:
+    schema = json.dumps(recipe_schema())
+    for foreign, ours in FOREIGN_VALUES.items():
+        assert f'"{ours}"' in schema, foreign
+
+
+# --- clashes ------------------------------------------------------------------------------------------------
+
+
+def test_packing_needs_a_length() -> None:
+    assert problems(MINIMAL + "  max_length: null\n") == [
+        "r.yaml:7: `data.max_length` must be a number when `data.packing` is true: packing fills rows up to it; "
+        "set it, or set `data.packing: false`"
+    ]
+    assert Recipe.from_text(MINIMAL + "  max_length: null\n  packing: false\n").data.max_length is None
+
+
+def test_text_rows_have_no_assistant_turn() -> None:
+    text = MINIMAL + "    - path: b.txt\n      format: text\n"
+    assert problems(text)[0].startswith("r.yaml:8: `data.sources.1.format` must not be `text`")
+    assert Recipe.from_text(text + "  assistant_only_loss: false\n").data.sources[1].format == "text"
+
+
+def test_early_stopping_and_best_model_need_validation() -> None:
+    text = MINIMAL + "  validation: 0\neval:\n  early_stopping_patience: 3\n  load_best_model_at_end: true\n"
+    assert problems(text) == [
+        "r.yaml:9: `eval.early_stopping_patience` needs a validation loss, and `data.validation` is 0; "
+        "hold rows out, or set it to null",
+        "r.yaml:10: `eval.load_best_model_at_end` needs a validation loss to tell which is best, and "
+        "`data.validation` is 0; hold rows out, or set it to false",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("save", "evaluate", "relation"),
+    [
+        ("30", "20", "a multiple of"),
+        ("10", "20", "a multiple of"),
+        ("0.5", "20", "a multiple of"),
+        ("0.3", "0.2", "the same as"),
+        ("0.4", "0.2", "the same as"),  # rounded to steps, 0.4 of a run may fall between evaluations
+        ("40", "0.2", "the same as"),
+    ],
+)
+def test_the_best_checkpoint_must_have_been_evaluated(save: str, evaluate: str, relation: str) -> None:
+    text = minimal(f"train: {{save_steps: {save}}}\neval: {{eval_steps: {evaluate}}}\n")
+    assert problems(text) == [
+        f"r.yaml:7: `train.save_steps` must be {relation} `eval.eval_steps` ({evaluate}) when "
+        f"`eval.load_best_model_at_end` is true, got {save}: only a checkpoint that was evaluated can be the "
+        "best; leave it out to save at every evaluation"
+    ]
+    assert Recipe.from_text(text, overrides=["eval.load_best_model_at_end=false"])
+    assert Recipe.from_text(text, overrides=["data.validation=0"])
+
+
+def test_repeated_entries() -> None:
+    text = minimal(
+        "adapter: {target_modules: [in_proj, x_proj, in_proj]}\ntrain: {report_to: [wandb, wandb]}"
+    )
+    assert problems(text) == [
+        "r.yaml:7: `adapter.target_modules` must not repeat `in_proj`",
+        "r.yaml:8: `train.report_to` must not repeat `wandb`",
+    ]
+
+
+def test_trainer_arguments_do_not_replace_fields() -> None:
+    text = minimal(
+        "train:\n  trainer_arguments:\n    adam_beta2: 0.99\n    learning_rate: 1e-4\n    bf16: true\n"
+        "    remove_unused_columns: true\n"
+    )
+    assert problems(text) == [
+        "r.yaml:10: `train.trainer_arguments.learning_rate` must not be set here; use `train.learning_rate`",
+        "r.yaml:11: `train.trainer_arguments.bf16` must not be set here; use `model.dtype: bfloat16`",
+        "r.yaml:12: `train.trainer_arguments.remove_unused_columns` must not be set: packed rows need all "
+        "their columns",
+    ]
+
+
+def test_refused_trainer_arguments_are_real_ones() -> None:
+    trl = pytest.importorskip("trl")
+    known = {field.name for field in fields(trl.SFTConfig)}
+    # activation_checkpointing came after the oldest supported transformers
+    newer = {"activation_checkpointing", "activation_checkpointing_kwargs"}
+    assert set(OWNED_ARGUMENTS) - newer <= known
+    assert set(FIXED_ARGUMENTS) <= known
+    own = set(TrainSection.model_fields) - {"trainer_arguments", "checkpointing"}
+    assert own <= known
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16", "float16", "float32"])
+def test_every_dtype_goes_with_every_quantization(dtype: str, quantization: str) -> None:
+    overrides = [f"model.dtype={dtype}", f"model.quantization={quantization}", "adapter.use_dora=true"]
+    assert Recipe.from_text(MINIMAL, overrides=overrides).model.dtype == dtype
+
+
+def test_a_clash_with_a_wrong_value_waits() -> None:
+    """Otherwise the default that stands in for the wrong value would be blamed."""
+    text = minimal("train: {save_steps: 0.5}\neval: {eval_steps: -1}\n")
+    assert problems(text) == ["r.yaml:8: `eval.eval_steps` must be greater than 0, got -1"]
+
+
+# --- finding recipes and files ------------------------------------------------------------------------------
+
+
+def test_builtin_recipe_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = Recipe.load("instruct-t4", overrides=["train.max_steps=3"])
+    assert (recipe.output_dir, recipe.train.max_steps) == ("runs/instruct-t4", 3)
+    assert Recipe.load("recipes/instruct-t4.yaml") == Recipe.load(builtin_recipes()["instruct-t4"])
+    (tmp_path / "instruct-t4").mkdir()
+    assert Recipe.load("instruct-t4").output_dir == "runs/instruct-t4"
+
+
+def test_own_file_wins_over_builtin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "instruct").write_text(MINIMAL)
+    assert Recipe.load("instruct").output_dir == "runs/x"
+
+
+def test_unknown_recipe_lists_the_builtin_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError) as caught:
+        Recipe.load("instrct-t4")
+    assert caught.value.message == (
+        "no recipe `instrct-t4`: neither a file nor a built-in recipe; did you mean `instruct-t4`?"
+    )
+    assert caught.value.hint == "built-in recipes: " + ", ".join(builtin_recipes())
+    assert caught.value.exit_code == 2
+
+
+def test_a_directory_is_no_recipe(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="is a directory"):
+        Recipe.load(tmp_path)
+
+
+def test_find_path_looks_here_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert find_path("recipes/instruct.yaml") == bundled_root() / "recipes" / "instruct.yaml"
+    assert find_path("recipes/inst*.yaml") == bundled_root() / "recipes" / "inst*.yaml"
+    assert find_path("some/hub-id") == Path("some/hub-id")
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "instruct.yaml").touch()
+    assert find_path("recipes/instruct.yaml") == Path("recipes/instruct.yaml")
+    (tmp_path / "odd[1].jsonl").touch()
+    assert find_path("odd[1].jsonl") == Path("odd[1].jsonl")
+
+
+# --- schema -------------------------------------------------------------------------------------------------
+
+
+def test_schema_describes_the_fields() -> None:
+    schema = json.loads(json.dumps(recipe_schema()))
+    train = schema["$defs"]["TrainSection"]
+    rate = train["properties"]["learning_rate"]
+    assert rate["description"].startswith("Peak step size.")
+    assert (rate["exclusiveMinimum"], rate["maximum"], rate["default"]) == (0, 1, 2e-4)
+    assert rate["type"] == ["number", "string"]
+    assert train["properties"]["checkpointing"]["enum"] == ["none", "block"]
+    assert train["additionalProperties"] is False
+    assert schema["required"] == ["output_dir", "model", "data"]
