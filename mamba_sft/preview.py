@@ -1,0 +1,283 @@
+"""Training data as a reader sees it: rows as coloured tokens, lengths as a histogram, counts as tables.
+
+Everything here returns a rich renderable; nothing prints. Colour is never the only sign: trained text also
+stands between brackets, so that it reads the same under `NO_COLOR`, in a pipe, or to a colour-blind eye.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from mamba_sft.data import PreparedData
+from mamba_sft.data_report import DataReport
+from mamba_sft.packing import IGNORED, assign_bins
+
+TRAINED = ("black on #9fd6ad", "black on #cfeccb")
+"""Two shades in turn, so that the borders between tokens show."""
+TRAINED_SPECIAL = "bold black on #f4c95d"
+PLAIN = ""
+SPECIAL = "bold magenta"
+OPENING, CLOSING = "⟦", "⟧"
+BAR = "cyan"
+
+_SHOWN_TOKENS = 600
+_BAR_WIDTH = 40
+_EIGHTHS = " ▏▎▍▌▋▊▉█"
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What packing makes of an epoch: rows, what each may hold, and the share of it that holds tokens."""
+
+    rows: int
+    max_length: int
+    fill: float
+
+
+def packed(report: DataReport, max_length: int, seed: int) -> Packed:
+    """Packs lengths only, as `pack` will pack the rows."""
+    rows = len(assign_bins(np.array(report.lengths), max_length, np.random.default_rng(seed)))
+    return Packed(rows, max_length, report.train_tokens / max(1, rows * max_length))
+
+
+def preview(
+    data: PreparedData, tokenizer: Any, *, rows: int = 3, packing: Packed | None = None
+) -> RenderableType:
+    """The whole picture: a few training rows, spread over the data, the lengths, the counts, and warnings.
+
+    Args:
+        data: Prepared rows.
+        tokenizer: The one that made them.
+        rows: How many rows to show.
+        packing: From `packed`, where rows are packed.
+    """
+    count = min(rows, len(data.train))
+    chosen = [i * len(data.train) // max(1, count) for i in range(count)]
+    shown = [row_panel(tokenizer, data.train[i], data.train_origins[i]) for i in chosen]
+    parts: list[RenderableType] = [legend(), "", *shown, ""] if shown else []
+    return Group(*parts, histogram(data.report), statistics(data.report, packing))
+
+
+def legend() -> Text:
+    """What the colours and brackets of `row_panel` mean."""
+    text = Text("  ")
+    for index, word in enumerate(("trained", " tokens")):
+        text.append((OPENING if index == 0 else "") + word, TRAINED[index])
+    text.append("<|stop|>" + CLOSING, TRAINED_SPECIAL).append("   not trained   ", PLAIN)
+    text.append("<|special|>", SPECIAL).append("   · space   ↵ newline   → tab", "dim")
+    return text
+
+
+def row_panel(tokenizer: Any, row: dict[str, Any], origin: str) -> Panel:
+    """A row as tokens, under where it came from and its counts."""
+    length, trained = len(row["labels"]), sum(label != IGNORED for label in row["labels"])
+    counts = f"  {length:,} tokens, {trained:,} trained ({trained / length:.0%})"
+    title = Text.assemble((origin, "bold not dim"), (counts, "not dim"))
+    return Panel(
+        token_text(tokenizer, row["input_ids"], row["labels"]),
+        title=title,
+        title_align="left",
+        border_style="dim",
+    )
+
+
+def token_text(
+    tokenizer: Any, input_ids: Sequence[int], labels: Sequence[int], limit: int = _SHOWN_TOKENS
+) -> Text:
+    """Tokens in the styles of `legend`, with visible white space.
+
+    Args:
+        tokenizer: Decodes the ids.
+        input_ids: (L,)
+        labels: (L,) -100 where a token is not trained.
+        limit: Tokens shown; of a longer row the middle is left out.
+    """
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    text, shade, inside = Text(), 0, False
+    for ids, trained in _units(tokenizer, *_shortened(input_ids, labels, limit)):
+        if trained != inside:
+            text.append(OPENING if trained else CLOSING, "bold")
+            inside = trained
+        if not ids:
+            text.append(f" … {len(input_ids) - limit:,} tokens … ", "dim italic")
+            continue
+        is_special = ids[0] in special
+        if trained:
+            shade = 1 - shade
+            style = TRAINED_SPECIAL if is_special else TRAINED[shade]
+        else:
+            style = SPECIAL if is_special else PLAIN
+        _append_visible(text, tokenizer.decode(ids), style)
+    if inside:
+        text.append(CLOSING, "bold")
+    text.rstrip()
+    return text
+
+
+def _shortened(
+    input_ids: Sequence[int], labels: Sequence[int], limit: int
+) -> tuple[list[int | None], list[bool]]:
+    """Ids and whether they are trained; None stands for the middle of a long row."""
+    ids: list[int | None] = list(input_ids)
+    trained = [label != IGNORED for label in labels]
+    if len(ids) <= limit:
+        return ids, trained
+    head = limit * 2 // 3
+    tail = limit - head
+    return [*ids[:head], None, *ids[-tail:]], [*trained[:head], False, *trained[-tail:]]
+
+
+def _units(
+    tokenizer: Any, ids: Sequence[int | None], trained: Sequence[bool]
+) -> Iterator[tuple[list[int], bool]]:
+    """Tokens, those joined that only together make a character; an empty list for the middle left out."""
+    held: list[int] = []
+    for index, (token, is_trained) in enumerate(zip(ids, trained, strict=True)):
+        if token is None:
+            yield [], False
+            continue
+        held.append(token)
+        last = index + 1 == len(ids) or ids[index + 1] is None or trained[index + 1] != is_trained
+        if last or len(held) == 4 or "\ufffd" not in tokenizer.decode(held):
+            yield held, is_trained
+            held = []
+
+
+def _append_visible(text: Text, piece: str, style: str) -> None:
+    """Appends `piece`; a space shows as a dot unless it stands alone between two words, where lines may break."""
+    for index, character in enumerate(piece):
+        after = piece[index + 1 : index + 2]
+        if character == "\n":
+            text.append("↵", style).append("\n")
+        elif character == " ":
+            alone = text.plain and not text.plain[-1].isspace() and text.plain[-1] != "·" and after.strip()
+            text.append(" " if alone else "·", style)
+        elif character == "\t":
+            text.append("→", style)
+        elif character.isprintable() or character == "\u200d":  # the joiner inside many emoji
+            text.append(character, style)
+        else:
+            text.append(f"\\x{ord(character):02x}", style)
+
+
+def histogram(report: DataReport) -> RenderableType:
+    """Lengths of the training rows in tokens, a bar for each of about ten ranges."""
+    lengths = np.array(report.lengths)
+    if not len(lengths):
+        return Text("no rows")
+    width = _nice_width(int(lengths.max()))
+    counts = np.bincount((lengths - 1) // width)
+    table = Table.grid(padding=(0, 1))
+    for justify in ("right", "left", "right", "right"):
+        table.add_column(justify=justify)  # type: ignore[arg-type]
+    for index, count in enumerate(counts.tolist()):
+        span = f"{index * width + 1:,} to {(index + 1) * width:,}"
+        table.add_row(
+            span, Text(_bar(count / counts.max()), BAR), f"{count:,}", f"{count / len(lengths):.1%}"
+        )
+    middle, high = (int(np.percentile(lengths, q)) for q in (50, 95))
+    note = f"median {middle:,}, 95% at most {high:,}, longest {lengths.max():,}"
+    if report.max_length:
+        note += f", limit {report.max_length:,}"
+    return Group(_heading("row lengths in tokens", note), Padding(table, (0, 0, 1, 2)))
+
+
+def _nice_width(longest: int) -> int:
+    """The smallest power of two that gives at most twelve ranges: lengths and limits are powers of two."""
+    width = 1
+    while longest > 12 * width:
+        width *= 2
+    return width
+
+
+def _bar(share: float) -> str:
+    eighths = max(round(share * _BAR_WIDTH * 8), int(share > 0))
+    return "█" * (eighths // 8) + _EIGHTHS[eighths % 8].strip()
+
+
+def statistics(report: DataReport, packing: Packed | None = None) -> RenderableType:
+    """Sources, totals, and what deserves a look before training."""
+    parts: list[RenderableType] = [_heading("sources"), _sources(report)]
+    parts += [_heading("training data"), _totals(report, packing)]
+    warnings = report.warnings()
+    if warnings:
+        lines = Text("\n").join(Text.assemble(("! ", "bold yellow"), warning) for warning in warnings)
+        parts += [_heading("worth a look"), Padding(lines, (0, 0, 0, 2))]
+    return Group(*parts)
+
+
+def _sources(report: DataReport) -> RenderableType:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("source", overflow="fold")
+    table.add_column("format")
+    for name in ("read", "bad", "kept", "weight", "rows an epoch"):
+        table.add_column(name, justify="right")
+    for source in report.sources:
+        bad = Text(f"{source.bad:,}", "bold red" if source.bad else "")
+        formats = ", ".join(sorted(set(source.formats.values())))
+        counts = (f"{source.read:,}", bad, f"{source.kept:,}", f"{source.weight:g}", f"{source.train_rows:,}")
+        table.add_row(Text(source.path), formats, *counts)
+    return Padding(table, (0, 0, 0, 2))
+
+
+def _totals(report: DataReport, packing: Packed | None) -> RenderableType:
+    trained = f"{report.trained_tokens:,}  ({report.trained_share:.1%} of the tokens)"
+    lines = [
+        ("rows", f"{report.train_rows:,} to train on, {report.validation_rows:,} to validate on"),
+        ("tokens an epoch", f"{report.train_tokens:,}"),
+        ("trained tokens", trained),
+    ]
+    if packing:
+        rows = f"{packing.rows:,} of {packing.max_length:,} tokens, {packing.fill:.1%} full"
+        lines.append(("packed rows", rows))
+    cut = [
+        (report.dropped, "left out"),
+        (report.truncated, "truncated"),
+        (report.split, f"split into {report.pieces:,} pieces"),
+    ]
+    if report.max_length:
+        done = ", ".join(f"{count:,} {what}" for count, what in cut if count) or "none"
+        lines.append((f"longer than {report.max_length:,}", done))
+    table = Table.grid(padding=(0, 2))
+    for name, value in lines:
+        table.add_row(Text(name, "dim"), value)
+    return Padding(table, (0, 0, 1, 2))
+
+
+def _heading(title: str, note: str = "") -> Text:
+    return Text.assemble((title, "bold"), (f"  {note}" if note else "", "dim"))
+
+
+def to_dict(
+    data: PreparedData, tokenizer: Any, *, rows: int = 3, packing: Packed | None = None
+) -> dict[str, Any]:
+    """The same picture for `--json`: the report, and rows with their text and what of it is trained."""
+    shown = []
+    for i in range(min(rows, len(data.train))):
+        row = data.train[i]
+        trained = [
+            token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label != IGNORED
+        ]
+        shown.append(
+            {
+                "where": data.train_origins[i],
+                "text": tokenizer.decode(row["input_ids"]),
+                "trained_text": tokenizer.decode(trained),
+                "input_ids": row["input_ids"],
+                "labels": row["labels"],
+            }
+        )
+    content = data.report.to_dict() | {"rows": shown}
+    if packing:
+        content["packed"] = {"rows": packing.rows, "max_length": packing.max_length, "fill": packing.fill}
+    return content
