@@ -154,7 +154,7 @@ def _units(
 
 
 def _append_visible(text: Text, piece: str, style: str) -> None:
-    """Appends `piece`; a space shows as a dot unless it stands alone between two words, where lines may break."""
+    """Appends `piece`; a space shows as a dot, unless it is alone between two words, where lines may break."""
     for index, character in enumerate(piece):
         after = piece[index + 1 : index + 2]
         if character == "\n":
