@@ -13,11 +13,11 @@ import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from mamba_sft import __version__
+from mamba_sft import __version__, cli_talk
+from mamba_sft.cli_talk import err, out, run_or_newest
 from mamba_sft.errors import MambaSFTError, UsageError
 
 if TYPE_CHECKING:
@@ -35,9 +35,6 @@ recipes_app = typer.Typer(
     no_args_is_help=False, invoke_without_command=True, help="List, show and describe recipes."
 )
 app.add_typer(recipes_app, name="recipes")
-
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False)
 
 RecipeArgument = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a built-in one.")
@@ -173,14 +170,56 @@ def _short(text: str, limit: int = 200) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-def _run_or_newest(run: str | None) -> Run:
-    from mamba_sft.run import Run
+@app.command()
+def data(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    rows: Annotated[int, typer.Option(help="Rows to show as tokens.", min=0)] = 3,
+    as_json: Json = False,
+) -> None:
+    """Show what a recipe trains on: tokens, lengths, and what is dropped, truncated and packed."""
+    from mamba_sft.recipe import Recipe
 
-    if run is not None:
-        return Run.open(run)
-    newest = Run.newest()
-    err.print(f"using the newest run: {newest.path}")
-    return newest
+    loaded = Recipe.load(recipe, overrides=overrides or [])
+    from mamba_sft import preview
+    from mamba_sft.training import read_data
+
+    setup, prepared = read_data(loaded)
+    section = loaded.data
+    packing = preview.packed(prepared.report, section.max_length, loaded.seed) if section.packing else None
+    if as_json:
+        content = preview.to_dict(prepared, setup.tokenizer, rows=rows, packing=packing)
+        sys.stdout.write(json.dumps(content, ensure_ascii=False, indent=2) + "\n")
+    else:
+        out.print(preview.preview(prepared, setup.tokenizer, rows=rows, packing=packing))
+
+
+@app.command()
+def merge(
+    run: RunArgument = None,
+    output: Annotated[str | None, typer.Option(help="Where to; default: the run's `merged/`.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; default: the base's.")
+    ] = None,
+    onto: Annotated[
+        str,
+        typer.Option(help="`base`, or `dequantized`: the rounded weights a quantized run was trained on."),
+    ] = "base",
+    as_json: Json = False,
+) -> None:
+    """Merge a run's adapter into its base: a checkpoint that transformers loads by itself."""
+    chosen = run_or_newest(run)
+    from mamba_sft.merging import merge as merge_run
+    from mamba_sft.progress import StageBar
+
+    with StageBar(err) as bar:
+        report = merge_run(chosen, output=output, dtype=dtype, onto=onto, progress=bar.update)
+    if as_json:
+        sys.stdout.write(report.to_json() + "\n")
+        return
+    err.print(report.summary())
+    out.print(f"merged: {report.path}")
+    out.print(f"next:   mamba-sft chat {report.path}")
 
 
 @recipes_app.callback()
@@ -214,3 +253,7 @@ def recipes_schema() -> None:
     from mamba_sft.recipe import recipe_schema
 
     sys.stdout.write(json.dumps(recipe_schema(), indent=2) + "\n")
+
+
+app.command()(cli_talk.chat)
+app.command()(cli_talk.generate)

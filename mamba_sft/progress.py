@@ -1,4 +1,4 @@
-"""The training bar: step, loss, tokens/s and time left, on one line that stays readable in a log file."""
+"""The training bar: step, loss, tokens/s and time left; plain lines where there is no terminal."""
 
 from __future__ import annotations
 
@@ -6,50 +6,73 @@ import time
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.progress import TimeRemainingColumn as TimeLeftColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-LINES_WITHOUT_TERMINAL = 20
+PLAIN_LINES = 20
 
 
 class TrainingBar(TrainerCallback):
-    """Draws the progress of a run on `console`; without a terminal, about twenty plain lines."""
+    """Draws the progress of a run on `console`; without a terminal, about twenty plain lines.
+
+    Tokens are the real ones (padding not counted), the clock runs only while a step does: validation and
+    checkpoints do not lower tokens/s.
+    """
 
     def __init__(self, console: Console):
         self.console = console
         self.bar = Progress(
             TextColumn("[bold]training"),
-            BarColumn(bar_width=28),
+            BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TextColumn("loss {task.fields[loss]}"),
-            TextColumn("{task.fields[validation]}"),
+            TextColumn("[cyan]{task.fields[validation]}"),
             TextColumn("[green]{task.fields[rate]}"),
             TimeElapsedColumn(),
             TextColumn("left"),
-            TimeLeftColumn(),
+            TimeRemainingColumn(elapsed_when_finished=False),
             console=console,
             disable=not console.is_terminal,
         )
         self.task: TaskID | None = None
-        self.loss = self.validation = ""
-        self.started = self.tokens = self.tokens_at_start = 0.0
+        self.loss, self.validation = "-", ""
+        self.step_started = self.begun = self.seconds = 0.0
+        self.first_step = 0
+        self.tokens: float | None = None
+        self.counted = 0.0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Starts the bar at the step training goes on from."""
-        self.started = time.monotonic()
+        self.first_step, self.begun = state.global_step, time.monotonic()
         self.task = self.bar.add_task(
-            "train",
-            total=state.max_steps,
-            completed=state.global_step,
-            loss="-",
-            validation="",
-            rate="- tokens/s",
+            "train", total=state.max_steps, completed=state.global_step, loss="-", validation="", rate=""
         )
         if state.is_world_process_zero:
             self.bar.start()
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Starts the clock of one step."""
+        self.step_started = time.monotonic()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Stops the clock and moves the bar."""
+        self.seconds += time.monotonic() - self.step_started
+        self._draw(state)
 
     def on_log(
         self,
@@ -59,50 +82,97 @@ class TrainingBar(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Takes the newest loss and token count."""
+        """Takes the newest losses and token count."""
         logs = logs or {}
-        if "loss" in logs:
-            self.loss = f"{logs['loss']:.3f}"
         if "eval_loss" in logs:
             self.validation = f"validation {logs['eval_loss']:.3f}"
-        if "num_tokens" in logs:
-            if not self.tokens:
-                self.tokens_at_start, self.started = logs["num_tokens"], time.monotonic()
-            self.tokens = logs["num_tokens"]
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Moves the bar."""
-        if self.task is None or not state.is_world_process_zero:
-            return
-        seconds = time.monotonic() - self.started
-        tokens = self.tokens - self.tokens_at_start
-        rate = f"{tokens / seconds:,.0f} tokens/s" if tokens and seconds else "- tokens/s"
-        self.bar.update(
-            self.task,
-            completed=state.global_step,
-            loss=self.loss or "-",
-            validation=self.validation,
-            rate=rate,
-        )
-        every = max(1, state.max_steps // LINES_WITHOUT_TERMINAL)
-        if not self.console.is_terminal and (
-            state.global_step % every == 0 or state.global_step == state.max_steps
-        ):
-            left = seconds / max(1, state.global_step) * (state.max_steps - state.global_step)
-            self.console.print(
-                f"step {state.global_step}/{state.max_steps}  loss {self.loss or '-'}  {self.validation}"
-                f"  {rate}  {left:.0f} s left",
-                highlight=False,
-            )
+        if "loss" in logs:
+            self.loss = f"{logs['loss']:.3f}"
+            self._count(logs.get("num_tokens"))
+        self._draw(state)
+        every = max(1, state.max_steps // PLAIN_LINES)
+        due = state.global_step % every == 0 or state.global_step == state.max_steps
+        if "loss" in logs and due and state.is_world_process_zero and not self.console.is_terminal:
+            self._print_line(state)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Ends the bar, leaving its last state on the screen."""
-        self.bar.stop()
+        self.close()
 
     def close(self) -> None:
-        """Ends the bar when training stopped by an exception."""
+        """Ends the bar; also when training stopped by an exception."""
         self.bar.stop()
+
+    def _count(self, tokens: float | None) -> None:
+        """Adds the tokens since the last log; the first only sets the mark: its step compiles kernels."""
+        if tokens is None:
+            return
+        if self.tokens is None:
+            self.seconds = 0.0
+        else:
+            self.counted += tokens - self.tokens
+        self.tokens = tokens
+
+    @property
+    def rate(self) -> str:
+        """Real tokens per second so far."""
+        return f"{self.counted / self.seconds:,.0f} tokens/s" if self.counted and self.seconds else ""
+
+    def _draw(self, state: TrainerState) -> None:
+        if self.task is not None:
+            self.bar.update(
+                self.task,
+                completed=state.global_step,
+                loss=self.loss,
+                validation=self.validation,
+                rate=self.rate,
+            )
+
+    def _print_line(self, state: TrainerState) -> None:
+        done = max(1, state.global_step - self.first_step)
+        left = (time.monotonic() - self.begun) / done * (state.max_steps - state.global_step)
+        parts = [
+            f"step {state.global_step}/{state.max_steps}",
+            f"loss {self.loss}",
+            self.validation,
+            self.rate,
+        ]
+        self.console.print(
+            "  ".join(part for part in [*parts, f"{left:.0f} s left"] if part), highlight=False
+        )
+
+
+class StageBar:
+    """A bar for work in stages, each with a total of its own: merging bytes, then checking layers.
+
+    Args:
+        console: Where it is drawn; nothing is where there is no terminal.
+    """
+
+    def __init__(self, console: Console):
+        self.bar = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=32),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(elapsed_when_finished=False),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self.tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> StageBar:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.bar.stop()
+
+    def update(self, stage: str, done: int, total: int) -> None:
+        """Shows that `done` of `total` is behind us."""
+        if stage not in self.tasks:
+            self.tasks[stage] = self.bar.add_task(stage, total=total)
+        self.bar.update(self.tasks[stage], completed=done, total=total)

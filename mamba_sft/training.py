@@ -96,13 +96,7 @@ def prepare(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) ->
     checkpoint = find_checkpoint(run, recipe) if resume else None
     if not resume and not overwrite:
         refuse_to_overwrite(run)
-    config = load_config(recipe.model)
-    tokenizer = load_tokenizer(recipe.model)
-    reserved = {config.bos_token_id, config.eos_token_id, config.pad_token_id} - {None}
-    setup = prepare_tokenizer(tokenizer, recipe.chat, reserved, embedding_rows=config.vocab_size)
-    data = prepare_data(
-        recipe.data, setup, system=recipe.chat.system, seed=recipe.seed, rejected=run.rejected
-    )
+    setup, data = read_data(recipe)
     packed = recipe.data.packing
     max_length = recipe.data.max_length
     train_rows = pack(data.train, max_length, recipe.seed) if packed and max_length else data.train
@@ -122,6 +116,21 @@ def prepare(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) ->
         max_steps=count_steps(recipe, len(train_rows), arguments.world_size),
         checkpoint=checkpoint,
     )
+
+
+def read_data(recipe: Recipe) -> tuple[TemplateSetup, PreparedData]:
+    """Returns the recipe's tokenizer, ready to chat, and its rows as tokens. Needs no weights.
+
+    Raises:
+        MambaSFTError: The base, its tokenizer, the template or the data cannot be used.
+    """
+    config = load_config(recipe.model)
+    reserved = {config.bos_token_id, config.eos_token_id, config.pad_token_id} - {None}
+    tokenizer = load_tokenizer(recipe.model)
+    setup = prepare_tokenizer(tokenizer, recipe.chat, reserved, embedding_rows=config.vocab_size)
+    rejected = Run(Path(recipe.output_dir)).rejected
+    data = prepare_data(recipe.data, setup, system=recipe.chat.system, seed=recipe.seed, rejected=rejected)
+    return setup, data
 
 
 def train(

