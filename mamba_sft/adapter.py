@@ -1,9 +1,10 @@
 """Where LoRA goes on a Mamba mixer: attach it, save and load it, prove that it learns.
 
-PEFT refuses LoRA on `out_proj` of every Mamba model, by name, because the compiled path of `transformers` multiplies by
-`out_proj.weight` and would skip the adapter without a word. Our mixer calls `in_proj`, `x_proj`, `dt_proj` and
-`out_proj` as modules and hands only activations to its kernels, so an adapter on any of them takes part in forward and
-backward. `adapter_allowed` lifts the refusal for a model that carries our mixer, and for nothing else.
+PEFT refuses LoRA on `out_proj` of every Mamba model, by name, because the compiled path of `transformers`
+multiplies by `out_proj.weight` and would skip the adapter without a word. Our mixer calls `in_proj`,
+`x_proj`, `dt_proj` and `out_proj` as modules and hands only activations to its kernels, so an adapter on any
+of them takes part in forward and backward. `adapter_allowed` lifts the refusal for a model that carries our
+mixer, and for nothing else.
 
 Adapter weights are float32 whatever the base is: the steps of training are too small for 16 bits to hold.
 """
@@ -14,10 +15,10 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import peft.tuners.tuners_utils as tuners_utils
 import torch
 from peft import (
     LoraConfig,
@@ -27,10 +28,12 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
+from peft.tuners import tuners_utils
+from peft.utils.other import TrainableTokensWrapper
 
+from mamba_sft.checkpoint import base_fingerprint, resolve_base
 from mamba_sft.errors import AdapterError
 from mamba_sft.kernels.falcon_mamba import FalconMambaMixer
-from mamba_sft.model import base_fingerprint, resolve_base
 
 if TYPE_CHECKING:
     from mamba_sft.chat import TemplateSetup
@@ -42,7 +45,7 @@ BASE_FACTS_NAME = "base.json"
 _ADAPTER = "default"
 _REFUSED = {
     "conv1d": "it is a depthwise convolution, not a projection, and its kernel reads the weight directly",
-    "lm_head": "the chunked loss multiplies by its weight directly, so an adapter on it would never be trained",
+    "lm_head": "the chunked loss multiplies by its weight directly, so its adapter would never be trained",
     "embeddings": "only the rows of new special tokens are trained, through `trained_token_ids`",
     "A_log": "it is a parameter of the recurrence, not a projection",
     "D": "it is a parameter of the recurrence, not a projection",
@@ -53,15 +56,16 @@ _REFUSED = {
 def adapter_allowed(model: Any) -> Iterator[None]:
     """Lifts PEFT's refusal of `out_proj`, inside the block, for models whose every mixer is ours.
 
-    Safe because the refusal guards against mixers that read `out_proj.weight`; ours never does, which the tests of
-    this module and the gradient check in training hold. Any other model meets PEFT's own check, inside the block too.
+    Safe because the refusal guards against mixers that read `out_proj.weight`; ours never does, which the
+    tests of this module and the gradient check in training hold. Any other model meets PEFT's own check,
+    inside the block too.
 
     Raises:
         AdapterError: `model` does not carry our mixer.
     """
     if not _has_our_mixer(model):
         raise AdapterError(
-            "this model does not carry mamba-sft's mixer, so an adapter on `out_proj` could be skipped silently",
+            "this model does not carry mamba-sft's mixer, so it could skip an adapter on `out_proj`",
             hint="call `mamba_sft.kernels.falcon_mamba.install(model)` first",
         )
     check = tuners_utils._check_lora_target_modules_mamba
@@ -85,7 +89,7 @@ def attach_adapter(
     Args:
         model: A FalconMamba language model with our mixer installed, quantized or not.
         section: Rank, scale, targets, variants.
-        trained_token_ids: Rows of the embeddings, and of `lm_head` where it is a matrix of its own, trained in full.
+        trained_token_ids: Rows trained in full: of the embeddings, and of `lm_head` where it is not tied.
 
     Raises:
         AdapterError: A target is refused or matches nothing, a row does not exist, or the mixer is not ours.
@@ -119,28 +123,25 @@ def load_adapter(model: Any, path: str | Path, *, trainable: bool = False) -> Pe
     Raises:
         AdapterError: Files are missing or broken, or the adapter does not fit the model.
     """
-    path = Path(path)
-    config, weights = _read_adapter(path)
+    config, weights = _read_adapter(Path(path))
+    misfit = f"the adapter in `{path}` does not fit this model"
     config.inference_mode = not trainable
     config.base_model_name_or_path = None  # where it lay when it was trained is not where it lies now
     try:
         wrapped = _wrap(model, config)
         result = set_peft_model_state_dict(wrapped, weights, adapter_name=_ADAPTER)
     except (RuntimeError, ValueError, IndexError, KeyError) as error:
+        raise AdapterError(f"{misfit}: {error}", hint="load the base it was trained on") from error
+    odd = sorted(adapter_tensors(wrapped).keys() & set(result.missing_keys)) + list(result.unexpected_keys)
+    if odd:
         raise AdapterError(
-            f"the adapter in `{path}` does not fit this model: {error}",
-            hint="load the base it was trained on",
-        ) from error
-    lacking = [name for name in adapter_tensors(wrapped) if name in set(result.missing_keys)]
-    if lacking or result.unexpected_keys:
-        odd = (lacking or list(result.unexpected_keys))[0]
-        raise AdapterError(
-            f"the adapter in `{path}` does not fit this model: {len(lacking)} tensors lacking, "
-            f"{len(result.unexpected_keys)} unknown, such as `{odd}`",
-            hint="the base has another number of layers, or the adapter's config and weights do not belong together",
+            f"{misfit}: {len(odd)} tensors are in one but not in the other, such as `{odd[0]}`",
+            hint="the base has another number of layers, or its config and weights do not belong together",
         )
     for parameter in adapter_tensors(wrapped).values():
         parameter.requires_grad_(trainable)
+    if not trainable:
+        _write_rows(wrapped)
     return wrapped.train(trainable)
 
 
@@ -195,9 +196,10 @@ def keep_float32(model: Any) -> None:
 def dead_adapters(model: Any) -> list[str]:
     """Returns the names of trainable adapter tensors that the last backward should have reached but did not.
 
-    A tensor without a gradient is dead, and so is one whose gradient is exactly zero, with two exceptions. LoRA starts
-    with B = 0, through which no signal reaches A, so A counts only once B has moved (not in the first step, nor while
-    warm-up keeps the learning rate at zero). Rows of input tokens count only if they occurred in the batch.
+    A tensor without a gradient is dead, and so is one whose gradient is exactly zero, with two exceptions.
+    LoRA starts with B = 0, through which no signal reaches A, so A counts only once B has moved (not in the
+    first step, nor while warm-up keeps the learning rate at zero). Rows of input tokens have a gradient only
+    if they occurred in the batch, so a zero one proves nothing.
 
     Args:
         model: After a backward, before the gradients are cleared.
@@ -224,12 +226,23 @@ def _wrap(model: Any, config: PeftConfig) -> PeftModel:
     with adapter_allowed(model):
         wrapped = get_peft_model(model, config, adapter_name=_ADAPTER)
     head = wrapped.get_output_embeddings()
-    if (
-        "bias" not in head._parameters
-    ):  # PEFT's wrapper of trained rows hides that `lm_head` has none, and TRL asks
+    if "bias" not in head._parameters:  # TRL asks for it, and PEFT's wrapper of trained rows hides it
         head.register_parameter("bias", None)
+    for module in wrapped.modules():
+        if type(module.__dict__.get("state")).__name__ == "MatmulLtState":
+            module.register_forward_pre_hook(_keep_int8_scales)
+    # By default every save asks the hub whether the vocabulary grew, and then stores both full matrices.
+    # New rows are adapter rows here.
+    wrapped.save_pretrained = partial(wrapped.save_pretrained, save_embedding_layers=False)
     keep_float32(wrapped)
     return wrapped
+
+
+def _keep_int8_scales(module: Any, inputs: Any) -> None:
+    # DoRA on a CPU moves an int8 weight after its first use. bitsandbytes then takes it for a fresh one and
+    # its scales from it, but those live in `module.state` by then.
+    if module.state.SCB is not None and module.weight.SCB is None:
+        module.weight.CB = None
 
 
 def _trained_rows(model: Any, token_ids: Sequence[int]) -> dict[str, list[int]] | None:
@@ -241,27 +254,34 @@ def _trained_rows(model: Any, token_ids: Sequence[int]) -> dict[str, list[int]] 
     return rows  # PEFT extends the rows of a tied matrix to its other use
 
 
+def _write_rows(model: PeftModel) -> None:
+    """Writes trained token rows into the matrices they replace rows of; disabling the adapter undoes it.
+
+    Otherwise every forward copies both whole matrices, a quarter of the time of a generated token.
+    """
+    for module in model.modules():
+        if isinstance(module, TrainableTokensWrapper):
+            module.token_adapter.merge()
+
+
 def _has_our_mixer(model: Any) -> bool:
     mixers = [module for module in model.modules() if hasattr(module, "A_log")]
     return bool(mixers) and all(isinstance(mixer, FalconMambaMixer) for mixer in mixers)
 
 
 def _check_targets(model: Any, targets: Sequence[str]) -> None:
-    names = [name for name, module in model.named_modules() if not list(module.children())]
-    leaves = Counter(name.rpartition(".")[2] for name in names if name.rpartition(".")[2] in TARGETS)
-    existing = ", ".join(f"{leaf} ({leaves[leaf]})" for leaf in TARGETS if leaves[leaf])
-    problems = []
+    names = [name for name, module in model.named_modules() if name.rpartition(".")[2] in TARGETS]
+    leaves = Counter(name.rpartition(".")[2] for name in names)
+    existing = ", ".join(f"`{leaf}` ({count} of them)" for leaf, count in leaves.items())
+    problems = [] if targets else ["`adapter.target_modules` is empty"]
     for target in targets:
         leaf = target.rpartition(".")[2]
         if leaf in _REFUSED:
             problems.append(f"`{target}` cannot carry LoRA: {_REFUSED[leaf]}")
-        elif leaf not in TARGETS or not any(name == target or name.endswith(f".{target}") for name in names):
+        elif not any(name == target or name.endswith(f".{target}") for name in names):
             problems.append(f"`{target}` matches no projection of this model")
-    if problems or not targets:
-        raise AdapterError(
-            "\n".join(problems) or "`adapter.target_modules` is empty",
-            hint=f"there are: {existing or 'none'}",
-        )
+    if problems:
+        raise AdapterError("\n".join(problems), hint=f"LoRA goes on {existing}")
 
 
 def _read_adapter(path: Path) -> tuple[PeftConfig, dict[str, torch.Tensor]]:
@@ -270,15 +290,11 @@ def _read_adapter(path: Path) -> tuple[PeftConfig, dict[str, torch.Tensor]]:
 
     for name in ("adapter_config.json", WEIGHTS_NAME):
         if not (path / name).is_file():
-            raise AdapterError(
-                f"no adapter in `{path}`: `{name}` is missing", hint="give the `adapter/` of a run"
-            )
+            raise AdapterError(f"no `{name}` in `{path}`", hint="give the `adapter/` directory of a run")
     try:
         config, weights = PeftConfig.from_pretrained(str(path)), load_file(path / WEIGHTS_NAME)
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise AdapterError(
-            f"the adapter in `{path}` cannot be read: {error}", hint="copy it again"
-        ) from error
+        raise AdapterError(f"cannot read the adapter in `{path}`: {error}", hint="copy it again") from error
     if not isinstance(config, LoraConfig):
         raise AdapterError(f"the adapter in `{path}` is {config.peft_type}, not LoRA")
     return config, weights

@@ -1,4 +1,4 @@
-"""A base checkpoint on disk, checked and told from others before anything heavy is loaded.
+"""A base checkpoint: found or downloaded, checked, and told from others before anything heavy is loaded.
 
 Headers and a few samples are read, not weights: a 14.5 GB model takes well under a second. Only safetensors
 is accepted. A `.bin` file is a pickle, and opening one can run any code its author put there.
@@ -6,17 +6,24 @@ is accepted. A `.bin` file is a pickle, and opening one can run any code its aut
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mamba_sft.errors import ModelError
+from mamba_sft.recipe import find_path
 
 MODEL_TYPE = "falcon_mamba"
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+# Everything a snapshot needs and nothing that is code or a pickle.
+_TOKENIZER_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]
+_WEIGHT_FILES = ["*.safetensors"]
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # Config fields that saving a model again changes while the model stays the same.
 _INCIDENTAL = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
 _PROBES = 8
@@ -40,6 +47,38 @@ class TensorEntry:
     shape: tuple[int, ...]
     start: int
     end: int
+
+
+def resolve_base(base: str, revision: str | None = None, *, weights: bool = True) -> Path:
+    """Returns the local directory of a base model, downloading it if it is a hub id.
+
+    Args:
+        base: A directory (from here, or among the bundled data) or a hub id.
+        revision: Branch, tag or commit on the hub; not allowed with a directory.
+        weights: False fetches configuration and tokenizer only.
+
+    Raises:
+        ModelError: Nothing is there, the hub cannot be reached, or it is not a FalconMamba model.
+    """
+    path = find_path(base)
+    if path.is_dir():
+        if revision is not None:
+            raise ModelError(
+                f"`model.revision: {revision}` has no meaning for the local directory `{path}`",
+                hint="remove `model.revision`, or give a hub id",
+            )
+        directory = path
+    elif path.exists():
+        raise ModelError(f"`{path}` is a file; a base model is a directory", hint=f"try `{path.parent}`")
+    elif _looks_local(base):
+        raise ModelError(f"no model directory `{base}`", hint=_similar(path))
+    else:
+        directory = _download(base, revision, weights=False)
+        read_config(directory)  # a wrong model is refused before its weights are fetched
+        if weights:
+            directory = _download(base, revision, weights=True)
+    read_config(directory)
+    return directory
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -126,6 +165,57 @@ def base_fingerprint(directory: str | Path) -> str:
         for file in files.values():
             file.close()
     return digest.hexdigest()
+
+
+def _looks_local(base: str) -> bool:
+    if base.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(base):
+        return True
+    return "/" in base and Path(base).parent.is_dir()
+
+
+def _similar(path: Path) -> str:
+    siblings = (
+        [entry.name for entry in path.parent.iterdir() if entry.is_dir()] if path.parent.is_dir() else []
+    )
+    close = difflib.get_close_matches(path.name, siblings, n=1)
+    if close:
+        return f"did you mean `{path.parent / close[0]}`?"
+    return "give a directory, or a hub id such as `owner/name`"
+
+
+def _download(base: str, revision: str | None, *, weights: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    patterns = _TOKENIZER_FILES + (_WEIGHT_FILES if weights else [])
+    try:
+        return Path(snapshot_download(base, revision=revision, allow_patterns=patterns))
+    except GatedRepoError as error:
+        raise ModelError(
+            f"`{base}` is gated", hint="accept its terms on the hub, then `hf auth login`"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise ModelError(
+            f"`{base}` has no revision `{revision}`", hint="see its branches and tags on the hub"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise ModelError(
+            f"no directory and no hub model `{base}`",
+            hint="check the spelling; a private one needs `hf auth login`",
+        ) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError) as error:
+        raise ModelError(
+            f"`{base}` is not a directory here, not in the hub cache, and the hub cannot be reached",
+            hint="go online once (and unset HF_HUB_OFFLINE), or give the path of a downloaded copy",
+        ) from error
+    except OSError as error:
+        raise ModelError(f"`{base}` could not be downloaded: {error}", hint="is the disk full?") from error
 
 
 def _weight_map(directory: Path) -> dict[str, str]:

@@ -10,11 +10,10 @@ import torch
 
 from mamba_sft.errors import DataError
 
-# Positions per projection on to the vocabulary: 65,024 logits in float32 are then 0.25 GB, however long the rows.
+# Positions projected at a time: 65,024 float32 logits each make 0.25 GB, however long the rows.
 _POSITIONS = 1024
 
 
-@torch.no_grad()
 def heldout_loss(
     model: Any, dataset: Sequence[Any], collator: Callable[[list[Any]], Any], batch_size: int
 ) -> float:
@@ -23,9 +22,9 @@ def heldout_loss(
     The full logits never exist: positions without a label are skipped, the rest are projected in pieces.
 
     Args:
-        model: A FalconMamba language model, plain, quantized or with an adapter; its training mode is restored.
+        model: A FalconMamba model, plain, quantized or with an adapter; its training mode is restored.
         dataset: Rows with `input_ids` and `labels`, by integer index.
-        collator: Rows -> `input_ids`, `labels` (B, L), -100 where not trained, with `attention_mask` and `seq_idx`.
+        collator: Rows -> `input_ids`, `labels` (-100: not trained), `attention_mask`, `seq_idx`, all (B, L).
         batch_size: Rows at a time.
 
     Raises:
@@ -34,7 +33,7 @@ def heldout_loss(
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     device = base.get_input_embeddings().weight.device
     total, count = 0.0, 0
-    with _evaluating(model):
+    with torch.no_grad(), _evaluating(model):
         for start in range(0, len(dataset), batch_size):
             rows = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
             batch = {name: tensor.to(device) for name, tensor in collator(rows).items()}

@@ -1,22 +1,20 @@
 """The base model and its tokenizer: found, checked, loaded in the asked precision, with our mixer installed.
 
-`load_model` accepts any `transformers` FalconMamba checkpoint in safetensors, from a directory or the hub. Code that
-comes with a checkpoint is never run. Weights keep one dtype throughout, the recipe's: the mixer computes the
-recurrence and every norm in float32 anyway, and what was trained against is then exactly what a merge writes.
+`load_model` accepts any `transformers` FalconMamba checkpoint in safetensors, from a directory or the hub.
+Code that comes with a checkpoint is never run. Weights keep one dtype throughout, the recipe's: the mixer
+computes the recurrence and every norm in float32 anyway, and what was trained against is then exactly what a
+merge writes.
 """
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
-import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mamba_sft.checkpoint import base_fingerprint, read_config, read_tensors
+from mamba_sft.checkpoint import base_fingerprint, read_tensors, resolve_base
 from mamba_sft.errors import ModelError
 from mamba_sft.kernels.falcon_mamba import install
 from mamba_sft.recipe import ModelSection, find_path
@@ -36,46 +34,10 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-# Everything a snapshot needs and nothing that is code or a pickle.
-_TOKENIZER_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]
-_WEIGHT_FILES = ["*.safetensors"]
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-# Kept in the compute dtype when the rest is quantized. `lm_head` feeds the loss and TRL's chunked loss multiplies by
-# its weight. `dt_proj` is 2% of the weights and sets the decay of every state, where an error compounds over time.
+# Kept in the compute dtype when the rest is quantized: the chunked loss multiplies by `lm_head.weight`, and
+# `dt_proj` is 2% of the weights and sets how fast every state decays, where an error compounds over time.
 UNQUANTIZED = ("lm_head", "dt_proj")
-
-
-def resolve_base(base: str, revision: str | None = None, *, weights: bool = True) -> Path:
-    """Returns the local directory of a base model, downloading it if it is a hub id.
-
-    Args:
-        base: A directory (from here, or among the bundled data) or a hub id.
-        revision: Branch, tag or commit on the hub; not allowed with a directory.
-        weights: False fetches configuration and tokenizer only.
-
-    Raises:
-        ModelError: Nothing is there, the hub cannot be reached, or it is not a FalconMamba model.
-    """
-    path = find_path(base)
-    if path.is_dir():
-        if revision is not None:
-            raise ModelError(
-                f"`model.revision: {revision}` has no meaning for the local directory `{path}`",
-                hint="remove `model.revision`, or give a hub id",
-            )
-        directory = path
-    elif path.exists():
-        raise ModelError(f"`{path}` is a file; a base model is a directory", hint=f"try `{path.parent}`")
-    elif _looks_local(base):
-        raise ModelError(f"no model directory `{base}`", hint=_similar(path))
-    else:
-        directory = _download(base, revision, weights=False)
-        read_config(directory)  # a wrong model is refused before its weights are fetched
-        if weights:
-            directory = _download(base, revision, weights=True)
-    read_config(directory)
-    return directory
 
 
 def load_config(section: ModelSection) -> Any:
@@ -115,18 +77,18 @@ def load_tokenizer(section: ModelSection) -> Any:
 def resolve_dtype(section: ModelSection, device: str | torch.device | None = None) -> torch.dtype:
     """Returns the dtype the section means on `device`, by default the one `load_model` takes.
 
-    `auto` is bfloat16 on cards that compute in it, float16 on older ones, float32 on a CPU. A bfloat16 that the card
-    would only emulate becomes float16, with a warning.
+    `auto` is bfloat16 on cards that compute in it, float16 on older ones, float32 on a CPU. A bfloat16 that
+    the card would only emulate becomes float16, with a warning.
     """
-    device = _pick_device(device)
-    native = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    place = _pick_device(device)
+    native = place.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
     if section.dtype == "auto":
-        if device.type == "cpu":
+        if place.type == "cpu":
             return torch.float32
         return torch.bfloat16 if native else torch.float16
     dtype = _DTYPES[section.dtype]
     if dtype == torch.bfloat16 and not native:
-        logger.warning("%s has no bfloat16: using float16", torch.cuda.get_device_name(device))
+        logger.warning("%s has no bfloat16: using float16", torch.cuda.get_device_name(place))
         return torch.float16
     return dtype
 
@@ -139,7 +101,8 @@ def load_model(section: ModelSection, *, device: str | torch.device | None = Non
         device: Where to; None takes this process's GPU if there is one.
 
     Raises:
-        ModelError: The checkpoint is missing, broken or of another kind, the device is absent, or memory is short.
+        ModelError: The checkpoint is missing, broken or of another kind, the device is absent, or memory is
+            short.
     """
     from transformers import FalconMambaForCausalLM
 
@@ -174,12 +137,13 @@ def load_model(section: ModelSection, *, device: str | torch.device | None = Non
 
 
 def apply_setup(model: Any, setup: TemplateSetup) -> None:
-    """Makes the model agree with the tokenizer that `prepare_tokenizer` settled, in place and deterministically.
+    """Makes the model agree with the tokenizer that `prepare_tokenizer` settled, in place, deterministically.
 
-    Grows the vocabulary if asked, gives every row that is to be trained a start, and sets the stop, padding and
-    start ids in both configs. Existing slot rows saw no text in pre-training and hold noise, so they start anew too:
-    inputs from the mean of the vocabulary, which says nothing; outputs of a stop token from the row that ended
-    documents, so that stopping is known from the first step. Where the matrices are tied the output's need wins.
+    Grows the vocabulary if asked, gives every row that is to be trained a start, and sets the stop, padding
+    and start ids in both configs. Slot rows saw no text in pre-training and hold noise, so they start anew
+    too: inputs from the mean of the vocabulary, which says nothing; the outputs of a stop token from the row
+    that ended documents, so that stopping is known from the first step. Where the two matrices are tied, a
+    stop token starts as an output.
 
     Args:
         model: A model without an adapter.
@@ -205,77 +169,21 @@ def apply_setup(model: Any, setup: TemplateSetup) -> None:
         config.bos_token_id = tokenizer.bos_token_id
 
 
-@torch.no_grad()
 def _start_rows(model: Any, rows: list[int], stops: set[int], old_eos: int | None, old_size: int) -> None:
-    if not rows:
-        return
     inputs, outputs = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     tied = inputs is outputs
-    for matrix in (inputs,) if tied else (inputs, outputs):
-        mean = matrix[:old_size].mean(0, dtype=torch.float32).to(matrix.dtype)
-        end = matrix[old_eos].clone() if old_eos is not None else mean
-        for row in rows:
-            if row == old_eos:
-                continue
-            matrix[row] = end if row in stops and (tied or matrix is outputs) else mean
+    with torch.no_grad():
+        for matrix in (inputs,) if tied else (inputs, outputs):
+            mean = matrix[:old_size].mean(0, dtype=torch.float32).to(matrix.dtype)
+            end = mean if old_eos is None else matrix[old_eos].clone()
+            ends = stops if tied or matrix is outputs else set()
+            for row in rows:
+                if row != old_eos:
+                    matrix[row] = end if row in ends else mean
 
 
 def _first_id(ids: int | list[int] | None) -> int | None:
     return ids[0] if isinstance(ids, list) else ids
-
-
-def _looks_local(base: str) -> bool:
-    return (
-        base.startswith((".", "/", "~"))
-        or not _HUB_ID.fullmatch(base)
-        or Path(base).parent.is_dir()
-        and "/" in base
-    )
-
-
-def _similar(path: Path) -> str | None:
-    siblings = (
-        [entry.name for entry in path.parent.iterdir() if entry.is_dir()] if path.parent.is_dir() else []
-    )
-    close = difflib.get_close_matches(path.name, siblings, n=1)
-    return (
-        f"did you mean `{path.parent / close[0]}`?"
-        if close
-        else "give a directory, or a hub id such as `owner/name`"
-    )
-
-
-def _download(base: str, revision: str | None, *, weights: bool) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    patterns = _TOKENIZER_FILES + (_WEIGHT_FILES if weights else [])
-    try:
-        return Path(snapshot_download(base, revision=revision, allow_patterns=patterns))
-    except GatedRepoError as error:
-        raise ModelError(
-            f"`{base}` is gated", hint="accept its terms on the hub, then `hf auth login`"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise ModelError(
-            f"`{base}` has no revision `{revision}`", hint="see its branches and tags on the hub"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise ModelError(
-            f"no directory and no hub model `{base}`",
-            hint="check the spelling; a private one needs `hf auth login`",
-        ) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise ModelError(
-            f"`{base}` is not a directory here, not in the hub cache, and the hub cannot be reached",
-            hint="go online once (and unset HF_HUB_OFFLINE), or give the path of a downloaded copy",
-        ) from error
 
 
 def _quantization(section: ModelSection, dtype: torch.dtype) -> Any:
@@ -284,6 +192,8 @@ def _quantization(section: ModelSection, dtype: torch.dtype) -> Any:
     from transformers import BitsAndBytesConfig
 
     if section.quantization == "int8":
+        # It says at every call of every layer that bfloat16 inputs are rounded to float16.
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(UNQUANTIZED))
     return BitsAndBytesConfig(
         load_in_4bit=True,
