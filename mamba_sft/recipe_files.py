@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def find_path(text: str) -> Path:
     """
     path = Path(text).expanduser()
     for candidate in (path, bundled_root() / path):
-        if candidate.exists() or glob.glob(str(candidate), recursive=True):
+        if os.path.exists(candidate) or glob.glob(str(candidate), recursive=True):
             return candidate
     return path
 
@@ -48,11 +49,11 @@ def find_recipe(text: str) -> Path:
         RecipeError: There is neither; lists the built-in names.
     """
     path, built_in = find_path(text), builtin_recipes()
-    if path.is_file():
+    if os.path.isfile(path):
         return path
     if text in built_in:
         return built_in[text]
-    if path.is_dir():
+    if os.path.isdir(path):
         raise RecipeError(
             f"recipe `{text}` is a directory", hint="give a YAML file or the name of a built-in recipe"
         )

@@ -233,6 +233,8 @@ def _fix(kind: str, value: Any) -> str:
             r"[-+]?[0-9]+" + (r"(\.[0-9]*)?([eE][-+]?[0-9]+)?" if kind == "float_type" else ""), number
         ):
             return f"; write {number} without quotes"
+    if kind == "int_type" and isinstance(value, float) and value.is_integer():
+        return f"; write {value:.0f}"
     if kind == "bool_type" and str(value).lower() in BOOLEANS:
         return f"; write {BOOLEANS[str(value).lower()]}"
     if kind == "string_type" and isinstance(value, int | float):

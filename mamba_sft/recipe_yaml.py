@@ -175,13 +175,13 @@ class _Source:
             raise SyntaxProblem(1, "not valid YAML: nested too deeply") from None
 
     def _convert(self, node: yaml.Node, path: Keys) -> Any:
+        line, kind = node.start_mark.line + 1, node.tag.removeprefix(TAG)
+        if kind not in (CONVERT if isinstance(node, yaml.ScalarNode) else ("map", "seq")):
+            raise SyntaxProblem(line, f"tags (`!{kind.lstrip('!')}`) are not allowed")
         if isinstance(node, yaml.MappingNode):
             return dict(self._items(node, path))
         if isinstance(node, yaml.SequenceNode):
             return [self._entry(item, (*path, index)) for index, item in enumerate(node.value)]
-        line, kind = node.start_mark.line + 1, node.tag.removeprefix(TAG)
-        if kind not in CONVERT:
-            raise SyntaxProblem(line, f"tags (`!{kind.lstrip('!')}`) are not allowed")
         try:
             return CONVERT[kind](node.value)
         except ValueError:
@@ -237,7 +237,7 @@ def _step(target: Any, key: str, path: Keys) -> str | int:
     if not isinstance(target, list):
         raise SyntaxProblem(0, f"`{dotted(path)}` has no fields")
     if not key.isdecimal() or int(key) >= len(target):
-        raise SyntaxProblem(0, f"`{dotted(path)}` has {len(target)} entries, counted from 0")
+        raise SyntaxProblem(0, f"`{dotted(path)}` has no entry `{key}`: it has {len(target)}, counted from 0")
     return int(key)
 
 
@@ -255,7 +255,11 @@ def _represent_list(dumper: yaml.SafeDumper, values: list[Any]) -> yaml.Node:
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
-    return dumper.represent_scalar(TAG + "str", text, style="|" if "\n" in text else None)
+    lines = text.split("\n")
+    style = None if all(line.isprintable() for line in lines) else '"'  # PyYAML loses \x85 elsewhere
+    if style is None and len(lines) > 1 and all(line == line.rstrip() for line in lines):
+        style = "|" if not text[:1].isspace() and not text.endswith("\n\n") else None
+    return dumper.represent_scalar(TAG + "str", text, style=style)
 
 
 _Dumper.add_representer(list, _represent_list)

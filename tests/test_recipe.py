@@ -59,9 +59,6 @@ def sections(model: type[BaseModel] = Recipe) -> list[type[BaseModel]]:
     ]
 
 
-# --- the tree -----------------------------------------------------------------------------------------------
-
-
 def test_minimal_recipe_has_every_default() -> None:
     recipe = Recipe.from_text(MINIMAL)
     assert recipe.seed == 42
@@ -138,9 +135,6 @@ def test_build_reports_all_problems() -> None:
     ]
 
 
-# --- messages -----------------------------------------------------------------------------------------------
-
-
 def test_all_problems_at_once_by_line() -> None:
     text = """\
 output_dir: runs/x
@@ -164,8 +158,9 @@ adapter:
         "r.yaml:6: unknown field `train.learning_rte`; did you mean `learning_rate`?",
         "r.yaml:7: `train.max_steps` must be -1 (no limit) or at least 1, got 0",
         "r.yaml:8: `train.learning_rate` must be greater than 0, got -1",
-        "r.yaml:12: `data.sources.0.format` must not be `text` when `data.assistant_only_loss` is true: plain "
-        "text has no assistant turn, so none of it would be trained; set `data.assistant_only_loss: false`",
+        "r.yaml:12: `data.sources.0.format` must not be `text` when `data.assistant_only_loss` is true: "
+        "plain text has no assistant turn, so none of it would be trained; set "
+        "`data.assistant_only_loss: false`",
         "r.yaml:14: `adapter.r` must be at least 1, got 0",
         "override `train.lr=3`: unknown field `train.lr`; here it is `train.learning_rate`",
     ]
@@ -184,6 +179,7 @@ adapter:
             "`train.learning_rate` must be a number, got the text `1e-5`; write 1e-5 without quotes",
         ),
         ("train: {max_steps: 1.5}", "`train.max_steps` must be a whole number, got 1.5"),
+        ("train: {max_steps: 1e3}", "`train.max_steps` must be a whole number, got 1000.0; write 1000"),
         ("train: {max_steps: -2}", "`train.max_steps` must be at least -1, got -2"),
         ("train: {max_steps: null}", "`train.max_steps` must be a whole number, got null"),
         (
@@ -311,7 +307,8 @@ def test_a_missing_field_is_told_at_its_section() -> None:
         ("packing: true", "unknown field `packing`; it goes under `data`"),
         (
             "train_on_inputs: false",
-            "unknown field `train_on_inputs`; here it is `data.assistant_only_loss` (which means the opposite)",
+            "unknown field `train_on_inputs`; here it is `data.assistant_only_loss` "
+            "(which means the opposite)",
         ),
         ("datasets: []", "unknown field `datasets`; here it is `data.sources`"),
         ("val_set_size: 0.1", "unknown field `val_set_size`; here it is `data.validation`"),
@@ -359,13 +356,10 @@ def test_hinted_values_are_choices() -> None:
         assert f'"{ours}"' in schema, foreign
 
 
-# --- clashes ------------------------------------------------------------------------------------------------
-
-
 def test_packing_needs_a_length() -> None:
     assert problems(MINIMAL + "  max_length: null\n") == [
-        "r.yaml:7: `data.max_length` must be a number when `data.packing` is true: packing fills rows up to it; "
-        "set it, or set `data.packing: false`"
+        "r.yaml:7: `data.max_length` must be a number when `data.packing` is true: packing fills rows up to "
+        "it; set it, or set `data.packing: false`"
     ]
     assert Recipe.from_text(MINIMAL + "  max_length: null\n  packing: false\n").data.max_length is None
 
@@ -455,9 +449,6 @@ def test_a_clash_with_a_wrong_value_waits() -> None:
     assert problems(text) == ["r.yaml:8: `eval.eval_steps` must be greater than 0, got -1"]
 
 
-# --- finding recipes and files ------------------------------------------------------------------------------
-
-
 def test_builtin_recipe_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     recipe = Recipe.load("instruct-t4", overrides=["train.max_steps=3"])
@@ -499,9 +490,7 @@ def test_find_path_looks_here_first(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert find_path("recipes/instruct.yaml") == Path("recipes/instruct.yaml")
     (tmp_path / "odd[1].jsonl").touch()
     assert find_path("odd[1].jsonl") == Path("odd[1].jsonl")
-
-
-# --- schema -------------------------------------------------------------------------------------------------
+    assert find_path("{{ messages }}" * 1000) == Path("{{ messages }}" * 1000)  # too long for a file name
 
 
 def test_schema_describes_the_fields() -> None:
