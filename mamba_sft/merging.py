@@ -73,39 +73,43 @@ def merge(
         MambaSFTError: The run or its base is missing or broken.
     """
     run = Run.open(run)
-    progress = progress or (lambda stage, done, total: None)
     plan = plan_merge(run, Path(output) if output is not None else run.merged, dtype)
     source = _source(plan, onto)
-    started = time.monotonic()
     with _explained(plan), atomic_directory(plan.output) as directory:
-        writer = MergedTensors(plan, source, lambda done: progress("merging", done, plan.nbytes))
-        for file, layouts in plan.shards.items():
-            write_shard(directory / file, layouts, writer.blocks)
-        write_companions(plan, directory)
-        seconds = time.monotonic() - started
-        if writer.overflowed:
-            logger.warning("%d values are beyond float16's range and became infinite", writer.overflowed)
-        check = _check(plan, source, directory, progress)
-        check_seconds = time.monotonic() - started - seconds
-        losses, note = _heldout_losses(plan, onto, directory)
-        report = MergeReport(
-            path=plan.output,
-            base=plan.facts.base,
-            onto=onto,
-            dtype=dtype,
-            tensors=len(plan.entries),
-            changed=plan.changed,
-            nbytes=plan.nbytes,
-            overflowed=writer.overflowed,
-            seconds=round(seconds, 3),
-            check_seconds=round(check_seconds, 3),
-            peak_rss=_peak_rss(),
-            check=check,
-            losses=losses,
-            losses_note=note,
-        )
+        report = _merge_into(directory, plan, source, progress or (lambda stage, done, total: None))
         (directory / REPORT_NAME).write_text(report.to_json() + "\n", encoding="utf-8")
     return report
+
+
+def _merge_into(directory: Path, plan: MergePlan, source: StoredTensors, progress: Progress) -> MergeReport:
+    started = time.monotonic()
+    tensors = MergedTensors(plan, source, lambda done: progress("merging", done, plan.nbytes))
+    for file, layouts in plan.shards.items():
+        write_shard(directory / file, layouts, tensors.blocks)
+    write_companions(plan, directory)
+    written = time.monotonic()
+    if tensors.overflowed:
+        logger.warning("%d values are beyond float16's range and became infinite", tensors.overflowed)
+    check = _check(plan, source, directory, progress)
+    checked = time.monotonic()
+    onto = "dequantized" if isinstance(source, DequantizedTensors) else "base"
+    losses, note = _heldout_losses(plan, onto, directory)
+    return MergeReport(
+        path=plan.output,
+        base=plan.facts.base,
+        onto=onto,
+        dtype=plan.dtype,
+        tensors=len(plan.entries),
+        changed=plan.changed,
+        nbytes=plan.nbytes,
+        overflowed=tensors.overflowed,
+        seconds=round(written - started, 3),
+        check_seconds=round(checked - written, 3),
+        peak_rss=_peak_rss(),
+        check=check,
+        losses=losses,
+        losses_note=note,
+    )
 
 
 def quantizes(name: str) -> bool:

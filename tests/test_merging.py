@@ -5,24 +5,29 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import os
 import shutil
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
+from peft.utils.integrations import dequantize_module_weight
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mamba_sft import merge_check, merging, shards
-from mamba_sft.adapter import attach_adapter, load_adapter, save_adapter
+from mamba_sft import merge_plan, merging, shards
+from mamba_sft.adapter import attach_adapter, save_adapter
 from mamba_sft.chat import prepare_tokenizer
+from mamba_sft.checkpoint import base_fingerprint, read_tensors
 from mamba_sft.errors import MambaSFTError, MergeError, ModelError, UsageError
-from mamba_sft.kernels.falcon_mamba import install
+from mamba_sft.heldout import heldout_loss
 from mamba_sft.merging import DequantizedTensors, merge, quantizes
 from mamba_sft.model import apply_setup, load_model
-from mamba_sft.recipe import AdapterSection, ChatSection, ModelSection
+from mamba_sft.recipe import AdapterSection, ChatSection, ModelSection, Recipe
 from mamba_sft.run import Run
 from tests.conftest import build_model, build_tokenizer
 
@@ -60,7 +65,9 @@ def make_run(
     (base / "LICENSE.txt").write_text("licence of the base", encoding="utf-8")
     section = ModelSection(**{"base": str(base), "dtype": "float32", "kernels": "reference"} | (model or {}))
     trained = load_model(section, device="cpu")
-    setup = prepare_tokenizer(AutoTokenizer.from_pretrained(base), ChatSection(**(chat or {})), {0, 11})
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    rows = trained.config.vocab_size
+    setup = prepare_tokenizer(tokenizer, ChatSection(**(chat or {})), {0, 11}, embedding_rows=rows)
     apply_setup(trained, setup)
     trained = attach_adapter(
         trained,
@@ -140,12 +147,475 @@ def test_logits_are_those_of_base_and_adapter(tmp_path: Path, kind: str) -> None
     assert relative(merged_logits(made.base), made.logits()) > 0.05, "the adapter must do something"
     assert report.check.difference < 2e-6
     assert report.check.rows > 100
-    assert report.changed == len([n for n in report_names(made) if changed(made, n)])
+    before, after = weights(made.base), weights(made.run.merged)
+    assert report.changed == sum(not torch.equal(before[name], after[name]) for name in before)
 
 
-def report_names(made: Made) -> set[str]:
-    return set(weights(made.base))
+@pytest.mark.parametrize("kind", ["lora", "rslora", "dora"])
+def test_float32_equals_pefts_merge(tmp_path: Path, kind: str) -> None:
+    made = make_run(tmp_path, target_modules=["in_proj", "x_proj"], **KINDS[kind])
+    merge(made.run)
+    stock = AutoModelForCausalLM.from_pretrained(made.base, dtype=torch.float32)
+    wanted = PeftModel.from_pretrained(stock, made.run.adapter).merge_and_unload().state_dict()
+    found = weights(made.run.merged)
+    assert found.keys() == wanted.keys()
+    for name, value in found.items():
+        torch.testing.assert_close(value, wanted[name], rtol=1e-6, atol=1e-6)
 
 
-def changed(made: Made, name: str) -> bool:
-    return not torch.equal(weights(made.base)[name], weights(made.run.merged)[name])
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_bfloat16_rounds_once_and_is_no_further_off_than_peft(tmp_path: Path, kind: str) -> None:
+    made = make_run(tmp_path, base_dtype=torch.bfloat16, target_modules=["in_proj", "x_proj"], **KINDS[kind])
+    merge(made.run, output=tmp_path / "exact", dtype="float32")
+    merge(made.run)
+    stock = AutoModelForCausalLM.from_pretrained(made.base, dtype=torch.bfloat16)
+    pefts = PeftModel.from_pretrained(stock, made.run.adapter).merge_and_unload().state_dict()
+    exact, found = weights(tmp_path / "exact"), weights(made.run.merged)
+    ours = theirs = 0.0
+    for name, value in found.items():
+        assert torch.equal(value, exact[name].bfloat16()), name
+        ours += (value.float() - exact[name]).square().sum().item()
+        theirs += (pefts[name].float() - exact[name]).square().sum().item()
+    assert 0 < ours <= theirs
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("special_tokens", ["auto", "add"])
+def test_trained_rows_and_grown_vocabularies(tmp_path: Path, tied: bool, special_tokens: str) -> None:
+    rows = len(build_tokenizer())  # none to spare: added tokens need new ones
+    config = {"tie_word_embeddings": tied, "vocab_size": rows}
+    made = make_run(tmp_path, config=config, chat={"special_tokens": special_tokens})
+    report = merge(made.run)
+    assert relative(merged_logits(made.run.merged), made.logits()) < 2e-6
+    merged = weights(made.run.merged)
+    assert ("lm_head.weight" in merged) is not tied
+    assert len(merged["backbone.embeddings.weight"]) == rows + 2 * (special_tokens == "add")
+    facts = json.loads((made.run.adapter / "base.json").read_text())
+    saved = load_file(made.run.adapter / "adapter_model.safetensors")
+    rows = saved["base_model.model.backbone.embeddings.token_adapter.trainable_tokens_delta"]
+    assert torch.equal(merged["backbone.embeddings.weight"][facts["trained_token_ids"]], rows)
+    assert report.check.difference < 2e-6
+
+
+def test_files_are_the_bases_with_our_template_and_stop_ids(tmp_path: Path) -> None:
+    made = make_run(tmp_path, base_dtype=torch.bfloat16)
+    (made.base / "README.md").write_text("card of the base", encoding="utf-8")
+    merge(made.run)
+    out, index = made.run.merged, "model.safetensors.index.json"
+    shards_of = [sorted(path.name for path in where.glob("*.safetensors")) for where in (made.base, out)]
+    assert shards_of[0] == shards_of[1]
+    assert len(shards_of[0]) > 2
+    assert json.loads((made.base / index).read_text()) == json.loads((out / index).read_text())
+    assert (out / "LICENSE.txt").read_text() == "licence of the base"
+    assert not (out / "README.md").exists()
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert tokenizer.chat_template
+    assert tokenizer.eos_token == "<|im_end|>"
+    stops = json.loads((out / "generation_config.json").read_text())["eos_token_id"]
+    config = json.loads((out / "config.json").read_text())
+    assert stops[0] == tokenizer.eos_token_id
+    assert config["eos_token_id"] == stops
+    kept = json.loads((made.base / "config.json").read_text())
+    same = kept.keys() - {"eos_token_id", "pad_token_id", "bos_token_id"}
+    assert {key: config[key] for key in same} == {key: kept[key] for key in same}
+    before, after = weights(made.base), weights(out)
+    assert {name: value.dtype for name, value in before.items()} == {n: v.dtype for n, v in after.items()}
+    name = "backbone.layers.0.mixer.A_log"
+    assert torch.equal(before[name], after[name])
+
+
+def test_a_base_in_one_file_merges_into_one_file(tmp_path: Path) -> None:
+    made = make_run(tmp_path)
+    for path in made.base.glob("model*"):
+        path.unlink()
+    build_model().save_pretrained(made.base)
+    merge(made.run)
+    assert sorted(path.name for path in made.run.merged.glob("model*")) == ["model.safetensors"]
+    assert relative(merged_logits(made.run.merged), made.logits()) < 2e-6
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_dtype_is_every_tensors_and_the_configs(tmp_path: Path, dtype: str) -> None:
+    made = make_run(tmp_path, base_dtype=torch.bfloat16 if dtype == "float32" else torch.float32)
+    report = merge(made.run, dtype=dtype)
+    assert {value.dtype for value in weights(made.run.merged).values()} == {getattr(torch, dtype)}
+    assert AutoModelForCausalLM.from_pretrained(made.run.merged).dtype == getattr(torch, dtype)
+    bounds = {"float32": (0, 2e-6), "bfloat16": (1e-4, 2e-2), "float16": (1e-5, 2e-3)}
+    assert bounds[dtype][0] <= report.check.difference < bounds[dtype][1]
+    assert relative(merged_logits(made.run.merged), made.logits()) < bounds[dtype][1]
+
+
+def test_values_beyond_float16_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    made = make_run(tmp_path)
+    edit_base(made, "backbone.embeddings.weight", lambda value: value[400, :3].fill_(1e5))
+    with caplog.at_level(logging.WARNING):
+        report = merge(made.run, dtype="float16")
+    assert report.overflowed == 3
+    assert "3 values" in caplog.text
+
+
+def test_an_overflow_that_reaches_the_logits_is_an_error(tmp_path: Path) -> None:
+    made = make_run(tmp_path)
+    edit_base(made, "backbone.norm_f.weight", lambda value: value[:1].fill_(1e6))
+    with pytest.raises(MergeError, match="not finite"):
+        merge(made.run, dtype="float16")
+    assert not made.run.merged.exists()
+
+
+def edit_base(made: Made, name: str, change: Any) -> None:
+    """Changes a tensor of the base, and lets the run know the new base as its own."""
+    for path in made.base.glob("*.safetensors"):
+        tensors = load_file(path)
+        if name in tensors:
+            change(tensors[name])
+            save_file(tensors, path, metadata={"format": "pt"})
+    edit_facts(made, fingerprint=base_fingerprint(made.base))
+
+
+def edit_facts(made: Made, **changes: Any) -> None:
+    path = made.run.adapter / "base.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes), encoding="utf-8")
+
+
+def edit_adapter(made: Made, change: Any) -> None:
+    path = made.run.adapter / "adapter_model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def edit_adapter_config(made: Made, **changes: Any) -> None:
+    path = made.run.adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes), encoding="utf-8")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_dequantized_weights_are_the_trained_ones(tmp_path: Path, quantization: str, dtype: str) -> None:
+    made = make_run(
+        tmp_path,
+        config={"hidden_size": 128, "time_step_rank": 8},
+        model={"quantization": quantization, "dtype": dtype},
+    )
+    model = made.model.get_base_model()
+    source = DequantizedTensors(read_tensors(made.base), quantization, getattr(torch, dtype))
+    layers = {
+        name.replace(".base_layer", ".weight"): module
+        for name, module in model.named_modules()
+        if type(module).__module__.startswith("bitsandbytes.")
+    }
+    assert {name for name in source.entries if quantizes(name)} == layers.keys()
+    for name, layer in layers.items():
+        assert torch.equal(source.whole(name), dequantize_module_weight(layer).float()), name
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_a_quantized_run_merges_either_way_and_reports_both_losses(tmp_path: Path, quantization: str) -> None:
+    made = make_run(tmp_path, model={"quantization": quantization}, validation=True)
+    onto_base = merge(made.run)
+    dequantized = merge(made.run, output=tmp_path / "dequantized", onto="dequantized")
+    assert dequantized.check.difference < 2e-6
+    far, near = (
+        relative(merged_logits(path), made.logits()) for path in (made.run.merged, tmp_path / "dequantized")
+    )
+    assert near < (1e-5 if quantization == "nf4" else 2e-2)  # int8 also rounds activations when it runs
+    assert far > near
+    assert onto_base.losses.keys() == dequantized.losses.keys() == {"base", "dequantized"}
+    for kind, loss in onto_base.losses.items():
+        assert dequantized.losses[kind] == pytest.approx(loss, rel=1e-5), kind
+    assert onto_base.losses["base"] != pytest.approx(onto_base.losses["dequantized"], rel=1e-6)
+    rows, collator = merging._validation(Recipe.load(str(made.run.recipe)))
+    assert near > 1e-5 or heldout_loss(made.model, rows, collator, 1) == pytest.approx(
+        onto_base.losses["dequantized"], rel=1e-5
+    )
+
+
+def test_losses_that_cannot_be_measured_are_explained(tmp_path: Path) -> None:
+    made = make_run(tmp_path, model={"quantization": "nf4"}, validation=True)
+    (tmp_path / "chats.jsonl").unlink()
+    report = merge(made.run)
+    assert report.losses == {}
+    assert "chats.jsonl" in str(report.losses_note)
+
+
+def test_dequantized_needs_a_quantized_run(tmp_path: Path) -> None:
+    made = make_run(tmp_path)
+    with pytest.raises(UsageError, match="not quantized"):
+        merge(made.run, onto="dequantized")
+    with pytest.raises(UsageError, match="nothing"):
+        merge(made.run, onto="nothing")
+    with pytest.raises(UsageError, match="int4"):
+        merge(made.run, dtype="int4")
+
+
+def test_report_and_progress(tmp_path: Path) -> None:
+    made = make_run(tmp_path)
+    calls: list[tuple[str, int, int]] = []
+    report = merge(made.run, progress=lambda *call: calls.append(call))
+    stored = json.loads((made.run.merged / "merge.json").read_text())
+    assert stored["check"]["difference"] == report.check.difference
+    assert stored["path"] == str(made.run.merged)
+    total = sum(value.nbytes for value in weights(made.run.merged).values())
+    assert report.nbytes == total
+    assert [done for stage, done, _ in calls if stage == "merging"][-1] == total
+    assert [call for call in calls if call[0] == "checking"] == [("checking", 1, 2), ("checking", 2, 2)]
+    assert report.peak_rss > 1 << 20
+
+
+def wrong_config(made: Made) -> None:
+    path = made.base / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"layer_norm_epsilon": 1e-3}))
+
+
+def wrong_weights(made: Made) -> None:
+    fingerprint = json.loads((made.run.adapter / "base.json").read_text())["fingerprint"]
+    edit_base(made, "backbone.layers.1.mixer.in_proj.weight", lambda value: value.mul_(1.001))
+    edit_facts(made, fingerprint=fingerprint)
+
+
+def missing_shard(made: Made) -> None:
+    sorted(made.base.glob("*.safetensors"))[1].unlink()
+
+
+def truncated_shard(made: Made) -> None:
+    path = sorted(made.base.glob("*.safetensors"))[1]
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def missing_base(made: Made) -> None:
+    shutil.rmtree(made.base)
+
+
+def missing_adapter(made: Made) -> None:
+    (made.run.adapter / "adapter_model.safetensors").unlink()
+
+
+def missing_facts(made: Made) -> None:
+    (made.run.adapter / "base.json").unlink()
+
+
+def truncated_adapter(made: Made) -> None:
+    path = made.run.adapter / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+LAYER = "base_model.model.backbone.layers.0.mixer"
+FAULTS: dict[str, tuple[Any, type[MambaSFTError], str]] = {
+    "config of another base": (wrong_config, MergeError, "not the base"),
+    "weights of another base": (wrong_weights, MergeError, "not the base"),
+    "missing shard": (missing_shard, ModelError, "lacks 1 of"),
+    "truncated shard": (truncated_shard, ModelError, "truncated"),
+    "missing base": (missing_base, ModelError, "no model directory"),
+    "missing adapter": (missing_adapter, MergeError, "no adapter"),
+    "missing base.json": (missing_facts, MergeError, "which base"),
+    "truncated adapter": (truncated_adapter, MergeError, "truncated"),
+    "another rank": (lambda made: edit_adapter_config(made, r=8), MergeError, "not of rank 8"),
+    "another shape": (
+        lambda made: edit_adapter(
+            made, lambda t: t.update({f"{LAYER}.in_proj.lora_A.weight": torch.ones(4, 32)})
+        ),
+        MergeError,
+        "in_proj. is .256, 64. in the base",
+    ),
+    "half a pair": (
+        lambda made: edit_adapter(made, lambda t: t.pop(f"{LAYER}.x_proj.lora_B.weight")),
+        MergeError,
+        "not of rank 4",
+    ),
+    "a layer without its adapter": (
+        lambda made: edit_adapter(made, lambda t: [t.pop(n) for n in list(t) if ".layers.1." in n]),
+        MergeError,
+        "target but has no LoRA",
+    ),
+    "a layer too many": (
+        lambda made: edit_adapter(
+            made, lambda t: t.update({n.replace(".0.", ".7."): v.clone() for n, v in t.items() if ".0." in n})
+        ),
+        MergeError,
+        "no weight in the base",
+    ),
+    "NaN": (
+        lambda made: edit_adapter(made, lambda t: t[f"{LAYER}.x_proj.lora_B.weight"][0].fill_(float("nan"))),
+        MergeError,
+        "NaN",
+    ),
+    "a module trained in full": (
+        lambda made: edit_adapter(
+            made, lambda t: t.update({f"{LAYER}.conv1d.weight": torch.ones(128, 1, 4)})
+        ),
+        MergeError,
+        "conv1d.weight",
+    ),
+    "modules_to_save": (
+        lambda made: edit_adapter_config(made, modules_to_save=["norm_f"]),
+        MergeError,
+        "norm_f",
+    ),
+    "another method": (lambda made: edit_adapter_config(made, peft_type="LOHA"), MergeError, "LOHA"),
+    "no magnitudes": (lambda made: edit_adapter_config(made, use_dora=True), MergeError, "magnitude"),
+    "other rows": (
+        lambda made: edit_adapter_config(made, trainable_token_indices={"embeddings": [1]}),
+        MergeError,
+        "trained rows",
+    ),
+    "rows that do not exist": (
+        lambda made: edit_adapter_config(made, trainable_token_indices=[600, 601]),
+        MergeError,
+        "do not fit",
+    ),
+    "rows that nobody trained": (
+        lambda made: edit_facts(made, resize_to=520),
+        MergeError,
+        "neither in the base",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_cannot_be_merged_is_an_error_and_leaves_nothing(tmp_path: Path, fault: str) -> None:
+    made = make_run(tmp_path)
+    cause, kind, message = FAULTS[fault]
+    cause(made)
+    with pytest.raises(kind, match=message):
+        merge(made.run)
+    assert not list(made.run.path.glob("merged*"))
+
+
+def test_a_foreign_directory_is_not_replaced(tmp_path: Path) -> None:
+    made = make_run(tmp_path)
+    foreign = tmp_path / "photos"
+    foreign.mkdir()
+    (foreign / "cat.jpg").write_bytes(b"meow")
+    with pytest.raises(UsageError, match="not an earlier merge"):
+        merge(made.run, output=foreign)
+    for source in (made.base, made.run.adapter, made.run.path):
+        (source / "merge.json").write_text("{}")  # even a merged base is not what its own merge may replace
+        with pytest.raises(UsageError, match="directory of its own"):
+            merge(made.run, output=source)
+    with pytest.raises(UsageError, match="is a file"):
+        merge(made.run, output=foreign / "cat.jpg")
+    assert (foreign / "cat.jpg").read_bytes() == b"meow"
+
+
+def test_an_earlier_merge_is_replaced_only_when_the_new_one_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = make_run(tmp_path)
+    merge(made.run, dtype="bfloat16")
+    with monkeypatch.context() as patch:
+        patch.setattr(merging, "_check", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            merge(made.run)
+    assert {value.dtype for value in weights(made.run.merged).values()} == {torch.bfloat16}
+    merge(made.run)
+    assert {value.dtype for value in weights(made.run.merged).values()} == {torch.float32}
+    assert [path.name for path in made.run.path.glob("merged*")] == ["merged"]
+
+
+def interrupt(*args: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_ctrl_c_while_writing_leaves_nothing(tmp_path: Path) -> None:
+    made = make_run(tmp_path)
+
+    def stop(stage: str, done: int, total: int) -> None:
+        assert list(made.run.path.glob("merged.partial/*"))
+        if done > total / 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        merge(made.run, progress=stop)
+    assert not list(made.run.path.glob("merged*"))
+
+
+def test_a_disk_too_small_is_seen_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = make_run(tmp_path)
+    usage = shutil.disk_usage(tmp_path)._replace(free=70 << 20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    merge(made.run, output=tmp_path / "fits")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=64 << 20))
+    with pytest.raises(MergeError, match=r"takes 0\.1 GB"):
+        merge(made.run)
+    assert not list(made.run.path.glob("merged*"))
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_disk_that_fills_up_is_a_clear_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    made = make_run(tmp_path)
+
+    def full(descriptor: int) -> None:
+        raise OSError(code, "no room")
+
+    monkeypatch.setattr(shards.os, "fsync", full)
+    with pytest.raises(MergeError, match="is full"):
+        merge(made.run)
+    assert not list(made.run.path.glob("merged*"))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk takes root")
+def test_a_disk_that_is_really_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = make_run(tmp_path)
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)]
+    if subprocess.run(command, check=False, capture_output=True).returncode != 0:
+        pytest.skip("mounting is not allowed here")
+    try:
+        monkeypatch.setattr(merge_plan, "_check_space", lambda plan: None)
+        with pytest.raises(MergeError, match="is full"):
+            merge(made.run, output=disk / "merged")
+        assert not list(disk.iterdir())
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_flipped_bit_on_disk_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = make_run(tmp_path)
+    write = merging.write_companions
+
+    def corrupt(plan: Any, directory: Path) -> None:
+        write(plan, directory)
+        for path in directory.glob("*.safetensors"):
+            tensors = load_file(path)
+            for name, value in tensors.items():
+                if name.endswith("1.mixer.out_proj.weight"):
+                    value.add_(value.abs().mean() * 1e-3)
+            save_file(tensors, path, metadata={"format": "pt"})
+
+    monkeypatch.setattr(merging, "write_companions", corrupt)
+    with pytest.raises(MergeError, match=r"out_proj\.weight` in the merged files is not base"):
+        merge(made.run)
+    assert not list(made.run.path.glob("merged*"))
+
+
+def test_an_adapter_read_wrongly_is_found_by_the_logits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = make_run(tmp_path)
+    read = merge_plan.read_adapter
+
+    def misread(path: Path) -> Any:
+        adapter = read(path)
+        for factors in adapter.low_rank.values():
+            factors.scale *= 0.7
+        return adapter
+
+    monkeypatch.setattr(merge_plan, "read_adapter", misread)
+    with pytest.raises(MergeError, match="logits differ from base"):
+        merge(made.run)
+    assert not list(made.run.path.glob("merged*"))
+
+
+def test_blocks_of_rows_meet_without_a_seam(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = make_run(tmp_path, use_dora=True, target_modules=ALL)
+    merge(made.run, output=tmp_path / "whole")
+    monkeypatch.setattr(shards, "_BLOCK_ELEMENTS", 1)
+    assert list(shards.row_blocks((130, 8))) == [(0, 64), (64, 128), (128, 130)]
+    assert list(shards.row_blocks(())) == [(0, 1)]
+    merge(made.run, output=tmp_path / "pieces")
+    whole, pieces = weights(tmp_path / "whole"), weights(tmp_path / "pieces")
+    for name, value in whole.items():
+        torch.testing.assert_close(pieces[name], value, rtol=1e-6, atol=1e-7)
