@@ -21,6 +21,7 @@ from mamba_sft.cli_talk import err, out, run_or_newest
 from mamba_sft.errors import MambaSFTError, UsageError
 
 if TYPE_CHECKING:
+    from mamba_sft.merge_check import MergeReport
     from mamba_sft.run import Run
 
 app = typer.Typer(
@@ -185,8 +186,9 @@ def data(
     from mamba_sft.training import read_data
 
     setup, prepared = read_data(loaded)
-    section = loaded.data
-    packing = preview.packed(prepared.report, section.max_length, loaded.seed) if section.packing else None
+    packing = None
+    if loaded.data.packing and loaded.data.max_length:
+        packing = preview.packed(prepared.report, loaded.data.max_length, loaded.seed)
     if as_json:
         content = preview.to_dict(prepared, setup.tokenizer, rows=rows, packing=packing)
         sys.stdout.write(json.dumps(content, ensure_ascii=False, indent=2) + "\n")
@@ -217,9 +219,28 @@ def merge(
     if as_json:
         sys.stdout.write(report.to_json() + "\n")
         return
-    err.print(report.summary())
+    _show_merge(report)
     out.print(f"merged: {report.path}")
     out.print(f"next:   mamba-sft chat {report.path}")
+
+
+def _show_merge(report: MergeReport) -> None:
+    check = report.check
+    err.print(
+        f"{report.changed} of {report.tensors} tensors changed, {report.nbytes / 1e9:.2f} GB in {report.seconds:.1f} s,"
+        f" peak memory {report.peak_rss / 1e9:.2f} GB"
+    )
+    same = "the same next token" if check.same_next_token else "another next token"
+    err.print(
+        f"checked on a prompt: logits differ from base + adapter by {check.difference:.1e} of their size"
+        f" (at most {check.tolerance:.0e} is rounding), {same}"
+    )
+    if report.overflowed:
+        err.print(f"[yellow]{report.overflowed:,} values are beyond float16 and became infinite[/]")
+    for onto, loss in report.losses.items():
+        err.print(f"validation loss merged onto {onto}: {loss:.4f}")
+    if report.losses_note:
+        err.print(f"validation losses not measured: {report.losses_note}")
 
 
 @recipes_app.callback()

@@ -87,7 +87,7 @@ def generate(
     where = _model_or_newest(model)
     from mamba_sft.conversation import generate as answer
 
-    prompts = input_file if input_file is not None else prompt
+    prompts: Path | list[str] = input_file if input_file is not None else prompt or []
     found = answer(where, prompts, output=output, sampling=sampling, system=system, raw=raw)
     if output is None:
         for one in found:
