@@ -227,8 +227,8 @@ def merge(
 def _show_merge(report: MergeReport) -> None:
     check = report.check
     err.print(
-        f"{report.changed} of {report.tensors} tensors changed, {report.nbytes / 1e9:.2f} GB in {report.seconds:.1f} s,"
-        f" peak memory {report.peak_rss / 1e9:.2f} GB"
+        f"{report.changed} of {report.tensors} tensors changed, {report.nbytes / 1e9:.2f} GB"
+        f" in {report.seconds:.1f} s, peak memory {report.peak_rss / 1e9:.2f} GB"
     )
     same = "the same next token" if check.same_next_token else "another next token"
     err.print(
