@@ -103,25 +103,21 @@ def token_text(
         limit: Tokens shown; of a longer row the middle is left out.
     """
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    text, shade, inside = Text(), 0, False
+    pieces: list[tuple[str, str]] = []
+    shade, inside = 0, False
     for ids, trained in _units(tokenizer, *_shortened(input_ids, labels, limit)):
         if trained != inside:
-            text.append(OPENING if trained else CLOSING, "bold")
+            pieces.append((OPENING if trained else CLOSING, "bold"))
             inside = trained
         if not ids:
-            text.append(f" … {len(input_ids) - limit:,} tokens … ", "dim italic")
+            pieces.append((f"… {len(input_ids) - limit:,} tokens …", "dim italic"))
             continue
-        is_special = ids[0] in special
-        if trained:
-            shade = 1 - shade
-            style = TRAINED_SPECIAL if is_special else TRAINED[shade]
-        else:
-            style = SPECIAL if is_special else PLAIN
-        _append_visible(text, tokenizer.decode(ids), style)
+        shade = 1 - shade
+        kinds = (TRAINED_SPECIAL, TRAINED[shade]) if trained else (SPECIAL, PLAIN)
+        pieces.append((tokenizer.decode(ids), kinds[ids[0] not in special]))
     if inside:
-        text.append(CLOSING, "bold")
-    text.rstrip()
-    return text
+        pieces.append((CLOSING, "bold"))
+    return _visible(pieces)
 
 
 def _shortened(
@@ -153,21 +149,33 @@ def _units(
             held = []
 
 
-def _append_visible(text: Text, piece: str, style: str) -> None:
-    """Appends `piece`; a space shows as a dot, unless it is alone between two words, where lines may break."""
-    for index, character in enumerate(piece):
-        after = piece[index + 1 : index + 2]
-        if character == "\n":
-            text.append("↵", style).append("\n")
-        elif character == " ":
-            alone = text.plain and not text.plain[-1].isspace() and text.plain[-1] != "·" and after.strip()
-            text.append(" " if alone else "·", style)
-        elif character == "\t":
-            text.append("→", style)
-        elif character.isprintable() or character == "\u200d":  # the joiner inside many emoji
-            text.append(character, style)
-        else:
-            text.append(f"\\x{ord(character):02x}", style)
+def _visible(pieces: Sequence[tuple[str, str]]) -> Text:
+    """(text, style) pairs in a row, white space and control characters made visible.
+
+    A space becomes a dot, unless it is alone between two words: there lines may break.
+    """
+    whole, text = "".join(piece for piece, _ in pieces), Text()
+    start = 0
+    for piece, style in pieces:
+        shown = ""
+        for index, character in enumerate(piece, start):
+            if character == " ":
+                alone = _is_word(whole[index - 1 : index]) and _is_word(whole[index + 1 : index + 2])
+                shown += " " if alone else "·"
+            elif character in "\n\t":
+                shown += "↵\n" if character == "\n" else "→"
+            elif character.isprintable() or character == "\u200d":  # the joiner inside many emoji
+                shown += character
+            else:
+                shown += f"\\x{ord(character):02x}"
+        text.append(shown, style)
+        start += len(piece)
+    text.rstrip()
+    return text
+
+
+def _is_word(character: str) -> bool:
+    return bool(character.strip()) and character not in (OPENING, CLOSING)
 
 
 def histogram(report: DataReport) -> RenderableType:
