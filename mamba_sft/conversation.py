@@ -120,8 +120,10 @@ def open_session(
 def _list_prompts(prompts: Prompt | Iterable[Prompt]) -> list[tuple[str, Prompt]]:
     """Returns (where, prompt) of one prompt or several."""
     listed: list[Any] = [prompts] if isinstance(prompts, str) else list(prompts)
-    if listed and isinstance(listed[0], dict):
+    if listed and isinstance(listed[0], dict):  # one conversation
         listed = [listed]
+    if not listed:
+        raise UsageError("there are no prompts to answer")
     rows = [(f"prompt {number}", prompt) for number, prompt in enumerate(listed, 1)]
     for where, prompt in rows:
         _check_prompt(prompt, where, UsageError)
