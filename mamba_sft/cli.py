@@ -93,7 +93,6 @@ def options(
     logger.handlers = [handler]
     logger.setLevel(logging.INFO)
     logger.propagate = False
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not verbose:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0")
@@ -193,7 +192,7 @@ def data(
         content = preview.to_dict(prepared, setup.tokenizer, rows=rows, packing=packing)
         sys.stdout.write(json.dumps(content, ensure_ascii=False, indent=2) + "\n")
     else:
-        out.print(preview.preview(prepared, setup.tokenizer, rows=rows, packing=packing))
+        out.print(preview.overview(prepared, setup.tokenizer, rows=rows, packing=packing))
 
 
 @app.command()

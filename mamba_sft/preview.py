@@ -50,7 +50,7 @@ def packed(report: DataReport, max_length: int, seed: int) -> Packed:
     return Packed(rows, max_length, report.train_tokens / max(1, rows * max_length))
 
 
-def preview(
+def overview(
     data: PreparedData, tokenizer: Any, *, rows: int = 3, packing: Packed | None = None
 ) -> RenderableType:
     """The whole picture: a few training rows, spread over the data, the lengths, the counts, and warnings.

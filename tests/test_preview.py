@@ -80,7 +80,7 @@ def test_long_rows_leave_out_their_middle(setup: TemplateSetup) -> None:
 
 def test_the_whole_picture(setup: TemplateSetup, prepared: PreparedData) -> None:
     packing = preview.packed(prepared.report, 64, seed=0)
-    text = shown(preview.preview(prepared, setup.tokenizer, rows=2, packing=packing))
+    text = shown(preview.overview(prepared, setup.tokenizer, rows=2, packing=packing))
     assert "⟦trained tokens<|stop|>⟧" in text
     assert text.count("chats.jsonl:") == 2
     assert "row lengths in tokens" in text
@@ -111,7 +111,7 @@ def test_the_histogram_takes_any_lengths(lengths: list[int]) -> None:
 
 
 def test_narrow_terminals_wrap(setup: TemplateSetup, prepared: PreparedData) -> None:
-    assert max(map(len, shown(preview.preview(prepared, setup.tokenizer), width=40).splitlines())) <= 40
+    assert max(map(len, shown(preview.overview(prepared, setup.tokenizer), width=40).splitlines())) <= 40
 
 
 def test_json_has_the_same_facts(setup: TemplateSetup, prepared: PreparedData) -> None:
