@@ -55,17 +55,13 @@ def find_problems(model: type[BaseModel], tree: dict[str, Any], places: dict[Key
         if error["type"] == "missing" or _is_written(tree, error["loc"])
     ]
     tree = copy.deepcopy(tree)
-    for error in reversed(errors):  # list entries from the end, so that indices stay
+    for error in errors:
         _repair(tree, error["loc"])
     for error in _errors(model, tree):
         conflict = error.get("ctx", {}).get("error")
-        for problem in conflict.problems if isinstance(conflict, ConflictError) else []:
-            if not any(
-                part[: len(bad)] == bad for bad in broken if bad for part in (problem.path, *problem.fields)
-            ):
-                findings.append(
-                    Finding(_place(problem.path, places), f"`{dotted(problem.path)}` {problem.text}")
-                )
+        for path, text, others in conflict.problems if isinstance(conflict, ConflictError) else []:
+            if not any(part[: len(bad)] == bad for bad in broken for part in (path, *others)):
+                findings.append(Finding(_place(path, places), f"`{dotted(path)}` {text}"))
     return findings
 
 
@@ -98,19 +94,22 @@ def _is_written(tree: Any, path: Keys) -> bool:
 
 
 def _repair(tree: Any, path: Keys) -> None:
-    if not path:
-        return
+    """Takes the wrong value at `path` out, or puts a placeholder where one is required."""
+    for index, key in enumerate(path):
+        if isinstance(key, int) and path[index - 1] != "sources":
+            path = path[:index]  # a list with a wrong entry goes as a whole
+            break
     *parents, last = path
     for key in parents:
-        tree = tree.get(key) if isinstance(tree, dict) else tree[key]
-    if last in PLACEHOLDERS and isinstance(tree, dict):
-        tree[last] = copy.deepcopy(PLACEHOLDERS[str(last)])
-    elif isinstance(tree, dict):
-        tree.pop(last, None)
-    elif parents[-1] == "sources":
+        if isinstance(tree, dict) and tree.get(key) is None:
+            tree[key] = {}  # an empty section, or one that holds only derived defaults
+        tree = tree[key]
+    if isinstance(last, int):
         tree[last] = {"path": "x"}
-    elif isinstance(tree, list):
-        del tree[last]
+    elif last in PLACEHOLDERS:
+        tree[last] = copy.deepcopy(PLACEHOLDERS[last])
+    else:
+        tree.pop(last, None)
 
 
 def _describe(model: type[BaseModel], error: ErrorDetails) -> str:

@@ -6,7 +6,6 @@ The reader follows YAML 1.2's core schema, not PyYAML's 1.1: `1e-5` is a number,
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -85,9 +84,8 @@ def read_text(path: Path) -> str:
 
 
 def shown(path: Path) -> str:
-    """The path as messages show it: relative where that is shorter."""
-    relative = os.path.relpath(path)
-    return relative if len(relative) < len(str(path)) else str(path)
+    """The path as messages show it: relative when it is below the working directory."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def load(model: type[Model], text: str, name: str, overrides: Sequence[str]) -> Model:

@@ -268,6 +268,14 @@ def test_missing_fields_say_what_is_needed(text: str, message: list[str]) -> Non
     assert [line for line in found if "output_dir" not in line] == message
 
 
+def test_an_empty_required_section_does_not_hide_clashes() -> None:
+    text = "output_dir: x\nmodel:\ndata:\n  sources: [{path: x}]\n  max_length:\n"
+    assert [line[:30] for line in problems(text)] == [
+        "r.yaml:2: `model.base` is miss",
+        "r.yaml:5: `data.max_length` mu",
+    ]
+
+
 def test_a_missing_field_is_told_at_its_section() -> None:
     assert problems("output_dir: x\n\nmodel:\n  dtype: auto\ndata:\n  sources:\n    - split: test\n") == [
         "r.yaml:3: `model.base` is missing",
@@ -441,6 +449,15 @@ def test_refused_trainer_arguments_are_real_ones() -> None:
 def test_every_dtype_goes_with_every_quantization(dtype: str, quantization: str) -> None:
     overrides = [f"model.dtype={dtype}", f"model.quantization={quantization}", "adapter.use_dora=true"]
     assert Recipe.from_text(MINIMAL, overrides=overrides).model.dtype == dtype
+
+
+def test_wrong_list_entries_do_not_hide_clashes() -> None:
+    text = minimal("adapter: {target_modules: [1, 2]}\ntrain: {report_to: [wandb, wandb]}\n")
+    assert problems(text) == [
+        "r.yaml:7: `adapter.target_modules.0` must be text, got 1; put it in quotes",
+        "r.yaml:7: `adapter.target_modules.1` must be text, got 2; put it in quotes",
+        "r.yaml:8: `train.report_to` must not repeat `wandb`",
+    ]
 
 
 def test_a_clash_with_a_wrong_value_waits() -> None:
