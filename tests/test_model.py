@@ -1,0 +1,408 @@
+"""Base models: what is loaded, in which precision, and what is refused with a reason."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mamba_sft import checkpoint
+from mamba_sft.errors import ModelError
+from mamba_sft.kernels.falcon_mamba import FalconMambaMixer
+from mamba_sft.model import (
+    apply_setup,
+    base_fingerprint,
+    load_config,
+    load_model,
+    load_tokenizer,
+    resolve_base,
+    resolve_dtype,
+)
+from mamba_sft.recipe import ModelSection
+from tests.conftest import build_model, build_tokenizer
+
+IDS = torch.arange(12, 44).view(2, 16)
+WEIGHTS = "model.safetensors"
+
+
+def where(base: Path | str, **values: Any) -> ModelSection:
+    return ModelSection(**({"base": str(base), "dtype": "float32"} | values))
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+def shard(directory: Path) -> None:
+    """Saves the model of `directory` again, in several shards."""
+    build_model().save_pretrained(directory, max_shard_size="100KB")
+    (directory / WEIGHTS).unlink(missing_ok=True)
+
+
+# Precision
+
+
+@pytest.mark.parametrize(
+    ("values", "bound"),
+    [
+        ({}, 1e-5),
+        ({"dtype": "bfloat16"}, 0.05),
+        ({"dtype": "float16"}, 0.01),
+        ({"quantization": "nf4"}, 0.5),
+        ({"quantization": "nf4", "dtype": "bfloat16"}, 0.5),
+        ({"quantization": "int8"}, 0.1),
+        ({"quantization": "int8", "dtype": "bfloat16"}, 0.1),
+    ],
+)
+def test_precisions(tiny_base: Path, tiny_model: Any, values: dict[str, str], bound: float) -> None:
+    model = load_model(where(tiny_base, **values))
+    assert not model.training
+    assert all(isinstance(block.mixer, FalconMambaMixer) for block in model.backbone.layers)
+    assert relative(logits(model), logits(tiny_model)) < bound
+    mixer = model.backbone.layers[0].mixer
+    quantized = {"none": model.dtype, "nf4": torch.uint8, "int8": torch.int8}[
+        values.get("quantization", "none")
+    ]
+    assert {p.weight.dtype for p in (mixer.in_proj, mixer.x_proj, mixer.out_proj)} == {quantized}
+    asked = getattr(torch, values.get("dtype", "float32"))
+    plain = [mixer.dt_proj.weight, mixer.A_log, mixer.D, model.lm_head.weight, model.backbone.norm_f.weight]
+    assert {tensor.dtype for tensor in plain} == {asked}
+
+
+def test_nf4_equals_its_own_dequantized_weights(tiny_base: Path) -> None:
+    """The mixer calls the quantized modules: no other weights are at work than those that merging restores."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    model, plain = load_model(where(tiny_base, quantization="nf4")), load_model(where(tiny_base))
+    with torch.no_grad():
+        for ours, theirs in zip(model.backbone.layers, plain.backbone.layers, strict=True):
+            for name in ("in_proj", "x_proj", "out_proj"):
+                weight = getattr(ours.mixer, name).weight
+                assert weight.quant_state.nested  # double quantization
+                getattr(theirs.mixer, name).weight.copy_(dequantize_4bit(weight.data, weight.quant_state))
+    assert relative(logits(model), logits(plain)) < 1e-4
+
+
+def test_tied_and_sharded(tmp_path: Path) -> None:
+    build_model(tie_word_embeddings=True).save_pretrained(tmp_path, max_shard_size="100KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    model = load_model(where(tmp_path))
+    assert model.lm_head.weight is model.backbone.embeddings.weight
+    assert relative(logits(model), logits(build_model(tie_word_embeddings=True))) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("asked", "native", "expected"),
+    [
+        ("auto", True, torch.bfloat16),
+        ("auto", False, torch.float16),
+        ("bfloat16", False, torch.float16),
+        ("bfloat16", True, torch.bfloat16),
+        ("float32", False, torch.float32),
+    ],
+)
+def test_dtype_on_cards(
+    monkeypatch: pytest.MonkeyPatch, asked: str, native: bool, expected: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
+    assert resolve_dtype(where("x", dtype=asked)) == expected
+
+
+def test_dtype_on_a_cpu() -> None:
+    assert resolve_dtype(where("x", dtype="auto"), "cpu") == torch.float32
+    assert resolve_dtype(where("x", dtype="bfloat16"), "cpu") == torch.bfloat16
+
+
+# What is refused
+
+
+def test_no_such_directory(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for base in (str(tiny_base) + "x", "./tiny-bse"):
+        monkeypatch.chdir(tiny_base.parent)
+        with pytest.raises(ModelError, match="no model directory") as caught:
+            load_model(where(base))
+        assert "tiny-base`?" in (caught.value.hint or "")
+
+
+def test_hub_that_cannot_be_reached() -> None:
+    with pytest.raises(ModelError, match="the hub cannot be reached") as caught:
+        load_config(where("nobody-at-all/no-such-model"))
+    assert "HF_HUB_OFFLINE" in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("RepositoryNotFoundError", "no directory and no hub model"),
+        ("GatedRepoError", "is gated"),
+        ("RevisionNotFoundError", "no revision `v9`"),
+        ("HfHubHTTPError", "cannot be reached"),
+    ],
+)
+def test_hub_errors(monkeypatch: pytest.MonkeyPatch, name: str, message: str) -> None:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        kind = getattr(errors, name)
+        raise kind.__new__(kind)  # their constructors want a response, of a kind that varies between releases
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(ModelError, match=message):
+        resolve_base("someone/model", "v9")
+
+
+def test_hub_download(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    calls = []
+
+    def snapshot(repo: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        calls.append((repo, revision, tuple(allow_patterns)))
+        return str(tiny_base)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    load_tokenizer(where("someone/model", revision="abc"))
+    assert not any("safetensors" in pattern for call in calls for pattern in call[2])
+    model = load_model(where("someone/model", revision="abc"))
+    assert {call[:2] for call in calls} == {("someone/model", "abc")}
+    assert not any(pattern in ("*.bin", "*.py", "*") for call in calls for pattern in call[2])
+    assert model.name_or_path == "someone/model"  # an adapter names its base by what others can find
+
+    (tiny_base / "config.json").write_text('{"model_type": "llama"}')
+    calls.clear()
+    with pytest.raises(ModelError, match="`llama` model"):
+        load_model(where("someone/model"))
+    assert not any("*.safetensors" in call[2] for call in calls)  # refused before 14 GB are fetched
+
+
+def test_revision_of_a_directory(tiny_base: Path) -> None:
+    with pytest.raises(ModelError, match="no meaning for the local directory"):
+        load_model(where(tiny_base, revision="main"))
+
+
+def edit_config(directory: Path, **values: Any) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def test_configs(tiny_base: Path) -> None:
+    edit_config(tiny_base, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    with pytest.raises(ModelError, match=r"already quantized \(bitsandbytes\)"):
+        load_model(where(tiny_base))
+    edit_config(tiny_base, quantization_config=None, model_type="mamba")
+    with pytest.raises(ModelError, match="is a `mamba` model"):
+        load_model(where(tiny_base))
+    (tiny_base / "config.json").write_text("{")
+    with pytest.raises(ModelError, match=r"config\.json` is not valid JSON"):
+        load_model(where(tiny_base))
+    (tiny_base / "config.json").unlink()
+    with pytest.raises(ModelError, match=r"it has no `config\.json`"):
+        load_model(where(tiny_base))
+    (tiny_base / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match="is an adapter"):
+        load_model(where(tiny_base))
+    with pytest.raises(ModelError, match="is a file"):
+        load_model(where(tiny_base / "tokenizer.json"))
+
+
+def test_config_of_another_size(tiny_base: Path) -> None:
+    edit_config(tiny_base, hidden_size=32)
+    with pytest.raises(ModelError, match="do not have the shapes"):
+        load_model(where(tiny_base))
+
+
+def test_config_with_more_layers(tiny_base: Path) -> None:
+    edit_config(tiny_base, num_hidden_layers=3)
+    with pytest.raises(ModelError, match="lacks 10 tensors of the model"):
+        load_model(where(tiny_base))
+
+
+def test_pickles(tiny_base: Path, tiny_model: Any) -> None:
+    (tiny_base / WEIGHTS).unlink()
+    torch.save(tiny_model.state_dict(), tiny_base / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="can run code when opened") as caught:
+        load_model(where(tiny_base))
+    assert "save_pretrained" in (caught.value.hint or "")
+
+
+def test_broken_weights(tiny_base: Path) -> None:
+    whole = (tiny_base / WEIGHTS).read_bytes()
+    for content, message in [
+        (whole[:-1], "is truncated"),
+        (whole[:200], "header cannot be read"),
+        (b"", "header cannot be read"),
+        (b"\xff" * 4096, "header cannot be read"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "Git LFS pointer"),
+    ]:
+        (tiny_base / WEIGHTS).write_bytes(content)
+        with pytest.raises(ModelError, match=message):
+            load_model(where(tiny_base))
+    (tiny_base / WEIGHTS).unlink()
+    with pytest.raises(ModelError, match="lacks 1 of 1 weight files"):
+        load_model(where(tiny_base))
+
+
+def test_broken_shards(tiny_base: Path) -> None:
+    shard(tiny_base)
+    shards = sorted(tiny_base.glob("*.safetensors"))
+    contents = {path: path.read_bytes() for path in shards}
+    shards[1].unlink()
+    with pytest.raises(ModelError, match=rf"lacks 1 of {len(shards)} weight files: {shards[1].name}"):
+        load_model(where(tiny_base))
+    shards[1].write_bytes(contents[shards[0]])
+    with pytest.raises(ModelError, match="but it does not"):
+        load_model(where(tiny_base))
+    (tiny_base / checkpoint.INDEX_NAME).write_text("{}")
+    with pytest.raises(ModelError, match="lists no weights"):
+        load_model(where(tiny_base))
+
+
+def test_devices(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ModelError, match="shows 0 CUDA devices"):
+        load_model(where(tiny_base), device="cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ModelError, match="`cuda:5` was asked for"):
+        load_model(where(tiny_base), device="cuda:5")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory"), MemoryError()],
+)
+def test_out_of_memory(tiny_base: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    from transformers import FalconMambaForCausalLM
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(FalconMambaForCausalLM, "from_pretrained", fail)
+    with pytest.raises(ModelError, match="not enough memory on cpu") as caught:
+        load_model(where(tiny_base))
+    assert "nf4" in (caught.value.hint or "")
+
+
+def test_bugs_keep_their_traceback(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import FalconMambaForCausalLM
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(FalconMambaForCausalLM, "from_pretrained", fail)
+    with pytest.raises(RuntimeError, match="something else"):
+        load_model(where(tiny_base))
+
+
+def test_tokenizers(tiny_base: Path) -> None:
+    assert load_tokenizer(where(tiny_base)).decode([9]) == ">>SUFFIX<<"
+    (tiny_base / "tokenizer.json").write_text("{}")
+    with pytest.raises(ModelError, match="cannot be read"):
+        load_tokenizer(where(tiny_base))
+    (tiny_base / "tokenizer.json").unlink()
+    with pytest.raises(ModelError, match=r"has no `tokenizer\.json`"):
+        load_tokenizer(where(tiny_base))
+
+
+# Fingerprint
+
+
+def test_fingerprint_of_the_same_model(tiny_base: Path, tmp_path: Path) -> None:
+    before = base_fingerprint(tiny_base)
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_base, copy)
+    shard(copy)  # other files, same tensors
+    edit_config(copy, transformers_version="9.9", _name_or_path="elsewhere", dtype="float32")
+    assert base_fingerprint(copy) == before
+
+
+def test_fingerprint_of_another_model(tiny_base: Path) -> None:
+    before = base_fingerprint(tiny_base)
+    weights = load_file(tiny_base / WEIGHTS)
+    name = "backbone.layers.1.mixer.out_proj.weight"
+    tuned = weights | {name: weights[name] + 1e-3 * torch.randn(weights[name].shape)}
+    save_file(tuned, tiny_base / WEIGHTS, metadata={"format": "pt"})
+    assert base_fingerprint(tiny_base) != before
+    save_file(weights, tiny_base / WEIGHTS, metadata={"format": "pt"})
+    assert base_fingerprint(tiny_base) == before
+    edit_config(tiny_base, layer_norm_epsilon=1e-6)
+    assert base_fingerprint(tiny_base) != before
+    edit_config(tiny_base, layer_norm_epsilon=1e-5)
+    half = {key: value.bfloat16() for key, value in weights.items()}
+    save_file(half, tiny_base / WEIGHTS, metadata={"format": "pt"})
+    assert base_fingerprint(tiny_base) != before
+
+
+# Agreement with the tokenizer
+
+
+def setup(**values: Any) -> Any:
+    defaults = {
+        "tokenizer": build_tokenizer(),
+        "trained_token_ids": [9, 10],
+        "resize_to": None,
+        "stop_token_ids": [10, 11],
+    }
+    return SimpleNamespace(**(defaults | values))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_slots_start_where_they_can_learn(tied: bool) -> None:
+    model, stock = build_model(tie_word_embeddings=tied), build_model(tie_word_embeddings=tied)
+    apply_setup(model, setup())
+    inputs, outputs = model.backbone.embeddings.weight, model.lm_head.weight
+    before, old_outputs = stock.backbone.embeddings.weight, stock.lm_head.weight
+    assert torch.allclose(inputs[9], before.mean(0), atol=1e-6)
+    assert torch.allclose(outputs[9], old_outputs.mean(0), atol=1e-6)
+    assert torch.equal(outputs[10], old_outputs[11])  # stopping starts as likely as the end of a document
+    if not tied:
+        assert torch.allclose(inputs[10], before.mean(0), atol=1e-6)
+    others = [token for token in range(512) if token not in (9, 10)]
+    assert torch.equal(inputs[others], before[others])
+    assert model.config.eos_token_id == model.generation_config.eos_token_id == [10, 11]
+    assert model.generation_config.pad_token_id == model.config.pad_token_id == 11
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_resizing_is_deterministic(tmp_path: Path, quantization: str, tied: bool) -> None:
+    build_model(tie_word_embeddings=tied).save_pretrained(tmp_path)
+    grown = []
+    for seed in (0, 1):
+        model = load_model(where(tmp_path, quantization=quantization))
+        before = logits(model)
+        torch.manual_seed(seed)
+        apply_setup(model, setup(trained_token_ids=[512, 513], resize_to=514, stop_token_ids=[513, 11]))
+        assert model.config.vocab_size == 514
+        assert model.backbone.embeddings.weight.shape == model.lm_head.weight.shape == (514, 64)
+        assert (model.lm_head.weight is model.backbone.embeddings.weight) == tied
+        assert torch.allclose(logits(model)[..., :512], before, rtol=0, atol=1e-5)
+        assert torch.equal(model.lm_head.weight[513], model.lm_head.weight[11])
+        grown.append(model.lm_head.weight.detach().clone())
+    assert torch.equal(*grown)
+
+
+def test_a_vocabulary_cannot_shrink(tiny_model: Any) -> None:
+    with pytest.raises(ModelError, match="cannot shrink from 512 to 500"):
+        apply_setup(tiny_model, setup(resize_to=500))
+
+
+def test_the_end_of_text_row_is_never_overwritten(tiny_model: Any) -> None:
+    before = tiny_model.lm_head.weight[11].clone()
+    apply_setup(tiny_model, setup(trained_token_ids=[10, 11]))
+    assert torch.equal(tiny_model.lm_head.weight[11], before)
