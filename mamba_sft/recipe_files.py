@@ -26,7 +26,8 @@ def bundled_root() -> Path:
 
 def builtin_recipes() -> dict[str, Path]:
     """The built-in recipes by name, sorted."""
-    return {path.stem: path for path in sorted((bundled_root() / "recipes").glob("*.yaml"))}
+    paths = (bundled_root() / "recipes").glob("*.yaml")
+    return {path.stem: path for path in sorted(paths, key=lambda path: path.stem)}
 
 
 def find_path(text: str) -> Path:

@@ -13,7 +13,7 @@ RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 
 
 def test_builtin_recipes_are_the_files() -> None:
-    assert sorted(builtin_recipes()) == sorted(path.stem for path in RECIPES)
+    assert list(builtin_recipes()) == sorted(path.stem for path in RECIPES)
     assert {"instruct", "instruct-qlora", "instruct-t4"} <= set(builtin_recipes())
 
 
