@@ -71,17 +71,26 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def refuse_to_overwrite(run: Run) -> None:
-    """Raises `TrainingError` when the run directory holds anything, saying what and what to do."""
-    if not run.path.exists() or not any(run.path.iterdir()):
+def refuse_to_overwrite(run: Run, *, overwrite: bool) -> None:
+    """Raises `TrainingError` when starting in the run directory would lose something; says what and what to do.
+
+    Args:
+        run: Where a new run is about to start.
+        overwrite: Whether an earlier run may go. Anything that is not a run is never touched.
+    """
+    held = {path.name for path in run.path.iterdir()} if run.path.is_dir() else set()
+    if held <= {run.rejected.name}:
         return
-    if not run.recipe.exists():
+    other = "choose another directory: `output_dir=runs/NAME`"
+    if run.recipe.name not in held:
+        raise TrainingError(f"`{run.path}` exists and is not a run", hint=other)
+    if overwrite:
+        return
+    if run.adapter.is_dir():
         raise TrainingError(
-            f"`{run.path}` exists and is not a run", hint="choose another directory: `output_dir=runs/NAME`"
+            f"`{run.path}` holds a finished run", hint=f"start anew with `--overwrite`, or {other}"
         )
-    what = "a finished run" if run.adapter.is_dir() else "an unfinished run"
-    fixes = "start anew with `--overwrite`, or choose another directory: `output_dir=runs/NAME`"
     raise TrainingError(
-        f"`{run.path}` holds {what}",
-        hint=fixes if run.adapter.is_dir() else f"continue it with `--resume`, {fixes}",
+        f"`{run.path}` holds an unfinished run",
+        hint=f"continue it with `--resume`, start anew with `--overwrite`, or {other}",
     )

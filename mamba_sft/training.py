@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import PartialState
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from mamba_sft.adapter import adapter_allowed, attach_adapter, save_adapter
@@ -94,9 +95,9 @@ def prepare(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) ->
     """
     run = Run(Path(recipe.output_dir))
     checkpoint = find_checkpoint(run, recipe) if resume else None
-    if not resume and not overwrite:
-        refuse_to_overwrite(run)
-    setup, data = read_data(recipe)
+    if not resume and PartialState().is_main_process:
+        refuse_to_overwrite(run, overwrite=overwrite)
+    setup, data = read_data(recipe, rejected=run.rejected if PartialState().is_main_process else None)
     packed = recipe.data.packing
     max_length = recipe.data.max_length
     train_rows = pack(data.train, max_length, recipe.seed) if packed and max_length else data.train
@@ -118,8 +119,12 @@ def prepare(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) ->
     )
 
 
-def read_data(recipe: Recipe) -> tuple[TemplateSetup, PreparedData]:
+def read_data(recipe: Recipe, *, rejected: Path | None = None) -> tuple[TemplateSetup, PreparedData]:
     """Returns the recipe's tokenizer, ready to chat, and its rows as tokens. Needs no weights.
+
+    Args:
+        recipe: Names the base, the template and the data.
+        rejected: Where bad rows are listed, or None to list them nowhere.
 
     Raises:
         MambaSFTError: The base, its tokenizer, the template or the data cannot be used.
@@ -128,7 +133,6 @@ def read_data(recipe: Recipe) -> tuple[TemplateSetup, PreparedData]:
     reserved = {config.bos_token_id, config.eos_token_id, config.pad_token_id} - {None}
     tokenizer = load_tokenizer(recipe.model)
     setup = prepare_tokenizer(tokenizer, recipe.chat, reserved, embedding_rows=config.vocab_size)
-    rejected = Run(Path(recipe.output_dir)).rejected
     data = prepare_data(recipe.data, setup, system=recipe.chat.system, seed=recipe.seed, rejected=rejected)
     return setup, data
 
@@ -184,9 +188,13 @@ def count_steps(recipe: Recipe, rows: int, processes: int) -> int:
 
 
 def _start_directory(preparation: Preparation) -> None:
+    with preparation.arguments.main_process_first():
+        if preparation.arguments.process_index == 0:
+            _clear(preparation)
+
+
+def _clear(preparation: Preparation) -> None:
     run = preparation.run
-    if preparation.arguments.process_index != 0:
-        return
     if preparation.checkpoint is None:
         rejected = run.rejected.read_bytes() if run.rejected.exists() else None
         shutil.rmtree(run.path, ignore_errors=True)
