@@ -63,23 +63,18 @@ def generate(
     Raises:
         UsageError: A prompt is blank, or the output cannot be written.
         DataError: A line of the file is not a prompt (with file and line), or there is no chat template.
-        ModelError: The model cannot be loaded.
     """
     rows = _read_prompts(prompts) if isinstance(prompts, Path) else _list_prompts(prompts)
     if output is not None and Path(output).is_dir():
-        raise UsageError(
-            f"`{output}` is a directory; the output is a file", hint="for example `answers.jsonl`"
-        )
+        raise UsageError(f"the output `{output}` is a directory", hint="for example `answers.jsonl`")
     talker = model if isinstance(model, Talker) else load_talker(model)
+    system = talker.system if system is None else system
     if not raw:
         require_template(talker)
     found = answers(
         talker.model,
         talker.tokenizer,
-        [
-            _encode(talker, row, where, talker.system if system is None else system, raw)
-            for where, row in rows
-        ],
+        [_encode(talker, row, where, system, raw) for where, row in rows],
         sampling=sampling or Sampling(),
         stop_ids=talker.stop_ids,
         batch_size=batch_size,

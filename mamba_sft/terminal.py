@@ -10,7 +10,6 @@ from typing import Any
 
 from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.live import Live
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -27,14 +26,14 @@ COMMANDS = {
     "/reset": "forget the conversation",
     "/system TEXT": "set the system message; without TEXT, show it",
     "/save FILE": "add the conversation to a JSON Lines file that a recipe can train on",
-    "/quit": "leave (so does Ctrl-D; Ctrl-C ends an answer)",
+    "/quit": "leave, like Ctrl-D; Ctrl-C ends an answer, and once more leaves",
 }
 BLOCK = '"""'
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def chat_loop(session: Session, console: Console, read_line: Callable[[str], str]) -> None:
-    """Holds a conversation until the input ends, `/quit`, or Ctrl-C at the prompt.
+    """Holds a conversation until the input ends, `/quit`, or a second Ctrl-C in a row, at the prompt.
 
     On a terminal it streams, shows speeds, and catches errors. Elsewhere every line is a message, only the
     answers are written, and an error ends it.
@@ -49,22 +48,26 @@ def chat_loop(session: Session, console: Console, read_line: Callable[[str], str
     """
     if console.is_terminal:
         console.print(_banner(session))
+    interrupted = False
     while True:
         try:
             line = _read_message(read_line, "> " if console.is_terminal else "")
-        except (EOFError, KeyboardInterrupt):
+        except EOFError:
             return
+        except KeyboardInterrupt:
+            if interrupted or not console.is_terminal:
+                return
+            interrupted = True  # it may have been meant for an answer that ended just then
+            _note(console, "\nonce more leaves")
+            continue
         if line.strip() == "/quit":
             return
         try:
-            if line.strip():
-                _take(session, console, line)
+            interrupted = bool(line.strip()) and _take(session, console, line)
         except MambaSFTError as error:
             if not console.is_terminal:
                 raise
-            console.print(f"[red]{escape(error.message)}[/]")
-            if error.hint:
-                console.print(f"[dim]{escape(error.hint)}[/]")
+            _complain(console, error)
 
 
 def _read_message(read_line: Callable[[str], str], prompt: str) -> str:
@@ -78,15 +81,15 @@ def _read_message(read_line: Callable[[str], str], prompt: str) -> str:
     return "\n".join(lines)
 
 
-def _take(session: Session, console: Console, line: str) -> None:
-    """Obeys a command or answers a message."""
+def _take(session: Session, console: Console, line: str) -> bool:
+    """Obeys a command or answers a message. Returns whether Ctrl-C ended the answer."""
     word, _, rest = line.strip().partition(" ")
     rest = rest.strip()
     if not re.fullmatch(r"/[a-z]+", word):
-        _show(session, console, session.send(line))
-    elif word == "/retry":
-        _show(session, console, session.retry())
-    elif word == "/undo":
+        return _show(session, console, session.send(line))
+    if word == "/retry":
+        return _show(session, console, session.retry())
+    if word == "/undo":
         _note(console, f"took back: {session.undo()}")
     elif word == "/reset":
         session.reset()
@@ -104,48 +107,50 @@ def _take(session: Session, console: Console, line: str) -> None:
         console.print(_help())
     else:
         raise UsageError(f"no command `{word}`", hint="there are " + ", ".join(COMMANDS))
+    return False
 
 
-def _show(session: Session, console: Console, answer: Iterator[Any]) -> None:
-    """Shows an answer while it is written; Ctrl-C ends it and what is there stays."""
+def _show(session: Session, console: Console, answer: Iterator[Any]) -> bool:
     show = _show_one if isinstance(session, ChatSession) else _show_two
     try:
-        show(session, console, answer)  # type: ignore[arg-type]
+        return show(session, console, answer)  # type: ignore[arg-type]
     finally:
         answer.close()  # type: ignore[attr-defined]
 
 
-def _show_one(session: ChatSession, console: Console, answer: Iterator[str]) -> None:
-    try:
-        for piece in answer:
-            _write(console, piece)
-    except KeyboardInterrupt:
-        answer.close()  # type: ignore[attr-defined]
+def _show_one(session: ChatSession, console: Console, answer: Iterator[str]) -> bool:
+    interrupted = _drain(answer, lambda piece: _write(console, piece))
     _write(console, "\n")
-    if console.is_terminal:
-        _note(console, _describe(session.last_turn))
+    _note(console, _describe(session.last_turn))
+    return interrupted
 
 
-def _show_two(session: CompareSession, console: Console, answer: Iterator[tuple[int, str]]) -> None:
+def _show_two(session: CompareSession, console: Console, answer: Iterator[tuple[int, str]]) -> bool:
     columns = _Columns([side.talker.name for side in session.sides], tail=True)
     live = Live(columns, console=console, refresh_per_second=12, transient=True)
-    try:
-        with live if console.is_terminal else nullcontext():
-            for side, piece in answer:
-                columns.texts[side] += piece
-    except KeyboardInterrupt:
-        answer.close()  # type: ignore[attr-defined]
+    with live if console.is_terminal else nullcontext():
+        interrupted = _drain(answer, columns.add)
     if not console.is_terminal:
         for name, text in zip(columns.names, columns.texts, strict=True):
             _write(console, f"{name}: {text}\n")
-        return
+        return interrupted
     columns.tail = False
     console.print(columns)
-    notes = Table.grid(expand=True, padding=(0, 2))
-    for _ in session.sides:
-        notes.add_column(ratio=1)
+    notes = _grid(len(session.sides))
     notes.add_row(*(Text(_describe(side.last_turn), style="dim") for side in session.sides))
     console.print(notes)
+    return interrupted
+
+
+def _drain(answer: Iterator[Any], show: Callable[[Any], None]) -> bool:
+    """Shows the pieces of an answer. Returns whether Ctrl-C ended it; what is there stays."""
+    try:
+        for piece in answer:
+            show(piece)
+    except KeyboardInterrupt:
+        answer.close()  # type: ignore[attr-defined]
+        return True
+    return False
 
 
 class _Columns:
@@ -161,10 +166,13 @@ class _Columns:
         self.texts = [""] * len(names)
         self.tail = tail
 
+    def add(self, piece: tuple[int, str]) -> None:
+        """Appends to one side."""
+        side, text = piece
+        self.texts[side] += text
+
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        table = Table.grid(expand=True, padding=(0, 2))
-        for _ in self.names:
-            table.add_column(ratio=1, overflow="fold")
+        table = _grid(len(self.names))
         table.add_row(*(Text(name, style="bold") for name in self.names))
         width = options.max_width // len(self.names) - 2
         table.add_row(*(self._column(console, text, width) for text in self.texts))
@@ -177,6 +185,13 @@ class _Columns:
         return Group(*shown.wrap(console, width)[-(console.height - 3) :])
 
 
+def _grid(columns: int) -> Table:
+    grid = Table.grid(expand=True, padding=(0, 2))
+    for _ in range(columns):
+        grid.add_column(ratio=1, overflow="fold")
+    return grid
+
+
 def _write(console: Console, text: str) -> None:
     """Writes text as it is, cleaned of what would steer a terminal."""
     if console.is_terminal:
@@ -187,6 +202,12 @@ def _write(console: Console, text: str) -> None:
 def _note(console: Console, text: str) -> None:
     if console.is_terminal:
         console.print(Text(text, style="dim"))
+
+
+def _complain(console: Console, error: MambaSFTError) -> None:
+    console.print(Text(error.message, style="red"))
+    if error.hint:
+        _note(console, error.hint)
 
 
 def _clean(text: str) -> str:

@@ -474,11 +474,16 @@ def test_ctrl_c_ends_the_answer_then_the_chat(talker, monkeypatch):
         return original(*args, **kwargs)
 
     monkeypatch.setattr(talker.model, "forward", interrupted)
-    out = chat(session, "hello", "again", KeyboardInterrupt(), "never read")
+    ctrl_c = KeyboardInterrupt()
+    out = chat(session, "hello", "again", ctrl_c, "", ctrl_c, "then", ctrl_c, ctrl_c, "never read")
     assert "interrupted" in out
     assert "50 tokens" in out
     users = [turn["content"] for turn in session.messages if turn["role"] == "user"]
-    assert users == ["hello", "again"]
+    assert users == ["hello", "again", "then"]
+    assert out.count("once more leaves") == 3
+    calls[0] = 0
+    chat(session, "/reset", "hello", KeyboardInterrupt(), "never read")  # the second in a row
+    assert len(session.messages) == 3
 
 
 def test_what_a_model_writes_cannot_steer_the_terminal(talker, monkeypatch):
