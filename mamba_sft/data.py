@@ -38,6 +38,8 @@ logger = logging.getLogger(__name__)
 
 _LISTED = 10
 """Bad rows that an error lists."""
+_ANNOUNCED = 50_000
+"""Rows after which a long read says that it is alive."""
 
 
 @dataclass
@@ -131,6 +133,8 @@ def _examples(
         expected = _file_format(file, head, section.format, report)
         for row in chain(head, rows):
             report.read += 1
+            if report.read % _ANNOUNCED == 0:
+                logger.info("`%s`: %s rows read", section.path, f"{report.read:,}")
             try:
                 example = _parse(row, expected, control)
             except BadRowError as error:

@@ -54,8 +54,8 @@ def detect(row: dict[str, Any]) -> str | None:
         if column in row:
             turns = row[column]
             first = turns[0] if isinstance(turns, list) and turns else turns
-            names = first if isinstance(first, dict) else ()
-            is_sharegpt = "from" in names if names else column != "messages"
+            names = set(first) if isinstance(first, dict) else set()
+            is_sharegpt = bool(names & {"from", "value"}) if names else column != "messages"
             return "sharegpt" if is_sharegpt else "messages"
     if "instruction" in row and "output" in row:
         return "alpaca"
@@ -76,15 +76,16 @@ def detect_file(file: str, rows: Sequence[dict[str, Any]]) -> tuple[str, str]:
     """
     formats = Counter(found for found in map(detect, rows) if found)
     columns = Counter(key for row in rows for key in row)
-    seen = f"looked at the first {len(rows)} rows of `{file}`: columns {_listed(columns)}"
+    count = f"first {len(rows)} rows" if len(rows) > 1 else "only row"
+    seen = f"looked at the {count} of `{file}`: columns {_listed(columns)}"
     if not formats:
         raise DataError(
             f"{seen}; no format has these",
             hint="rows need " + "; or ".join(NEEDS.values()),
         )
-    (best, count), *others = formats.most_common()
+    (best, fitting), *others = formats.most_common()
     mixed = f" (others look like {', '.join(name for name, _ in others)})" if others else ""
-    return best, f"{seen}; {count} are {best}{mixed}"
+    return best, f"{seen}; {fitting} fit {best}{mixed}"
 
 
 def parse(

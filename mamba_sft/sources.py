@@ -142,6 +142,8 @@ def _parse_line(file: str, number: int, line: bytes) -> Row:
         return Row(file, where, shown, f"invalid UTF-8: byte 0x{line[error.start]:02x} at {error.start + 1}")
     except json.JSONDecodeError as error:
         return Row(file, where, line.decode("utf-8").strip(), f"not JSON: {error.msg}, column {error.colno}")
+    except (RecursionError, ValueError) as error:  # nested too deep, or a number of thousands of digits
+        return Row(file, where, line.decode("utf-8").strip()[:1000], f"not readable as JSON: {error}")
     return _row(file, where, value)
 
 
@@ -169,6 +171,8 @@ def _read_array(path: Path) -> Iterator[Row]:
             value, position = decoder.raw_decode(text, start)
         except json.JSONDecodeError as error:
             raise DataError(f"{path}:{error.lineno}: not JSON: {error.msg}, column {error.colno}") from error
+        except (RecursionError, ValueError) as error:
+            raise DataError(f"{path}:{line}: not readable as JSON: {error}") from error
         yield _row(str(path), f"{path}:{line}", value)
         line += text.count("\n", start, position)
 

@@ -184,7 +184,7 @@ def test_each_file_has_its_own_format(setup: TemplateSetup, tmp_path: Path) -> N
     write(tmp_path / "b.jsonl", [{"instruction": "i", "output": "o"}])
     report = prepare(setup, tmp_path / "*.jsonl").report
     assert list(report.sources[0].formats.values()) == ["messages", "alpaca"]
-    assert "looked at the first 1 rows" in report.sources[0].seen[0]
+    assert "looked at the only row" in report.sources[0].seen[0]
 
 
 def test_a_file_with_nothing_readable(setup: TemplateSetup, tmp_path: Path) -> None:

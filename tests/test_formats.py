@@ -28,6 +28,7 @@ def chat(*messages: dict[str, Any], **columns: Any) -> Chat:
         ({"prompt": "p", "prompt_id": "1", "messages": [USER]}, "messages"),
         ({"conversations": [{"from": "human", "value": "q"}]}, "sharegpt"),
         ({"conversations": [USER]}, "messages"),
+        ({"conversations": [{"value": "q"}]}, "sharegpt"),
         ({"conversation": {"from": ["human"], "value": ["q"]}}, "sharegpt"),
         ({"instruction": "i", "input": "", "output": "o"}, "alpaca"),
         ({"prompt": "p", "completion": "c"}, "prompt_completion"),
@@ -46,7 +47,7 @@ def test_a_file_has_the_format_of_most_rows_and_says_what_was_seen() -> None:
     )
     assert found == "text"
     assert seen.startswith("looked at the first 3 rows of `a.jsonl`: columns `text`, `id`")
-    assert seen.endswith("2 are text (others look like prompt_completion)")
+    assert seen.endswith("2 fit text (others look like prompt_completion)")
 
 
 def test_rows_that_fit_nothing_say_what_was_looked_at() -> None:

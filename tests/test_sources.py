@@ -47,6 +47,15 @@ def test_unreadable_lines_are_rows_with_a_problem(tmp_path: Path) -> None:
     assert problems["5"] == "not an object but str"
 
 
+@pytest.mark.parametrize("value", ["[" * 100_000, "9" * 5000], ids=["nested too deep", "too many digits"])
+def test_json_that_python_refuses_is_a_bad_row_too(tmp_path: Path, value: str) -> None:
+    rows = read(write(tmp_path / "a.jsonl", f'{{"text": {value}}}\n{{"text": "fine"}}'))
+    assert "JSON" in str(rows[0].problem)
+    assert rows[1].problem is None
+    with pytest.raises(DataError, match=r"b\.json:1: not (readable as )?JSON"):
+        read(write(tmp_path / "b.json", f'[{{"text": {value}}}]'))
+
+
 def test_a_json_array_gives_each_row_its_line(tmp_path: Path) -> None:
     path = write(tmp_path / "a.json", '\n[\n{"text": "a"},\n\n  {"text":\n "b"}, {"text": "c"}\n]\n')
     assert [(row.where, row.value["text"]) for row in read(path)] == [
@@ -162,8 +171,8 @@ def test_a_local_dataset_directory_goes_through_the_hub_loader(
     folder = tmp_path / "set" / "data"
     folder.mkdir(parents=True)
     chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
-    for split, rows in (("train", 3), ("test", 2)):
-        lines = [json.dumps({"messages": chat, "n": i if i else None}) + "\n" for i in range(rows)]
+    for split, count in (("train", 3), ("test", 2)):
+        lines = [json.dumps({"messages": chat, "n": i if i else None}) + "\n" for i in range(count)]
         write(folder / f"{split}-00000.jsonl", "".join(lines))
     rows = read(tmp_path / "set", split="test")
     assert [row.where for row in rows] == [f"{tmp_path / 'set'} (test): row {i}" for i in (1, 2)]
