@@ -182,9 +182,9 @@ def data(
 
     loaded = Recipe.load(recipe, overrides=overrides or [])
     from mamba_sft import preview
-    from mamba_sft.training import read_data
+    from mamba_sft.corpus import read_corpus
 
-    setup, prepared = read_data(loaded)
+    setup, prepared = read_corpus(loaded)
     packing = None
     if loaded.data.packing and loaded.data.max_length:
         packing = preview.packed(prepared.report, loaded.data.max_length, loaded.seed)

@@ -98,7 +98,7 @@ class SourceSection(Section):
     format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"] = "auto"
     """Shape of the rows. auto looks at the rows and says what it saw."""
     weight: float = Field(default=1.0, gt=0, le=1000)
-    """How often this source is drawn, relative to the others: at 2.0 twice as often as one at 1.0."""
+    """Share of the rows that an epoch shows: 0.5 a fixed half of them, 2.0 each one twice."""
     limit: int | None = Field(default=None, ge=1, le=MANY)
     """Take at most this many rows. null takes all."""
 

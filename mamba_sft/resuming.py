@@ -72,7 +72,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def refuse_to_overwrite(run: Run, *, overwrite: bool) -> None:
-    """Raises `TrainingError` when starting in the run directory would lose something; says what and what to do.
+    """Raises `TrainingError` when starting in the run directory would lose something; says what to do.
 
     Args:
         run: Where a new run is about to start.

@@ -22,13 +22,14 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 
 from mamba_sft.adapter import adapter_allowed, attach_adapter, save_adapter
 from mamba_sft.callbacks import AdapterWatch, Interruption, MetricsLog
-from mamba_sft.chat import TemplateSetup, prepare_tokenizer, render
-from mamba_sft.data import PreparedData, prepare_data
+from mamba_sft.chat import TemplateSetup, render
+from mamba_sft.corpus import as_trained, read_corpus
+from mamba_sft.data import PreparedData
 from mamba_sft.environment import describe_environment
 from mamba_sft.errors import TrainingError
 from mamba_sft.generation import answers, stop_token_ids
-from mamba_sft.model import apply_setup, load_config, load_model, load_tokenizer
-from mamba_sft.packing import Collator, pack
+from mamba_sft.model import apply_setup, load_model
+from mamba_sft.packing import Collator
 from mamba_sft.recipe import Recipe
 from mamba_sft.recipe_files import find_path
 from mamba_sft.reporting import write_report
@@ -97,13 +98,9 @@ def prepare(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) ->
     checkpoint = find_checkpoint(run, recipe) if resume else None
     if not resume and PartialState().is_main_process:
         refuse_to_overwrite(run, overwrite=overwrite)
-    setup, data = read_data(recipe, rejected=run.rejected if PartialState().is_main_process else None)
-    packed = recipe.data.packing
-    max_length = recipe.data.max_length
-    train_rows = pack(data.train, max_length, recipe.seed) if packed and max_length else data.train
-    validation_rows = data.validation
-    if validation_rows is not None and packed and max_length:
-        validation_rows = pack(validation_rows, max_length, recipe.seed)
+    setup, data = read_corpus(recipe, rejected=run.rejected if PartialState().is_main_process else None)
+    train_rows = as_trained(data.train, recipe.data, recipe.seed)
+    validation_rows = as_trained(data.validation, recipe.data, recipe.seed)
     arguments = trainer_arguments(recipe, run, has_validation=validation_rows is not None)
     return Preparation(
         recipe=recipe,
@@ -117,24 +114,6 @@ def prepare(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) ->
         max_steps=count_steps(recipe, len(train_rows), arguments.world_size),
         checkpoint=checkpoint,
     )
-
-
-def read_data(recipe: Recipe, *, rejected: Path | None = None) -> tuple[TemplateSetup, PreparedData]:
-    """Returns the recipe's tokenizer, ready to chat, and its rows as tokens. Needs no weights.
-
-    Args:
-        recipe: Names the base, the template and the data.
-        rejected: Where bad rows are listed, or None to list them nowhere.
-
-    Raises:
-        MambaSFTError: The base, its tokenizer, the template or the data cannot be used.
-    """
-    config = load_config(recipe.model)
-    reserved = {config.bos_token_id, config.eos_token_id, config.pad_token_id} - {None}
-    tokenizer = load_tokenizer(recipe.model)
-    setup = prepare_tokenizer(tokenizer, recipe.chat, reserved, embedding_rows=config.vocab_size)
-    data = prepare_data(recipe.data, setup, system=recipe.chat.system, seed=recipe.seed, rejected=rejected)
-    return setup, data
 
 
 def train(
