@@ -2,8 +2,8 @@
 
 Two checks in one walk over the layers. Rows of every tensor are recomputed in float64 and compared with the
 bytes in the file. And a prompt goes through both models, layer by layer: once through the base with the
-adapter attached by PEFT, once through the merged weights, both in float32, so that the only difference left is
-the rounding of the merged weights.
+adapter attached by PEFT, once through the merged weights, both in float32, so that the only difference left
+is the rounding of the merged weights.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ class MergeCheck:
     def _embed(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         name = "backbone.embeddings.weight"
         self._check_vocabulary(name)
-        expected = torch.cat([self._expected_row(name, int(i)) for i in ids])
+        expected = torch.cat([self._expected_rows(name, int(i), int(i) + 1, torch.float32) for i in ids])
         actual = torch.cat([read_rows(self.merged.entries[name], int(i), int(i) + 1).float() for i in ids])
         return expected[None], actual[None]
 
@@ -178,18 +178,15 @@ class MergeCheck:
             self._check_vocabulary(name)
         pieces = []
         for start, rows in self.merged.blocks(name):
-            right = self._expected_rows(name, start, start + len(rows)).float()
+            right = self._expected_rows(name, start, start + len(rows), torch.float32)
             pieces.append((expected @ right.T, actual @ rows.float().T))
         left, right = zip(*pieces, strict=True)
         return torch.cat(left, 1), torch.cat(right, 1)
 
-    def _expected_row(self, name: str, row: int) -> torch.Tensor:
-        return self._expected_rows(name, row, row + 1).float()
-
-    def _expected_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Merged rows of the embedding or head in float64; those past the base's end are the adapter's."""
+    def _expected_rows(self, name: str, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
+        """Rows of the embedding or the head as they should be; past the base's end they are the adapter's."""
         entry = self.base.entries[name]
-        rows = torch.zeros((stop - start, *entry.shape[1:]), dtype=torch.float64)
+        rows = torch.zeros((stop - start, *entry.shape[1:]), dtype=dtype)
         inside = max(0, min(stop, entry.shape[0]) - start)
         if inside:
             rows[:inside] = read_rows(entry, start, start + inside)
@@ -201,7 +198,8 @@ class MergeCheck:
         picks = {self._random.randrange(last) for _ in range(_SAMPLE_ROWS)}
         picks.update(int(i) for i in self.adapter.rows.get(name, (torch.tensor([]),))[0])
         for row in sorted(picks):
-            self._compare(name, self._expected_rows(name, row, row + 1), read_rows(entry, row, row + 1))
+            expected = self._expected_rows(name, row, row + 1, torch.float64)
+            self._compare(name, expected, read_rows(entry, row, row + 1))
 
     def _sample(self, name: str, tensor: torch.Tensor) -> tuple[int, torch.Tensor]:
         """A few rows of the base, merged in float64, and where they start."""

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 
 import torch
 
+from mamba_sft.errors import MergeError
 from mamba_sft.merge_plan import REPORT_NAME, MergePlan
 from mamba_sft.shards import DTYPES, Layout, StoredTensors
 
@@ -93,6 +96,26 @@ def write_companions(plan: MergePlan, directory: Path) -> None:
             metadata["total_parameters"] = sum(prod(layout.shape) for _, layout in layouts.values())
         index = {"metadata": metadata, "weight_map": {name: layouts[name][0] for name in sorted(layouts)}}
         (directory / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def disk_errors_explained(plan: MergePlan) -> Iterator[None]:
+    """Turns what a disk can refuse, inside the block, into errors that say so.
+
+    Raises:
+        MergeError: The disk is full, or may not be written to.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise MergeError(
+                f"the disk of `{plan.output}` is full: the merged model takes {plan.nbytes / 1e9:.1f} GB",
+                hint="free some space, or give a directory on another disk with `--output`",
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise MergeError(f"cannot write to `{plan.output}`: {error.strerror}") from error
+        raise
 
 
 def _is_companion(path: Path) -> bool:

@@ -6,8 +6,8 @@ of one layer. What is on disk is then checked against base and adapter, before t
 
 from __future__ import annotations
 
-import errno
 import logging
+import re
 import resource
 import sys
 import time
@@ -27,7 +27,7 @@ from mamba_sft.deltas import SavedAdapter
 from mamba_sft.errors import MambaSFTError, MergeError, UsageError
 from mamba_sft.heldout import heldout_loss
 from mamba_sft.merge_check import CheckResult, MergeCheck, MergeReport
-from mamba_sft.merge_files import MergedTensors, write_companions
+from mamba_sft.merge_files import MergedTensors, disk_errors_explained, write_companions
 from mamba_sft.merge_plan import REPORT_NAME, MergePlan, plan_merge
 from mamba_sft.model import UNQUANTIZED, load_config, load_model, load_tokenizer
 from mamba_sft.packing import Collator
@@ -44,7 +44,6 @@ Progress = Callable[[str, int, int], None]
 """Called with the stage (`merging`, `checking`), how much of it is done, and its total: bytes, layers."""
 
 _QUESTION = "Name three things that float on water, and say why they do."
-_BLOCK = 64  # bitsandbytes' NF4 block, as transformers sets it
 
 
 def merge(
@@ -75,7 +74,7 @@ def merge(
     run = Run.open(run)
     plan = plan_merge(run, Path(output) if output is not None else run.merged, dtype)
     source = _source(plan, onto)
-    with _explained(plan), atomic_directory(plan.output) as directory:
+    with disk_errors_explained(plan), atomic_directory(plan.output) as directory:
         report = _merge_into(directory, plan, source, progress or (lambda stage, done, total: None))
         (directory / REPORT_NAME).write_text(report.to_json() + "\n", encoding="utf-8")
     return report
@@ -84,13 +83,14 @@ def merge(
 def _merge_into(directory: Path, plan: MergePlan, source: StoredTensors, progress: Progress) -> MergeReport:
     started = time.monotonic()
     tensors = MergedTensors(plan, source, lambda done: progress("merging", done, plan.nbytes))
-    for file, layouts in plan.shards.items():
-        write_shard(directory / file, layouts, tensors.blocks)
-    write_companions(plan, directory)
-    written = time.monotonic()
-    if tensors.overflowed:
-        logger.warning("%d values are beyond float16's range and became infinite", tensors.overflowed)
-    check = _check(plan, source, directory, progress)
+    with _one_thread():
+        for file, layouts in plan.shards.items():
+            write_shard(directory / file, layouts, tensors.blocks)
+        write_companions(plan, directory)
+        written = time.monotonic()
+        if tensors.overflowed:
+            logger.warning("%d values are beyond float16's range and became infinite", tensors.overflowed)
+        check = _check(plan, source, directory, progress)
     checked = time.monotonic()
     onto = "dequantized" if isinstance(source, DequantizedTensors) else "base"
     losses, note = _heldout_losses(plan, onto, directory)
@@ -144,7 +144,7 @@ class DequantizedTensors(StoredTensors):
         import bitsandbytes.functional as bnb
 
         pieces = [
-            (start, *bnb.quantize_4bit(rows.to(self.dtype), blocksize=_BLOCK, quant_type="nf4"))
+            (start, *bnb.quantize_4bit(rows.to(self.dtype), blocksize=64, quant_type="nf4"))
             for start, rows in super().blocks(name)
         ]
         largest = torch.cat([state.absmax for _, _, state in pieces])
@@ -233,17 +233,17 @@ def _heldout_losses(plan: MergePlan, onto: str, directory: Path) -> tuple[dict[s
         _require_memory(plan)
         section = {"base": str(directory), "dtype": plan.dtype or plan.facts.dtype}
         model = load_model(ModelSection.model_validate(section | {"kernels": recipe.model.kernels}))
-    except MambaSFTError as error:
-        return {}, error.message
-    batch_size = recipe.eval.per_device_eval_batch_size
-    losses = {onto: heldout_loss(model, rows, collator, batch_size)}
-    other = "dequantized" if onto == "base" else "base"
-    source = _source(plan, other)
-    for name in filter(quantizes, plan.entries):
-        weight = model.get_parameter(name).data
-        for start, block in source.blocks(name):
-            weight[start : start + len(block)] = plan.adapter.merge(name, block.float(), start)
-    losses[other] = heldout_loss(model, rows, collator, batch_size)
+        batch_size = recipe.eval.per_device_eval_batch_size
+        losses = {onto: heldout_loss(model, rows, collator, batch_size)}
+        other = "dequantized" if onto == "base" else "base"
+        source = _source(plan, other)
+        for name in filter(quantizes, plan.entries):
+            weight = model.get_parameter(name).data
+            for start, block in source.blocks(name):
+                weight[start : start + len(block)] = plan.adapter.merge(name, block.float(), start)
+        losses[other] = heldout_loss(model, rows, collator, batch_size)
+    except (MambaSFTError, torch.OutOfMemoryError) as error:  # the merge is good without them
+        return {}, str(error)
     return losses, None
 
 
@@ -269,22 +269,20 @@ def _require_memory(plan: MergePlan) -> None:
 
 
 @contextmanager
-def _explained(plan: MergePlan) -> Iterator[None]:
-    """Turns what a disk can do wrong into an error that says so."""
+def _one_thread() -> Iterator[None]:
+    """Works on one core: blocks that fit the cache are done before threads would have met."""
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise MergeError(
-                f"the disk of `{plan.output}` is full: the merged model takes {plan.nbytes / 1e9:.1f} GB",
-                hint="free some space, or give a directory on another disk with `--output`",
-            ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise MergeError(f"cannot write to `{plan.output}`: {error.strerror}") from error
-        raise
+    finally:
+        torch.set_num_threads(count)
 
 
 def _peak_rss() -> int:
     """The process's largest resident set so far, in bytes."""
+    status = Path("/proc/self/status")  # getrusage also counts what the parent had before it started us
+    if status.is_file() and (match := re.search(r"VmHWM:\s+(\d+) kB", status.read_text(encoding="ascii"))):
+        return int(match[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

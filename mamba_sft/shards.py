@@ -1,8 +1,8 @@
 """Tensors of a checkpoint read and written a few rows at a time.
 
 The safetensors library maps whole shards into memory, or serializes them from memory; with 5 GB shards
-neither fits a small machine. The format is simple enough to stream: eight bytes of header length, a JSON header that
-gives every tensor's dtype, shape and place, then the data.
+neither fits a small machine. The format is simple enough to stream: eight bytes of header length, a JSON
+header that gives every tensor's dtype, shape and place, then the data.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mamba_sft.checkpoint import TensorEntry
 from mamba_sft.errors import ModelError
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_BLOCK_ELEMENTS = 1 << 20  # 4 MiB in float32: still in the cache when it is summed, rounded and written
+_BLOCK_ELEMENTS = 1 << 18  # 1 MiB in float32: still in the cache when it is summed, rounded and written
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Layout:
 
 
 def row_blocks(shape: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Yields (start, stop) over the first dimension: about a million elements, a multiple of 64 rows."""
+    """Yields (start, stop) over the first dimension: a megabyte or so, a multiple of 64 rows."""
     rows = shape[0] if shape else 1
     step = max(64, _BLOCK_ELEMENTS // max(1, prod(shape[1:])) // 64 * 64)
     for start in range(0, rows, step):
