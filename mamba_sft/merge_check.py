@@ -21,6 +21,7 @@ from transformers.models.falcon_mamba.modeling_falcon_mamba import FalconMambaBl
 from mamba_sft.deltas import SavedAdapter
 from mamba_sft.errors import MergeError
 from mamba_sft.kernels.falcon_mamba import install
+from mamba_sft.merge_plan import EMBEDDINGS, HEAD
 from mamba_sft.shards import DTYPES, StoredTensors, read_rows
 
 # Largest relative difference of the logits that rounding the merged weights to a dtype explains.
@@ -132,7 +133,7 @@ class MergeCheck:
         return self._judge(expected, actual, len(ids))
 
     def _embed(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        name = "backbone.embeddings.weight"
+        name = EMBEDDINGS
         self._check_vocabulary(name)
         expected = torch.cat([self._expected_rows(name, int(i), int(i) + 1, torch.float32) for i in ids])
         actual = torch.cat([read_rows(self.merged.entries[name], int(i), int(i) + 1).float() for i in ids])
@@ -173,8 +174,8 @@ class MergeCheck:
         return norm(hidden)[0]
 
     def _head(self, expected: torch.Tensor, actual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        name = "lm_head.weight" if "lm_head.weight" in self.merged.entries else "backbone.embeddings.weight"
-        if name == "lm_head.weight":
+        name = HEAD if HEAD in self.merged.entries else EMBEDDINGS
+        if name == HEAD:
             self._check_vocabulary(name)
         pieces = []
         for start, rows in self.merged.blocks(name):

@@ -1,4 +1,4 @@
-"""What a merge settles before it writes a byte: that the adapter fits, what the files hold, that there is room."""
+"""What a merge settles before it writes a byte: the adapter fits, the files are laid out, there is room."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from mamba_sft.run import Run
 from mamba_sft.shards import DTYPES, Layout
 
 REPORT_NAME = "merge.json"
-VOCABULARY = ("backbone.embeddings.weight", "lm_head.weight")
+EMBEDDINGS, HEAD = "backbone.embeddings.weight", "lm_head.weight"
+VOCABULARY = (EMBEDDINGS, HEAD)
 _DTYPE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _SPARE = 64 << 20  # tokenizer, configs, and room for the filesystem
 
@@ -100,8 +101,10 @@ def plan_merge(run: Run, output: Path, dtype: str | None) -> MergePlan:
             f"`{base}` is not the base this adapter was trained on: its config or weights have changed since",
             hint=f"restore the model that `{facts.base}` was when the run started",
         )
-    _check_fit(adapter, entries, facts)
     config = _merged_config(read_config(base), run.adapter, facts, dtype)
+    if config.get("tie_word_embeddings", True) and EMBEDDINGS in adapter.rows and HEAD in entries:
+        adapter.rows.setdefault(HEAD, adapter.rows[EMBEDDINGS])  # one matrix, stored under both its names
+    _check_fit(adapter, entries, facts)
     shards = _lay_out(entries, adapter, facts, dtype)
     _check_complete(config, shards, base)
     plan = MergePlan(run, output, dtype, facts, adapter, base, entries, config, shards)
@@ -222,8 +225,8 @@ def _check_complete(config: dict[str, Any], shards: dict[str, list[Layout]], bas
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     found = {layout.name: layout.shape for shard in shards.values() for layout in shard}
     if model.config.tie_word_embeddings:
-        expected.pop("lm_head.weight")
-        found.pop("lm_head.weight", None)
+        expected.pop(HEAD)
+        found.pop(HEAD, None)
     odd = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     if odd:
         raise ModelError(

@@ -20,16 +20,16 @@ from typing import TYPE_CHECKING
 import torch
 
 from mamba_sft.adapter import WEIGHTS_NAME, adapter_allowed
-from mamba_sft.chat import prepare_tokenizer, render
+from mamba_sft.chat import render
 from mamba_sft.checkpoint import TensorEntry, read_tensors
-from mamba_sft.data import prepare_data
+from mamba_sft.corpus import as_trained, read_corpus
 from mamba_sft.deltas import SavedAdapter
 from mamba_sft.errors import MambaSFTError, MergeError, UsageError
 from mamba_sft.heldout import heldout_loss
 from mamba_sft.merge_check import CheckResult, MergeCheck, MergeReport
 from mamba_sft.merge_files import MergedTensors, disk_errors_explained, write_companions
 from mamba_sft.merge_plan import REPORT_NAME, MergePlan, plan_merge
-from mamba_sft.model import UNQUANTIZED, load_config, load_model, load_tokenizer
+from mamba_sft.model import UNQUANTIZED, load_model
 from mamba_sft.packing import Collator
 from mamba_sft.recipe import ModelSection, Recipe
 from mamba_sft.run import Run, atomic_directory
@@ -248,12 +248,10 @@ def _heldout_losses(plan: MergePlan, onto: str, directory: Path) -> tuple[dict[s
 
 
 def _validation(recipe: Recipe) -> tuple[Dataset | None, Collator]:
-    config = load_config(recipe.model)
-    reserved = {config.bos_token_id, config.eos_token_id, config.pad_token_id} - {None}
-    tokenizer = load_tokenizer(recipe.model)
-    setup = prepare_tokenizer(tokenizer, recipe.chat, reserved, embedding_rows=config.vocab_size)
-    data = prepare_data(recipe.data, setup, system=recipe.chat.system, seed=recipe.seed, rejected=None)
-    return data.validation, Collator(setup.tokenizer.pad_token_id)
+    """The rows that training measured its validation loss on, in the form it had them."""
+    setup, data = read_corpus(recipe)
+    rows = as_trained(data.validation, recipe.data, recipe.seed)
+    return rows, Collator(setup.tokenizer.pad_token_id)
 
 
 def _require_memory(plan: MergePlan) -> None:

@@ -197,6 +197,23 @@ def test_trained_rows_and_grown_vocabularies(tmp_path: Path, tied: bool, special
     assert report.check.difference < 2e-6
 
 
+def test_a_tied_matrix_stored_twice_stays_one(tmp_path: Path) -> None:
+    made = make_run(tmp_path, config={"tie_word_embeddings": True})
+    for path in made.base.glob("*.safetensors"):
+        tensors = load_file(path)
+        if "backbone.embeddings.weight" in tensors:
+            tensors["lm_head.weight"] = tensors["backbone.embeddings.weight"].clone()
+            save_file(tensors, path, metadata={"format": "pt"})
+            index = json.loads((made.base / "model.safetensors.index.json").read_text())
+            index["weight_map"]["lm_head.weight"] = path.name
+            (made.base / "model.safetensors.index.json").write_text(json.dumps(index))
+    edit_facts(made, fingerprint=base_fingerprint(made.base))
+    merge(made.run)
+    merged = weights(made.run.merged)
+    assert torch.equal(merged["lm_head.weight"], merged["backbone.embeddings.weight"])
+    assert relative(merged_logits(made.run.merged), made.logits()) < 2e-6
+
+
 def test_files_are_the_bases_with_our_template_and_stop_ids(tmp_path: Path) -> None:
     made = make_run(tmp_path, base_dtype=torch.bfloat16)
     (made.base / "README.md").write_text("card of the base", encoding="utf-8")
