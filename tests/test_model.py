@@ -81,7 +81,7 @@ def test_precisions(tiny_base: Path, tiny_model: Any, values: dict[str, str], bo
 
 
 def test_nf4_equals_its_own_dequantized_weights(tiny_base: Path) -> None:
-    """The mixer calls the quantized modules: no other weights are at work than those that merging restores."""
+    """The mixer calls the quantized modules: only weights that merging can restore are at work."""
     from bitsandbytes.functional import dequantize_4bit
 
     model, plain = load_model(where(tiny_base, quantization="nf4")), load_model(where(tiny_base))

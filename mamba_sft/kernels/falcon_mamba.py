@@ -291,7 +291,8 @@ class FalconMambaForCausalLM(stock.FalconMambaForCausalLM):
             hidden_states = hidden_states[:, logits_to_keep]
         elif logits_to_keep > 0:
             hidden_states = hidden_states[:, -logits_to_keep:]
-        logits = self.lm_head(hidden_states.to(self.lm_head.weight.dtype)).float()
+        # Asked of a parameter: the `weight` of a wrapped head can be a property that builds the whole matrix.
+        logits = self.lm_head(hidden_states.to(next(self.lm_head.parameters()).dtype)).float()
         loss = None
         if labels is not None:
             loss = self.loss_function(
