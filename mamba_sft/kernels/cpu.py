@@ -1,0 +1,325 @@
+"""The `cpu` backend: the loops of `cpu_loops.py` as autograd functions, run in threads.
+
+Inputs may be float32, bfloat16 or float16; everything inside is float32. The forward of the scan keeps one
+state per `CHUNK` steps, nothing else of its own; the backward replays one chunk at a time from there.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mamba_sft.kernels import cpu_loops as loops
+from mamba_sft.kernels.reference import sequence_starts
+
+logger = logging.getLogger(__name__)
+
+GROUPS = (
+    32  # partial sums of dB and dC per batch row: enough tasks for as many threads, and not too much memory
+)
+SMALL = 1 << 18  # state updates below which threads cost more than they bring
+
+
+@torch.compiler.disable
+def selective_scan(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    initial_state: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return `(y, final_state)`; see `mamba_sft.kernels.selective_scan` for the arguments."""
+    if A.shape[1] > loops.MAX_STATES:
+        raise ValueError(f"backend 'cpu' takes N up to {loops.MAX_STATES}, got {A.shape[1]}")
+    operands = (u, dt, A, B, C, D, z, dt_bias, initial_state)
+    starts = _starts(seq_idx, u)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands):
+        return Scan.apply(*operands, dt_softplus, starts)
+    y, final_state, _ = _scan_forward(*operands, dt_softplus, starts, keep=False)
+    return y, final_state
+
+
+@torch.compiler.disable
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = "silu",
+    initial_state: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return `(y, final_state)`; see `mamba_sft.kernels.causal_conv1d` for the arguments."""
+    history = weight.shape[1] - 1
+    past = None if initial_state is None else initial_state.transpose(1, 2).to(x.dtype)
+    begins = _begins(seq_idx, x, history)
+    y = Convolution.apply(x, weight, bias, past, activation == "silu", begins)
+
+    length = x.shape[1]
+    if length < history:
+        past = x.new_zeros(x.shape[0], history, x.shape[2]) if past is None else past
+        tail = torch.cat([past[:, length:], x], dim=1)
+    else:
+        tail = x[:, length - history :]
+    if seq_idx is not None:
+        places = torch.arange(length - history, length)
+        tail = torch.where(places[:, None] >= torch.from_numpy(begins)[:, -1:, None], tail, 0.0)
+    return y, tail.transpose(1, 2)
+
+
+class Scan(torch.autograd.Function):
+    """`_scan_forward` and its gradient, for whichever operands require one."""
+
+    @staticmethod
+    def forward(ctx: Any, *operands: Any) -> tuple[Tensor, Tensor]:
+        """Save the operands and one state per chunk."""
+        y, final_state, saved = _scan_forward(*operands, keep=True)
+        *tensors, ctx.dt_softplus, ctx.starts = operands
+        ctx.save_for_backward(*tensors, saved)
+        ctx.set_materialize_grads(False)
+        return y, final_state
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Replay and sweep back; returns a gradient for each operand of the forward."""
+        *tensors, saved = ctx.saved_tensors
+        if dy is None:
+            dy = torch.zeros_like(tensors[0])
+        gradients = _scan_backward(
+            *tensors, ctx.dt_softplus, ctx.starts, saved, dy, dfinal, rate_wanted=ctx.needs_input_grad[2]
+        )
+        wanted = zip(gradients, tensors, ctx.needs_input_grad, strict=False)
+        return *(g.to(x.dtype) if want else None for g, x, want in wanted), None, None
+
+
+def _scan_forward(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    dt_softplus: bool,
+    starts: np.ndarray,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return y, the final state, and (if kept) the state at the start of every chunk."""
+    (batch, length, channels), states = u.shape, A.shape[1]
+    tasks = batch * _blocks(channels)
+    chunks = -(-length // loops.CHUNK) if keep else 0
+    y = torch.empty(batch, length, channels)
+    final_state = torch.empty(batch, channels, states)
+    saved = torch.empty(tasks, chunks, states, loops.LANES)
+    rows = [_row_view(x) for x in (u, dt, u if z is None else z)]
+    _run(
+        loops.scan_forward,
+        tasks,
+        u.numel() * states,
+        *(flat for flat, _, _ in rows),
+        np.array([stride for _, *strides in rows for stride in strides]),
+        *_parameters(A, B, C, D, dt_bias),
+        dt_softplus,
+        z is not None,
+        starts,
+        _dense(initial_state, final_state.shape),
+        y.view(-1).numpy(),
+        saved.numpy(),
+        final_state.numpy(),
+    )
+    return y.to(u.dtype), final_state, saved
+
+
+def _scan_backward(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    dt_softplus: bool,
+    starts: np.ndarray,
+    saved: Tensor,
+    dy: Tensor,
+    dfinal: Tensor | None,
+    rate_wanted: bool,
+) -> tuple[Tensor, ...]:
+    """Return the float32 gradients of the first nine operands; those of absent ones mean nothing."""
+    (batch, length, channels), states = u.shape, A.shape[1]
+    groups = min(_blocks(channels), GROUPS)
+    du, ddt = torch.empty(2, batch, length, channels)
+    dz = torch.empty(batch, length, channels) if z is not None else torch.empty(0)
+    dA = torch.empty(batch, states, channels) if rate_wanted else torch.empty(batch, states, 0)
+    dB, dC = torch.zeros(2, groups, batch, length, states)
+    dD, dbias = torch.empty(2, batch, channels)
+    dinitial = torch.empty(batch, channels, states)
+    rows = [_row_view(x) for x in (u, dt, u if z is None else z, dy)]
+    _run(
+        loops.scan_backward,
+        batch * groups,
+        u.numel() * states,
+        *(flat for flat, _, _ in rows),
+        np.array([stride for _, *strides in rows for stride in strides]),
+        *_parameters(A, B, C, D, dt_bias),
+        dt_softplus,
+        z is not None,
+        starts,
+        saved.numpy(),
+        _dense(dfinal, dinitial.shape),
+        rate_wanted,
+        *(x.view(-1).numpy() for x in (du, ddt, dz)),
+        *(x.numpy() for x in (dA, dB, dC, dD, dbias, dinitial)),
+    )
+    return du, ddt, dA.sum(0).t(), dB.sum(0), dC.sum(0), dD.sum(0), dz, dbias.sum(0), dinitial
+
+
+class Convolution(torch.autograd.Function):
+    """The convolution and its gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        past: Tensor | None,
+        with_silu: bool,
+        begins: np.ndarray,
+    ) -> Tensor:
+        """Convolve; the input is all that has to be kept."""
+        ctx.save_for_backward(x, weight, bias, past)
+        ctx.with_silu, ctx.begins = with_silu, begins
+        batch, length, channels = x.shape
+        y = torch.empty(batch, length, channels)
+        flat, *strides = _row_view(x)
+        _run(
+            loops.conv_forward,
+            batch * _blocks(channels),
+            x.numel() * weight.shape[1],
+            flat,
+            np.array(strides),
+            *_filters(x, weight, bias, past, with_silu, begins),
+            y.view(-1).numpy(),
+        )
+        return y.to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """Convolve again, and give every input its share."""
+        saved = ctx.saved_tensors  # once: activation checkpointing recomputes on the first look
+        x, weight, bias, past = saved
+        (batch, length, channels), width = x.shape, weight.shape[1]
+        dx, dpast = torch.zeros(batch, length, channels), torch.zeros(batch, width - 1, channels)
+        dweight, dbias = torch.empty(batch, width, channels), torch.empty(batch, channels)
+        rows = [_row_view(x), _row_view(dy)]
+        _run(
+            loops.conv_backward,
+            batch * _blocks(channels),
+            x.numel() * width,
+            *(flat for flat, _, _ in rows),
+            np.array([stride for _, *strides in rows for stride in strides]),
+            *_filters(x, weight, bias, past, ctx.with_silu, ctx.begins),
+            dx.view(-1).numpy(),
+            *(g.numpy() for g in (dweight, dbias, dpast)),
+        )
+        gradients = (dx, dweight.sum(0).t(), dbias.sum(0), dpast)
+        wanted = zip(gradients, saved, ctx.needs_input_grad, strict=False)
+        return *(g.to(value.dtype) if want else None for g, value, want in wanted), None, None
+
+
+def _blocks(channels: int) -> int:
+    return -(-channels // loops.LANES)
+
+
+def _row_view(x: Tensor) -> tuple[np.ndarray, int, int]:
+    """Return float32 memory that starts at x[0, 0, 0], and the batch and row strides of x in it."""
+    x = x.detach().float()
+    if x.stride(2) != 1:
+        x = x.contiguous()
+    span = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return x.as_strided((span,), (1,)).numpy(), x.stride(0), x.stride(1)
+
+
+def _dense(x: Tensor | None, shape: tuple[int, ...]) -> np.ndarray:
+    """Return float32 C-contiguous memory with the values of x, or zeros if there is no x."""
+    return np.zeros(shape, np.float32) if x is None else x.detach().float().contiguous().numpy()
+
+
+def _parameters(
+    A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, bias: Tensor | None
+) -> tuple[np.ndarray, ...]:
+    rates = (A.detach().float() * 1.4426950408889634).t()
+    channels = (A.shape[0],)
+    return (
+        _dense(rates, rates.shape),
+        _dense(B, B.shape),
+        _dense(C, C.shape),
+        _dense(D, channels),
+        _dense(bias, channels),
+    )
+
+
+def _filters(
+    x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor | None, with_silu: bool, begins: np.ndarray
+) -> tuple[Any, ...]:
+    channels, width = weight.shape
+    weight, bias = _dense(weight.t(), (width, channels)), _dense(bias, (channels,))
+    return weight, bias, with_silu, begins, _dense(past, (x.shape[0], width - 1, channels))
+
+
+def _starts(seq_idx: Tensor | None, x: Tensor) -> np.ndarray:
+    """(B, L) bytes: 1 where the state restarts."""
+    starts = sequence_starts(seq_idx)
+    return np.zeros(x.shape[:2], np.uint8) if starts is None else starts.to(torch.uint8).contiguous().numpy()
+
+
+def _begins(seq_idx: Tensor | None, x: Tensor, history: int) -> np.ndarray:
+    """(B, L): the first input that each position sees, -history where that is the past before the row."""
+    starts = sequence_starts(seq_idx)
+    if starts is None:
+        return np.full(x.shape[:2], -history)
+    return torch.where(starts, torch.arange(x.shape[1]), -history).cummax(1).values.numpy()
+
+
+def _run(loop: Callable[..., None], tasks: int, work: int, *arguments: Any) -> None:
+    """Run all tasks of a loop, in threads if there is enough work."""
+    if not loop.signatures:
+        logger.info("compiling %s for this CPU, or loading it from numba's cache", loop.__name__)
+    threads = min(torch.get_num_threads(), tasks) if work >= SMALL else 1
+    if threads == 1:
+        loop(0, tasks, *arguments)
+        return
+    slices = min(tasks, 4 * threads)  # more slices than threads: other processes may hold up one of them
+    bounds = [tasks * i // slices for i in range(slices + 1)]
+    pool = _pool(os.getpid(), threads)
+    waiting = [pool.submit(loop, first, last, *arguments) for first, last in pairwise(bounds)]
+    for job in waiting:
+        job.result()
+
+
+@functools.cache
+def _pool(process: int, threads: int) -> ThreadPoolExecutor:
+    """Return the threads of this process; a forked child does not inherit its parent's and gets new ones."""
+    return ThreadPoolExecutor(threads, thread_name_prefix="mamba-sft-cpu")
