@@ -8,23 +8,26 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 
 from mamba_sft.errors import MergeError
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
+EMBEDDINGS, HEAD = "backbone.embeddings.weight", "lm_head.weight"
 # Settings that change what an adapter means, or where its tensors go, in ways a sum cannot express.
 _UNSUPPORTED = (
     "alora_invocation_tokens", "arrow_config", "fan_in_fan_out", "kasa_config", "layer_replication",
     "modules_to_save", "monteclora_config", "target_parameters", "use_bdlora", "use_qalora", "velora_config",
 )  # fmt: skip
+_ROWS, _BIAS = ".trainable_tokens_delta", "lora_B.bias"
 _FACTOR = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_magnitude_vector)$"
 )
@@ -48,22 +51,20 @@ class LowRank:
     magnitude: torch.Tensor | None = None
     bias: torch.Tensor | None = None
 
-    def merge(self, rows: torch.Tensor, start: int) -> torch.Tensor:
-        """Adds the update to rows of the base weight, in place and in their own precision.
+    def merge(self, rows: torch.Tensor, start: int) -> None:
+        """Makes rows of the base weight W into rows of W + scale * B A, in place and in their own precision.
+
+        For DoRA those are then scaled to the trained lengths.
 
         Args:
             rows: (n, in) rows of the base weight from `start` on; float32 for a merge, float64 to check one.
             start: Which row of the weight the first one is.
-
-        Returns:
-            The merged rows: W + scale * B A, and for DoRA those scaled to the trained lengths.
         """
         part = slice(start, start + rows.shape[0])
         rows.addmm_(self.b[part].to(rows.dtype), self.a.to(rows.dtype), alpha=self.scale)
         if self.magnitude is not None:
             length = torch.linalg.vector_norm(rows, dim=1)
             rows.mul_((self.magnitude[part].to(rows.dtype) / length).unsqueeze(1))
-        return rows
 
 
 @dataclass
@@ -73,22 +74,38 @@ class SavedAdapter:
     Args:
         path: The directory it was read from.
         config: `adapter_config.json`.
-        low_rank: LoRA by module name, e.g. `backbone.layers.0.mixer.in_proj`.
+        modules: What is stored for each linear module, e.g. `backbone.layers.0.mixer.in_proj`: keys by part.
         rows: By tensor name, the row numbers (k,) and their trained values (k, d).
         whole: By tensor name, values that replace the tensor: trained biases, resized embeddings.
     """
 
     path: Path
     config: dict[str, Any]
-    low_rank: dict[str, LowRank] = field(default_factory=dict)
+    modules: dict[str, dict[str, str]] = field(default_factory=dict)
     rows: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     whole: dict[str, torch.Tensor] = field(default_factory=dict)
+    _latest: tuple[str, LowRank] | None = None
+
+    def low_rank(self, module: str) -> LowRank:
+        """Returns the update of one module, from the file unless it was the last one asked for.
+
+        An adapter of high rank is gigabytes, of which a merge needs one module at a time.
+
+        Raises:
+            MergeError: The module's tensors are not those that the config describes.
+        """
+        if self._latest is None or self._latest[0] != module:
+            keys = self.modules[module]
+            with _open(self.path / WEIGHTS_NAME) as file:
+                parts = {part: file.get_tensor(key).float() for part, key in keys.items()}
+            self._latest = module, _low_rank(self, module, parts)
+        return self._latest[1]
 
     def touches(self, name: str) -> bool:
         """Returns whether the adapter changes the tensor."""
         module, _, kind = name.rpartition(".")
-        factors = self.low_rank.get(module)
-        if factors is not None and (kind == "weight" or (kind == "bias" and factors.bias is not None)):
+        parts = self.modules.get(module, {})
+        if (kind == "weight" and parts) or (kind == "bias" and _BIAS in parts):
             return True
         return name in self.rows or name in self.whole
 
@@ -115,10 +132,10 @@ class SavedAdapter:
         module, _, kind = name.rpartition(".")
         if name in self.whole:
             rows.copy_(self.whole[name][start : start + rows.shape[0]])
-        if module in self.low_rank:
-            factors = self.low_rank[module]
+        if module in self.modules and self.touches(name):
+            factors = self.low_rank(module)
             if kind == "weight":
-                rows = factors.merge(rows, start)
+                factors.merge(rows, start)
             elif factors.bias is not None:
                 rows.add_(factors.bias[start : start + rows.shape[0]], alpha=factors.scale)
         if name in self.rows:
@@ -142,30 +159,49 @@ def read_adapter(path: Path) -> SavedAdapter:
                 hint="training writes it when it ends; a stopped run goes on with `mamba-sft train --resume`",
             )
     adapter = SavedAdapter(path, _read_config(path / CONFIG_NAME))
-    tensors = _read_tensors(path / WEIGHTS_NAME)
-    factors: dict[str, dict[str, torch.Tensor]] = {}
     unknown = []
-    for key, value in tensors.items():
-        name = key.removeprefix("base_model.model.")
-        if match := _FACTOR.match(name):
-            factors.setdefault(match["module"], {})[match["part"]] = value
-        elif name.endswith(".token_adapter.trainable_tokens_delta"):
-            module = name.removesuffix(".token_adapter.trainable_tokens_delta")
-            adapter.rows[f"{module}.weight"] = (_row_ids(adapter, module, len(value)), value)
-        elif (plain := name.replace(".base_layer", "").replace(".token_adapter", "")).rpartition(".")[2] in (
-            ("weight", "bias") if _is_embedding(plain) else ("bias",)
-        ):
-            adapter.whole[plain] = value
-        else:
-            unknown.append(key)
+    with _open(path / WEIGHTS_NAME) as file:
+        for key in sorted(file.keys()):
+            value = file.get_tensor(key).float()
+            if not torch.isfinite(value).all():
+                raise MergeError(
+                    f"`{path / WEIGHTS_NAME}` has NaN or infinity in `{key}`",
+                    hint="the training diverged; take an earlier checkpoint",
+                )
+            if not _file_tensor(adapter, key, value):
+                unknown.append(key)
     if unknown:
         raise MergeError(
-            f"`{path / WEIGHTS_NAME}` holds tensors that cannot be merged: " + ", ".join(sorted(unknown)[:5]),
+            f"`{path / WEIGHTS_NAME}` holds tensors that cannot be merged: " + ", ".join(unknown[:5]),
             hint="merge handles LoRA, rsLoRA, DoRA, trained token rows and biases",
         )
-    for module, parts in factors.items():
-        adapter.low_rank[module] = _low_rank(adapter, module, parts)
     return adapter
+
+
+def _file_tensor(adapter: SavedAdapter, key: str, value: torch.Tensor) -> bool:
+    """Puts a tensor of the file where it belongs; False if it belongs nowhere."""
+    name = key.removeprefix("base_model.model.")
+    plain = name.replace(".base_layer", "").replace(".token_adapter", "")
+    if match := _FACTOR.match(name):
+        adapter.modules.setdefault(match["module"], {})[match["part"]] = key
+    elif plain.endswith(_ROWS):
+        module = plain.removesuffix(_ROWS)
+        adapter.rows[f"{module}.weight"] = (_row_ids(adapter, module, len(value)), value.clone())
+    elif plain in (EMBEDDINGS, HEAD) or plain.endswith(".bias"):
+        adapter.whole[plain] = value.clone()
+    else:
+        return False
+    return True
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[Any]:
+    """The file, mapped only inside the block, so that what was read does not stay resident."""
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise MergeError(f"`{path}` is truncated or not a safetensors file: {error}") from None
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -179,24 +215,6 @@ def _read_config(path: Path) -> dict[str, Any]:
     if used:
         raise MergeError(f"`{path}` uses what cannot be merged: " + ", ".join(used))
     return dict(config)
-
-
-def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        tensors = {name: value.float() for name, value in load_file(path).items()}
-    except SafetensorError as error:
-        raise MergeError(f"`{path}` is truncated or not a safetensors file: {error}") from None
-    broken = sorted(name for name, value in tensors.items() if not torch.isfinite(value).all())
-    if broken:
-        raise MergeError(
-            f"`{path}` has NaN or infinity in {len(broken)} tensors, first in `{broken[0]}`",
-            hint="the training diverged; take an earlier checkpoint",
-        )
-    return tensors
-
-
-def _is_embedding(name: str) -> bool:
-    return name in ("backbone.embeddings.weight", "lm_head.weight")
 
 
 def _row_ids(adapter: SavedAdapter, module: str, count: int) -> torch.Tensor:
@@ -237,4 +255,4 @@ def _low_rank(adapter: SavedAdapter, module: str, parts: dict[str, torch.Tensor]
         )
     alpha = _by_pattern(config.get("alpha_pattern") or {}, module, config["lora_alpha"])
     scale = alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
-    return LowRank(a, b, scale, magnitude, parts.get("lora_B.bias"))
+    return LowRank(a, b, scale, magnitude, parts.get(_BIAS))

@@ -18,10 +18,9 @@ from typing import Any
 import torch
 from transformers.models.falcon_mamba.modeling_falcon_mamba import FalconMambaBlock, FalconMambaRMSNorm
 
-from mamba_sft.deltas import SavedAdapter
+from mamba_sft.deltas import EMBEDDINGS, HEAD, SavedAdapter
 from mamba_sft.errors import MergeError
 from mamba_sft.kernels.falcon_mamba import install
-from mamba_sft.merge_plan import EMBEDDINGS, HEAD
 from mamba_sft.shards import DTYPES, StoredTensors, read_rows
 
 # Largest relative difference of the logits that rounding the merged weights to a dtype explains.

@@ -14,14 +14,13 @@ import torch
 
 from mamba_sft.adapter import BASE_FACTS_NAME
 from mamba_sft.checkpoint import TensorEntry, base_fingerprint, read_config, read_tensors
-from mamba_sft.deltas import SavedAdapter, read_adapter
+from mamba_sft.deltas import EMBEDDINGS, HEAD, SavedAdapter, read_adapter
 from mamba_sft.errors import MergeError, ModelError, UsageError
 from mamba_sft.model import resolve_base
 from mamba_sft.run import Run
 from mamba_sft.shards import DTYPES, Layout
 
 REPORT_NAME = "merge.json"
-EMBEDDINGS, HEAD = "backbone.embeddings.weight", "lm_head.weight"
 VOCABULARY = (EMBEDDINGS, HEAD)
 _DTYPE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _SPARE = 64 << 20  # tokenizer, configs, and room for the filesystem
@@ -137,7 +136,8 @@ def _check_output(output: Path, sources: Iterable[Path]) -> None:
 
 def _check_fit(adapter: SavedAdapter, entries: dict[str, TensorEntry], facts: BaseFacts) -> None:
     problems = []
-    for module, factors in adapter.low_rank.items():
+    for module in adapter.modules:
+        factors = adapter.low_rank(module)
         entry = entries.get(f"{module}.weight")
         shape = (factors.b.shape[0], factors.a.shape[1])
         if entry is None:
@@ -150,7 +150,7 @@ def _check_fit(adapter: SavedAdapter, entries: dict[str, TensorEntry], facts: Ba
     problems += [
         f"`{module}` is a target but has no LoRA in the adapter"
         for module in modules
-        if adapter.targets(module) and module not in adapter.low_rank
+        if adapter.targets(module) and module not in adapter.modules
     ]
     for name, value in adapter.whole.items():
         if name not in entries or entries[name].shape[1:] != tuple(value.shape[1:]):

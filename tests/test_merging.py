@@ -8,13 +8,13 @@ import logging
 import os
 import shutil
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.integrations import dequantize_module_weight
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -23,6 +23,7 @@ from mamba_sft import merge_plan, merging, shards
 from mamba_sft.adapter import attach_adapter, save_adapter
 from mamba_sft.chat import prepare_tokenizer
 from mamba_sft.checkpoint import base_fingerprint, read_tensors
+from mamba_sft.deltas import SavedAdapter
 from mamba_sft.errors import MambaSFTError, MergeError, ModelError, UsageError
 from mamba_sft.heldout import heldout_loss
 from mamba_sft.merging import DequantizedTensors, merge, quantizes
@@ -177,6 +178,46 @@ def test_bfloat16_rounds_once_and_is_no_further_off_than_peft(tmp_path: Path, ki
         ours += (value.float() - exact[name]).square().sum().item()
         theirs += (pefts[name].float() - exact[name]).square().sum().item()
     assert 0 < ours <= theirs
+
+
+def test_pefts_other_settings_merge_as_in_peft(tmp_path: Path) -> None:
+    made = make_run(tmp_path)
+    stock = AutoModelForCausalLM.from_pretrained(made.base, dtype=torch.float32)
+    config = LoraConfig(
+        r=4,
+        target_modules=r".*\.(in_proj|dt_proj)",
+        rank_pattern={"dt_proj": 2},
+        alpha_pattern={r"layers\.1\.mixer\.in_proj": 64},
+        bias="all",
+    )
+    model = get_peft_model(stock, config)
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name or name.endswith("bias"):
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(made.run.adapter)
+    report = merge(made.run)
+    wanted = model.merge_and_unload().state_dict()
+    for name, value in weights(made.run.merged).items():
+        torch.testing.assert_close(value, wanted[name], rtol=1e-6, atol=1e-6)
+    assert report.changed == 2 * 4  # of each layer: two projections and the biases of conv1d and dt_proj
+
+
+def test_loras_own_bias_merges(tmp_path: Path) -> None:
+    made = make_run(tmp_path)
+    stock = AutoModelForCausalLM.from_pretrained(made.base, dtype=torch.float32)
+    model = get_peft_model(stock, LoraConfig(r=4, target_modules=["dt_proj"], lora_bias=True, lora_alpha=12))
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:
+                parameter.normal_(0.0, 0.1)
+    model.save_pretrained(made.run.adapter)
+    merge(made.run)
+    wanted = model.merge_and_unload().state_dict()
+    for name, value in weights(made.run.merged).items():
+        torch.testing.assert_close(value, wanted[name], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
@@ -612,15 +653,12 @@ def test_an_adapter_read_wrongly_is_found_by_the_logits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = make_run(tmp_path)
-    read = merge_plan.read_adapter
+    read = SavedAdapter.low_rank
 
-    def misread(path: Path) -> Any:
-        adapter = read(path)
-        for factors in adapter.low_rank.values():
-            factors.scale *= 0.7
-        return adapter
+    def misread(adapter: SavedAdapter, module: str) -> Any:
+        return replace(read(adapter, module), scale=1.4)
 
-    monkeypatch.setattr(merge_plan, "read_adapter", misread)
+    monkeypatch.setattr(SavedAdapter, "low_rank", misread)
     with pytest.raises(MergeError, match="logits differ from base"):
         merge(made.run)
     assert not list(made.run.path.glob("merged*"))
