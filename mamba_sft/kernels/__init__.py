@@ -169,6 +169,10 @@ def _why_unavailable(backend: str) -> str | None:
             importlib.import_module(f"{__name__}.cpu")
         except ImportError as error:
             return f"{error}; install numba (pip install numba) or use backend='reference'"
+        except RuntimeError as error:  # numba found no place for compiled code
+            return (
+                f"{error}; set NUMBA_CACHE_DIR to a directory that can be written, or use backend='reference'"
+            )
     if backend == "triton":
         return "this version of mamba_sft has no Triton kernels; use backend='auto', 'cpu' or 'reference'"
     return None

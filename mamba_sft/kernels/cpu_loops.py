@@ -26,28 +26,27 @@ from numba.extending import intrinsic
 from numpy import float32
 
 LANES = 32  # channels of a block: four AVX2 registers or two AVX-512 ones
-CHUNK = (
-    64  # steps between two saved states; a block's trace of one chunk (256 KB at N = 16) fits in the L2 cache
-)
+CHUNK = 64  # steps between two saved states: the trace of one chunk (256 KB at N = 16) fits in the L2 cache
 MAX_STATES = 64  # the largest N
+STATE_ROWS, TILE_ROWS = 5 * MAX_STATES, 4 * CHUNK
 AHEAD = 4  # steps by which rows are prefetched
 
 ZERO, ONE, TWO = float32(0), float32(1), float32(2)
 LOG2E, LN2 = float32(1.4426950408889634), float32(0.6931471805599453)
 ROUNDER = float32(1.5 * 2**23)  # adding it leaves the nearest integer in the low bits of a float32
 LOWEST, HIGHEST = float32(-126), float32(128)
-# Minimax fits. (2**f - 1) / f on [-1/2, 1/2]: 2**0 is exactly 1, so a slow decay is not biased over many
-# steps.
+# Minimax fit of (2**f - 1) / f on [-1/2, 1/2]: 2**0 is exactly 1, so that slow decays are not biased.
 E1, E2, E3 = float32(0.6931472029), float32(0.2402264791), float32(0.05550332469)
 E4, E5, E6 = float32(0.009618437368), float32(0.001339887525), float32(0.0001535336101)
-# atanh(s) / s - 1 over s**2 on [0, 1/9], divided by s**2.
+# Minimax fit of (atanh(s) / s - 1) / s**2 over s**2 on [0, 1/9].
 T1, T2, T3, T4 = float32(0.3333315508), float32(0.2001255704), float32(0.1397883419), float32(0.1409576949)
 
 # Contraction to fused multiply-adds is safe everywhere; reassociation (needed to sum a row in vector
 # registers) is not: it would undo the rounding trick in `exp2`. So they are given function by function.
 FUSED = {"nogil": True, "cache": True, "error_model": "numpy", "fastmath": {"contract"}}
 INLINE = {**FUSED, "inline": "always"}
-SUMMED = {**FUSED, "fastmath": {"contract", "reassoc", "nsz"}}
+SUMMED = {**FUSED, "fastmath": {"contract", "reassoc", "nsz"}, "forceinline": True}
+COPIED = {**FUSED, "forceinline": True}
 
 
 @intrinsic(prefer_literal=True)
@@ -122,7 +121,7 @@ def prefetch(typing_context, array, index):
     return types.void(array, types.intp), generate
 
 
-@njit(**FUSED, forceinline=True)
+@njit(**COPIED)
 def load(source, start, width, row, ahead):
     """Copy `width` floats into a row, fill it up with zeros, and prefetch the row `ahead` of this one.
 
@@ -138,7 +137,7 @@ def load(source, start, width, row, ahead):
         prefetch(source, start + ahead + j)
 
 
-@njit(**FUSED, forceinline=True)
+@njit(**COPIED)
 def store(row, target, start, width):
     """Copy the first `width` floats of a row out."""
     part = target[start : start + width]
@@ -194,8 +193,7 @@ def scan_forward(
     each for u, dt, z.
     """
     _, length, states = B.shape
-    channels = D.shape[0]
-    blocks = (channels + LANES - 1) // LANES
+    channels, blocks = D.shape[0], (D.shape[0] + LANES - 1) // LANES
     h = carray(stack_rows(MAX_STATES), (MAX_STATES, LANES))
     rate = carray(stack_rows(MAX_STATES), (MAX_STATES, LANES))
     row = carray(stack_rows(8), (8, LANES))
@@ -260,7 +258,7 @@ def replay(start, stop, states, h, rate, B, C, starts, dts, us, ys, trace):
                 trace[i, n, 1, j] = kept
 
 
-@njit(**SUMMED, forceinline=True)
+@njit(**SUMMED)
 def dot(x, y):
     """Sum of the products of two rows."""
     total = ZERO
@@ -305,20 +303,13 @@ def scan_backward(
     dC (groups, B, L, N) start from zero; dD, dbias (B, D); dfinal, dinitial (B, D, N).
     """
     _, length, states = B.shape
-    channels = D.shape[0]
-    blocks = (channels + LANES - 1) // LANES
-    groups = dB.shape[0]
-    chunks = (length + CHUNK - 1) // CHUNK
+    channels, blocks = D.shape[0], (D.shape[0] + LANES - 1) // LANES
+    groups, chunks = dB.shape[0], (length + CHUNK - 1) // CHUNK
     trace = np.empty((CHUNK, states, 2, LANES), float32)
-    h = carray(stack_rows(MAX_STATES), (MAX_STATES, LANES))
-    g = carray(stack_rows(MAX_STATES), (MAX_STATES, LANES))
-    rate = carray(stack_rows(MAX_STATES), (MAX_STATES, LANES))
-    rate_sum = carray(stack_rows(MAX_STATES), (MAX_STATES, LANES))
-    rate_part = carray(stack_rows(MAX_STATES), (MAX_STATES, LANES))
-    us = carray(stack_rows(CHUNK), (CHUNK, LANES))
-    dts = carray(stack_rows(CHUNK), (CHUNK, LANES))
-    slopes = carray(stack_rows(CHUNK), (CHUNK, LANES))
-    ys = carray(stack_rows(CHUNK), (CHUNK, LANES))
+    state = carray(stack_rows(STATE_ROWS), (5, MAX_STATES, LANES))
+    h, g, rate, rate_sum, rate_part = state[0], state[1], state[2], state[3], state[4]
+    tile = carray(stack_rows(TILE_ROWS), (4, CHUNK, LANES))
+    us, dts, slopes, ys = tile[0], tile[1], tile[2], tile[3]
     row = carray(stack_rows(13), (13, LANES))
     skip, vbias, vz, out, by_rate, by_input = row[0], row[1], row[2], row[3], row[4], row[5]
     skip_sum, bias_sum, skip_part, bias_part = row[6], row[7], row[8], row[9]
@@ -406,8 +397,7 @@ def conv_forward(first, last, x, strides, weight, bias, with_silu, begins, past,
     first row of past (B, W - 1, D).
     """
     width_of_filter, channels = weight.shape
-    _, length = begins.shape
-    blocks = (channels + LANES - 1) // LANES
+    length, blocks = begins.shape[1], (channels + LANES - 1) // LANES
     taps = np.empty((width_of_filter, LANES), float32)
     row = carray(stack_rows(3), (3, LANES))
     vbias, vx, acc = row[0], row[1], row[2]
@@ -446,8 +436,7 @@ def conv_backward(
     for dy.
     """
     width_of_filter, channels = weight.shape
-    _, length = begins.shape
-    blocks = (channels + LANES - 1) // LANES
+    length, blocks = begins.shape[1], (channels + LANES - 1) // LANES
     taps = np.empty((width_of_filter, LANES), float32)
     window = np.empty((width_of_filter, LANES), float32)
     sums = np.empty((width_of_filter, LANES), float32)
@@ -502,8 +491,8 @@ def conv_backward(
                         sums[k, j] += parts[k, j]
                 for j in range(LANES):
                     bias_sum[j] += bias_part[j]
+                    bias_part[j] = ZERO
                 clear(parts, width_of_filter)
-                clear(row[4:5], 1)
         for k in range(width_of_filter):
             store(sums[k], dweight[b, k], d0, width)
         store(bias_sum, dbias[b], d0, width)
