@@ -31,7 +31,7 @@ print(report.to_json().replace("\\n", " "))
 """
 
 
-def make_run(path: Path, base: Path, *, quantization: str, rank: int = 16) -> None:
+def make_run(path: Path, base: Path, *, quantization: str, rank: int = 16, dora: bool = False) -> None:
     """Writes a run with a random adapter on in_proj, x_proj and out_proj, without building a model."""
     adapter = path / "adapter"
     adapter.mkdir(parents=True)
@@ -43,9 +43,17 @@ def make_run(path: Path, base: Path, *, quantization: str, rank: int = 16) -> No
             rows, columns = entry.shape
             tensors[f"{key}.lora_A.weight"] = torch.randn(rank, columns, generator=generator) * columns**-0.5
             tensors[f"{key}.lora_B.weight"] = torch.randn(rows, rank, generator=generator) * 0.02
+            if dora:
+                tensors[f"{key}.lora_magnitude_vector"] = torch.ones(rows)
     save_file(tensors, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
     targets = ["in_proj", "x_proj", "out_proj"]
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": targets}
+    config = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": 2 * rank,
+        "target_modules": targets,
+        "use_dora": dora,
+    }
     (adapter / "adapter_config.json").write_text(json.dumps(config))
     facts = {
         "base": str(base),
@@ -91,6 +99,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, help="where to write, on the disk to be measured")
     parser.add_argument("--dtype", default="")
     parser.add_argument("--onto", choices=["base", "dequantized"], default="base")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--dora", action="store_true")
     parser.add_argument("--no-copy", action="store_true", help="leave the copy out")
     given = parser.parse_args(arguments)
     work = Path(tempfile.mkdtemp(prefix="bench-merge-", dir=given.work))
@@ -101,7 +111,8 @@ def main(arguments: list[str] | None = None) -> None:
             tokenizer = ["--tokenizer", str(Path(__file__).parents[1] / "data" / "tiny-base")]
             size = ["--layers", "8", "--hidden", "1536", "--rank", "96", "--shard-gb", "0.3"]
             subprocess.run([*make, *size, *tokenizer], check=True)
-        make_run(work / "run", base, quantization="nf4" if given.onto == "dequantized" else "none")
+        quantization = "nf4" if given.onto == "dequantized" else "none"
+        make_run(work / "run", base, quantization=quantization, rank=given.rank, dora=given.dora)
         copy = None if given.no_copy else time_copy(base, work / "copy")
         forget_pages(base)
         command = [sys.executable, "-c", _MERGE, str(work / "run"), given.dtype, given.onto]
@@ -113,6 +124,7 @@ def main(arguments: list[str] | None = None) -> None:
         "benchmark": "merge",
         "gb": round(report["nbytes"] / 1e9, 3),
         "onto": given.onto,
+        "adapter": f"{'dora' if given.dora else 'lora'} r={given.rank}",
         "write_seconds": report["seconds"],
         "check_seconds": report["check_seconds"],
         "copy_seconds": copy and round(copy, 3),
