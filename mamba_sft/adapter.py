@@ -15,6 +15,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -161,7 +162,9 @@ def save_adapter(model: PeftModel, directory: Path, *, section: ModelSection, se
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(weights.items())}
     # Not `save_file`: its files can be read by nobody but their owner.
     (directory / WEIGHTS_NAME).write_bytes(save(contiguous, metadata={"format": "pt"}))
-    model.peft_config[_ADAPTER].save_pretrained(directory, inference_mode=True)
+    config = copy(model.peft_config[_ADAPTER])
+    config.target_modules = sorted(config.target_modules)  # PEFT makes a set of them, saved in any order
+    config.save_pretrained(directory, inference_mode=True)
     setup.tokenizer.save_pretrained(directory)
     model.generation_config.save_pretrained(directory)
     facts = {
@@ -249,10 +252,9 @@ def _keep_int8_scales(module: Any, inputs: Any) -> None:
 def _trained_rows(model: Any, token_ids: Sequence[int]) -> dict[str, list[int]] | None:
     if not token_ids:
         return None
-    rows = {"embeddings": sorted(set(token_ids))}
-    if model.get_input_embeddings().weight is not model.get_output_embeddings().weight:
-        rows["lm_head"] = sorted(set(token_ids))
-    return rows  # PEFT extends the rows of a tied matrix to its other use
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    # PEFT extends the rows of a tied matrix to its other use.
+    return dict.fromkeys(("embeddings",) if tied else ("embeddings", "lm_head"), sorted(set(token_ids)))
 
 
 def _write_rows(model: PeftModel) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mamba_sft.errors import ModelError
-from mamba_sft.recipe import find_path
+from mamba_sft.recipe import bundled_root, find_path
 
 MODEL_TYPE = "falcon_mamba"
 INDEX_NAME = "model.safetensors.index.json"
@@ -71,7 +71,7 @@ def resolve_base(base: str, revision: str | None = None, *, weights: bool = True
     elif path.exists():
         raise ModelError(f"`{path}` is a file; a base model is a directory", hint=f"try `{path.parent}`")
     elif _looks_local(base):
-        raise ModelError(f"no model directory `{base}`", hint=_similar(path))
+        raise ModelError(f"no model directory `{base}`", hint=_similar(base))
     else:
         directory = _download(base, revision, weights=False)
         read_config(directory)  # a wrong model is refused before its weights are fetched
@@ -170,16 +170,19 @@ def base_fingerprint(directory: str | Path) -> str:
 def _looks_local(base: str) -> bool:
     if base.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(base):
         return True
-    return "/" in base and Path(base).parent.is_dir()
+    return "/" in base and any(parent.is_dir() for parent in _parents(base))
 
 
-def _similar(path: Path) -> str:
-    siblings = (
-        [entry.name for entry in path.parent.iterdir() if entry.is_dir()] if path.parent.is_dir() else []
-    )
-    close = difflib.get_close_matches(path.name, siblings, n=1)
-    if close:
-        return f"did you mean `{path.parent / close[0]}`?"
+def _parents(base: str) -> list[Path]:
+    path = Path(base).expanduser().parent
+    return [path, bundled_root() / path]
+
+
+def _similar(base: str) -> str:
+    for parent in _parents(base):
+        names = [entry.name for entry in parent.iterdir() if entry.is_dir()] if parent.is_dir() else []
+        for name in difflib.get_close_matches(Path(base).name, names, n=1):
+            return f"did you mean `{Path(base).parent / name}`?"
     return "give a directory, or a hub id such as `owner/name`"
 
 

@@ -35,8 +35,8 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-# Kept in the compute dtype when the rest is quantized: the chunked loss multiplies by `lm_head.weight`, and
-# `dt_proj` is 2% of the weights and sets how fast every state decays, where an error compounds over time.
+# Kept in the compute dtype when the rest is quantized. The chunked loss multiplies by `lm_head.weight`;
+# `dt_proj` sits in the exponent of every state's decay, and keeping it takes 0.2 GB of a 7B model.
 UNQUANTIZED = ("lm_head", "dt_proj")
 
 
@@ -106,22 +106,26 @@ def load_model(section: ModelSection, *, device: str | torch.device | None = Non
     """
     from transformers import FalconMambaForCausalLM
 
-    device = _pick_device(device)
-    dtype = resolve_dtype(section, device)
+    place = _pick_device(device)
+    dtype = resolve_dtype(section, place)
+    if place.type == "cpu" and dtype != torch.float32:
+        logger.warning(
+            "most CPUs multiply 16-bit matrices slowly: `model.dtype: auto` takes float32 on a CPU"
+        )
     directory = resolve_base(section.base, section.revision)
     read_tensors(directory)
     try:
         model, info = FalconMambaForCausalLM.from_pretrained(
             directory,
             dtype=dtype,
-            device_map={"": device},
+            device_map={"": place},
             quantization_config=_quantization(section, dtype),
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
         )
     except (RuntimeError, MemoryError) as error:
-        explained = _explain_loading(error, section, device)
+        explained = _explain_loading(error, section, place)
         if explained is None:
             raise
         raise explained from error

@@ -95,6 +95,7 @@ def trainer_arguments(recipe: Recipe, run: Run, *, has_validation: bool) -> SFTC
     values = {
         "output_dir": str(run.checkpoints),
         "seed": recipe.seed,
+        "use_cpu": not torch.cuda.is_available(),
         "bf16": dtype == torch.bfloat16,
         "fp16": dtype == torch.float16,
         "gradient_checkpointing": recipe.train.checkpointing != "none",

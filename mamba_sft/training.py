@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
-from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 
 from mamba_sft.adapter import adapter_allowed, attach_adapter, save_adapter
 from mamba_sft.callbacks import AdapterWatch, Interruption, MetricsLog
@@ -143,6 +143,7 @@ def fit(preparation: Preparation, *, callbacks: Sequence[TrainerCallback] = ()) 
     recipe, run = preparation.recipe, preparation.run
     _start_directory(preparation)
     started = time.time()
+    set_seed(recipe.seed)  # before the adapter draws its first weights
     model = load_model(recipe.model)
     apply_setup(model, preparation.setup)
     model = attach_adapter(model, recipe.adapter, trained_token_ids=preparation.setup.trained_token_ids)
