@@ -1,0 +1,73 @@
+"""Inputs like a trained model's, and how far two results are apart."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+SCAN_OPTIONS = ("D", "z", "dt_bias", "initial_state")
+
+
+def relative_rms(value: Tensor, expected: Tensor) -> float:
+    """Root mean square of the difference over that of the expected value; not-a-number stays one."""
+    value, expected = value.detach().double(), expected.detach().double()
+    scale = expected.square().mean().sqrt()
+    return float((value - expected).square().mean().sqrt() / scale.clamp(min=1e-30))
+
+
+def scan_inputs(batch: int, length: int, channels: int, states: int, seed: int = 0) -> dict[str, Tensor]:
+    """All operands of `selective_scan`, in float32; step sizes and decays as after Mamba's initialisation."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    steps = torch.exp(torch.rand(channels, generator=generator) * 4.6 - 6.9)  # 0.001 to 0.1
+    return {
+        "u": normal(batch, length, channels),
+        "dt": 0.5 * normal(batch, length, channels),
+        "A": -torch.arange(1, states + 1) * (1 + 0.1 * normal(channels, states).clamp(-2, 2)),
+        "B": normal(batch, length, states),
+        "C": normal(batch, length, states),
+        "D": normal(channels),
+        "z": normal(batch, length, channels),
+        "dt_bias": steps + torch.log(-torch.expm1(-steps)),
+        "initial_state": normal(batch, channels, states),
+    }
+
+
+def conv_inputs(batch: int, length: int, channels: int, width: int, seed: int = 0) -> dict[str, Tensor]:
+    """All operands of `causal_conv1d`, in float32."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {
+        "x": (batch, length, channels),
+        "weight": (channels, width),
+        "bias": (channels,),
+        "initial_state": (batch, channels, width - 1),
+    }
+    return {name: torch.randn(*shape, generator=generator) for name, shape in shapes.items()}
+
+
+def sequences(batch: int, length: int, seed: int = 0) -> Tensor:
+    """(B, L) sequence numbers: some of length one, some long, and numbers that come back."""
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.rand(batch, length, generator=generator) < 0.2
+    starts[:, length // 2 :] &= torch.rand(batch, length - length // 2, generator=generator) < 0.1
+    return starts.cumsum(1) % 3
+
+
+def results(operation, operands: dict[str, Tensor], dtype: torch.dtype, **options) -> dict[str, Tensor]:
+    """Outputs and all gradients, computed from copies in `dtype`, for fixed gradients of the outputs."""
+    leaves = {name: x.to(dtype).requires_grad_() for name, x in operands.items()}
+    outputs = operation(**leaves, **options, return_final_state=True)
+    generator = torch.Generator().manual_seed(7)
+    gradients = [torch.randn(x.shape, generator=generator).to(x.dtype) for x in outputs]
+    by_name = dict(zip(leaves, torch.autograd.grad(outputs, list(leaves.values()), gradients), strict=True))
+    return {"y": outputs[0], "final_state": outputs[1]} | {f"d{name}": g for name, g in by_name.items()}
+
+
+def worst(values: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:
+    """The largest relative error and whose it is; empty tensors have none."""
+    errors = [(relative_rms(values[name], x), name) for name, x in expected.items() if x.numel()]
+    broken = [pair for pair in errors if pair[0] != pair[0]]
+    return broken[0] if broken else max(errors)

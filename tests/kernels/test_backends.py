@@ -1,0 +1,115 @@
+"""Choosing a backend, and what happens to operands that do not fit."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import pytest
+import torch
+from numba import njit
+
+from mamba_sft import kernels
+from mamba_sft.kernels import backends, causal_conv1d, cpu_loops, selective_scan
+
+from .cases import conv_inputs, scan_inputs
+
+
+def test_reference_and_cpu_are_here_and_triton_says_why_not():
+    assert backends() == ["reference", "cpu"]
+    with pytest.raises(RuntimeError, match=r"'triton' is unavailable: .*use backend="):
+        selective_scan(**scan_inputs(1, 2, 4, 2), backend="triton")
+
+
+def test_auto_takes_the_compiled_loops_and_says_so_once(caplog):
+    kernels._automatic.cache_clear()
+    inputs = scan_inputs(1, 2, 4, 2)
+    with caplog.at_level(logging.INFO, logger="mamba_sft.kernels"):
+        y = selective_scan(**inputs)
+        selective_scan(**inputs)
+    assert [record.message for record in caplog.records if "backend cpu" in record.message] == [
+        "scan and convolution: backend cpu (numba) for torch.float32 on cpu"
+    ]
+    assert torch.equal(y, selective_scan(**inputs, backend="cpu"))
+
+
+def test_auto_takes_the_definition_for_float64():
+    inputs = {name: x.double() for name, x in scan_inputs(1, 2, 4, 2).items()}
+    assert torch.equal(selective_scan(**inputs), selective_scan(**inputs, backend="reference"))
+
+
+def test_a_missing_numba_is_an_error_only_if_asked_for(monkeypatch, caplog):
+    monkeypatch.setattr(kernels, "_why_unavailable", lambda name: "no numba" if name == "cpu" else None)
+    kernels._automatic.cache_clear()
+    inputs = scan_inputs(1, 2, 4, 2)
+    selective_scan(**inputs)
+    assert "slow Python loop; cpu: no numba" in caplog.text
+    with pytest.raises(RuntimeError, match="no numba"):
+        selective_scan(**inputs, backend="cpu")
+    kernels._automatic.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"u": torch.zeros(2, 4)}, r"u must have shape \(B, L, D\) with L >= 1, got \(2, 4\)"),
+        ({"u": torch.zeros(1, 0, 4)}, r"got \(1, 0, 4\)"),
+        ({"u": torch.zeros(1, 3, 4, dtype=torch.int64)}, "u must be float32, .*, got torch.int64"),
+        ({"dt": torch.zeros(1, 2, 4)}, r"dt must have shape \(1, 3, 4\), got \(1, 2, 4\)"),
+        ({"A": torch.zeros(4)}, r"A must have shape \(D, N\), got \(4,\)"),
+        ({"B": torch.zeros(1, 3, 5)}, r"B must have shape \(1, 3, 2\), got \(1, 3, 5\)"),
+        ({"D": torch.zeros(1)}, r"D must have shape \(4,\), got \(1,\)"),
+        ({"dt_bias": torch.zeros(4, device="meta")}, "dt_bias must be on cpu .*, got meta"),
+        ({"z": torch.zeros(1, 3, 4, dtype=torch.bool)}, "z must be .*, got torch.bool"),
+        ({"initial_state": torch.zeros(1, 4, 3)}, r"initial_state must have shape \(1, 4, 2\)"),
+        (
+            {"seq_idx": torch.zeros(1, 2, dtype=torch.int64)},
+            r"seq_idx must have shape \(1, 3\), got \(1, 2\)",
+        ),
+        ({"seq_idx": torch.zeros(1, 3)}, "seq_idx must hold integers, got torch.float32"),
+        ({"backend": "cuda"}, "backend must be auto, reference, cpu, triton, got 'cuda'"),
+    ],
+)
+def test_wrong_scan_operands(change, message):
+    with pytest.raises(ValueError, match=message):
+        selective_scan(**(scan_inputs(1, 3, 4, 2) | change))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weight": torch.zeros(4)}, r"weight must have shape \(D, W\) with W >= 1, got \(4,\)"),
+        ({"weight": torch.zeros(5, 4)}, r"weight must have shape \(4, 4\), got \(5, 4\)"),
+        ({"activation": "relu"}, "activation must be 'silu' or None, got 'relu'"),
+        ({"initial_state": torch.zeros(1, 4, 4)}, r"initial_state must have shape \(1, 4, 3\)"),
+    ],
+)
+def test_wrong_conv_operands(change, message):
+    with pytest.raises(ValueError, match=message):
+        causal_conv1d(**(conv_inputs(1, 3, 4, 4) | change))
+
+
+def test_the_cpu_backend_refuses_what_it_cannot_do():
+    with pytest.raises(ValueError, match=r"takes float32, .*, got torch\.float64 on cpu"):
+        selective_scan(**{k: x.double() for k, x in scan_inputs(1, 2, 4, 2).items()}, backend="cpu")
+    with pytest.raises(ValueError, match="N up to 64, got 65"):
+        selective_scan(**scan_inputs(1, 2, 4, 65), backend="cpu")
+
+
+def test_the_exponential_is_good_to_one_unit_in_the_last_place():
+    @njit
+    def over(function, xs, ys):
+        for i in range(len(xs)):
+            ys[i] = function(xs[i])
+
+    for low, high in ((-120.0, 120.0), (-1.0, 1.0), (-1e-3, 0.0)):
+        x = torch.linspace(low, high, 100_001)
+        y = torch.empty_like(x)
+        over(cpu_loops.exp2, x.numpy(), y.numpy())
+        error = (y.double() / torch.exp2(x.double()) - 1).abs()
+        assert error.max() < 1.2 * torch.finfo(torch.float32).eps / 2 * 2
+    special = torch.tensor([-math.inf, -1e30, 0.0, 128.0, math.inf, math.nan])
+    y = torch.empty_like(special)
+    over(cpu_loops.exp2, special.numpy(), y.numpy())
+    assert y.tolist()[:5] == [2**-126, 2**-126, 1.0, math.inf, math.inf]
+    assert y[5].isnan()
