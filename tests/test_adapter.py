@@ -218,6 +218,8 @@ def test_what_is_saved(tiny_base: Path, tmp_path: Path) -> None:
         "trained_token_ids": [512],
     }
     assert json.loads((tmp_path / "generation_config.json").read_text())["eos_token_id"] == [512, 11]
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == sorted(ALL)
+    assert (tmp_path / WEIGHTS_NAME).stat().st_mode == (tmp_path / "tokenizer.json").stat().st_mode
 
 
 def test_the_trainer_saves_rows_not_matrices(tiny_base: Path, tmp_path: Path) -> None:
@@ -247,7 +249,7 @@ def test_trained_rows_under_the_chunked_loss(tied: bool, dtype: torch.dtype) -> 
     fused = model(input_ids=IDS, labels=IDS, fused_lm_head=True).loss
     fused.backward()
     tolerance = 1e-4 if dtype == torch.float32 else 0.1
-    assert abs(float(fused - plain)) < tolerance
+    assert abs((fused - plain).item()) < tolerance
     for name, tensor in adapter_tensors(model).items():
         assert relative(tensor.grad, expected[name]) < tolerance, name
 
