@@ -91,7 +91,10 @@ def generate(
     found = answer(where, prompts, output=output, sampling=sampling, system=system, raw=raw)
     if output is None:
         for one in found:
-            out.print(one.text, markup=False)
+            if out.is_terminal:
+                out.print(one.text, markup=False)  # without control characters
+            else:
+                sys.stdout.write(one.text + "\n")
     else:
         err.print(f"{len(found)} answers: {output}")
 
