@@ -34,6 +34,7 @@ def backends() -> list[str]:
     return [name for name in BACKENDS if _why_unavailable(name) is None]
 
 
+@torch.compiler.disable  # a loop over time is not for tracing
 def selective_scan(
     u: Tensor,
     dt: Tensor,
@@ -86,6 +87,7 @@ def selective_scan(
     return (y, final_state) if return_final_state else y
 
 
+@torch.compiler.disable  # a loop over time is not for tracing
 def causal_conv1d(
     x: Tensor,
     weight: Tensor,

@@ -30,7 +30,6 @@ GROUPS = (
 SMALL = 1 << 18  # state updates below which threads cost more than they bring
 
 
-@torch.compiler.disable
 def selective_scan(
     u: Tensor,
     dt: Tensor,
@@ -55,7 +54,6 @@ def selective_scan(
     return y, final_state
 
 
-@torch.compiler.disable
 def causal_conv1d(
     x: Tensor,
     weight: Tensor,
