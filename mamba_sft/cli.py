@@ -93,6 +93,9 @@ def options(
     logger.handlers = [handler]
     logger.setLevel(logging.INFO)
     logger.propagate = False
+    if os.environ.get("RANK", "0") != "0":  # one of several processes speaks
+        out.quiet = err.quiet = True
+        logger.setLevel(logging.WARNING)
     if not verbose:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0")

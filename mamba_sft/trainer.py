@@ -101,6 +101,7 @@ def trainer_arguments(recipe: Recipe, run: Run, *, has_validation: bool) -> SFTC
         "gradient_checkpointing": recipe.train.checkpointing != "none",
         "gradient_checkpointing_kwargs": {"use_reentrant": False},
         "lr_scheduler_type": TRAINER_NAMES[recipe.train.lr_scheduler_type],
+        "ddp_find_unused_parameters": False,
         "max_length": None,
         "dataset_kwargs": {"skip_prepare_dataset": True},
         "remove_unused_columns": False,

@@ -154,6 +154,7 @@ def fit(preparation: Preparation, *, callbacks: Sequence[TrainerCallback] = ()) 
     after = _answer(preparation, trainer, "after")
     if trainer.is_world_process_zero():
         _save(preparation, trainer, before, after, time.time() - started)
+    trainer.accelerator.wait_for_everyone()
     return run
 
 
