@@ -13,8 +13,8 @@ from mamba_sft.errors import DataError, UsageError
 from mamba_sft.generation import Answer, answers
 from mamba_sft.run import Run, write_atomically
 from mamba_sft.sampling import Sampling
-from mamba_sft.session import ChatSession, require_template
-from mamba_sft.talker import Talker, load_talker, split_talker
+from mamba_sft.session import ChatSession
+from mamba_sft.talker import Talker, load_talker, require_template, split_talker
 from mamba_sft.terminal import Session, chat_loop
 
 __all__ = [
@@ -67,10 +67,10 @@ def generate(
     rows = _read_prompts(prompts) if isinstance(prompts, Path) else _list_prompts(prompts)
     if output is not None and Path(output).is_dir():
         raise UsageError(f"the output `{output}` is a directory", hint="for example `answers.jsonl`")
-    talker = model if isinstance(model, Talker) else load_talker(model)
+    talker = model if isinstance(model, Talker) else load_talker(model, needs_template=not raw)
     system = talker.system if system is None else system
     if not raw:
-        require_template(talker)
+        require_template(talker.name, talker.tokenizer)
     found = answers(
         talker.model,
         talker.tokenizer,
@@ -89,6 +89,7 @@ def open_session(
     model: Talker | Run | str | Path,
     *,
     compare: bool = False,
+    merged: bool = False,
     sampling: Sampling | None = None,
     system: str | None = None,
 ) -> Session:
@@ -97,6 +98,7 @@ def open_session(
     Args:
         model: A run, a model directory, a hub id, or what `load_talker` returned.
         compare: Talk to a run's base and to its tuned model at once; they share one model in memory.
+        merged: Talk to the run's merged checkpoint rather than to base and adapter.
         sampling: How to choose tokens; greedy by default.
         system: System message; None takes the one the model was trained with.
 
@@ -105,7 +107,7 @@ def open_session(
         DataError: There is no chat template.
         ModelError: The model cannot be loaded.
     """
-    talker = model if isinstance(model, Talker) else load_talker(model)
+    talker = model if isinstance(model, Talker) else load_talker(model, merged=merged, needs_adapter=compare)
     if not compare:
         return ChatSession(talker, sampling=sampling, system=system)
     base, tuned = (ChatSession(side, sampling=sampling, system=system) for side in split_talker(talker))

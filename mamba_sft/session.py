@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mamba_sft.chat import render, with_system
-from mamba_sft.errors import DataError, UsageError
+from mamba_sft.errors import UsageError
 from mamba_sft.generation import State, TextStream, finish_reason, stream
 from mamba_sft.sampling import Sampling
-from mamba_sft.talker import Talker
+from mamba_sft.talker import Talker, require_template
 
 UNDO_DEPTH = 8
 """Turns whose starting state is kept; undoing more than these reads the conversation again."""
@@ -58,7 +58,7 @@ class ChatSession:
     """
 
     def __init__(self, talker: Talker, *, sampling: Sampling | None = None, system: str | None = None):
-        require_template(talker)
+        require_template(talker.name, talker.tokenizer)
         self.talker = talker
         self.sampling = sampling or Sampling()
         self.system = talker.system if system is None else system
@@ -183,19 +183,6 @@ class ChatSession:
             self._state = self._before[-1].copy()
         self._turns.append({"role": "assistant", "content": answer})
         self.last_turn = turn
-
-
-def require_template(talker: Talker) -> None:
-    """Checks that the talker can hold conversations.
-
-    Raises:
-        DataError: Its tokenizer has no chat template.
-    """
-    if not talker.tokenizer.chat_template:
-        raise DataError(
-            f"`{talker.name}` has no chat template: it is a base model that continues text",
-            hint="train it first, or let it continue plain text with `mamba-sft generate --raw`",
-        )
 
 
 def continuation(tokenizer: Any, read: list[int], rendered: list[int]) -> list[int] | None:

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from mamba_sft.adapter import BASE_FACTS_NAME, load_adapter
-from mamba_sft.chat import TemplateSetup, find_stop_token
+from mamba_sft.chat import TemplateSetup, find_stop_token, prepare_tokenizer
 from mamba_sft.checkpoint import base_fingerprint, read_config
-from mamba_sft.errors import AdapterError, UsageError
+from mamba_sft.errors import AdapterError, DataError, UsageError
 from mamba_sft.generation import stop_token_ids
-from mamba_sft.model import apply_setup, load_model, load_tokenizer, resolve_base
+from mamba_sft.model import apply_setup, load_config, load_model, load_tokenizer, resolve_base
 from mamba_sft.recipe import ModelSection, Recipe
 from mamba_sft.run import Run
-
-logger = logging.getLogger(__name__)
 
 Quantization = Literal["none", "nf4", "int8"]
 
@@ -102,48 +99,76 @@ class AdapterOff:
 
 @dataclass(frozen=True)
 class _Source:
-    """What `where` turned out to be: a model, and an adapter on top of it unless it is complete by itself."""
+    """What was asked for: a model, and an adapter on top of it unless it is complete by itself.
+
+    Args:
+        section: The model.
+        adapter: The adapter's directory, or None.
+        recipe: What the adapter was trained by, where it is known.
+        facts: What was saved with the adapter of its base; None for a checkpoint, where the recipe tells.
+    """
 
     section: ModelSection
     adapter: Path | None = None
-    system: str | None = None
-    facts: dict[str, Any] = field(default_factory=dict)
+    recipe: Recipe | None = None
+    facts: dict[str, Any] | None = None
 
 
 def load_talker(
-    where: Run | str | Path, *, merged: bool = False, quantization: Quantization | None = None
+    where: Run | str | Path,
+    *,
+    merged: bool = False,
+    quantization: Quantization | None = None,
+    needs_template: bool = True,
+    needs_adapter: bool = False,
 ) -> Talker:
-    """Loads what is at `where`, ready to talk.
+    """Loads what is at `where`, ready to talk; what can be refused is refused before the weights are read.
 
     Args:
-        where: A run (its base with its adapter on top), the adapter directory of one, a model directory or a
-            hub id.
+        where: A run (its base with its adapter on top), a checkpoint or the adapter directory of one, a model
+            directory or a hub id.
         merged: Take the run's merged checkpoint rather than base and adapter.
         quantization: How to hold the weights in memory; None takes what the run was trained with, or none.
+        needs_template: Refuse a model that cannot hold conversations.
+        needs_adapter: Refuse a model without an adapter.
 
     Raises:
         UsageError: The run has no adapter, or no merged checkpoint.
-        ModelError: There is no such model, or the base is not the one the adapter was trained on.
-        AdapterError: The adapter is incomplete or does not fit.
+        DataError: There is no chat template.
+        ModelError: There is no such model.
+        AdapterError: The adapter is incomplete, does not fit, or was trained on another base.
     """
-    source = _find(where, merged)
-    section = source.section
-    if quantization is not None:
-        section = section.model_copy(update={"quantization": quantization})
     name = str(where.path if isinstance(where, Run) else where)
-    if source.adapter is None:
-        tokenizer = load_tokenizer(section)
-        model = load_model(section)
-    else:
-        _check_base(section, source)
-        tokenizer = load_tokenizer_of(source.adapter)
-        model = load_model(section)
-        apply_setup(model, _saved_setup(tokenizer, source))
+    source = _find(where, merged)
+    if needs_adapter and source.adapter is None:
+        raise _no_adapter(name)
+    setup = None if source.adapter is None else _setup(source, source.adapter)
+    tokenizer = load_tokenizer(source.section) if setup is None else setup.tokenizer
+    if needs_template:
+        require_template(name, tokenizer)
+    held_as = {} if quantization is None else {"quantization": quantization}
+    model = load_model(source.section.model_copy(update=held_as))
+    if setup is not None and source.adapter is not None:
+        apply_setup(model, setup)
         model = load_adapter(model, source.adapter)
     stops = stop_token_ids(model, tokenizer)
     if tokenizer.chat_template:
         stops |= {tokenizer.convert_tokens_to_ids(find_stop_token(tokenizer, name))}
-    return Talker(name, model.eval(), tokenizer, stops, source.system)
+    system = source.recipe.chat.system if source.recipe is not None else None
+    return Talker(name, model.eval(), tokenizer, stops, system)
+
+
+def require_template(name: str, tokenizer: Any) -> None:
+    """Checks that a model can hold conversations.
+
+    Raises:
+        DataError: Its tokenizer has no chat template.
+    """
+    if not tokenizer.chat_template:
+        raise DataError(
+            f"`{name}` has no chat template: it is a base model that continues text",
+            hint="train it first, or let it continue plain text with `mamba-sft generate --raw`",
+        )
 
 
 def split_talker(talker: Talker) -> tuple[Talker, Talker]:
@@ -153,26 +178,16 @@ def split_talker(talker: Talker) -> tuple[Talker, Talker]:
         UsageError: The talker has no adapter, so there is nothing to compare with.
     """
     if not hasattr(talker.model, "peft_config"):
-        raise UsageError(
-            f"`{talker.name}` has no adapter to switch off, so there is no base to compare with",
-            hint="compare a run, which holds an adapter beside its base",
-        )
+        raise _no_adapter(talker.name)
     base = Talker("base", AdapterOff(talker.model), talker.tokenizer, talker.stop_ids, talker.system)
     return base, Talker("tuned", talker.model, talker.tokenizer, talker.stop_ids, talker.system)
 
 
-def load_tokenizer_of(directory: Path) -> Any:
-    """Returns the tokenizer that was saved beside an adapter.
-
-    Raises:
-        AdapterError: It is missing or cannot be read.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # tokenizers raises a bare Exception for a broken file
-        raise AdapterError(f"the tokenizer in `{directory}` cannot be read: {error}") from error
+def _no_adapter(name: str) -> UsageError:
+    return UsageError(
+        f"`{name}` has no adapter to switch off, so there is no base to compare with",
+        hint="compare a run, which has an adapter beside its base",
+    )
 
 
 def _find(where: Run | str | Path, merged: bool) -> _Source:
@@ -195,24 +210,23 @@ def _find_in_run(run: Run, merged: bool) -> _Source:
             raise UsageError(
                 f"`{run.path}` has no merged checkpoint", hint=f"`mamba-sft merge {run.path}` makes one"
             )
-        return _Source(_section_of(str(run.merged)), system=recipe.chat.system)
+        return _Source(_section_of(str(run.merged)), recipe=recipe)
     if not run.adapter.is_dir():
         raise UsageError(
             f"`{run.path}` has no adapter yet: its training has not finished",
-            hint=f"finish it with `mamba-sft train {run.recipe} --resume`",
+            hint=f"finish it with `mamba-sft train {run.recipe} --resume`, or give one of its checkpoints",
         )
-    return _Source(recipe.model, run.adapter, recipe.chat.system, _read_facts(run.adapter))
+    return _Source(recipe.model, run.adapter, recipe, _read_facts(run.adapter))
 
 
 def _find_adapter(path: Path) -> _Source:
+    run = Run(path.resolve().parents[1])
+    if run.checkpoints == path.resolve().parent and run.recipe.is_file():
+        recipe = Recipe.load(str(run.recipe))
+        return _Source(recipe.model, path, recipe)
     facts = _read_facts(path)
-    section = ModelSection(
-        base=facts["base"],
-        revision=facts["revision"],
-        dtype=facts["dtype"],
-        quantization=facts["quantization"],
-    )
-    return _Source(section, path, facts=facts)
+    known = {name: facts[name] for name in ("base", "revision", "dtype", "quantization")}
+    return _Source(ModelSection.model_validate(known), path, facts=facts)
 
 
 def _read_facts(adapter: Path) -> dict[str, Any]:
@@ -235,22 +249,37 @@ def _section_of(base: str) -> ModelSection:
     return ModelSection.model_validate({"base": base, "dtype": saved if saved in known else "auto"})
 
 
-def _check_base(section: ModelSection, source: _Source) -> None:
-    if base_fingerprint(resolve_base(section.base, section.revision)) != source.facts["fingerprint"]:
+def _setup(source: _Source, adapter: Path) -> TemplateSetup:
+    """Returns the tokenizer that the adapter was trained with, and what it needs of the base."""
+    section, facts = source.section, source.facts
+    if facts is None:
+        assert source.recipe is not None
+        return _setup_of(source.recipe)
+    if base_fingerprint(resolve_base(section.base, section.revision)) != facts["fingerprint"]:
         raise AdapterError(
-            f"`{section.base}` is not the base that `{source.adapter}` was trained on",
+            f"`{section.base}` is not the base that `{adapter}` was trained on",
             hint="restore the base, or give the revision it had then as `model.revision` in the run's recipe",
         )
+    from transformers import AutoTokenizer, GenerationConfig
 
-
-def _saved_setup(tokenizer: Any, source: _Source) -> TemplateSetup:
-    from transformers import GenerationConfig
-
-    stops = GenerationConfig.from_pretrained(source.adapter).eos_token_id
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(adapter, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # tokenizers raises a bare Exception for a broken file
+        raise AdapterError(f"the tokenizer in `{adapter}` cannot be read: {error}") from error
+    stops = GenerationConfig.from_pretrained(adapter).eos_token_id
     return TemplateSetup(
         tokenizer=tokenizer,
-        trained_token_ids=source.facts["trained_token_ids"],
-        resize_to=source.facts["resize_to"],
+        trained_token_ids=facts["trained_token_ids"],
+        resize_to=facts["resize_to"],
         stop_token=tokenizer.eos_token,
         stop_token_ids=stops if isinstance(stops, list) else [stops],
     )
+
+
+def _setup_of(recipe: Recipe) -> TemplateSetup:
+    """Settles the template as the run's training did."""
+    from mamba_sft.corpus import named_ids
+
+    config = load_config(recipe.model)
+    tokenizer = load_tokenizer(recipe.model)
+    return prepare_tokenizer(tokenizer, recipe.chat, named_ids(config), embedding_rows=config.vocab_size)

@@ -16,7 +16,7 @@ from mamba_sft.conversation import ChatSession, CompareSession, chat_loop, gener
 from mamba_sft.errors import AdapterError, DataError, MambaSFTError, ModelError, UsageError
 from mamba_sft.generation import State, prefill, stream
 from mamba_sft.model import apply_setup, load_model, load_tokenizer
-from mamba_sft.recipe import AdapterSection, Recipe
+from mamba_sft.recipe import AdapterSection, ChatSection, Recipe
 from mamba_sft.run import Run
 from mamba_sft.sampling import Sampling
 from mamba_sft.session import UNDO_DEPTH, continuation
@@ -280,23 +280,25 @@ def test_blank_messages_and_broken_bytes(talker):
 def test_a_run_talks_with_its_adapter_and_splits_into_base_and_tuned(run, base, talker):
     prompt, _ = render(talker.tokenizer, [{"role": "user", "content": "hello"}], add_generation_prompt=True)
 
-    def answer(model: Any) -> list[int]:
-        return list(stream(model, prompt, State(), sampling=Sampling(20), stop_ids=frozenset()))
+    def scores(model: Any) -> torch.Tensor:
+        state = State()
+        list(stream(model, prompt, state, sampling=Sampling(9), stop_ids=frozenset()))
+        return state.logits
 
-    bare = load_model(Recipe.load(str(run.recipe)).model)
-    setup = prepare_tokenizer(
-        load_tokenizer(Recipe.load(str(run.recipe)).model), Recipe.load(str(run.recipe)).chat, {0, 11}
-    )
-    apply_setup(bare, setup)
+    section = Recipe.load(str(run.recipe)).model
+    bare = load_model(section)
+    apply_setup(bare, prepare_tokenizer(load_tokenizer(section), ChatSection(), {0, 11}))
     base_side, tuned_side = split_talker(talker)
-    assert answer(base_side.model) == answer(bare) != answer(tuned_side.model)
-    assert answer(tuned_side.model) == answer(talker.model)  # the adapter is back on
+    before, after = scores(bare), scores(tuned_side.model)
+    assert (before - after).abs().max() > 0.1
+    torch.testing.assert_close(scores(base_side.model), before, rtol=1e-5, atol=1e-5)
+    assert torch.equal(scores(tuned_side.model), after)  # the adapter is back on
     with base_side.held():
-        assert answer(base_side.model) == answer(bare)
-    assert answer(talker.model) == answer(tuned_side.model)
+        torch.testing.assert_close(scores(base_side.model), before, rtol=1e-5, atol=1e-5)
+    assert torch.equal(scores(talker.model), after)
     assert talker.system == "be brief"
     assert talker.stop_ids == {11, talker.tokenizer.convert_tokens_to_ids("<|im_end|>")}
-    assert answer(load_talker(run.adapter).model) == answer(talker.model)
+    torch.testing.assert_close(scores(load_talker(run.adapter).model), after, rtol=1e-5, atol=1e-5)
     state = State()
     prefill(talker.model, prompt, state)
     layers = state.cache.layers
@@ -353,9 +355,34 @@ def test_loading_errors_say_what_to_do(tmp_path, base):
     (made.adapter / "tokenizer.json").write_text("{", encoding="utf-8")
     with pytest.raises(AdapterError, match="tokenizer"):
         load_talker(made)
-    with pytest.raises(DataError, match="no chat template") as missing:
-        open_session(base)
-    assert "--raw" in missing.value.hint
+
+
+def test_what_can_be_refused_is_refused_before_the_weights_are_read(base, run, tmp_path, monkeypatch):
+    monkeypatch.setattr("mamba_sft.talker.load_model", lambda _: pytest.fail("the weights were read"))
+    for call in (open_session, load_talker, lambda where: generate(where, "hello")):
+        with pytest.raises(DataError, match="no chat template") as caught:
+            call(base)
+        assert "--raw" in caught.value.hint
+    with pytest.raises(UsageError, match="no adapter to switch off"):
+        open_session(base, compare=True)
+    with pytest.raises(UsageError, match="no merged checkpoint"):
+        open_session(run, merged=True)
+
+
+def test_a_checkpoint_talks_before_its_run_has_finished(tmp_path, base):
+    made = make_run(tmp_path / "run", base, system="be brief")
+    finished = load_talker(made)
+    checkpoint = made.checkpoints / "checkpoint-5"
+    made.checkpoints.mkdir()
+    made.adapter.rename(checkpoint)
+    for name in ("base.json", "generation_config.json", "tokenizer.json"):
+        (checkpoint / name).unlink()
+    with pytest.raises(UsageError, match="no adapter yet") as caught:
+        load_talker(made)
+    assert "checkpoints" in caught.value.hint
+    found = load_talker(checkpoint)
+    assert (found.system, found.stop_ids) == ("be brief", finished.stop_ids)
+    assert generate(found, "hello", sampling=SHORT) == generate(finished, "hello", sampling=SHORT)
 
 
 # --- comparison
@@ -552,7 +579,7 @@ def test_generate_answers_texts_chats_and_files_alike(talker, run, tmp_path):
 
 
 def test_generate_raw_continues_a_base(base):
-    talker = load_talker(base)
+    talker = load_talker(base, needs_template=False)
     with pytest.raises(DataError, match="no chat template"):
         generate(talker, "hello")
     (answer,) = generate(talker, "hello world", raw=True, sampling=SHORT)
