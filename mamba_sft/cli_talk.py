@@ -49,11 +49,9 @@ def chat(
 
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
     where = _model_or_newest(model)
-    from mamba_sft.conversation import chat_loop, load_talker, open_session
+    from mamba_sft.conversation import chat_loop, open_session
 
-    session = open_session(
-        load_talker(where, merged=merged), compare=compare, sampling=sampling, system=system
-    )
+    session = open_session(where, compare=compare, merged=merged, sampling=sampling, system=system)
     chat_loop(session, out, _read_line)
 
 
@@ -86,13 +84,14 @@ def generate(
         )
     where = _model_or_newest(model)
     from mamba_sft.conversation import generate as answer
+    from mamba_sft.terminal import printable
 
     prompts: Path | list[str] = input_file if input_file is not None else prompt or []
     found = answer(where, prompts, output=output, sampling=sampling, system=system, raw=raw)
     if output is None:
         for one in found:
             if out.is_terminal:
-                out.print(one.text, markup=False)  # without control characters
+                out.print(printable(one.text), markup=False)
             else:
                 sys.stdout.write(one.text + "\n")
     else:

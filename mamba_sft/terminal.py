@@ -179,7 +179,7 @@ class _Columns:
         yield table
 
     def _column(self, console: Console, text: str, width: int) -> Group | Text:
-        shown = Text(_clean(text.strip("\n")))
+        shown = Text(printable(text.strip("\n")))
         if not self.tail:
             return shown
         return Group(*shown.wrap(console, width)[-(console.height - 3) :])
@@ -195,7 +195,7 @@ def _grid(columns: int) -> Table:
 def _write(console: Console, text: str) -> None:
     """Writes text as it is, cleaned of what would steer a terminal."""
     if console.is_terminal:
-        text = _clean(text)
+        text = printable(text)
     console.print(Text(text), end="", soft_wrap=True)
 
 
@@ -210,7 +210,8 @@ def _complain(console: Console, error: MambaSFTError) -> None:
         _note(console, error.hint)
 
 
-def _clean(text: str) -> str:
+def printable(text: str) -> str:
+    """Returns `text` without the control characters that would steer a terminal; rich lets escapes through."""
     return _CONTROL.sub("", text)
 
 
