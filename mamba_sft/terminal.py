@@ -211,7 +211,7 @@ def _complain(console: Console, error: MambaSFTError) -> None:
 
 
 def printable(text: str) -> str:
-    """Returns `text` without the control characters that would steer a terminal; rich lets escapes through."""
+    """Returns `text` without the control characters that would steer a terminal; rich keeps escapes."""
     return _CONTROL.sub("", text)
 
 
