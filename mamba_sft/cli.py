@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from mamba_sft import __version__, cli_talk
-from mamba_sft.cli_talk import err, out, run_or_newest
+from mamba_sft.cli_talk import err, out, quiet_loading, run_or_newest
 from mamba_sft.errors import MambaSFTError, UsageError
 
 if TYPE_CHECKING:
@@ -138,6 +138,7 @@ def train(
             f" all is well before the weights; without `--dry-run` this trains into {preparation.run.path}"
         )
         return
+    quiet_loading()
     bar = TrainingBar(err)
     try:
         run = fit(preparation, callbacks=[bar])
@@ -216,6 +217,7 @@ def merge(
     from mamba_sft.merging import merge as merge_run
     from mamba_sft.progress import StageBar
 
+    quiet_loading()
     with StageBar(err) as bar:
         report = merge_run(chosen, output=output, dtype=dtype, onto=onto, progress=bar.update)
     if as_json:

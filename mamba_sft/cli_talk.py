@@ -51,6 +51,7 @@ def chat(
     where = _model_or_newest(model)
     from mamba_sft.conversation import chat_loop, open_session
 
+    quiet_loading()
     session = open_session(where, compare=compare, merged=merged, sampling=sampling, system=system)
     chat_loop(session, out, _read_line)
 
@@ -86,6 +87,7 @@ def generate(
     from mamba_sft.conversation import generate as answer
     from mamba_sft.terminal import printable
 
+    quiet_loading()
     prompts: Path | list[str] = input_file if input_file is not None else prompt or []
     found = answer(where, prompts, output=output, sampling=sampling, system=system, raw=raw)
     if output is None:
@@ -96,6 +98,13 @@ def generate(
                 sys.stdout.write(one.text + "\n")
     else:
         err.print(f"{len(found)} answers: {output}")
+
+
+def quiet_loading() -> None:
+    """Turns off transformers' bar over tensors, which says little and draws over ours."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
 
 
 def _read_line(prompt: str) -> str:

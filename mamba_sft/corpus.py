@@ -41,8 +41,8 @@ def named_ids(config: Any) -> set[int]:
     return ids
 
 
-def as_trained(dataset: Dataset | None, data: DataSection, seed: int) -> Dataset | None:
-    """Returns the rows as the trainer takes them: packed when `data.packing` is on."""
+def as_trained(dataset: Dataset | None, data: DataSection, seed: int) -> Any:
+    """Returns the rows as the trainer takes them: packed when `data.packing` is on. None stays None."""
     if dataset is None or not data.packing or data.max_length is None:
         return dataset
     return pack(dataset, data.max_length, seed)

@@ -44,7 +44,9 @@ class MergedTensors:
         progress: Called after every block with the bytes produced so far.
     """
 
-    def __init__(self, plan: MergePlan, source: StoredTensors, progress: Callable[[int], None]):
+    def __init__(
+        self, plan: MergePlan, source: StoredTensors, progress: Callable[[int], None] = lambda done: None
+    ):
         self.plan, self.source, self.progress = plan, source, progress
         self.done = self.overflowed = 0
 
@@ -90,11 +92,11 @@ def write_companions(plan: MergePlan, directory: Path) -> None:
     (directory / "config.json").write_text(json.dumps(plan.config, indent=2) + "\n", encoding="utf-8")
     if (plan.base / INDEX_NAME).is_file():
         index = json.loads((plan.base / INDEX_NAME).read_text(encoding="utf-8"))
-        layouts = {layout.name: (file, layout) for file, shard in plan.shards.items() for layout in shard}
+        files = {layout.name: file for file, shard in plan.shards.items() for layout in shard}
         metadata = index.get("metadata", {}) | {"total_size": plan.nbytes}
         if "total_parameters" in metadata:
-            metadata["total_parameters"] = sum(prod(layout.shape) for _, layout in layouts.values())
-        index = {"metadata": metadata, "weight_map": {name: layouts[name][0] for name in sorted(layouts)}}
+            metadata["total_parameters"] = sum(prod(layout.shape) for layout in plan.layouts)
+        index = {"metadata": metadata, "weight_map": dict(sorted(files.items()))}
         (directory / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 

@@ -65,9 +65,14 @@ class MergePlan:
     shards: dict[str, list[Layout]]
 
     @property
+    def layouts(self) -> list[Layout]:
+        """All tensors of the merged model."""
+        return [layout for shard in self.shards.values() for layout in shard]
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tensors of the merged model."""
-        return sum(layout.nbytes for shard in self.shards.values() for layout in shard)
+        return sum(layout.nbytes for layout in self.layouts)
 
     @property
     def changed(self) -> int:

@@ -236,11 +236,10 @@ def _heldout_losses(plan: MergePlan, onto: str, directory: Path) -> tuple[dict[s
         batch_size = recipe.eval.per_device_eval_batch_size
         losses = {onto: heldout_loss(model, rows, collator, batch_size)}
         other = "dequantized" if onto == "base" else "base"
-        source = _source(plan, other)
-        for name in filter(quantizes, plan.entries):
-            weight = model.get_parameter(name).data
-            for start, block in source.blocks(name):
-                weight[start : start + len(block)] = plan.adapter.merge(name, block.float(), start)
+        tensors = MergedTensors(plan, _source(plan, other))
+        for layout in plan.layouts:
+            if quantizes(layout.name):
+                model.get_parameter(layout.name).data.copy_(torch.cat(list(tensors.blocks(layout))))
         losses[other] = heldout_loss(model, rows, collator, batch_size)
     except (MambaSFTError, torch.OutOfMemoryError) as error:  # the merge is good without them
         return {}, str(error)

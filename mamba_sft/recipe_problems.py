@@ -89,7 +89,7 @@ def _is_written(tree: Any, path: Keys) -> bool:
     for key in path:
         if isinstance(tree, dict) and key not in tree:
             return False
-        tree = tree[key] if isinstance(tree, dict | list) else None
+        tree = tree[key] if isinstance(tree, dict | list) else None  # type: ignore[index]
     return True
 
 

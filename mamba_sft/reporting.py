@@ -62,14 +62,17 @@ def loss_plot(metrics: list[dict[str, Any]]) -> str:
         right.set_ylabel("learning rate")
         right.set_ylim(bottom=0)
     lines = [line for ax in figure.axes for line in ax.get_lines()]
-    axes.legend(lines, [str(line.get_label()) for line in lines], frameon=False, loc="upper right")
+    labels = [str(line.get_label()) for line in lines]
+    figure.legend(lines, labels, frameon=False, loc="outside upper center", ncols=4, fontsize="small")
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None})
     svg = text.getvalue()
     return svg[svg.index("<svg") :]
 
 
-def _smooth(points: list[tuple[int, float]], weight: float = 0.9) -> list[tuple[int, float]]:
+def _smooth(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Exponential moving average over about a twentieth of the run."""
+    weight = max(0.0, 1 - 20 / len(points))
     smooth: list[tuple[int, float]] = []
     total = norm = 0.0
     for step, value in points:

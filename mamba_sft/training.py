@@ -143,6 +143,7 @@ def fit(preparation: Preparation, *, callbacks: Sequence[TrainerCallback] = ()) 
     recipe, run = preparation.recipe, preparation.run
     _start_directory(preparation)
     started = time.time()
+    logger.info("loading `%s`", recipe.model.base)
     set_seed(recipe.seed)  # before the adapter draws its first weights
     model = load_model(recipe.model)
     apply_setup(model, preparation.setup)
