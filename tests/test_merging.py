@@ -367,25 +367,30 @@ def test_dequantized_weights_are_the_trained_ones(tmp_path: Path, quantization: 
         assert torch.equal(source.whole(name), dequantize_module_weight(layer).float()), name
 
 
-@pytest.mark.parametrize("quantization", ["nf4", "int8"])
-def test_a_quantized_run_merges_either_way_and_reports_both_losses(tmp_path: Path, quantization: str) -> None:
-    made = make_run(tmp_path, model={"quantization": quantization}, validation=True)
+@pytest.mark.parametrize(
+    ("quantization", "base_dtype", "bound"),
+    # int8 also rounds activations when it runs, so no merged model gives its very logits
+    [("nf4", torch.float32, 1e-5), ("nf4", torch.bfloat16, 2e-2), ("int8", torch.float32, 2e-2)],
+)
+def test_a_quantized_run_merges_either_way_and_reports_both_losses(
+    tmp_path: Path, quantization: str, base_dtype: torch.dtype, bound: float
+) -> None:
+    made = make_run(tmp_path, base_dtype=base_dtype, model={"quantization": quantization}, validation=True)
     onto_base = merge(made.run)
     dequantized = merge(made.run, output=tmp_path / "dequantized", onto="dequantized")
-    assert dequantized.check.difference < 2e-6
+    assert dequantized.check.difference < (2e-6 if base_dtype == torch.float32 else 1e-2)
     far, near = (
         relative(merged_logits(path), made.logits()) for path in (made.run.merged, tmp_path / "dequantized")
     )
-    assert near < (1e-5 if quantization == "nf4" else 2e-2)  # int8 also rounds activations when it runs
+    assert near < bound
     assert far > near
     assert onto_base.losses.keys() == dequantized.losses.keys() == {"base", "dequantized"}
     for kind, loss in onto_base.losses.items():
         assert dequantized.losses[kind] == pytest.approx(loss, rel=1e-5), kind
     assert onto_base.losses["base"] != pytest.approx(onto_base.losses["dequantized"], rel=1e-6)
     rows, collator = merging._validation(Recipe.load(str(made.run.recipe)))
-    assert near > 1e-5 or heldout_loss(made.model, rows, collator, 1) == pytest.approx(
-        onto_base.losses["dequantized"], rel=1e-5
-    )
+    trained = heldout_loss(made.model, rows, collator, 1)
+    assert onto_base.losses["dequantized"] == pytest.approx(trained, rel=bound)
 
 
 def test_losses_that_cannot_be_measured_are_explained(tmp_path: Path) -> None:
