@@ -31,7 +31,7 @@ def make_checkpoint(output: Path, config: FalconMambaConfig, *, dtype: str, shar
     with torch.device("meta"):
         model = FalconMambaForCausalLM(config)
     layouts = [
-        Layout(name, dtype, tuple(value.shape), value.numel() * DTYPES[dtype].itemsize)
+        Layout(name, dtype, tuple(value.shape))
         for name, value in model.state_dict().items()
         if not (config.tie_word_embeddings and name == "lm_head.weight")
     ]

@@ -230,7 +230,7 @@ class MergeCheck:
                 hint="values may have overflowed float16; merge with `--dtype bfloat16`",
             )
         delta = actual - expected
-        kinds = {DTYPES[entry.dtype] for entry in self.merged.entries.values() if entry.dtype in DTYPES}
+        kinds = {DTYPES[entry.dtype] for entry in self.merged.entries.values()}
         result = CheckResult(
             rows=self.rows,
             prompt_tokens=tokens,

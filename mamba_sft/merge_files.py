@@ -68,8 +68,6 @@ class MergedTensors:
             yield adapter.merge(name, torch.zeros(layout.shape[0] - size[0], *size[1:]), size[0])
 
     def _rounded(self, rows: torch.Tensor, layout: Layout) -> torch.Tensor:
-        if layout.dtype not in DTYPES:
-            return rows
         rounded = rows.to(DTYPES[layout.dtype])
         if rounded.dtype == torch.float16 and rows.dtype != torch.float16:
             self.overflowed += int((torch.isinf(rounded) & torch.isfinite(rows)).sum())

@@ -6,7 +6,6 @@ import json
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +108,7 @@ def plan_merge(run: Run, output: Path, dtype: str | None) -> MergePlan:
     if config.get("tie_word_embeddings", True) and EMBEDDINGS in adapter.rows and HEAD in entries:
         adapter.rows.setdefault(HEAD, adapter.rows[EMBEDDINGS])  # one matrix, stored under both its names
     _check_fit(adapter, entries, facts)
-    shards = _lay_out(entries, adapter, facts, dtype)
+    shards = _lay_out(entries, facts, dtype)
     _check_complete(config, shards, base)
     plan = MergePlan(run, output, dtype, facts, adapter, base, entries, config, shards)
     _check_space(plan)
@@ -205,19 +204,16 @@ def _merged_config(config: dict[str, Any], own: Path, facts: BaseFacts, dtype: s
     return config
 
 
-def _lay_out(
-    entries: dict[str, TensorEntry], adapter: SavedAdapter, facts: BaseFacts, dtype: str | None
-) -> dict[str, list[Layout]]:
+def _lay_out(entries: dict[str, TensorEntry], facts: BaseFacts, dtype: str | None) -> dict[str, list[Layout]]:
     """The base's own files and order; only dtypes and the vocabulary's rows can differ."""
     shards: dict[str, list[Layout]] = {}
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].file, item[1].start)):
-        kind = _DTYPE_NAMES[dtype] if dtype and entry.dtype in DTYPES else entry.dtype
+        if entry.dtype not in DTYPES:
+            raise MergeError(f"`{name}` is stored as {entry.dtype}; merge handles {', '.join(DTYPES)}")
+        kind = _DTYPE_NAMES[dtype] if dtype else entry.dtype
         rows = facts.resize_to if name in VOCABULARY and facts.resize_to else None
         shape = (rows, *entry.shape[1:]) if rows else entry.shape
-        nbytes = prod(shape) * DTYPES[kind].itemsize if kind in DTYPES else entry.end - entry.start
-        if adapter.touches(name) and kind not in DTYPES:
-            raise MergeError(f"`{name}` is stored as {kind}, which nothing can be added to")
-        shards.setdefault(entry.file.name, []).append(Layout(name, kind, shape, nbytes))
+        shards.setdefault(entry.file.name, []).append(Layout(name, kind, shape))
     return shards
 
 

@@ -33,13 +33,16 @@ class Layout:
         name: Its name in the checkpoint.
         dtype: As safetensors names it, e.g. `BF16`.
         shape: Its dimensions.
-        nbytes: Bytes it takes.
     """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    nbytes: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it takes."""
+        return prod(self.shape) * int(DTYPES[self.dtype].itemsize)
 
 
 def row_blocks(shape: Sequence[int]) -> Iterator[tuple[int, int]]:
@@ -61,7 +64,7 @@ def read_rows(entry: TensorEntry, start: int = 0, stop: int | None = None) -> to
         stop: Row after the last; None reads to the end.
 
     Returns:
-        The rows, (stop - start, ...), in the file's dtype; types that are never computed with as raw bytes.
+        The rows, (stop - start, ...), in the file's dtype, one of `DTYPES`.
 
     Raises:
         ModelError: The file ended early.
@@ -80,8 +83,6 @@ def read_rows(entry: TensorEntry, start: int = 0, stop: int | None = None) -> to
                     f"`{entry.file}` ended early", hint="the file is cut short; download it again"
                 )
             view = view[count:]
-    if entry.dtype not in DTYPES:
-        return buffer
     shape = (stop - start, *entry.shape[1:]) if entry.shape else ()
     return buffer.view(DTYPES[entry.dtype]).view(shape)
 
@@ -118,7 +119,7 @@ def write_shard(
     Args:
         path: The file; replaced if it exists.
         tensors: What it holds, in order.
-        blocks: Yields a tensor's rows in order, already in its dtype (or as its raw bytes).
+        blocks: Yields a tensor's rows in order, already in its dtype.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0

@@ -330,6 +330,14 @@ def edit_base(made: Made, name: str, change: Any) -> None:
     edit_facts(made, fingerprint=base_fingerprint(made.base))
 
 
+def edit_base_dtype(made: Made, name: str, dtype: torch.dtype) -> None:
+    for path in made.base.glob("*.safetensors"):
+        tensors = load_file(path)
+        if name in tensors:
+            save_file(tensors | {name: tensors[name].to(dtype)}, path, metadata={"format": "pt"})
+    edit_facts(made, fingerprint=base_fingerprint(made.base))
+
+
 def edit_facts(made: Made, **changes: Any) -> None:
     path = made.run.adapter / "base.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes), encoding="utf-8")
@@ -508,6 +516,11 @@ FAULTS: dict[str, tuple[Any, type[MambaSFTError], str]] = {
         ),
         MergeError,
         "conv1d.weight",
+    ),
+    "a dtype that is not computed in": (
+        lambda made: edit_base_dtype(made, "backbone.norm_f.weight", torch.float64),
+        MergeError,
+        "stored as F64",
     ),
     "modules_to_save": (
         lambda made: edit_adapter_config(made, modules_to_save=["norm_f"]),
