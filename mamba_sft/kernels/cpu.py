@@ -11,7 +11,6 @@ import logging
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -169,7 +168,7 @@ def _scan_backward(
     du, ddt = torch.empty(2, batch, length, channels)
     dz = torch.empty(batch, length, channels) if z is not None else torch.empty(0)
     dA = torch.empty(batch, states, channels) if rate_wanted else torch.empty(batch, states, 0)
-    dB, dC = torch.zeros(2, groups, batch, length, states)
+    dB, dC = np.zeros((2, groups, batch, length, states), np.float32)
     dD, dbias = torch.empty(2, batch, channels)
     dinitial = torch.empty(batch, channels, states)
     rows = [_row_view(x) for x in (u, dt, u if z is None else z, dy)]
@@ -187,9 +186,13 @@ def _scan_backward(
         _dense(dfinal, dinitial.shape),
         rate_wanted,
         *(x.view(-1).numpy() for x in (du, ddt, dz)),
-        *(x.numpy() for x in (dA, dB, dC, dD, dbias, dinitial)),
+        dA.numpy(),
+        dB,
+        dC,
+        *(x.numpy() for x in (dD, dbias, dinitial)),
     )
-    return du, ddt, dA.sum(0).t(), dB.sum(0), dC.sum(0), dD.sum(0), dz, dbias.sum(0), dinitial
+    dB, dC = (torch.from_numpy(partial.sum(axis=0)) for partial in (dB, dC))
+    return du, ddt, dA.sum(0).t(), dB, dC, dD.sum(0), dz, dbias.sum(0), dinitial
 
 
 class Convolution(torch.autograd.Function):
@@ -302,19 +305,24 @@ def _begins(seq_idx: Tensor | None, x: Tensor, history: int) -> np.ndarray:
 
 
 def _run(loop: Callable[..., None], tasks: int, work: int, *arguments: Any) -> None:
-    """Run all tasks of a loop, in threads if there is enough work."""
+    """Run all tasks of a loop, with the help of threads if there is enough work."""
     if not loop.signatures:
         logger.info("compiling %s for this CPU, or loading it from numba's cache", loop.__name__)
     threads = min(torch.get_num_threads(), tasks) if work >= SMALL else 1
     if threads == 1:
         loop(0, tasks, *arguments)
         return
-    slices = min(tasks, 4 * threads)  # more slices than threads: other processes may hold up one of them
-    bounds = [tasks * i // slices for i in range(slices + 1)]
-    pool = _pool(os.getpid(), threads)
-    waiting = [pool.submit(loop, first, last, *arguments) for first, last in pairwise(bounds)]
-    for job in waiting:
-        job.result()
+    slices = min(tasks, 8 * threads)  # more slices than threads: something else may be holding up a core
+    remaining = iter([(tasks * i // slices, tasks * (i + 1) // slices) for i in range(slices)])
+
+    def work_off() -> None:
+        for first, last in remaining:
+            loop(first, last, *arguments)
+
+    helpers = [_pool(os.getpid(), threads).submit(work_off) for _ in range(threads - 1)]
+    work_off()
+    for helper in helpers:
+        helper.result()
 
 
 @functools.cache
