@@ -98,7 +98,6 @@ def options(
         logger.setLevel(logging.WARNING)
     if not verbose:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0")
         os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
         import warnings
 

@@ -53,6 +53,9 @@ def chat(
 
     quiet_loading()
     session = open_session(where, compare=compare, merged=merged, sampling=sampling, system=system)
+    sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
+    if sys.stdin.isatty():
+        import readline  # noqa: F401  # gives input() line editing and history
     chat_loop(session, out, _read_line)
 
 
@@ -85,11 +88,15 @@ def generate(
         )
     where = _model_or_newest(model)
     from mamba_sft.conversation import generate as answer
+    from mamba_sft.progress import StageBar
     from mamba_sft.terminal import printable
 
     quiet_loading()
     prompts: Path | list[str] = input_file if input_file is not None else prompt or []
-    found = answer(where, prompts, output=output, sampling=sampling, system=system, raw=raw)
+    with StageBar(err) as bar:
+        found = answer(
+            where, prompts, output=output, sampling=sampling, system=system, raw=raw, on_answer=bar.count
+        )
     if output is None:
         for one in found:
             if out.is_terminal:

@@ -176,3 +176,9 @@ class StageBar:
         if stage not in self.tasks:
             self.tasks[stage] = self.bar.add_task(stage, total=total)
         self.bar.update(self.tasks[stage], completed=done, total=total)
+
+    def count(self, number: int, answer: object) -> None:
+        """Counts one more answer; how many there will be is not known here."""
+        if "answers" not in self.tasks:
+            self.tasks["answers"] = self.bar.add_task("answers", total=None)
+        self.bar.advance(self.tasks["answers"])
