@@ -129,6 +129,8 @@ def _read_facts(path: Path) -> BaseFacts:
 def _check_output(output: Path, sources: Iterable[Path]) -> None:
     if any(output.resolve() == source.resolve() for source in sources):
         raise UsageError(f"`{output}` is what would be merged; the result needs a directory of its own")
+    if not output.name:
+        raise UsageError(f"`{output}` cannot be made anew", hint="give `--output` a directory by its name")
     if output.exists() and not output.is_dir():
         raise UsageError(f"`{output}` is a file", hint="give a directory with `--output`")
     if output.is_dir() and any(output.iterdir()) and not (output / REPORT_NAME).is_file():
