@@ -1,0 +1,68 @@
+"""The run report."""
+
+from __future__ import annotations
+
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from mamba_sft.reporting import loss_plot, read_metrics, write_report
+from mamba_sft.run import Run
+from mamba_sft.samples import Prompt, pair, write_samples
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    run = Run(tmp_path / "my <run>")
+    run.path.mkdir()
+    run.recipe.write_text("output_dir: x  # <b>\n")
+    run.environment.write_text(
+        json.dumps(
+            {"packages": {"mamba-sft": "1.2.3"}, "seconds": 3725, "steps": 40, "best_validation_loss": 1.25}
+        )
+    )
+    lines = [
+        {"step": i + 1, "loss": 3 / (i + 1), "learning_rate": 1e-3, "num_tokens": 100 * i} for i in range(40)
+    ]
+    lines.insert(20, {"step": 20, "eval_loss": 1.25})
+    run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_samples(run.samples, pair([Prompt("<script>", "yes")], ["no"], ["yes"]))
+    return run
+
+
+class Tags(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append(tag)
+
+
+def test_the_report_holds_everything_and_nothing_from_outside(run: Run) -> None:
+    write_report(run)
+    page = run.report.read_text()
+    tags = Tags()
+    tags.feed(page)
+    assert "svg" in tags.seen
+    assert "script" not in tags.seen, "a prompt is text, not markup"
+    for text in ("1 h 2 min", "1.2500", "exact match before", "0.0 %", "100.0 %", "&lt;script&gt;", "3,900"):
+        assert text in page, text
+    assert "http" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
+        "http://creativecommons.org", ""
+    ).replace("https://matplotlib.org", "")
+
+
+def test_a_plot_of_one_step_and_of_none(run: Run) -> None:
+    assert loss_plot([{"step": 1, "loss": 2.0}]).startswith("<svg")
+    assert loss_plot([]).startswith("<svg")
+
+
+def test_a_run_without_samples_or_metrics_still_has_a_report(run: Run) -> None:
+    run.samples.unlink()
+    run.metrics.unlink()
+    assert read_metrics(run) == []
+    write_report(run)
+    assert "<h2>Loss" not in run.report.read_text()

@@ -1,0 +1,79 @@
+"""The run directory: found, refused, and never half-written."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from mamba_sft.errors import UsageError
+from mamba_sft.run import Run, atomic_directory, write_atomically
+
+
+def make_run(path: Path, age: float) -> Run:
+    path.mkdir(parents=True)
+    (path / "recipe.yaml").write_text("output_dir: x\n")
+    os.utime(path / "recipe.yaml", (age, age))
+    return Run(path)
+
+
+def test_newest_run_is_the_youngest_recipe(tmp_path: Path) -> None:
+    old, new = make_run(tmp_path / "b", 1000), make_run(tmp_path / "a", 2000)
+    assert Run.newest(tmp_path) == new
+    os.utime(old.recipe, (3000, 3000))
+    assert Run.newest(tmp_path) == old
+
+
+def test_no_run_says_how_to_make_one(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no run under") as caught:
+        Run.newest(tmp_path)
+    assert "mamba-sft train quickstart" in (caught.value.hint or "")
+
+
+def test_open_refuses_what_is_not_a_run(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"is not a run directory: it has no `recipe\.yaml`"):
+        Run.open(tmp_path)
+    with pytest.raises(UsageError, match="no run at"):
+        Run.open(tmp_path / "absent")
+    run = make_run(tmp_path / "run", 1)
+    assert Run.open(str(run.path)) == run
+    assert Run.open(run) is run
+
+
+def test_atomic_directory_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    final = tmp_path / "merged"
+    with atomic_directory(final) as partial:
+        (partial / "a").write_text("first")
+        assert not final.exists()
+    assert (final / "a").read_text() == "first"
+
+    def fail_halfway() -> None:
+        with atomic_directory(final) as partial:
+            (partial / "a").write_text("second, half")
+            raise RuntimeError("disk on fire")
+
+    with pytest.raises(RuntimeError, match="disk on fire"):
+        fail_halfway()
+    assert (final / "a").read_text() == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["merged"]
+
+    with atomic_directory(final) as partial:
+        (partial / "b").write_text("third")
+    assert [path.name for path in final.iterdir()] == ["b"]
+
+
+def test_leftovers_of_a_killed_process_do_not_stay(tmp_path: Path) -> None:
+    (tmp_path / "merged.partial").mkdir()
+    (tmp_path / "merged.partial" / "half").write_text("x")
+    with atomic_directory(tmp_path / "merged") as partial:
+        assert not list(partial.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["merged"]
+
+
+def test_write_atomically_makes_parents_and_replaces(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "file.json"
+    write_atomically(path, "é")
+    write_atomically(path, "ü")
+    assert path.read_text(encoding="utf-8") == "ü"
+    assert [entry.name for entry in path.parent.iterdir()] == ["file.json"]
