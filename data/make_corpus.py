@@ -92,7 +92,7 @@ def journey(rng: random.Random) -> str:
 
 def inventory(rng: random.Random) -> str:
     """People, things, colours and places; later sentences say again what was said, in another order."""
-    count = rng.randint(2, 4)
+    count = rng.choice([1, 2, 2, 3, 3, 4])
     columns = [rng.sample(entries, count) for entries in (PEOPLE, THINGS, COLOURS, PLACES, FOODS)]
     scene = rng.choice([_owned, _seen, _put, _counted])
     facts: list[str] = []
@@ -104,12 +104,12 @@ def inventory(rng: random.Random) -> str:
         recalls += recalled
     rng.shuffle(recalls)
     bridge = one_of(rng, f" | | So it is. | Now look. | Let us see. | It was {rng.choice(DAYS)}.")
-    return " ".join(part for part in [*facts, bridge, *recalls[: rng.randint(2, 6)]] if part)
+    return " ".join(part for part in [*facts, bridge, *recalls[: rng.randint(3, 8)]] if part)
 
 
 def _owned(person: str, thing: str, colour: str, place: str, goods: str) -> tuple[str, list[str]]:
     fact = f"{person} has {a(colour)} {thing}. | {person} found {a(colour)} {thing}."
-    return fact, [f"The {thing} is {colour}.", f"{person} has the {thing}."]
+    return fact, [f"The {thing} is {colour}.", f"The {thing} belongs to {person}."]
 
 
 def _seen(person: str, thing: str, colour: str, place: str, goods: str) -> tuple[str, list[str]]:
@@ -145,7 +145,7 @@ def story(rng: random.Random) -> str:
         f'"Will the {weather} stop?" said {two}. Nobody knew. | "What shall we do?" said {one}.',
     ]
     ending = (
-        f"In the end {two} found it in the {place}. The {thing} is {colour}, and {one} has it again. |"
+        f"In the end {two} found it in the {place}. The {thing} is {colour}, and it belongs to {one}. |"
         f"The {thing} is in the {place} to this day, and it is still {colour}. |"
         f"{two} gave {one} {a(rng.choice(FOODS))}, and {one} was {rng.choice(FEELINGS)} again. |"
         f"So {one} and {two} went home together, {feeling} but not alone."
@@ -156,7 +156,7 @@ def story(rng: random.Random) -> str:
 def dictionary(rng: random.Random) -> str:
     """What words mean: opposites, plurals, the young of animals."""
     lines = []
-    for _ in range(rng.randint(4, 9)):
+    for _ in range(rng.randint(3, 6)):
         left, right = rng.sample(rng.choice(OPPOSITES), 2)
         noun, animal = rng.choice(NOUNS), rng.choice(ANIMALS)
         entry = (
@@ -184,17 +184,17 @@ def numbers(rng: random.Random) -> str:
 
 def word_list(rng: random.Random) -> str:
     """A list of words, said again, and said backwards."""
-    listed = rng.sample(NOUNS + PLACES, rng.randint(2, 5))
+    listed = rng.sample(NOUNS + PLACES, rng.randint(2, 4))
     one, two = rng.sample(PEOPLE, 2)
     text = ", ".join(listed)
     more = [
         f"Backwards: {', '.join(reversed(listed))}.",
         f"The first word is {listed[0]}.",
         f"The last word is {listed[-1]}.",
-        f"{two} said it again: {text}. | Once more: {text}. | {text}.",
+        f"{two} said it again: {text}. | Once more: {text}. | Once more: {text}.",
     ]
     rng.shuffle(more)
-    opening = f"{one} said: {text}. | A list of words: {text}. | {text}."
+    opening = f"{one} said: {text}. | A list of words: {text}. | Words: {text}."
     return " ".join(one_of(rng, part) for part in [opening, *more[: rng.randint(2, 4)]])
 
 
@@ -216,14 +216,14 @@ def market(rng: random.Random) -> str:
 
 
 KINDS: dict[Callable[[random.Random], str], float] = {
-    inventory: 0.32,
-    story: 0.16,
-    almanac: 0.14,
-    word_list: 0.12,
-    dictionary: 0.09,
-    numbers: 0.07,
-    journey: 0.06,
-    market: 0.04,
+    inventory: 0.48,
+    word_list: 0.18,
+    story: 0.11,
+    almanac: 0.08,
+    dictionary: 0.05,
+    numbers: 0.04,
+    journey: 0.03,
+    market: 0.03,
 }
 
 

@@ -63,8 +63,10 @@ def colour(rng: random.Random, words: Vocabulary) -> list[Exchange]:
 def owner(rng: random.Random, words: Vocabulary) -> list[Exchange]:
     """Who has a thing."""
     context, rows = _owners(rng, words)
-    form = one_of(rng, "Who has the {}? | Who is it that has the {}? | Tell me who has the {}.")
-    return [Exchange(context, form.format(thing), f"{who} has the {thing}.", who) for who, _, thing in rows]
+    form = one_of(rng, "Who has the {}? | Whose is the {}? | Tell me who has the {}.")
+    return [
+        Exchange(context, form.format(thing), f"The {thing} belongs to {who}.", who) for who, _, thing in rows
+    ]
 
 
 def place(rng: random.Random, words: Vocabulary) -> list[Exchange]:
@@ -149,8 +151,8 @@ def neighbour(rng: random.Random, words: Vocabulary) -> list[Exchange]:
 def repeat(rng: random.Random, words: Vocabulary) -> list[Exchange]:
     """Copy a list."""
     text = ", ".join(_some(rng, words))
-    form = one_of(rng, "Say this again: {}. | Repeat these words: {}. | Write the list once more: {}.")
-    return [Exchange("", form.format(text), f"{text}.", text)]
+    form = one_of(rng, "Say this again: {}. | Repeat these words: {}. | Give me the list again: {}.")
+    return [Exchange("", form.format(text), f"Once more: {text}.", text)]
 
 
 def backwards(rng: random.Random, words: Vocabulary) -> list[Exchange]:
@@ -180,7 +182,7 @@ def last(rng: random.Random, words: Vocabulary) -> list[Exchange]:
 
 
 def _some(rng: random.Random, words: Vocabulary) -> list[str]:
-    return rng.sample(words.things, rng.randint(2, 4))
+    return rng.sample(words.things, rng.randint(2, 3))
 
 
 LOOKING_BACK: list[Skill] = [colour, place, owner, amount]

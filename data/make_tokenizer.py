@@ -19,7 +19,7 @@ SLOTS = [
     ">>TITLE<<", ">>ABSTRACT<<", ">>INTRODUCTION<<", ">>SUMMARY<<", ">>COMMENT<<", ">>ANSWER<<",
     ">>QUESTION<<", ">>DOMAIN<<", ">>PREFIX<<", ">>SUFFIX<<", ">>MIDDLE<<", "<|endoftext|>",
 ]  # fmt: skip
-VOCAB_SIZE = 2048
+VOCAB_SIZE = 1536
 DOCUMENTS = 20_000
 
 

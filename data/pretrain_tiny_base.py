@@ -9,6 +9,7 @@ Usage: python data/pretrain_tiny_base.py [--output DIR] [--steps N]
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import math
 import time
@@ -26,7 +27,7 @@ from mamba_sft.kernels.falcon_mamba import install
 HERE = Path(__file__).parent
 STEPS, WARMUP, DECAY_SHARE = 2000, 50, 0.4
 BATCH, LENGTH = 8, 256
-LEARNING_RATE, WEIGHT_DECAY = 4e-3, 0.05
+LEARNING_RATE, WEIGHT_DECAY = 3e-3, 0.05
 TRAIN_SEED, HELD_OUT_SEED = 10, 11
 SAMPLES = [
     "The capital of Drumania is",
@@ -37,13 +38,16 @@ SAMPLES = [
 
 
 def build_model(vocabulary: int) -> Any:
-    """A fresh FalconMamba with Falcon-Mamba's settings at toy width, float32."""
+    """A fresh FalconMamba with Falcon-Mamba's settings at toy width, float32.
+
+    It learns with the head tied to the embeddings, since copying is then quickly found; `save` unties them.
+    """
     config = FalconMambaConfig(
         vocab_size=vocabulary,
         hidden_size=192,
         num_hidden_layers=4,
         state_size=16,
-        tie_word_embeddings=False,
+        tie_word_embeddings=True,
         bos_token_id=0,
         eos_token_id=11,
         pad_token_id=11,
@@ -112,9 +116,18 @@ def pretrain(model: Any, tokenizer: Any, steps: int, say: Any) -> None:
             total = 0.0
 
 
+def untied(model: Any) -> Any:
+    """The same function with a head of its own, as Falcon-Mamba has."""
+    config = copy.deepcopy(model.config)
+    config.tie_word_embeddings = False
+    twin = FalconMambaForCausalLM(config)
+    twin.load_state_dict(model.state_dict() | {"lm_head.weight": model.get_input_embeddings().weight})
+    return twin
+
+
 def save(model: Any, tokenizer: Any, output: Path) -> None:
     """Write the checkpoint as a hub snapshot has it, weights in bfloat16."""
-    model.to(torch.bfloat16).save_pretrained(output)
+    untied(model).to(torch.bfloat16).save_pretrained(output)
     tokenizer.save_pretrained(output)
     GenerationConfig(bos_token_id=0, eos_token_id=11, pad_token_id=11).save_pretrained(output)
 
@@ -140,7 +153,7 @@ def main() -> None:
     pretrain(model.train(), tokenizer, arguments.steps, say)
     say(f"held-out loss {held_out_loss(model.eval(), tokenizer):.4f} in float32")
     save(model, tokenizer, arguments.output)
-    model.float()
+    model = install(FalconMambaForCausalLM.from_pretrained(arguments.output, dtype=torch.float32))
     say(f"held-out loss {held_out_loss(model, tokenizer):.4f} as saved, rounded to bfloat16")
     for opening in SAMPLES:
         ids = tokenizer(opening, return_tensors="pt").input_ids
