@@ -212,8 +212,8 @@ def _attach(adapter: SavedAdapter, block: torch.nn.Module, layer: int) -> None:
     for name in ("layers", "backbone"):
         holder = torch.nn.ModuleDict({name: holder})
     with adapter_allowed(holder):
-        inject_adapter_in_model(config, holder)
-    result = set_peft_model_state_dict(holder, weights)
+        inject_adapter_in_model(config, holder, low_cpu_mem_usage=True)  # no start values: DoRA's are costly
+    result = set_peft_model_state_dict(holder, weights, low_cpu_mem_usage=True)
     if result.unexpected_keys:
         raise MergeError(f"PEFT does not know the adapter's tensor `{result.unexpected_keys[0]}`")
 
