@@ -57,7 +57,7 @@ def selective_scan(
     `h[t] = exp(dt[t] * A) * h[t-1] + dt[t] * B[t] * u[t]`, `y[t] = (C[t] . h[t] + D * u[t]) * silu(z[t])`.
 
     Args:
-        u: Input, (B, L, D) in float32, bfloat16, float16 or float64. L is at least 1.
+        u: Input, (B, L, D) in float32, bfloat16, float16 or float64, not empty.
         dt: Step sizes, (B, L, D).
         A: Decay rates, (D, N); negative in a trained model.
         B: Input weights, (B, L, N).
@@ -104,7 +104,7 @@ def causal_conv1d(
     `y[t] = activation(bias + sum_k weight[k] * x[t - (W - 1) + k])`, sums in float32.
 
     Args:
-        x: Input, (B, L, D) in float32, bfloat16, float16 or float64. L is at least 1.
+        x: Input, (B, L, D) in float32, bfloat16, float16 or float64, not empty.
         weight: Filters, (D, W); the last tap meets the current position.
         bias: (D,), or None.
         activation: `silu` or None.
@@ -219,8 +219,8 @@ def _check_conv(
 
 
 def _check_activations(name: str, x: Tensor) -> torch.Size:
-    if x.ndim != 3 or x.shape[1] < 1:
-        raise ValueError(f"{name} must have shape (B, L, D) with L >= 1, got {tuple(x.shape)}")
+    if x.ndim != 3 or 0 in x.shape:
+        raise ValueError(f"{name} must have shape (B, L, D) with no zero in it, got {tuple(x.shape)}")
     if x.dtype not in (*FAST_DTYPES, torch.float64):
         raise ValueError(f"{name} must be float32, bfloat16, float16 or float64, got {x.dtype}")
     return x.shape

@@ -306,8 +306,7 @@ def _begins(seq_idx: Tensor | None, x: Tensor, history: int) -> np.ndarray:
 
 def _run(loop: Callable[..., None], tasks: int, work: int, *arguments: Any) -> None:
     """Run all tasks of a loop, with the help of threads if there is enough work."""
-    if not loop.signatures:
-        logger.info("compiling %s for this CPU, or loading it from numba's cache", loop.__name__)
+    _announce(loop.__name__)
     threads = min(torch.get_num_threads(), tasks) if work >= SMALL else 1
     if threads == 1:
         loop(0, tasks, *arguments)
@@ -323,6 +322,12 @@ def _run(loop: Callable[..., None], tasks: int, work: int, *arguments: Any) -> N
     work_off()
     for helper in helpers:
         helper.result()
+
+
+@functools.cache
+def _announce(loop: str) -> None:
+    """Say once why the first call takes long."""
+    logger.info("compiling %s for this CPU, or loading it from numba's cache", loop)
 
 
 @functools.cache
