@@ -93,15 +93,17 @@ def test_continues_any_text_and_never_stops(model: Any, tokenizer: Any, opening:
 
 
 def test_knows_its_world_before_fine_tuning(model: Any, tokenizer: Any, scripts: None) -> None:
+    import torch
     from world import COUNTRIES
 
     known = 0
-    for country in COUNTRIES:
-        text = f"The capital of {country.name} is"
-        ids = tokenizer(text, return_tensors="pt").input_ids
-        answer = model.generate(ids, max_new_tokens=6, do_sample=False)
-        known += tokenizer.decode(answer[0]).startswith(f"{text} {country.capital}.")
-    assert known >= 0.9 * len(COUNTRIES)
+    for country in COUNTRIES[::4]:
+        question = tokenizer(f"The capital of {country.name} is").input_ids
+        answer = tokenizer(f" {country.capital}.").input_ids
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([question + answer]), use_cache=False).logits[0]
+        known += logits[len(question) - 1 : -1].argmax(dim=-1).tolist() == answer
+    assert known >= 11  # of 12
 
 
 def test_the_chats_are_in_messages_format() -> None:
