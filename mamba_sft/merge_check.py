@@ -9,8 +9,9 @@ is the rounding of the merged weights.
 from __future__ import annotations
 
 import json
+import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -128,8 +129,8 @@ class MergeCheck:
         for layer in range(self.config.num_hidden_layers):
             expected, actual = self._layer(layer, expected, actual)
             progress(layer + 1, self.config.num_hidden_layers)
-        expected, actual = self._head(self._norm(self.base, expected), self._norm(self.merged, actual))
-        return self._judge(expected, actual, len(ids))
+        logits = self._head(self._norm(self.base, expected), self._norm(self.merged, actual))
+        return self._judge(logits, len(ids))
 
     def _embed(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         name = EMBEDDINGS
@@ -172,16 +173,16 @@ class MergeCheck:
         norm.weight.data = source.whole("backbone.norm_f.weight")
         return norm(hidden)[0]
 
-    def _head(self, expected: torch.Tensor, actual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _head(
+        self, expected: torch.Tensor, actual: torch.Tensor
+    ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """Yields both models' logits for a block of tokens at a time: the first token, and (L, n) of each."""
         name = HEAD if HEAD in self.merged.entries else EMBEDDINGS
         if name == HEAD:
             self._check_vocabulary(name)
-        pieces = []
         for start, rows in self.merged.blocks(name):
             right = self._expected_rows(name, start, start + len(rows), torch.float32)
-            pieces.append((expected @ right.T, actual @ rows.float().T))
-        left, right = zip(*pieces, strict=True)
-        return torch.cat(left, 1), torch.cat(right, 1)
+            yield start, expected @ right.T, actual @ rows.float().T
 
     def _expected_rows(self, name: str, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
         """Rows of the embedding or the head as they should be; past the base's end they are the adapter's."""
@@ -223,21 +224,28 @@ class MergeCheck:
             )
         self.rows += len(expected) if expected.ndim else 1
 
-    def _judge(self, expected: torch.Tensor, actual: torch.Tensor, tokens: int) -> CheckResult:
-        if not (torch.isfinite(expected).all() and torch.isfinite(actual).all()):
+    def _judge(self, logits: Iterator[tuple[int, torch.Tensor, torch.Tensor]], tokens: int) -> CheckResult:
+        error = size = largest = 0.0
+        next_tokens: list[list[tuple[float, int]]] = [[], []]
+        for start, expected, actual in logits:
+            delta = actual - expected
+            error += delta.square().sum(dtype=torch.float64).item()
+            size += expected.square().sum(dtype=torch.float64).item()
+            largest = max(largest, delta.abs().max().item())
+            for best, values in zip(next_tokens, (expected[-1], actual[-1]), strict=True):
+                best.append((values.max().item(), start + int(values.argmax())))
+        if not math.isfinite(error + size):
             raise MergeError(
                 "the merged model's logits are not finite",
                 hint="values may have overflowed float16; merge with `--dtype bfloat16`",
             )
-        delta = actual - expected
-        kinds = {DTYPES[entry.dtype] for entry in self.merged.entries.values()}
         result = CheckResult(
             rows=self.rows,
             prompt_tokens=tokens,
-            difference=(delta.norm() / expected.norm()).item(),
-            largest_difference=delta.abs().max().item(),
-            tolerance=max(TOLERANCES[kind] for kind in kinds),
-            same_next_token=bool(expected[-1].argmax() == actual[-1].argmax()),
+            difference=(error / size) ** 0.5,
+            largest_difference=largest,
+            tolerance=max(TOLERANCES[DTYPES[entry.dtype]] for entry in self.merged.entries.values()),
+            same_next_token=max(next_tokens[0])[1] == max(next_tokens[1])[1],
         )
         if result.difference > result.tolerance:
             raise MergeError(

@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import subprocess
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -692,3 +693,17 @@ def test_blocks_of_rows_meet_without_a_seam(tmp_path: Path, monkeypatch: pytest.
     whole, pieces = weights(tmp_path / "whole"), weights(tmp_path / "pieces")
     for name, value in whole.items():
         torch.testing.assert_close(pieces[name], value, rtol=1e-6, atol=1e-7)
+
+
+def test_memory_stays_below_the_largest_tensor(tmp_path: Path) -> None:
+    # nearly all of it in two matrices of 67 MB, or 134 MB in float32
+    made = make_run(tmp_path, base_dtype=torch.bfloat16, config={"hidden_size": 512, "vocab_size": 65_536})
+    measure = (
+        "import sys, bitsandbytes, transformers.models.falcon_mamba, peft.mapping\n"
+        "from mamba_sft.merging import _peak_rss, merge\n"
+        "before = _peak_rss(); print(merge(sys.argv[1]).peak_rss - before)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", measure, str(made.run.path)], check=True, capture_output=True, text=True
+    )
+    assert int(done.stdout.split()[-1]) < 100 << 20
