@@ -96,8 +96,8 @@ def options(
     if os.environ.get("RANK", "0") != "0":  # one of several processes speaks
         out.quiet = err.quiet = True
         logger.setLevel(logging.WARNING)
-    # Threads that wait for work sleep instead of spinning. Spinning gains nothing measurable on an idle machine;
-    # with other programs about, it made a step of the quickstart five times slower.
+    # Waiting threads sleep instead of spinning. Spinning gains nothing measurable on an idle machine; with
+    # other programs about, it made a step of the quickstart five times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if not verbose:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
