@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -53,7 +54,8 @@ def chat(
 
     quiet_loading()
     session = open_session(where, compare=compare, merged=merged, sampling=sampling, system=system)
-    sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
+    if isinstance(sys.stdin, TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # a pipe may hold anything
     if sys.stdin.isatty():
         import readline  # noqa: F401  # gives input() line editing and history
     chat_loop(session, out, _read_line)
