@@ -306,7 +306,7 @@ def _begins(seq_idx: Tensor | None, x: Tensor, history: int) -> np.ndarray:
 
 def _run(loop: Callable[..., None], tasks: int, work: int, *arguments: Any) -> None:
     """Run all tasks of a loop, with the help of threads if there is enough work."""
-    _announce(loop.__name__)
+    _announce()
     threads = min(torch.get_num_threads(), tasks) if work >= SMALL else 1
     if threads == 1:
         loop(0, tasks, *arguments)
@@ -325,9 +325,9 @@ def _run(loop: Callable[..., None], tasks: int, work: int, *arguments: Any) -> N
 
 
 @functools.cache
-def _announce(loop: str) -> None:
-    """Say once why the first call takes long."""
-    logger.info("compiling %s for this CPU, or loading it from numba's cache", loop)
+def _announce() -> None:
+    """Say once why the first call may take long."""
+    logger.info("preparing the CPU kernels (compiled once, some 20 s; then read from numba's cache)")
 
 
 @functools.cache
