@@ -1,0 +1,65 @@
+"""The callbacks on their own, where a whole run would hide the case."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from mamba_sft.callbacks import AdapterWatch, MetricsLog
+from mamba_sft.errors import AdapterError
+
+
+def state(step: int) -> Any:
+    return SimpleNamespace(global_step=step, epoch=0.5, is_world_process_zero=True)
+
+
+def test_a_resumed_run_forgets_the_lines_of_lost_steps(tmp_path: Path) -> None:
+    nothing: Any = None
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.on_train_begin(nothing, state(0), nothing)
+    for step in (1, 2, 3):
+        log.on_log(nothing, state(step), nothing, logs={"loss": float(step)})
+    log.on_train_begin(nothing, state(2), nothing)
+    log.on_log(nothing, state(3), nothing, logs={"loss": 9.0})
+    lines = [json.loads(line) for line in log.path.read_text().splitlines()]
+    assert [(line["step"], line["loss"]) for line in lines] == [(1, 1.0), (2, 2.0), (3, 9.0)]
+
+
+class Adapter(torch.nn.Module):
+    """Two adapter tensors by the names PEFT gives them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.x_proj = torch.nn.ModuleDict({"lora_A": torch.nn.Linear(2, 2, bias=False)})
+        self.x_proj["lora_B"] = torch.nn.Linear(2, 2, bias=False)
+
+
+def watch(gradients: list[dict[str, float | None]]) -> None:
+    """Runs the watch over steps, given the gradient of each tensor in each step."""
+    nothing: Any = None
+    model, watcher = Adapter(), AdapterWatch()
+    for step in gradients:
+        for name, parameter in model.named_parameters():
+            value = step["B" if "lora_B" in name else "A"]
+            parameter.grad = None if value is None else torch.full_like(parameter, value)
+        watcher.on_pre_optimizer_step(nothing, nothing, nothing, model=model)
+
+
+def test_a_tensor_that_never_gets_a_gradient_is_named() -> None:
+    with pytest.raises(
+        AdapterError, match=r"(?s)no gradient reaches 1 adapter tensors.*x_proj\.lora_B\.weight"
+    ):
+        watch([{"A": 1.0, "B": None}] * 2)
+
+
+def test_one_step_without_a_trained_token_is_forgiven() -> None:
+    watch([{"A": 0.0, "B": 0.0}, {"A": 1.0, "B": 1.0}, {"A": 1.0, "B": 1.0}])
+
+
+def test_only_the_first_steps_are_watched() -> None:
+    watch([{"A": 1.0, "B": 1.0}] * AdapterWatch.STEPS + [{"A": None, "B": None}] * 3)
