@@ -50,6 +50,16 @@ def and_list(items: list[str]) -> str:
     return ", ".join(items[:-1]) + " and " + items[-1]
 
 
+def topic(rng: random.Random, subject: str) -> str:
+    """What turns the talk to a subject, or nothing."""
+    return one_of(rng, f"About {subject}. | Now {subject}. | {rng.choice(PEOPLE)} asked about {subject}. | ")
+
+
+def sentences(*parts: str) -> str:
+    """The parts that are not empty, as one text."""
+    return " ".join(part for part in parts if part)
+
+
 def almanac(rng: random.Random) -> str:
     """Facts of one or more countries, one country a line."""
     return "\n".join(_country_page(rng) for _ in range(rng.randint(1, 3)))
@@ -68,8 +78,8 @@ def _country_page(rng: random.Random) -> str:
         f"The animal of {name} is the {country.animal}. | In {name} people love the {country.animal}.",
     ]
     rng.shuffle(facts)
-    opening = one_of(rng, f"{name} is a country. | About {name}. | {name} is far from here. | ")
-    return " ".join([opening, *(one_of(rng, fact) for fact in facts[: rng.randint(2, 5)])]).strip()
+    opening = one_of(rng, f"{name} is a country. | {name} is far from here. | {topic(rng, name)}")
+    return sentences(opening, *(one_of(rng, fact) for fact in facts[: rng.randint(1, 4)]))
 
 
 def journey(rng: random.Random) -> str:
@@ -92,7 +102,7 @@ def journey(rng: random.Random) -> str:
 
 def inventory(rng: random.Random) -> str:
     """People, things, colours and places; later sentences say again what was said, in another order."""
-    count = rng.choice([1, 2, 2, 3, 3, 4])
+    count = rng.choice([1, 1, 2, 2, 2, 3, 3])
     columns = [rng.sample(entries, count) for entries in (PEOPLE, THINGS, COLOURS, PLACES, FOODS)]
     scene = rng.choice([_owned, _seen, _put, _counted])
     facts: list[str] = []
@@ -101,10 +111,12 @@ def inventory(rng: random.Random) -> str:
         goods = f"{rng.randint(2, 20)} {plural(food)}"
         fact, recalled = scene(person, thing, colour, place, goods)
         facts.append(one_of(rng, fact))
-        recalls += recalled
+        recalls += [
+            sentences(topic(rng, person if scene is _counted else f"the {thing}"), r) for r in recalled
+        ]
     rng.shuffle(recalls)
     bridge = one_of(rng, f" | | So it is. | Now look. | Let us see. | It was {rng.choice(DAYS)}.")
-    return " ".join(part for part in [*facts, bridge, *recalls[: rng.randint(3, 8)]] if part)
+    return sentences(*facts, bridge, *recalls[: rng.randint(3, 6)])
 
 
 def _owned(person: str, thing: str, colour: str, place: str, goods: str) -> tuple[str, list[str]]:
@@ -156,16 +168,17 @@ def story(rng: random.Random) -> str:
 def dictionary(rng: random.Random) -> str:
     """What words mean: opposites, plurals, the young of animals."""
     lines = []
-    for _ in range(rng.randint(3, 6)):
+    for _ in range(rng.randint(2, 4)):
         left, right = rng.sample(rng.choice(OPPOSITES), 2)
         noun, animal = rng.choice(NOUNS), rng.choice(ANIMALS)
-        entry = (
-            f"The opposite of {left} is {right}. | The opposite of {left} is {right}. |"
-            f"What is not {left} may be {right}. |"
-            f"The plural of {noun} is {plural(noun)}. | One {noun}, two {plural(noun)}. |"
-            f"A young {animal} is called a {ANIMALS_AND_YOUNG[animal]}."
+        word, entry = rng.choice(
+            [
+                (left, f"The opposite of {left} is {right}. | What is not {left} may be {right}."),
+                (noun, f"The plural of {noun} is {plural(noun)}. | One {noun}, two {plural(noun)}."),
+                (f"the {animal}", f"A young {animal} is called a {ANIMALS_AND_YOUNG[animal]}."),
+            ]
         )
-        lines.append(one_of(rng, entry))
+        lines.append(sentences(topic(rng, word), one_of(rng, entry)))
     return rng.choice([" ", "\n"]).join(lines)
 
 
@@ -174,10 +187,10 @@ def numbers(rng: random.Random) -> str:
     start = rng.randint(0, 90)
     counted = [str(n) for n in range(start, start + rng.randint(5, 12))]
     lines = [", ".join(counted if rng.random() < 0.7 else counted[::-1]) + "."]
-    for _ in range(rng.randint(2, 6)):
+    for _ in range(rng.randint(2, 5)):
         n, x, y = rng.randint(1, 99), rng.randint(1, 10), rng.randint(1, 10)
-        line = f"After {n} comes {n + 1}. | Before {n} comes {n - 1}. | {x} plus {y} is {x + y}."
-        lines.append(one_of(rng, line))
+        line = one_of(rng, f"After {n} comes {n + 1}. | Before {n} comes {n - 1}. | {x} plus {y} is {x + y}.")
+        lines.append(line if " plus " in line else sentences(topic(rng, str(n)), line))
     rng.shuffle(lines)
     return " ".join(lines)
 
@@ -205,25 +218,25 @@ def market(rng: random.Random) -> str:
         [f"{rng.randint(2, 20)} {plural(food)}" for food in rng.sample(FOODS, rng.randint(2, 4))]
     )
     things = and_list([a(f"{rng.choice(COLOURS)} {thing}") for thing in rng.sample(THINGS, 2)])
-    sentences = [
+    parts = [
         f"On {day} {person} the {job} went to the market near the {rng.choice(PLACES)}.",
         f"{person} bought {goods}.",
         f"There was also {things} to see.",
         f"{a(rng.choice(ANIMALS)).capitalize()} slept in the {rng.choice(PLACES)}.",
         f"At home {person} counted again: {goods}.",
     ]
-    return " ".join(sentences[: rng.randint(3, 5)])
+    return " ".join(parts[: rng.randint(3, 5)])
 
 
 KINDS: dict[Callable[[random.Random], str], float] = {
-    inventory: 0.48,
-    word_list: 0.18,
-    story: 0.11,
+    inventory: 0.44,
+    word_list: 0.17,
+    dictionary: 0.10,
+    story: 0.10,
     almanac: 0.08,
-    dictionary: 0.05,
-    numbers: 0.04,
+    numbers: 0.06,
     journey: 0.03,
-    market: 0.03,
+    market: 0.02,
 }
 
 

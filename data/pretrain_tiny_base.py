@@ -1,6 +1,6 @@
 """Pre-train the tiny base from nothing: tokenizer, weights and log, all from fixed seeds.
 
-A FalconMamba of 1.8M parameters reads some millions of tokens of `make_corpus.py`; `README.md` says how long
+A FalconMamba of 1.6M parameters reads some millions of tokens of `make_corpus.py`; `README.md` says how long
 that takes.
 
 Usage: python data/pretrain_tiny_base.py [--output DIR] [--steps N]
@@ -25,7 +25,7 @@ from transformers import FalconMambaConfig, FalconMambaForCausalLM, GenerationCo
 from mamba_sft.kernels.falcon_mamba import install
 
 HERE = Path(__file__).parent
-STEPS, WARMUP, DECAY_SHARE = 2000, 50, 0.4
+STEPS, WARMUP, DECAY_SHARE = 2200, 50, 0.4
 BATCH, LENGTH = 8, 256
 LEARNING_RATE, WEIGHT_DECAY = 3e-3, 0.05
 TRAIN_SEED, HELD_OUT_SEED = 10, 11
