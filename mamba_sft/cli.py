@@ -233,8 +233,8 @@ def merge(
 def _show_merge(report: MergeReport) -> None:
     check = report.check
     err.print(
-        f"{report.changed} of {report.tensors} tensors changed, {report.nbytes / 1e9:.2f} GB"
-        f" in {report.seconds:.1f} s, peak memory {report.peak_rss / 1e9:.2f} GB"
+        f"{report.changed} of {report.tensors} tensors changed, {_size(report.nbytes)}"
+        f" in {report.seconds:.1f} s, peak memory {_size(report.peak_rss)}"
     )
     same = "the same next token" if check.same_next_token else "another next token"
     err.print(
@@ -247,6 +247,10 @@ def _show_merge(report: MergeReport) -> None:
         err.print(f"validation loss merged onto {onto}: {loss:.4f}")
     if report.losses_note:
         err.print(f"validation losses not measured: {report.losses_note}")
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 @recipes_app.callback()
