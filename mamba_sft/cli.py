@@ -171,9 +171,9 @@ def _show_samples(run: Run, rows: int = 6) -> None:
         out.print(f"exact match on {count} held-out prompts: {before:.1%} before, {after:.1%} after")
 
 
-def _short(text: str, limit: int = 200) -> str:
-    text = text.strip()
-    return text if len(text) <= limit else text[: limit - 1] + "…"
+def _short(text: str, limit: int = 160) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
 @app.command()

@@ -32,7 +32,7 @@ class TrainingBar(TrainerCallback):
         self.console = console
         self.bar = Progress(
             TextColumn("[bold]training"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=None),
             MofNCompleteColumn(),
             TextColumn("loss {task.fields[loss]}"),
             TextColumn("[cyan]{task.fields[validation]}"),
@@ -42,6 +42,7 @@ class TrainingBar(TrainerCallback):
             TimeRemainingColumn(elapsed_when_finished=False),
             console=console,
             disable=not console.is_terminal,
+            expand=True,
         )
         self.task: TaskID | None = None
         self.loss, self.validation = "-", ""
