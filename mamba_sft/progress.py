@@ -37,7 +37,6 @@ class TrainingBar(TrainerCallback):
             TextColumn("loss {task.fields[loss]}"),
             TextColumn("[cyan]{task.fields[validation]}"),
             TextColumn("[green]{task.fields[rate]}"),
-            TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(elapsed_when_finished=False),
             console=console,
@@ -86,7 +85,7 @@ class TrainingBar(TrainerCallback):
         """Takes the newest losses and token count."""
         logs = logs or {}
         if "eval_loss" in logs:
-            self.validation = f"validation {logs['eval_loss']:.3f}"
+            self.validation = f"val {logs['eval_loss']:.3f}"
         if "loss" in logs:
             self.loss = f"{logs['loss']:.3f}"
             self._count(logs.get("num_tokens"))

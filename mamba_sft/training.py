@@ -269,7 +269,7 @@ def _save(
     facts = describe_environment() | {
         "seconds": round(seconds, 1),
         "steps": trainer.state.global_step,
-        "tokens": max((entry.get("num_tokens", 0) for entry in trainer.state.log_history), default=0),
+        "tokens": int(max((entry.get("num_tokens", 0) for entry in trainer.state.log_history), default=0)),
         "best_validation_loss": trainer.state.best_metric,
     }
     write_atomically(run.environment, json.dumps(facts, indent=2) + "\n")

@@ -36,7 +36,7 @@ def test_a_log_file_gets_about_twenty_lines() -> None:
     drive(Console(file=text, width=100), 200)
     lines = text.getvalue().splitlines()
     assert len(lines) == 20
-    assert lines[-1].startswith("step 200/200  loss 0.015  validation 1.500  ")
+    assert lines[-1].startswith("step 200/200  loss 0.015  val 1.500  ")
     assert "tokens/s" in lines[-1]
     assert lines[-1].endswith("0 s left")
 
@@ -45,7 +45,7 @@ def test_a_terminal_gets_one_line_with_everything() -> None:
     text = io.StringIO()
     drive(Console(file=text, force_terminal=True, width=140, color_system=None), 8)
     last = text.getvalue()
-    for part in ("training", "8/8", "loss 0.375", "validation 1.500", "tokens/s", "left"):
+    for part in ("training", "8/8", "loss 0.375", "val 1.500", "tokens/s", "left"):
         assert part in last
 
 
