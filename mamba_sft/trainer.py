@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import fields
 from difflib import get_close_matches
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -85,6 +86,7 @@ def trainer_arguments(recipe: Recipe, run: Run, *, has_validation: bool) -> SFTC
 
     Raises:
         RecipeError: `train.trainer_arguments` names a field TRL does not have.
+        TrainingError: A logger of `train.report_to` is not installed.
     """
     dtype = resolve_dtype(recipe.model)
     if dtype == torch.float16 and not torch.cuda.is_available():
@@ -92,6 +94,12 @@ def trainer_arguments(recipe: Recipe, run: Run, *, has_validation: bool) -> SFTC
             "`model.dtype: float16` trains on CUDA cards only",
             hint="use `float32` or `bfloat16` on a CPU: `model.dtype=float32`",
         )
+    for name in recipe.train.report_to:
+        if find_spec(name) is None:
+            raise TrainingError(
+                f"`train.report_to` names `{name}`, which is not installed",
+                hint=f"pip install 'mamba-sft[{name}]'",
+            )
     values = {
         "output_dir": str(run.checkpoints),
         "seed": recipe.seed,
