@@ -1,8 +1,8 @@
 """The quickstart's chat data and its held-out exact-match set, from fixed seeds.
 
 Nine small skills: some call up a fact from pre-training, some copy. Training questions draw on `SEEN`, the
-exact-match questions on `HELD_OUT` (see `world.py`): no thing, country, animal or pair of opposites that the
-held-out set asks about occurs in any training example.
+exact-match questions on `HELD_OUT` (see `world.py`): no thing, country or animal that the held-out set asks
+about occurs in any training example, and no training example asks for an opposite that it asks for.
 
 Usage: python data/make_quickstart.py [DIRECTORY]     default: data/
 """
