@@ -101,7 +101,6 @@ def options(
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if not verbose:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
         import warnings
 
         warnings.filterwarnings(

@@ -141,13 +141,13 @@ def train(
 def fit(preparation: Preparation, *, callbacks: Sequence[TrainerCallback] = ()) -> Run:
     """Loads the weights of a prepared run, trains, and writes the run directory. See `train`."""
     recipe, run = preparation.recipe, preparation.run
-    _start_directory(preparation)
     started = time.time()
     logger.info("loading `%s`", recipe.model.base)
     set_seed(recipe.seed)  # before the adapter draws its first weights
     model = load_model(recipe.model)
     apply_setup(model, preparation.setup)
     model = attach_adapter(model, recipe.adapter, trained_token_ids=preparation.setup.trained_token_ids)
+    _start_directory(preparation)  # an earlier run goes only when this one has all it needs
     interruption = Interruption()
     trainer = _build_trainer(preparation, model, interruption, callbacks)
     before = _answer(preparation, trainer, "before")

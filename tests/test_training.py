@@ -251,6 +251,14 @@ def test_an_existing_run_is_not_lost(recipe: Any) -> None:
     assert run.environment.stat().st_mtime_ns != before
 
 
+def test_overwrite_loses_nothing_when_the_new_run_cannot_start(recipe: Any) -> None:
+    run = train(recipe("train.max_steps=1"))
+    before = adapter(run)
+    with pytest.raises(AdapterError, match="q_proj"):
+        train(recipe("adapter.target_modules=[q_proj]"), overwrite=True)
+    assert adapter(run).keys() == before.keys()
+
+
 def test_a_foreign_directory_is_not_touched(recipe: Any, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").write_text("years of work")
