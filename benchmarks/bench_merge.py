@@ -103,6 +103,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--dora", action="store_true")
     parser.add_argument("--no-copy", action="store_true", help="leave the copy out")
     given = parser.parse_args(arguments)
+    if given.work:
+        Path(given.work).mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix="bench-merge-", dir=given.work))
     try:
         base = given.base or work / "base"
