@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 __all__ = ["backends", "causal_conv1d", "selective_scan"]
 
-BACKENDS = ("reference", "cpu", "triton")
+BACKENDS = {"reference": "reference", "cpu": "cpu", "triton": "triton_ops"}  # and the module that computes
 FAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -137,30 +137,36 @@ def _implementation(backend: str, x: Tensor) -> ModuleType:
         raise ValueError(f"backend must be auto, {', '.join(BACKENDS)}, got {backend!r}")
     elif (reason := _why_unavailable(backend)) is not None:
         raise RuntimeError(f"backend {backend!r} is unavailable: {reason}")
-    if backend == "cpu" and (x.device.type != "cpu" or x.dtype not in FAST_DTYPES):
+    device = _device_of(backend)
+    if device is not None and (x.device.type != device or x.dtype not in FAST_DTYPES):
         raise ValueError(
-            f"backend 'cpu' takes float32, bfloat16 or float16 on the CPU, got {x.dtype} on {x.device}; "
+            f"backend {backend!r} takes float32, bfloat16 or float16 on {device}, got {x.dtype} on {x.device}; "
             "backend='reference' takes any"
         )
-    return importlib.import_module(f"{__name__}.{backend}")
+    return importlib.import_module(f"{__name__}.{BACKENDS[backend]}")
 
 
 @functools.cache
 def _automatic(device_type: str, dtype: torch.dtype) -> str:
     """Pick the backend for `auto` and say so; cached, so each kind of tensor is spoken of once."""
-    if device_type == "cpu" and dtype in FAST_DTYPES:
-        reason = _why_unavailable("cpu")
-        if reason is None:
-            logger.info("scan and convolution: backend cpu (numba) for %s on %s", dtype, device_type)
-            return "cpu"
-        logger.warning("scan and convolution: backend reference, a slow Python loop; cpu: %s", reason)
-    elif dtype in FAST_DTYPES:
-        logger.warning(
-            "scan and convolution: backend reference, a slow Python loop, for %s on %s",
-            dtype,
-            device_type,
-        )
+    if dtype not in FAST_DTYPES:
+        return "reference"
+    fast = {"cpu": "cpu", "cuda": "triton"}.get(device_type)
+    reason = f"no fast kernels for {device_type}" if fast is None else _why_unavailable(fast)
+    if fast is not None and reason is None:
+        logger.info("scan and convolution: backend %s for %s on %s", fast, dtype, device_type)
+        return fast
+    logger.warning(
+        "scan and convolution: backend reference, a slow Python loop, for %s on %s: %s", dtype, device_type, reason
+    )
     return "reference"
+
+
+def _device_of(backend: str) -> str | None:
+    """Return the type of device whose tensors a backend takes, or None if it takes any."""
+    if backend == "triton":  # Triton's interpreter, which tests use, works on CPU tensors
+        return "cpu" if importlib.import_module("triton").knobs.runtime.interpret else "cuda"
+    return "cpu" if backend == "cpu" else None
 
 
 @functools.cache
@@ -176,7 +182,12 @@ def _why_unavailable(backend: str) -> str | None:
                 f"{error}; set NUMBA_CACHE_DIR to a directory that can be written, or use backend='reference'"
             )
     if backend == "triton":
-        return "this version of mamba_sft has no Triton kernels; use backend='auto', 'cpu' or 'reference'"
+        try:
+            importlib.import_module(f"{__name__}.triton_ops")
+        except ImportError as error:
+            return f"{error}; install it (pip install triton) or use backend='reference'"
+        if _device_of(backend) == "cuda" and not torch.cuda.is_available():
+            return "no CUDA device; use backend='auto', 'cpu' or 'reference'"
     return None
 
 

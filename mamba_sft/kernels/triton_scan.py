@@ -63,22 +63,28 @@ def reciprocal(x):
 @triton.jit
 def sigmoid(x):
     """1 / (1 + exp(-x))."""
-    return reciprocal(1.0 + exp2(-LOG2E * x))
+    return reciprocal(1.0 + exp2(x * -LOG2E))
 
 
 @triton.jit
 def softplus(x):
     """log(1 + exp(x)) to a few ulp for any x: log1p(e) = 2 atanh(e / (2 + e))."""
-    e = exp2(-LOG2E * tl.abs(x))
+    e = exp2(tl.abs(x) * -LOG2E)
     s = e * reciprocal(2.0 + e)
     q = s * s
-    return tl.maximum(x, 0.0) + 2.0 * (s + s * q * (((T4 * q + T3) * q + T2) * q + T1))
+    return tl.maximum(x, 0.0) + 2.0 * (s + s * q * (((q * T4 + T3) * q + T2) * q + T1))
 
 
 @triton.jit
 def load_row(pointer, mask):
     """Load one position of an activation as float32, zero outside the mask."""
     return tl.load(pointer, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def only_if(flag, mask):
+    """Narrow a mask to nothing unless a scalar flag is set (the interpreter cannot take `flag & mask`)."""
+    return tl.where(flag, mask, False)
 
 
 @triton.jit
@@ -92,10 +98,10 @@ def step_size(raw, shift, SOFTPLUS: tl.constexpr):
 
 
 @triton.jit
-def inside(at, size: tl.constexpr):
+def inside(at, size: tl.constexpr, BLOCK: tl.constexpr):
     """Which indices exist; a constant where all do, so that the mask costs nothing."""
-    if size % at.shape[0] == 0:
-        return tl.full(at.shape, True, tl.int1)
+    if size % BLOCK == 0:
+        return tl.full([BLOCK], 0, tl.int32) == 0
     else:
         return at < size
 
@@ -116,7 +122,7 @@ def forward(
     block, part, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     parts = tl.num_programs(1)
     at_d, at_n = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, STATES)
-    has_d, has_n = inside(at_d, channels), inside(at_n, N)
+    has_d, has_n = inside(at_d, channels, BLOCK), inside(at_n, N, STATES)
     at_state = at_n[:, None] * channels + at_d[None, :].to(tl.int64)
     has_state = has_n[:, None] & (at_d < channels)[None, :]
     first = part * segment
@@ -157,7 +163,7 @@ def forward(
                 saved += N * channels
         for now in range(t, stop):
             u_t, dt_t = next_u, step_size(next_dt, shift, SOFTPLUS)
-            more = has_d & (now + 1 < last)  # the next step is loaded while this one is computed
+            more = only_if(now + 1 < last, has_d)  # the next step is loaded while this one is computed
             u += u_row
             dt += dt_row
             next_u, next_dt = load_row(u + at_d, more), load_row(dt + at_d, more)
@@ -193,7 +199,7 @@ def segment_states(
     """
     block, part, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     at_d, at_n = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, STATES)
-    has_d, has_n = inside(at_d, channels), inside(at_n, N)
+    has_d, has_n = inside(at_d, channels, BLOCK), inside(at_n, N, STATES)
     at_state = at_n[:, None] * channels + at_d[None, :].to(tl.int64)
     has_state = has_n[:, None] & (at_d < channels)[None, :]
     first = part * segment
@@ -220,7 +226,7 @@ def segment_states(
             h = tl.where(tl.load(begins + row * length + t) == t, 0.0, h)
         for now in range(t, stop):
             u_t, dt_t = next_u, step_size(next_dt, shift, SOFTPLUS)
-            more = has_d & (now + 1 < last)
+            more = only_if(now + 1 < last, has_d)
             u += u_row
             dt += dt_row
             next_u, next_dt = load_row(u + at_d, more), load_row(dt + at_d, more)
@@ -236,15 +242,18 @@ def segment_states(
 
 @triton.jit(do_not_specialize=["length", "segment", "parts"], do_not_specialize_on_alignment=["A", "local"])
 def segment_gradients(
-    dt, z, dy, A, BC, bias, begins, local,
+    dt, z, dy, A, BC, bias, begins, local, total,
     dt_batch, z_batch, dy_batch, length, segment, parts,
     dt_row: tl.constexpr, z_row: tl.constexpr, dy_row: tl.constexpr,
     channels: tl.constexpr, N: tl.constexpr, STATES: tl.constexpr, BLOCK: tl.constexpr, SOFTPLUS: tl.constexpr,
 ):  # fmt: skip
-    """Find what each segment but the first adds to the gradient of the state before it: local (B, S, N, D)."""
+    """Find what each segment but the first adds to the gradient of the state before it: local (B, S, N, D).
+
+    And, as in `segment_states`, its sum of step sizes: total (B, S, D).
+    """
     block, part, row = tl.program_id(0), tl.program_id(1) + 1, tl.program_id(2).to(tl.int64)
     at_d, at_n = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, STATES)
-    has_d, has_n = inside(at_d, channels), inside(at_n, N)
+    has_d, has_n = inside(at_d, channels, BLOCK), inside(at_n, N, STATES)
     at_state = at_n[:, None] * channels + at_d[None, :].to(tl.int64)
     has_state = has_n[:, None] & (at_d < channels)[None, :]
     first = part * segment
@@ -255,6 +264,7 @@ def segment_gradients(
     if bias is not None:
         shift = load_row(bias + at_d, has_d)
     g = tl.zeros([STATES, BLOCK], tl.float32)
+    sum_dt = tl.zeros([BLOCK], tl.float32)
     end = (last - 1).to(tl.int64)
     dt += row * dt_batch + end * dt_row
     dy += row * dy_batch + end * dy_row
@@ -273,7 +283,7 @@ def segment_gradients(
             begin = tl.maximum(begin, first)
         for back in range(0, t - begin):
             dt_t, out = step_size(next_dt, shift, SOFTPLUS), next_dy
-            more = has_d & (t - back - 1 > first)
+            more = only_if(t - back - 1 > first, has_d)
             dt -= dt_row
             dy -= dy_row
             next_dt, next_dy = load_row(dt + at_d, more), load_row(dy + at_d, more)
@@ -284,11 +294,13 @@ def segment_gradients(
                 z -= z_row
                 out *= z_t * sigmoid(z_t)
             g = exp2(dt_t[None, :] * rate) * (g + out[None, :] * c[:, None])
+            sum_dt += dt_t
         if begins is not None:
             g = tl.where(fresh, 0.0, g)
         t = begin
 
     tl.store(local + (row * parts + part) * N * channels + at_state, g, mask=has_state)
+    tl.store(total + (row * parts + part) * channels + at_d, sum_dt, mask=at_d < channels)
 
 
 @triton.jit(do_not_specialize=["length", "segment", "parts"])
@@ -330,7 +342,7 @@ def there_and_back(
     u, dt, z, dy, BC, du, ddt, dz, dBC, rate, skip, shift, has_d, has_n,
     STEP: tl.constexpr, WINDOW: tl.constexpr,
     u_row: tl.constexpr, dt_row: tl.constexpr, z_row: tl.constexpr, dy_row: tl.constexpr,
-    channels: tl.constexpr, N: tl.constexpr, SOFTPLUS: tl.constexpr, RATE_WANTED: tl.constexpr,
+    channels: tl.constexpr, N: tl.constexpr, STATES: tl.constexpr, SOFTPLUS: tl.constexpr, RATE_WANTED: tl.constexpr,
 ):  # fmt: skip
     """Take step STEP of a window, the rest of the window in a call of this function, and the step back.
 
@@ -338,8 +350,8 @@ def there_and_back(
     `before`. From `count` on steps do not exist: their size is 0, which leaves the state alone. What is cheap
     to load or compute again is, since the decays and states of a window nearly fill the registers.
     """
-    live_d, live_n = has_d & (STEP < count), has_n & (STEP < count)
-    at_n = tl.arange(0, before.shape[0])
+    live_d, live_n = only_if(STEP < count, has_d), only_if(STEP < count, has_n)
+    at_n = tl.arange(0, STATES)
     u_t = load_row(u + STEP * u_row, live_d)
     dt_t = tl.where(STEP < count, step_size(load_row(dt + STEP * dt_row, live_d), shift, SOFTPLUS), 0.0)
     inflow = dt_t * u_t
@@ -350,7 +362,7 @@ def there_and_back(
         g, rate_sum, skip_sum, bias_sum = there_and_back(
             count, kept + inflow[None, :] * b[:, None], g, rate_sum, skip_sum, bias_sum,
             u, dt, z, dy, BC, du, ddt, dz, dBC, rate, skip, shift, has_d, has_n,
-            STEP + 1, WINDOW, u_row, dt_row, z_row, dy_row, channels, N, SOFTPLUS, RATE_WANTED,
+            STEP + 1, WINDOW, u_row, dt_row, z_row, dy_row, channels, N, STATES, SOFTPLUS, RATE_WANTED,
         )  # fmt: skip
 
     b = tl.load(BC + STEP * 2 * N + at_n, mask=live_n, other=0.0)
@@ -376,14 +388,14 @@ def there_and_back(
         by_u += skip * out
     tl.store(du + STEP * channels, by_u, mask=live_d)
     u_t = load_row(u + STEP * u_row, live_d)
-    by_dt = u_t * by_input + LN2 * by_rate
+    by_dt = u_t * by_input + by_rate * LN2
     if SOFTPLUS:
         raw = load_row(dt + STEP * dt_row, live_d)
         if shift is not None:
             raw += shift
         by_dt *= sigmoid(raw)
     tl.store(ddt + STEP * channels, by_dt, mask=live_d)
-    return g * decay, rate_sum, skip_sum + out * u_t, bias_sum + by_dt
+    return g * decay, rate_sum, skip_sum + out * u_t, bias_sum + tl.where(live_d, by_dt, 0.0)
 
 
 @triton.jit(do_not_specialize=["length", "segment"])
@@ -408,7 +420,7 @@ def backward(
     block, part, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     blocks, parts, rows = tl.num_programs(0), tl.num_programs(1), tl.num_programs(2)
     at_d, at_n = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, STATES)
-    has_d, has_n = inside(at_d, channels), inside(at_n, N)
+    has_d, has_n = inside(at_d, channels, BLOCK), inside(at_n, N, STATES)
     at_state = at_n[:, None] * channels + at_d[None, :].to(tl.int64)
     has_state = has_n[:, None] & has_d[None, :]
     at_slot = at_n[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
@@ -459,23 +471,23 @@ def backward(
                 end = tl.minimum(end, tl.load(stops + t))
                 fresh = tl.load(begins + t) == t
                 h = tl.where(fresh, 0.0, h)
-                tl.store(slot, h, mask=fresh == 0)
+                tl.store(slot, h, mask=only_if(fresh == 0, at_slot >= 0))
             else:
                 tl.store(slot, h)
             at = t.to(tl.int64)
             for step in tl.static_range(WINDOW):
                 live = t + step < end
-                u_t = load_row(u + (at + step) * u_row, has_d & live)
-                dt_t = step_size(load_row(dt + (at + step) * dt_row, has_d & live), shift, SOFTPLUS)
+                u_t = load_row(u + (at + step) * u_row, only_if(live, has_d))
+                dt_t = step_size(load_row(dt + (at + step) * dt_row, only_if(live, has_d)), shift, SOFTPLUS)
                 dt_t = tl.where(live, dt_t, 0.0)
-                b = tl.load(BC + (at + step) * 2 * N + at_n, mask=has_n & live, other=0.0)
+                b = tl.load(BC + (at + step) * 2 * N + at_n, mask=only_if(live, has_n), other=0.0)
                 h = exp2(dt_t[None, :] * rate) * h + (dt_t * u_t)[None, :] * b[:, None]
                 if z is not None:
-                    c = tl.load(BC + (at + step) * 2 * N + N + at_n, mask=has_n & live, other=0.0)
+                    c = tl.load(BC + (at + step) * 2 * N + N + at_n, mask=only_if(live, has_n), other=0.0)
                     y_t = tl.sum(h * c[:, None], axis=0)
                     if skip is not None:
                         y_t += skip * u_t
-                    tl.store(dz + (at + step) * channels, y_t, mask=has_d & live)
+                    tl.store(dz + (at + step) * channels, y_t, mask=only_if(live, has_d))
             t = end
         tl.debug_barrier()  # what one thread wrote, another may read
 
@@ -489,7 +501,7 @@ def backward(
             fresh = False
             if begins is not None:
                 fresh = tl.load(begins + t) == t
-                h = tl.load(slot, mask=fresh == 0, other=0.0)
+                h = tl.load(slot, mask=only_if(fresh == 0, at_slot >= 0), other=0.0)
             else:
                 h = tl.load(slot)
             at = t.to(tl.int64)
@@ -500,7 +512,7 @@ def backward(
                 end - t, h, g, rate_sum, skip_sum, bias_sum,
                 u + at * u_row, dt + at * dt_row, z_t, dy + at * dy_row, BC + at * 2 * N,
                 du + at * channels, ddt + at * channels, dz_t, dBC + at * 2 * N, rate, skip, shift, has_d, has_n,
-                0, WINDOW, u_row, dt_row, z_row, dy_row, channels, N, SOFTPLUS, dA is not None,
+                0, WINDOW, u_row, dt_row, z_row, dy_row, channels, N, STATES, SOFTPLUS, dA is not None,
             )  # fmt: skip
             if begins is not None:
                 g = tl.where(fresh, 0.0, g)
