@@ -140,8 +140,8 @@ def _implementation(backend: str, x: Tensor) -> ModuleType:
     device = _device_of(backend)
     if device is not None and (x.device.type != device or x.dtype not in FAST_DTYPES):
         raise ValueError(
-            f"backend {backend!r} takes float32, bfloat16 or float16 on {device}, got {x.dtype} on {x.device}; "
-            "backend='reference' takes any"
+            f"backend {backend!r} takes float32, bfloat16 or float16 on {device}, "
+            f"got {x.dtype} on {x.device}; backend='reference' takes any"
         )
     return importlib.import_module(f"{__name__}.{BACKENDS[backend]}")
 
@@ -157,7 +157,10 @@ def _automatic(device_type: str, dtype: torch.dtype) -> str:
         logger.info("scan and convolution: backend %s for %s on %s", fast, dtype, device_type)
         return fast
     logger.warning(
-        "scan and convolution: backend reference, a slow Python loop, for %s on %s: %s", dtype, device_type, reason
+        "scan and convolution: backend reference, a slow Python loop, for %s on %s: %s",
+        dtype,
+        device_type,
+        reason,
     )
     return "reference"
 

@@ -1,8 +1,8 @@
 """The causal convolution in Triton, forward and backward; `triton_ops.py` launches these kernels.
 
-A program owns a block of channels and a span of one row. It walks along the span with the inputs that the filter
-covers in registers, so every activation is read once (and W - 1 more at the edge of each span): the memory is
-what limits this operation. `begins` is what it is in `triton_scan.py`.
+A program owns a block of channels and a span of one row. It walks along the span with the inputs that the
+filter covers in registers, so every activation is read once (and W - 1 more at the edge of each span): the
+memory is what limits this operation. `begins` is what it is in `triton_scan.py`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mamba_sft.kernels.triton_scan import load_row, only_if, sigmoid
+from mamba_sft.kernels.triton_math import load_row, only_if, sigmoid
 
 UNROLL = tl.constexpr(4)  # positions loaded together, so that their latencies overlap
 
@@ -20,7 +20,9 @@ def load_input(x, past, t, low, has_d, at_d, row: tl.constexpr, channels: tl.con
     """Load the input at position t, or what came before the row, or zero before position `low`."""
     here = load_row(x + t * row + at_d, only_if((t >= 0) & (t >= low), has_d))
     if past is not None:
-        here += load_row(past + (t + W - 1) * channels + at_d, only_if((t < 0) & (t >= 1 - W) & (low < 0), has_d))
+        here += load_row(
+            past + (t + W - 1) * channels + at_d, only_if((t < 0) & (t >= 1 - W) & (low < 0), has_d)
+        )
     return here
 
 
@@ -31,7 +33,8 @@ def forward(
 ):  # fmt: skip
     """Convolve one span; program (block of channels, span, row).
 
-    x, y (B, L, D); weight (W, D); bias (D,) or None; past, the W - 1 inputs before the row, (B, W - 1, D) or None.
+    x, y (B, L, D); weight (W, D); bias (D,) or None; past, the W - 1 inputs before the row, (B, W - 1, D)
+    or None.
     """
     at_d, row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(2).to(tl.int64)
     has_d = at_d < channels
@@ -84,8 +87,8 @@ def backward(
 ):  # fmt: skip
     """Walk back along one span, from W - 1 positions behind it, whose outputs saw its inputs.
 
-    dx (B, L, D); dpast (B, W - 1, D) float32 or None; dweight (B, spans, W, D) and dbias (B, spans, D) float32 or None,
-    the sums over each span.
+    dx (B, L, D); dpast (B, W - 1, D) float32 or None; dweight (B, spans, W, D) and dbias (B, spans, D)
+    float32 or None, the sums over each span.
     """
     at_d, row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(2).to(tl.int64)
     has_d = at_d < channels

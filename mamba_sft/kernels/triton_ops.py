@@ -1,7 +1,7 @@
 """The `triton` backend: launches the kernels of `triton_scan.py` and `triton_conv.py` as autograd functions.
 
-Inputs may be float32, bfloat16 or float16; everything inside is float32. Nothing is compiled until a shape is first used,
-and then once: Triton keeps what it compiled on disk.
+Inputs may be float32, bfloat16 or float16; everything inside is float32. Nothing is compiled until a shape
+is first used, and then once: Triton keeps what it compiled on disk.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mamba_sft.kernels import triton_conv, triton_scan
+from mamba_sft.kernels import triton_conv, triton_math, triton_scan
 from mamba_sft.kernels.reference import sequence_starts
 from mamba_sft.kernels.triton_scan import CHUNK
 
@@ -22,7 +22,10 @@ INTERPRETED = triton.knobs.runtime.interpret
 MAX_STATES = 64  # the largest N
 FORWARD_TILE, BACKWARD_TILE = 1024, 512  # states times channels of a warp: 32 and 16 per thread
 FORWARD_CHANNELS, BACKWARD_CHANNELS, CONV_CHANNELS = 64, 32, 128  # the most channels of a program
-RESIDENT, WAVES = 8, 2  # programs of the backward that a multiprocessor's registers hold; how often to fill the card
+RESIDENT, WAVES = (
+    8,
+    2,
+)  # programs of the backward that a multiprocessor's registers hold; how often to fill the card
 MIN_SEGMENT = 4 * CHUNK.value  # a shorter one costs more in joining than it brings
 SPAN = 128  # positions per program of the convolution
 COMPILE = {"num_warps": 1, "num_stages": 1, "enable_fp_fusion": True}
@@ -79,9 +82,9 @@ def causal_conv1d(
 
 
 def sequence_boundaries(seq_idx: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """Return `stops` and `begins`, (B, L) int32: where the next sequence begins (or L), and where this one did.
+    """Return `stops` and `begins`, (B, L) int32: where the next sequence begins, and where this one did.
 
-    The sequence that continues what came before the row has begun at -1.
+    Behind the last sequence that is L; the one that continues what came before the row has begun at -1.
     """
     starts = sequence_starts(seq_idx)
     if starts is None:
@@ -147,7 +150,7 @@ def _scan_forward(
     final = torch.empty(batch, N, channels, **new)
     y = torch.empty(batch, length, channels, dtype=u.dtype, device=u.device)
     entry = None if initial_state is None else initial_state.detach().float().transpose(1, 2).contiguous()
-    shape = {"channels": channels, "N": N, **_tile(N, FORWARD_TILE, FORWARD_CHANNELS)}
+    shape = {"channels": channels, "N": N, **tile(N, FORWARD_TILE, FORWARD_CHANNELS)}
     blocks = triton.cdiv(channels, shape["BLOCK"])
 
     with _on(u):
@@ -160,13 +163,25 @@ def _scan_forward(
                 SOFTPLUS=dt_softplus, **shape, **COMPILE,
             )  # fmt: skip
             triton_scan.connect[(blocks, batch)](
-                rates, begins, entry, local, total, joined, length, segment, parts, REVERSE=False, **shape, **COMPILE
+                rates,
+                begins,
+                entry,
+                local,
+                total,
+                joined,
+                length,
+                segment,
+                parts,
+                REVERSE=False,
+                **shape,
+                **COMPILE,
             )
             entry = joined
         triton_scan.forward[(blocks, parts, batch)](
             u, dt, z, rates, BC, D, dt_bias, stops, begins, entry, y, saved, final,
             u.stride(0), dt.stride(0), 0 if z is None else z.stride(0), length, segment,
-            u.stride(1), dt.stride(1), 0 if z is None else z.stride(1), SOFTPLUS=dt_softplus, **shape, **COMPILE,
+            u.stride(1), dt.stride(1), 0 if z is None else z.stride(1),
+            SOFTPLUS=dt_softplus, **shape, **COMPILE,
         )  # fmt: skip
     return y.to(dtype), final.transpose(1, 2), saved
 
@@ -197,37 +212,52 @@ def _scan_backward(
     new = {"dtype": torch.float32, "device": u.device}
     later = None if dfinal is None else dfinal.float().transpose(1, 2).contiguous()
     z_strides = (0, 0) if z is None else (z.stride(0), z.stride(1))
-    du, ddt, dz = (None if x is None else torch.empty(u.shape, dtype=x.dtype, device=x.device) for x in (u, dt, z))
+    du, ddt, dz = (
+        None if x is None else torch.empty(u.shape, dtype=x.dtype, device=x.device) for x in (u, dt, z)
+    )
     per_segment = torch.empty(2, batch, parts, N, channels, **new)
     earlier, dA = per_segment[0], per_segment[1] if wanted[0] else None
     dD, dbias = (torch.empty(batch, parts, channels, **new) if want else None for want in wanted[1:])
 
     with _on(u):
         if parts > 1:
-            shape = {"channels": channels, "N": N, **_tile(N, FORWARD_TILE, FORWARD_CHANNELS)}
+            shape = {"channels": channels, "N": N, **tile(N, FORWARD_TILE, FORWARD_CHANNELS)}
             blocks = triton.cdiv(channels, shape["BLOCK"])
             local, joined = torch.empty(2, batch, parts, N, channels, **new)
             total = torch.empty(batch, parts, channels, **new)
             triton_scan.segment_gradients[(blocks, parts - 1, batch)](
                 dt, z, dy, rates, BC, dt_bias, begins, local, total,
-                dt.stride(0), z_strides[0], dy.stride(0), length, segment, parts, dt.stride(1), z_strides[1], dy.stride(1),
+                dt.stride(0), z_strides[0], dy.stride(0), length, segment, parts,
+                dt.stride(1), z_strides[1], dy.stride(1),
                 SOFTPLUS=dt_softplus, **shape, **COMPILE,
             )  # fmt: skip
             triton_scan.connect[(blocks, batch)](
-                rates, begins, later, local, total, joined, length, segment, parts, REVERSE=True, **shape, **COMPILE
+                rates,
+                begins,
+                later,
+                local,
+                total,
+                joined,
+                length,
+                segment,
+                parts,
+                REVERSE=True,
+                **shape,
+                **COMPILE,
             )
             later = joined
 
-        shape = {"channels": channels, "N": N, **_tile(N, BACKWARD_TILE, BACKWARD_CHANNELS)}
-        blocks, window = triton.cdiv(channels, shape["BLOCK"]), _window(u, wanted[0])
-        slots = triton.cdiv(CHUNK.value, window)
+        shape = {"channels": channels, "N": N, **tile(N, BACKWARD_TILE, BACKWARD_CHANNELS)}
+        blocks, steps = triton.cdiv(channels, shape["BLOCK"]), window(_capability(u), N, wanted[0])
+        slots = triton.cdiv(CHUNK.value, steps)
         scratch = torch.empty(batch * parts * blocks, slots, shape["STATES"], shape["BLOCK"], **new)
         dBC = torch.empty(blocks, batch, length, 2 * N, **new)
         triton_scan.backward[(blocks, parts, batch)](
             u, dt, z, dy, rates, BC, D, dt_bias, stops, begins, saved, later, scratch,
             du, ddt, dz, dBC, dA, dD, dbias, earlier,
             u.stride(0), dt.stride(0), z_strides[0], dy.stride(0), length, segment,
-            u.stride(1), dt.stride(1), z_strides[1], dy.stride(1), SOFTPLUS=dt_softplus, WINDOW=window, **shape, **COMPILE,
+            u.stride(1), dt.stride(1), z_strides[1], dy.stride(1),
+            SOFTPLUS=dt_softplus, WINDOW=steps, **shape, **COMPILE,
         )  # fmt: skip
     dB, dC = dBC.sum(0).split(N, dim=-1)
     dA = None if dA is None else dA.sum((0, 1)).t()
@@ -298,7 +328,7 @@ def _rows(x: Tensor | None) -> Tensor | None:
     if x is None:
         return None
     x = x.detach()
-    if x.dtype == torch.bfloat16 and x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0):
+    if x.dtype == torch.bfloat16 and _capability(x) < (8, 0):
         x = x.float()
     return x if x.stride(2) == 1 else x.contiguous()
 
@@ -309,14 +339,14 @@ def _dense(past: Tensor | None) -> Tensor | None:
 
 
 def _rates(A: Tensor) -> Tensor:
-    return (A.detach().float() * triton_scan.LOG2E.value).t().contiguous()
+    return (A.detach().float() * triton_math.LOG2E.value).t().contiguous()
 
 
 def _taps(weight: Tensor) -> Tensor:
     return weight.detach().float().t().contiguous()
 
 
-def _tile(N: int, size: int, most: int) -> dict[str, int]:
+def tile(N: int, size: int, most: int) -> dict[str, int]:
     """Return the power of two that holds N states, and how many channels a program takes with them."""
     states = triton.next_power_of_2(N)
     return {"STATES": states, "BLOCK": min(most, size // states)}
@@ -325,7 +355,8 @@ def _tile(N: int, size: int, most: int) -> dict[str, int]:
 def _segments(u: Tensor) -> tuple[int, int]:
     """Return how many segments a row is cut into, and their length.
 
-    Cutting costs a second run through the forward, so it is done only where rows and channels do not fill the card.
+    Cutting costs a second run through the forward, so it is done only where rows and channels do not fill
+    the card.
     """
     batch, length, channels = u.shape
     cards = 1 if INTERPRETED else torch.cuda.get_device_properties(u.device).multi_processor_count
@@ -335,10 +366,15 @@ def _segments(u: Tensor) -> tuple[int, int]:
     return triton.cdiv(length, segment), segment
 
 
-def _window(u: Tensor, rate_wanted: bool) -> int:
-    """Return the longest window that the compiler fits into registers without spilling."""
-    datacenter_blackwell = u.is_cuda and torch.cuda.get_device_capability(u.device)[0] == 10
-    return 3 if rate_wanted or datacenter_blackwell else 4
+def window(capability: tuple[int, int], N: int, rate_wanted: bool) -> int:
+    """Return how long a window the compiler can keep in registers on cards of a compute capability."""
+    if N > 16:
+        return 2
+    return 3 if rate_wanted or capability[0] == 10 else 4
+
+
+def _capability(u: Tensor) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(u.device) if u.is_cuda else (8, 0)
 
 
 def _on(x: Tensor) -> contextlib.AbstractContextManager[None]:

@@ -1,23 +1,25 @@
 """The selective scan in Triton, forward and backward; `triton_ops.py` launches these kernels.
 
-Letters as in README.md, and S for the segments a row is cut into where rows and channels alone would leave the
-card idle. A program owns a block of channels of one row and one segment, walks through time with its states in
-registers and computes in float32. Rates come scaled by log2(e): the hardware's exponential is 2**x.
+Letters as in README.md, and S for the segments a row is cut into where rows and channels alone would leave
+the card idle. A program owns a block of channels of one row and one segment, walks through time with its
+states in registers and computes in float32. Rates come scaled by log2(e): the hardware's exponential is
+2**x.
 
 A state tile is (STATES, BLOCK), states by channels, in memory too. The two directions spread it differently
 over the threads of a warp, because they sum over different axes:
 
-- forward: all states of a channel in one thread, so that y = C . h needs no other thread. It is the layout the
-  compiler falls back to for a tile whose pointer it knows no alignment of: hence `do_not_specialize_on_alignment`.
+- forward: all states of a channel in one thread, so that y = C . h needs no other thread. It is the layout
+  the compiler falls back to for a tile whose pointer it knows no alignment of: hence
+  `do_not_specialize_on_alignment`.
 - backward: the states of a channel over four threads, four channels in each, since the gradients of B and C
   are sums over channels. It is the layout of loading a tile in aligned pieces of 16 bytes.
 
 `tests/kernels/test_triton_compile.py` compiles every kernel for every card and holds the compiler to this.
 
-Sequences packed into a row are told apart by two (B, L) arrays of positions: `begins`, where the sequence of a
-position begins (-1 if it continues what came before the row), and `stops`, where the next one begins (L if
-none does). Loops run from boundary to boundary, so that a step costs nothing more for them; a state is
-cleared by a select, never by a product with zero, which would let not-a-number through.
+Sequences packed into a row are told apart by two (B, L) arrays of positions: `begins`, where the sequence
+of a position begins (-1 if it continues what came before the row), and `stops`, where the next one begins
+(L if none does). Loops run from boundary to boundary, so that a step costs nothing more for them; a state
+is cleared by a select, never by a product with zero, which would let not-a-number through.
 """
 
 from __future__ import annotations
@@ -25,99 +27,27 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from mamba_sft.kernels.triton_math import LN2, exp2, inside, load_row, only_if, sigmoid, step_size
+
 CHUNK = tl.constexpr(64)  # steps between two saved states
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
-# Minimax fit of (atanh(s) / s - 1) / s**2 over s**2 on [0, 1/9].
-T1 = tl.constexpr(0.3333315508)
-T2 = tl.constexpr(0.2001255704)
-T3 = tl.constexpr(0.1397883419)
-T4 = tl.constexpr(0.1409576949)
 
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # the interpreter knows no assembly
-
-
-@triton.jit
-def exp2(x):
-    """2**x in one instruction, which flushes subnormal results to zero."""
-    if INTERPRETED:
-        return tl.exp2(x)
-    else:
-        return tl.inline_asm_elementwise(
-            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
-
-
-@triton.jit
-def reciprocal(x):
-    """1 / x in one instruction."""
-    if INTERPRETED:
-        return 1.0 / x
-    else:
-        return tl.inline_asm_elementwise(
-            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
-
-
-@triton.jit
-def sigmoid(x):
-    """1 / (1 + exp(-x))."""
-    return reciprocal(1.0 + exp2(x * -LOG2E))
-
-
-@triton.jit
-def softplus(x):
-    """log(1 + exp(x)) to a few ulp for any x: log1p(e) = 2 atanh(e / (2 + e))."""
-    e = exp2(tl.abs(x) * -LOG2E)
-    s = e * reciprocal(2.0 + e)
-    q = s * s
-    return tl.maximum(x, 0.0) + 2.0 * (s + s * q * (((q * T4 + T3) * q + T2) * q + T1))
-
-
-@triton.jit
-def load_row(pointer, mask):
-    """Load one position of an activation as float32, zero outside the mask."""
-    return tl.load(pointer, mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def only_if(flag, mask):
-    """Narrow a mask to nothing unless a scalar flag is set (the interpreter cannot take `flag & mask`)."""
-    return tl.where(flag, mask, False)
-
-
-@triton.jit
-def step_size(raw, shift, SOFTPLUS: tl.constexpr):
-    """Turn a row of raw step sizes into what the recurrence uses."""
-    if shift is not None:
-        raw += shift
-    if SOFTPLUS:
-        raw = softplus(raw)
-    return raw
-
-
-@triton.jit
-def inside(at, size: tl.constexpr, BLOCK: tl.constexpr):
-    """Which indices exist; a constant where all do, so that the mask costs nothing."""
-    if size % BLOCK == 0:
-        return tl.full([BLOCK], 0, tl.int32) == 0
-    else:
-        return at < size
-
-
-@triton.jit(do_not_specialize=["length", "segment"], do_not_specialize_on_alignment=["A", "entry", "saved", "final"])
+@triton.jit(
+    do_not_specialize=["length", "segment"], do_not_specialize_on_alignment=["A", "entry", "saved", "final"]
+)
 def forward(
     u, dt, z, A, BC, D, bias, stops, begins, entry, y, saved, final,
     u_batch, dt_batch, z_batch, length, segment,
     u_row: tl.constexpr, dt_row: tl.constexpr, z_row: tl.constexpr,
-    channels: tl.constexpr, N: tl.constexpr, STATES: tl.constexpr, BLOCK: tl.constexpr, SOFTPLUS: tl.constexpr,
+    channels: tl.constexpr, N: tl.constexpr, STATES: tl.constexpr, BLOCK: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
 ):  # fmt: skip
     """Run the recurrence over one segment; program (block of channels, segment, row).
 
-    u, dt, z, y (B, L, D), rows `*_row` apart; A (N, D) scaled; BC (B, L, 2 N) float32, B before C; D, bias (D,);
-    entry, the states before each segment, (B, S, N, D); saved (B, ceil(L / CHUNK), N, D) or None; final (B, N, D).
-    z, D, bias, entry, and begins with stops, may be None. segment is a multiple of CHUNK.
+    u, dt, z, y (B, L, D), rows `*_row` apart; A (N, D) scaled; BC (B, L, 2 N) float32, B before C; D, bias
+    (D,); entry, the states before each segment, (B, S, N, D); saved (B, ceil(L / CHUNK), N, D) or None;
+    final (B, N, D). z, D, bias, entry, saved, and stops with begins may be None. A segment is a multiple of
+    CHUNK.
     """
     block, part, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     parts = tl.num_programs(1)
@@ -191,11 +121,13 @@ def segment_states(
     u, dt, A, BC, bias, stops, begins, local, total,
     u_batch, dt_batch, length, segment, parts,
     u_row: tl.constexpr, dt_row: tl.constexpr,
-    channels: tl.constexpr, N: tl.constexpr, STATES: tl.constexpr, BLOCK: tl.constexpr, SOFTPLUS: tl.constexpr,
+    channels: tl.constexpr, N: tl.constexpr, STATES: tl.constexpr, BLOCK: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
 ):  # fmt: skip
     """Find what each segment but the last adds to the state behind it: local (B, S, N, D).
 
-    Also its sum of step sizes, total (B, S, D), from which its decay follows: exp(A sum(dt)), as A is constant.
+    Also its sum of step sizes, total (B, S, D), from which its decay follows: exp(A sum(dt)), as A is
+    constant.
     """
     block, part, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     at_d, at_n = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, STATES)
@@ -245,7 +177,8 @@ def segment_gradients(
     dt, z, dy, A, BC, bias, begins, local, total,
     dt_batch, z_batch, dy_batch, length, segment, parts,
     dt_row: tl.constexpr, z_row: tl.constexpr, dy_row: tl.constexpr,
-    channels: tl.constexpr, N: tl.constexpr, STATES: tl.constexpr, BLOCK: tl.constexpr, SOFTPLUS: tl.constexpr,
+    channels: tl.constexpr, N: tl.constexpr, STATES: tl.constexpr, BLOCK: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
 ):  # fmt: skip
     """Find what each segment but the first adds to the gradient of the state before it: local (B, S, N, D).
 
@@ -308,9 +241,10 @@ def connect(
     A, begins, given, local, total, joined, length, segment, parts,
     channels: tl.constexpr, N: tl.constexpr, STATES: tl.constexpr, BLOCK: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """Join what segments found alone: joined (B, S, N, D), the states before each, or with REVERSE the gradients behind.
+    """Join what segments found alone: joined (B, S, N, D), the states before them.
 
-    given (B, N, D), the state before the row or the gradient behind it, or None.
+    With REVERSE the gradients behind them. given (B, N, D), the state before the row or the gradient behind
+    it, or None.
     """
     block, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     at_d, at_n = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, STATES)
@@ -342,13 +276,15 @@ def there_and_back(
     u, dt, z, dy, BC, du, ddt, dz, dBC, rate, skip, shift, has_d, has_n,
     STEP: tl.constexpr, WINDOW: tl.constexpr,
     u_row: tl.constexpr, dt_row: tl.constexpr, z_row: tl.constexpr, dy_row: tl.constexpr,
-    channels: tl.constexpr, N: tl.constexpr, STATES: tl.constexpr, SOFTPLUS: tl.constexpr, RATE_WANTED: tl.constexpr,
+    channels: tl.constexpr, N: tl.constexpr, STATES: tl.constexpr, SOFTPLUS: tl.constexpr,
+    RATE_WANTED: tl.constexpr,
 ):  # fmt: skip
     """Take step STEP of a window, the rest of the window in a call of this function, and the step back.
 
-    `before` is the state before the step and g the gradient of the state behind the window; returned is that of
-    `before`. From `count` on steps do not exist: their size is 0, which leaves the state alone. What is cheap
-    to load or compute again is, since the decays and states of a window nearly fill the registers.
+    `before` is the state before the step and g the gradient of the state behind the window; returned is
+    that of `before`. From `count` on steps do not exist: their size is 0, which leaves the state alone.
+    What is cheap to load or compute again is, since the decays and states of a window nearly fill the
+    registers.
     """
     live_d, live_n = only_if(STEP < count, has_d), only_if(STEP < count, has_n)
     at_n = tl.arange(0, STATES)
@@ -404,18 +340,19 @@ def backward(
     du, ddt, dz, dBC, dA, dD, dbias, earlier,
     u_batch, dt_batch, z_batch, dy_batch, length, segment,
     u_row: tl.constexpr, dt_row: tl.constexpr, z_row: tl.constexpr, dy_row: tl.constexpr,
-    channels: tl.constexpr, N: tl.constexpr, STATES: tl.constexpr, BLOCK: tl.constexpr, SOFTPLUS: tl.constexpr,
-    WINDOW: tl.constexpr,
+    channels: tl.constexpr, N: tl.constexpr, STATES: tl.constexpr, BLOCK: tl.constexpr,
+    SOFTPLUS: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """Go back through one segment, chunk by chunk; program (block of channels, segment, row).
 
-    Operands as in `forward`; later, the gradients of the states behind each segment, (B, S, N, D) or None. A first
-    walk through a chunk, from its saved state, leaves the state before every window of WINDOW steps in scratch
-    (programs, ceil(CHUNK / WINDOW), STATES, BLOCK) and y before the gate in dz; then the windows are taken from the
-    last to the first. A window begins where its sequence does, and then no state is kept: it is zero.
+    Operands as in `forward`; later, the gradients of the states behind each segment, (B, S, N, D) or None.
+    A first walk through a chunk, from its saved state, leaves the state before every window of WINDOW steps
+    in scratch (programs, ceil(CHUNK / WINDOW), STATES, BLOCK) and y before the gate in dz; then the windows
+    are taken from the last to the first. A window begins where its sequence does, and then no state is
+    kept: it is zero.
 
-    du, ddt, dz (B, L, D); dBC (blocks, B, L, 2 N), a sum over each block of channels; dA (B, S, N, D), dD and dbias
-    (B, S, D) unless None; earlier (B, S, N, D), the gradients of the states before each segment.
+    du, ddt, dz (B, L, D); dBC (blocks, B, L, 2 N), a sum over each block of channels; dA (B, S, N, D), dD
+    and dbias (B, S, D) unless None; earlier (B, S, N, D), the gradients of the states before each segment.
     """
     block, part, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     blocks, parts, rows = tl.num_programs(0), tl.num_programs(1), tl.num_programs(2)
@@ -511,7 +448,8 @@ def backward(
             g, rate_sum, skip_sum, bias_sum = there_and_back(
                 end - t, h, g, rate_sum, skip_sum, bias_sum,
                 u + at * u_row, dt + at * dt_row, z_t, dy + at * dy_row, BC + at * 2 * N,
-                du + at * channels, ddt + at * channels, dz_t, dBC + at * 2 * N, rate, skip, shift, has_d, has_n,
+                du + at * channels, ddt + at * channels, dz_t, dBC + at * 2 * N,
+                rate, skip, shift, has_d, has_n,
                 0, WINDOW, u_row, dt_row, z_row, dy_row, channels, N, STATES, SOFTPLUS, dA is not None,
             )  # fmt: skip
             if begins is not None:

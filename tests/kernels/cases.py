@@ -7,6 +7,18 @@ from torch import Tensor
 
 SCAN_OPTIONS = ("D", "z", "dt_bias", "initial_state")
 
+FAST = ["cpu", "triton"]  # without a GPU the latter runs in Triton's interpreter, on the CPU and slowly
+TOLERANCE = {"reference": 1e-6, "cpu": 1e-6, "triton": 1e-5 if torch.cuda.is_available() else 1e-6}
+
+# Steps between two saved states; few in the interpreter (see conftest.py), so that short rows have several
+# chunks.
+CHUNK = {"reference": 64, "cpu": 64, "triton": 64 if torch.cuda.is_available() else 8}
+
+
+def device_for(backend: str) -> str:
+    """Where a backend takes its tensors."""
+    return "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+
 
 def relative_rms(value: Tensor, expected: Tensor) -> float:
     """Root mean square of the difference over that of the expected value; not-a-number stays one."""
@@ -58,12 +70,15 @@ def sequences(batch: int, length: int, seed: int = 0) -> Tensor:
 
 def results(operation, operands: dict[str, Tensor], dtype: torch.dtype, **options) -> dict[str, Tensor]:
     """Outputs and all gradients, computed from copies in `dtype`, for fixed gradients of the outputs."""
-    leaves = {name: x.to(dtype).requires_grad_() for name, x in operands.items()}
+    device = device_for(options.get("backend", "auto"))
+    leaves = {name: x.to(device, dtype).requires_grad_() for name, x in operands.items()}
+    options = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in options.items()}
     outputs = operation(**leaves, **options, return_final_state=True)
     generator = torch.Generator().manual_seed(7)
-    gradients = [torch.randn(x.shape, generator=generator).to(x.dtype) for x in outputs]
+    gradients = [torch.randn(x.shape, generator=generator).to(x) for x in outputs]
     by_name = dict(zip(leaves, torch.autograd.grad(outputs, list(leaves.values()), gradients), strict=True))
-    return {"y": outputs[0], "final_state": outputs[1]} | {f"d{name}": g for name, g in by_name.items()}
+    values = {"y": outputs[0], "final_state": outputs[1]} | {f"d{name}": g for name, g in by_name.items()}
+    return {name: x.cpu() for name, x in values.items()}
 
 
 def worst(values: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:
