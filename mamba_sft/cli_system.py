@@ -1,0 +1,78 @@
+"""The verbs of the command line that look at the machine: `doctor` and `bench`."""
+
+from __future__ import annotations
+
+import sys
+import textwrap
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.text import Text
+
+from mamba_sft.cli_talk import out
+
+if TYPE_CHECKING:
+    from mamba_sft.doctor import Diagnosis
+    from mamba_sft.doctor_software import Finding
+
+MARKS = {"ok": ("✓", "ok", "green"), "note": ("!", "!!", "yellow"), "problem": ("✗", "XX", "bold red")}
+NAME_WIDTH, LEAST_WIDTH = 17, 40
+
+
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
+) -> None:
+    """Say which versions, device and kernels will be used here, why, and what would make it faster.
+
+    Exit code 1 only if something makes training impossible.
+    """
+    from mamba_sft.doctor import diagnose
+
+    diagnosis = diagnose()
+    if as_json:
+        sys.stdout.write(diagnosis.to_json() + "\n")
+    else:
+        _show_diagnosis(diagnosis)
+    if diagnosis.status == "problem":
+        raise typer.Exit(1)
+
+
+def _show_diagnosis(diagnosis: Diagnosis) -> None:
+    section = None
+    for finding in diagnosis.findings:
+        if finding.section != section:
+            section = finding.section
+            out.print(Text(section, style="bold"))
+        out.print(_line(finding))
+    counts = {status: sum(one.status == status for one in diagnosis.findings) for status in MARKS}
+    if counts["problem"]:
+        out.print(f"[bold red]{_count(counts['problem'], 'problem')}[/], {_count(counts['note'], 'note')}")
+    else:
+        out.print(f"[bold green]ready to train[/]; {_count(counts['note'], 'note')}")
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number or 'no'} {word}{'' if number == 1 else 's'}"
+
+
+def _line(finding: Finding) -> Text:
+    """A finding, wrapped beside its name on a terminal and on one line in a pipe; its fix on a line below."""
+    mark, plain, style = MARKS[finding.status]
+    if not out.encoding.lower().startswith("utf"):
+        mark = plain
+    line = Text(f"  {mark} ", style=style)
+    line.append(f"{finding.name:<{NAME_WIDTH}}", style="default")
+    indent = line.cell_len
+    line.append(_wrapped(finding.text, indent), style="default")
+    if finding.fix:
+        line.append("\n" + " " * indent + _wrapped(f"-> {finding.fix}", indent + 3), style="cyan")
+    return line
+
+
+def _wrapped(text: str, indent: int) -> str:
+    if not out.is_terminal:
+        return text
+    lines = textwrap.wrap(
+        text, max(out.width - indent, LEAST_WIDTH), break_on_hyphens=False, break_long_words=False
+    )
+    return ("\n" + " " * indent).join(lines)
