@@ -288,3 +288,4 @@ def recipes_schema() -> None:
 app.command()(cli_talk.chat)
 app.command()(cli_talk.generate)
 app.command()(cli_system.doctor)
+app.add_typer(cli_system.bench_app, name="bench")

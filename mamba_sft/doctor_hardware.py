@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import inspect
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
 
 from mamba_sft import kernels
 from mamba_sft.doctor_software import Finding
+from mamba_sft.environment import nvidia_smi
 
 OPERATIONS = {"scan": "selective_scan", "convolution": "causal_conv1d"}
 ELSEWHERE = {
-    "reference": "the definition, a Python loop: slow, used for float64 and for checking",
+    "reference": "the definition, a slow Python loop for float64 and for checking",
     "cpu": "for tensors on the CPU",
     "triton": "for tensors on a GPU",
 }
@@ -35,26 +35,6 @@ y = functional.dequantize_4bit(*functional.quantize_4bit(x, quant_type="nf4"))
 assert (x - y).abs().max() < 0.2, "values come back wrong"
 """
 """Runs in a process of its own: beside the other checks, and a library that crashes takes nothing with it."""
-
-
-def nvidia_smi(query: str, device: str | None = None) -> list[str] | None:
-    """Returns what `nvidia-smi` answers to a query, or None where there is none or it fails.
-
-    Args:
-        query: Comma-separated fields of `--query-gpu`, such as `name,driver_version`.
-        device: UUID or index; None: the first card.
-    """
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return None
-    words = [program, f"--query-gpu={query}", "--format=csv,noheader,nounits"]
-    words += [] if device is None else [f"--id={device}"]
-    try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    first = done.stdout.strip().splitlines()[:1]
-    return [field.strip() for field in first[0].split(",")] if first else None
 
 
 def device(facts: dict[str, Any]) -> Iterator[Finding]:
@@ -84,8 +64,8 @@ def _card(facts: dict[str, Any]) -> Iterator[Finding]:
     free, total = torch.cuda.mem_get_info()
     memory = f"{free / 1e9:.1f} of {total / 1e9:.1f} GB free"
     busy = free < 0.8 * total
-    fix = "see `nvidia-smi` for what holds the rest" if busy else None
-    yield Finding("device", "GPU memory", "note" if busy else "ok", memory, fix)
+    used_by = "see `nvidia-smi` for what holds the rest" if busy else None
+    yield Finding("device", "GPU memory", "note" if busy else "ok", memory, used_by)
     driver = (nvidia_smi("driver_version") or ["unknown"])[0]
     yield Finding("device", "CUDA", "ok", f"{torch.version.cuda} in torch, driver {driver}")
 
@@ -119,9 +99,11 @@ def _processor(facts: dict[str, Any]) -> Iterator[Finding]:
 def _unused_card() -> Finding:
     card = nvidia_smi("name,driver_version")
     if card is None:
-        fix = "the 7B base wants an NVIDIA card of 16 GB or more; the CPU is for the tiny base and for checking"
+        fix = (
+            "the 7B base wants an NVIDIA card of 16 GB or more; the CPU is for the tiny base and for checking"
+        )
         return Finding("device", "GPU", "note", "none", fix)
-    name, driver = card[0], card[-1]
+    name, driver = card
     if torch.version.cuda is None:
         fix = "install torch's CUDA build: pip install --force-reinstall torch"
         return Finding("device", "GPU", "note", f"{name} is here, but this torch is built without CUDA", fix)
@@ -172,7 +154,7 @@ def _operation(name: str, operation: str, picked: str, cold: bool, device_type: 
     if picked == "reference":
         best = "triton" if device_type == "cuda" else "cpu"
         reason = kernels._why_unavailable(best) or f"`{best}` can run but is not chosen"
-        return Finding("kernels", name, "note", "reference: a Python loop, slow", f"{best}: {reason}")
+        return Finding("kernels", name, "note", "reference, a slow Python loop", f"{best}: {reason}")
     if cold:
         return Finding("kernels", name, "ok", f"{picked}; the first call compiles it, some 20 s")
     try:
@@ -220,7 +202,7 @@ def disagreement(operation: str, backend: str, device_type: str) -> float:
 
 
 def compiled_loops() -> bool:
-    """Returns whether numba's cache holds every loop that the `cpu` backend calls, compiled from this source."""
+    """Returns whether numba's cache holds every loop that the `cpu` backend calls, as it is now."""
     from mamba_sft.kernels import cpu_loops
 
     source = Path(cpu_loops.__file__)

@@ -49,10 +49,14 @@ def software() -> Iterator[Finding]:
     """Yields the findings on Python and the packages: installed versions against the declared ranges."""
     try:
         ranges = [Requirement(line) for line in requires("mamba-sft") or []]
-        python = SpecifierSet(metadata("mamba-sft").get("Requires-Python", ""))
+        python = SpecifierSet(metadata("mamba-sft")["Requires-Python"])
     except PackageNotFoundError:
         yield Finding(
-            "versions", "mamba-sft", "note", "not installed: ranges unknown", "pip install -e . in the checkout"
+            "versions",
+            "mamba-sft",
+            "note",
+            "not installed: ranges unknown",
+            "pip install -e . in the checkout",
         )
         return
     fix = f"use a Python {python}: `uv venv --python 3.11`, or your system's package"
@@ -85,7 +89,9 @@ def _in_range(name: str, found: str, wanted: SpecifierSet, fix: str) -> Finding:
 def _compiled() -> Finding:
     here = [name for name in COMPILED if _installed(name)]
     if here:
-        return Finding("versions", "compiled", "ok", f"{' and '.join(here)} installed: not needed, never used")
+        return Finding(
+            "versions", "compiled", "ok", f"{' and '.join(here)} installed: not needed, never used"
+        )
     return Finding("versions", "compiled", "ok", f"no {' or '.join(COMPILED)}: not needed, never used")
 
 
