@@ -22,7 +22,7 @@ NAME_WIDTH, LEAST_WIDTH, PIPE_WIDTH = 17, 40, 160
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 
-bench_app = typer.Typer(no_args_is_help=True, help="Measure this machine.")
+bench_app = typer.Typer(no_args_is_help=True, help="Measure the kernels on this machine.")
 
 
 def doctor(
@@ -102,11 +102,13 @@ def bench_kernels(
 
         export TORCH_CUDA_ARCH_LIST=9.0
 
-        export MAMBA_KEEP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE CAUSAL_CONV1D_FORCE_BUILD=TRUE
+        export MAMBA_KEEP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE
 
-        pip install --no-build-isolation --no-binary :all: --no-deps causal-conv1d mamba-ssm
+        export CAUSAL_CONV1D_FORCE_BUILD=TRUE
 
-        pip install einops
+        pip install einops ninja setuptools wheel
+
+        pip install --no-build-isolation --no-deps causal-conv1d mamba-ssm
     """
     from mamba_sft.benchmarking import measure_kernels, rendered
 

@@ -5,7 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mamba_sft.kernels import backends
+
 SCAN_OPTIONS = ("D", "z", "dt_bias", "initial_state")
+COMPILED_BACKENDS = [name for name in ("cpu",) if name in backends()]
+"""The backends, apart from the definition, that `test_grid` holds to it here, on tensors of the CPU."""
 
 
 def relative_rms(value: Tensor, expected: Tensor) -> float:
