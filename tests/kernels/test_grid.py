@@ -40,7 +40,7 @@ def operands(length, *, batch=2, channels=40, states=8, z=True, D=True, dt_bias=
 
 
 def too_far(inputs, dtype, backend, *, softplus=True, with_final_state=True):
-    """What differs from the definition by more than it may, with its relative RMS error; nothing if all is well.
+    """What differs from the definition by more than it may, with its relative RMS error.
 
     In half precision the rounding of the results is allowed. In float32 it is 1e-6; over thousands of steps
     the roundings of the definition itself, run in float32, can come to more, and twice theirs is allowed.
