@@ -163,7 +163,7 @@ def _operation(name: str, operation: str, picked: str, cold: bool, device_type: 
         lines = str(error).strip().splitlines() or [type(error).__name__]
         fix = "train with `model.kernels=reference`, which is slow, and report this"
         return Finding("kernels", name, "problem", f"{picked} fails: {lines[-1]}", fix)
-    text = f"{picked}; ran here, {difference:.0e} from the definition (relative RMS, with gradients)"
+    text = f"{picked}; ran here, off the definition by {difference:.0e}"
     if difference <= TOLERANCE:
         return Finding("kernels", name, "ok", text)
     fix = "train with `model.kernels=reference`, which is slow, and report this"

@@ -69,6 +69,8 @@ def software() -> Iterator[Finding]:
     yield from (one for one in others if one.status != "ok")
     fine = sum(one.status == "ok" for one in others)
     yield Finding("versions", "others", "ok", f"{fine} of {len(others)} as needed")
+    triton = _installed("triton")
+    yield Finding("versions", "triton", "ok", triton or "none: it comes with torch's CUDA build")
     yield _compiled()
 
 
@@ -87,20 +89,17 @@ def _in_range(name: str, found: str, wanted: SpecifierSet, fix: str) -> Finding:
 
 
 def _compiled() -> Finding:
-    here = [name for name in COMPILED if _installed(name)]
+    here = [f"{name} {found}" for name in COMPILED if (found := _installed(name))]
     if here:
-        return Finding(
-            "versions", "compiled", "ok", f"{' and '.join(here)} installed: not needed, never used"
-        )
+        return Finding("versions", "compiled", "ok", f"{' and '.join(here)}: not needed, never used")
     return Finding("versions", "compiled", "ok", f"no {' or '.join(COMPILED)}: not needed, never used")
 
 
-def _installed(name: str) -> bool:
+def _installed(name: str) -> str | None:
     try:
-        version(name)
+        return version(name)
     except PackageNotFoundError:
-        return False
-    return True
+        return None
 
 
 def storage() -> Iterator[Finding]:
