@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import logging
+import os
 import platform
 from collections.abc import Iterator
 from typing import Any
@@ -95,6 +96,8 @@ def machine(device: torch.device) -> dict[str, Any]:
         facts |= {"cuda": torch.version.cuda} | bench_card.clocks(device)
     else:
         facts |= {"cpu": processor_name(), "threads": torch.get_num_threads()}
+        if hasattr(os, "getloadavg"):
+            facts["load"] = round(os.getloadavg()[0], 1)  # beside others, wall times say little
     facts["python"] = platform.python_version()
     return facts | {name: packages[name] for name in shown if packages[name]}
 

@@ -42,7 +42,7 @@ def forget_peers():
     ids=lambda value: getattr(value, "name", None),
 )
 def test_the_floor_is_the_pipe_that_takes_longest(card, forward, backward, training):
-    """Microseconds per token, worked out by hand from the counts: issue binds on H200, float32 on the others."""
+    """Microseconds per token, by hand from the counts: issue binds on the H200, float32 on the others."""
     passes = {(FORWARD,): forward, (BACKWARD,): backward, (FORWARD, FORWARD, BACKWARD): training}
     for counts, expected in passes.items():
         assert card.floor_seconds(TOKEN, *counts) * 1e6 == pytest.approx(expected, abs=0.06)
@@ -72,7 +72,7 @@ def test_every_table_has_both_passes_of_every_shape(monkeypatch):
     }  # fmt: skip
 
 
-def fake_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False):
+def fake_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False):  # noqa: PLR0917  # its own order
     """What mamba_ssm computes, in its layout: (B, D, L) and (B, N, L), contiguous."""
     assert all(x.is_contiguous() for x in (u, delta, B, C, z))
     u, delta, B, C, z = (x.transpose(1, 2) for x in (u, delta, B, C, z))
