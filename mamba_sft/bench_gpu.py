@@ -225,8 +225,9 @@ def mixer_cases(shape: Shape, place: Place) -> Iterator[Case]:
         vocab_size=8, hidden_size=hidden, num_hidden_layers=1, state_size=shape.N, conv_kernel=WIDTH
     )
     torch.manual_seed(0)
-    model = FalconMambaModel(config).to(place.device, place.dtype).requires_grad_(False)
-    mixer = install(model, place.backend).layers[0].mixer
+    with place.device:
+        model = FalconMambaModel(config)
+    mixer = install(model.to(place.dtype).requires_grad_(False), place.backend).layers[0].mixer
     x, gradient = (
         torch.randn(shape.B, shape.L, hidden, device=place.device, dtype=place.dtype) for _ in range(2)
     )

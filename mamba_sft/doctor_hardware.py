@@ -228,7 +228,7 @@ def _cache(cold: bool) -> Finding:
     there = path
     while not there.exists():
         there = there.parent
-    text = f"{'empty' if cold else 'compiled'}, in {path}"
+    text = f"{'not compiled yet' if cold else 'compiled'}, in {path}"
     if cold and not os.access(there, os.W_OK):
         fix = "set NUMBA_CACHE_DIR to a directory that can be written, or every run compiles for some 20 s"
         return Finding("kernels", "numba cache", "note", f"{text}, which cannot be written", fix)

@@ -84,7 +84,7 @@ def _package(needed: Requirement) -> Finding:
 
 def _in_range(name: str, found: str, wanted: SpecifierSet, fix: str) -> Finding:
     if wanted.contains(found, prereleases=True):
-        return Finding("versions", name, "ok", f"{found:<10} {wanted}")
+        return Finding("versions", name, "ok", f"{found} (needs {wanted})")
     return Finding("versions", name, "problem", f"{found} is outside {wanted}", fix)
 
 

@@ -69,7 +69,7 @@ def test_this_machine_can_train_and_the_json_says_why(verb, monkeypatch):
 def test_a_problem_is_shown_with_its_fix_and_the_exit_code(verb, monkeypatch):
     findings = (
         Finding("versions", "torch", "problem", "1.0 is outside >=2.11", "pip install 'torch>=2.11'"),
-        Finding("versions", "trl", "ok", "1.16.0     >=1.16"),
+        Finding("versions", "trl", "ok", "1.16.0 (needs >=1.16)"),
     )
     monkeypatch.setattr(doctor, "diagnose", lambda: Diagnosis(findings, {}))
     code, text = verb()
@@ -78,7 +78,7 @@ def test_a_problem_is_shown_with_its_fix_and_the_exit_code(verb, monkeypatch):
         "versions",
         "  ✗ torch            1.0 is outside >=2.11",
         "                     -> pip install 'torch>=2.11'",
-        "  ✓ trl              1.16.0     >=1.16",
+        "  ✓ trl              1.16.0 (needs >=1.16)",
         "1 problem, no notes",
     ]
 
@@ -300,7 +300,7 @@ def test_a_cold_cache_is_not_compiled_for_the_asking(monkeypatch):
     monkeypatch.setattr(doctor_hardware, "disagreement", lambda *_: pytest.fail("ran a kernel"))
     found = by_name(doctor_hardware.compute(PROCESSOR))
     assert "the first call compiles it" in found["scan"].text
-    assert found["numba cache"].text.startswith("empty, in ")
+    assert found["numba cache"].text.startswith("not compiled yet, in ")
 
 
 def test_the_cache_is_warm_after_use_and_cold_after_a_change(monkeypatch, tmp_path):

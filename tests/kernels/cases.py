@@ -8,8 +8,9 @@ from torch import Tensor
 from mamba_sft.kernels import backends
 
 SCAN_OPTIONS = ("D", "z", "dt_bias", "initial_state")
-COMPILED_BACKENDS = [name for name in ("cpu",) if name in backends()]
-"""The backends, apart from the definition, that `test_grid` holds to it here, on tensors of the CPU."""
+COMPILED_BACKENDS = {"cpu": "cpu"} | ({"triton": "cuda"} if torch.cuda.is_available() else {})
+"""The backends that are not the definition, each with the device of its tensors."""
+COMPILED_BACKENDS = {name: device for name, device in COMPILED_BACKENDS.items() if name in backends()}
 
 
 def relative_rms(value: Tensor, expected: Tensor) -> float:
