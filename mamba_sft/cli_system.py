@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from mamba_sft.cli_talk import out
+from mamba_sft.cli_talk import err, out
 
 if TYPE_CHECKING:
     from mamba_sft.doctor import Diagnosis
@@ -35,7 +35,10 @@ def doctor(
     from mamba_sft.doctor import diagnose
 
     logging.getLogger("mamba_sft").setLevel(logging.ERROR)  # what the kernels would say is in the findings
-    diagnosis = diagnose()
+    with err.status(
+        "looking at this machine"
+    ):  # seconds, most of them torch's start; shown on a terminal only
+        diagnosis = diagnose()
     if as_json:
         sys.stdout.write(diagnosis.to_json() + "\n")
     else:
