@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
+import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -14,10 +16,10 @@ PACKAGES = (
 )  # fmt: skip
 
 
-def package_versions() -> dict[str, str | None]:
-    """Returns the installed version of each library a run depends on, None where it is absent."""
+def package_versions(*more: str) -> dict[str, str | None]:
+    """Returns the installed versions of what a run depends on and of `more`, None where one is absent."""
     found: dict[str, str | None] = {}
-    for name in PACKAGES:
+    for name in (*PACKAGES, *more):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
@@ -56,6 +58,26 @@ def processor_name() -> str:
         return names[0] if names else platform.processor()
     except OSError:
         return platform.processor()
+
+
+def nvidia_smi(query: str, device: str | None = None) -> list[str] | None:
+    """Returns what `nvidia-smi` answers to a query, or None where there is none or it fails.
+
+    Args:
+        query: Comma-separated fields of `--query-gpu`, such as `name,driver_version`.
+        device: UUID or index; None: the first card.
+    """
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return None
+    words = [program, f"--query-gpu={query}", "--format=csv,noheader,nounits"]
+    words += [] if device is None else [f"--id={device}"]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    first = done.stdout.strip().splitlines()[:1]
+    return [field.strip() for field in first[0].split(",")] if first else None
 
 
 def describe_environment() -> dict[str, Any]:

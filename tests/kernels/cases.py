@@ -5,7 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mamba_sft.kernels import backends
+
 SCAN_OPTIONS = ("D", "z", "dt_bias", "initial_state")
+COMPILED_BACKENDS = {"cpu": "cpu"} | ({"triton": "cuda"} if torch.cuda.is_available() else {})
+"""The backends that are not the definition, each with the device of its tensors."""
+COMPILED_BACKENDS = {name: device for name, device in COMPILED_BACKENDS.items() if name in backends()}
 
 FAST = ["cpu", "triton"]  # without a GPU the latter runs in Triton's interpreter, on the CPU and slowly
 TOLERANCE = {"reference": 1e-6, "cpu": 1e-6, "triton": 1e-5 if torch.cuda.is_available() else 1e-6}

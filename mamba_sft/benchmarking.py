@@ -1,0 +1,132 @@
+"""`bench kernels`: the same measurements for a user as for this project's own tables."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+import platform
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from mamba_sft import bench_card, bench_gpu, kernels
+from mamba_sft.environment import describe_device, package_versions, processor_name
+from mamba_sft.errors import MambaSFTError, UsageError
+
+logger = logging.getLogger(__name__)
+
+STOCK_LENGTH = {False: 1024, True: 64}
+"""Tokens of the stock model's training step, by `quick`: at 1024 it takes minutes."""
+
+
+def measure_kernels(
+    device: str = "auto", *, quick: bool = False, stock_length: int | None = None
+) -> dict[str, Any]:
+    """Measures the scan, the convolution and what is built on them.
+
+    Args:
+        device: `auto` (a GPU if there is one), `cpu`, `cuda` or `cuda:N`.
+        quick: Fewer shapes and repeats, and no slow peer at full length.
+        stock_length: On a CPU, tokens of the stock model's training step; 0 leaves it out; None: by `quick`.
+
+    Returns:
+        JSON-safe: `benchmark`, `machine`, `settings`, and `tables`, each a list of rows with the same keys.
+        Keys end in their unit; `times_ours` is a time as a multiple of ours, `of_floor` the share of the
+        hardware's limit that is reached.
+
+    Raises:
+        UsageError: There is no such device.
+        MambaSFTError: There is a GPU but no kernels for it.
+    """
+    place = _device(device)
+    if stock_length is None:
+        stock_length = STOCK_LENGTH[quick]
+    if place.type == "cuda":
+        tables = _on_gpu(place, quick)
+    else:
+        from mamba_sft import bench_cpu
+
+        tables = bench_cpu.measure(stock_length=stock_length, quick=quick)
+    settings = {"device": str(place), "quick": quick}
+    if place.type == "cpu":
+        settings["stock_length"] = stock_length
+    return {"benchmark": "kernels", "machine": machine(place), "settings": settings, "tables": tables}
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in {"cpu", "cuda"}:
+        raise UsageError(f"no device `{name}`", hint="there are `auto`, `cpu`, `cuda` and `cuda:N`")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise UsageError(
+            f"no device `{name}`: this machine shows {count} CUDA devices", hint="see `mamba-sft doctor`"
+        )
+    return device
+
+
+def _on_gpu(device: torch.device, quick: bool) -> dict[str, list[dict[str, Any]]]:
+    if "triton" not in kernels.backends():
+        reason = kernels._why_unavailable("triton")
+        raise MambaSFTError(
+            f"no GPU kernels to measure: {reason}", hint="`--device cpu` measures those for the CPU"
+        )
+    with torch.cuda.device(device):
+        dtype = torch.bfloat16 if describe_device()["bfloat16"] else torch.float16
+        place = bench_gpu.Place(device, dtype, "triton", bench_card.Card.of(device))
+        return bench_gpu.measure(place, bench_gpu.SHAPES[:1] if quick else bench_gpu.SHAPES)
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Returns what a number must be quoted with: date, processor, clocks, versions."""
+    packages = package_versions("mamba-ssm", "causal-conv1d", "mambapy")
+    shown = ("torch", "transformers", "numba", "triton", "mamba-ssm", "causal-conv1d", "mambapy")
+    facts: dict[str, Any] = {"date": datetime.date.today().isoformat()}
+    if device.type == "cuda":
+        card = torch.cuda.get_device_properties(device)
+        facts |= {"gpu": card.name, "multiprocessors": card.multi_processor_count}
+        facts |= {"cuda": torch.version.cuda} | bench_card.clocks(device)
+    else:
+        facts |= {"cpu": processor_name(), "threads": torch.get_num_threads()}
+        if hasattr(os, "getloadavg"):
+            facts["load"] = round(os.getloadavg()[0], 1)  # beside others, wall times say little
+    facts["python"] = platform.python_version()
+    return facts | {name: packages[name] for name in shown if packages[name]}
+
+
+def rendered(results: dict[str, Any]) -> Iterator[Table | str]:
+    """Yields the machine as a line of text, then each table after its title, ready to be printed by rich."""
+    yield "  ".join(f"{name} {value}" for name, value in results["machine"].items())
+    for title, rows in results["tables"].items():
+        table = Table(box=None, pad_edge=False)
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        names = [name for name in names if any(row.get(name) is not None for row in rows)]
+        for name in names:
+            text = isinstance(rows[0].get(name), str)
+            table.add_column(name.replace("_", " "), justify="left" if text else "right", overflow="fold")
+        for row in rows:
+            table.add_row(*(_cell(name, row.get(name)) for name in names))
+        yield f"\n[bold]{title}[/]"
+        yield table
+
+
+def _cell(name: str, value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return (
+            f"{value:.0%}"
+            if name.endswith("of_floor")
+            else f"{value:,.3g}"
+            if value < 1000
+            else f"{value:,.0f}"
+        )
+    return f"{value}"
