@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,11 @@ COMPILED_BACKENDS = {"cpu": "cpu"} | ({"triton": "cuda"} if torch.cuda.is_availa
 """The backends that are not the definition, each with the device of its tensors."""
 COMPILED_BACKENDS = {name: device for name, device in COMPILED_BACKENDS.items() if name in backends()}
 
-FAST = ["cpu", "triton"]  # without a GPU the latter runs in Triton's interpreter, on the CPU and slowly
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+FAST = [
+    "cpu",
+    *(["triton"] if HAS_TRITON else []),
+]  # without a GPU the latter is interpreted, on the CPU, slowly
 TOLERANCE = {"reference": 1e-6, "cpu": 1e-6, "triton": 1e-5 if torch.cuda.is_available() else 1e-6}
 
 # Steps between two saved states; few in the interpreter (see conftest.py), so that short rows have several
@@ -23,6 +29,11 @@ CHUNK = {"reference": 64, "cpu": 64, "triton": 64 if torch.cuda.is_available() e
 def device_for(backend: str) -> str:
     """Where a backend takes its tensors."""
     return "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+
+
+def placed(operands: dict[str, Tensor], backend: str) -> dict[str, Tensor]:
+    """The operands where a backend takes them."""
+    return {name: x.to(device_for(backend)) for name, x in operands.items()}
 
 
 def relative_rms(value: Tensor, expected: Tensor) -> float:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 
-from .cases import CHUNK
+from .cases import CHUNK, HAS_TRITON
 
 
 @pytest.fixture(autouse=True)
 def chunks_fit_for_the_interpreter(monkeypatch):
     """Let the interpreter, which takes milliseconds per step, reach the second chunk and segment soon."""
-    if not torch.cuda.is_available():
+    if HAS_TRITON and not torch.cuda.is_available():
         from mamba_sft.kernels import triton_ops, triton_scan
 
         for module in (triton_ops, triton_scan):
             monkeypatch.setattr(module, "CHUNK", type(module.CHUNK)(CHUNK["triton"]))
+        monkeypatch.setattr(triton_ops, "SPAN", 16)
 
 
 @pytest.fixture

@@ -12,13 +12,36 @@ from numba import njit
 from mamba_sft import kernels
 from mamba_sft.kernels import backends, causal_conv1d, cpu_loops, selective_scan
 
-from .cases import conv_inputs, scan_inputs
+from .cases import FAST, conv_inputs, placed, scan_inputs
 
 
-def test_reference_and_cpu_are_here_and_triton_says_why_not():
-    assert backends() == ["reference", "cpu"]
-    with pytest.raises(RuntimeError, match=r"'triton' is unavailable: .*use backend="):
-        selective_scan(**scan_inputs(1, 2, 4, 2), backend="triton")
+def test_every_backend_is_here_if_triton_may_interpret():
+    assert backends() == ["reference", *FAST]
+
+
+def test_without_a_gpu_triton_says_why_not(monkeypatch):
+    kernels._why_unavailable.cache_clear()
+    monkeypatch.setattr(kernels, "_device_of", lambda backend: "cuda" if backend == "triton" else "cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    try:
+        assert backends() == ["reference", "cpu"]
+        with pytest.raises(RuntimeError, match=r"'triton' is unavailable: no CUDA device; use backend="):
+            selective_scan(**scan_inputs(1, 2, 4, 2), backend="triton")
+    finally:
+        kernels._why_unavailable.cache_clear()
+
+
+def test_auto_takes_triton_on_a_gpu_and_the_definition_where_there_is_nothing_fast(monkeypatch, caplog):
+    kernels._automatic.cache_clear()
+    assert kernels._automatic("cuda", torch.bfloat16) == "triton"
+    assert kernels._automatic("cuda", torch.float64) == "reference"
+    assert kernels._automatic("mps", torch.float32) == "reference"
+    assert "slow Python loop, for torch.float32 on mps: no fast kernels for mps" in caplog.text
+    monkeypatch.setattr(kernels, "_why_unavailable", lambda name: "no triton; install it")
+    kernels._automatic.cache_clear()
+    assert kernels._automatic("cuda", torch.bfloat16) == "reference"
+    assert "for torch.bfloat16 on cuda: no triton; install it" in caplog.text
+    kernels._automatic.cache_clear()
 
 
 def test_auto_takes_the_compiled_loops_and_says_so_once(caplog):
@@ -28,7 +51,7 @@ def test_auto_takes_the_compiled_loops_and_says_so_once(caplog):
         y = selective_scan(**inputs)
         selective_scan(**inputs)
     assert [record.message for record in caplog.records if "backend cpu" in record.message] == [
-        "scan and convolution: backend cpu (numba) for torch.float32 on cpu"
+        "scan and convolution: backend cpu for torch.float32 on cpu"
     ]
     assert torch.equal(y, selective_scan(**inputs, backend="cpu"))
 
@@ -43,7 +66,7 @@ def test_a_missing_numba_is_an_error_only_if_asked_for(monkeypatch, caplog):
     kernels._automatic.cache_clear()
     inputs = scan_inputs(1, 2, 4, 2)
     selective_scan(**inputs)
-    assert "slow Python loop; cpu: no numba" in caplog.text
+    assert "slow Python loop, for torch.float32 on cpu: no numba" in caplog.text
     with pytest.raises(RuntimeError, match="no numba"):
         selective_scan(**inputs, backend="cpu")
     kernels._automatic.cache_clear()
@@ -89,11 +112,12 @@ def test_wrong_conv_operands(change, message):
         causal_conv1d(**(conv_inputs(1, 3, 4, 4) | change))
 
 
-def test_the_cpu_backend_refuses_what_it_cannot_do():
+@pytest.mark.parametrize("backend", FAST)
+def test_a_fast_backend_refuses_what_it_cannot_do(backend):
     with pytest.raises(ValueError, match=r"takes float32, .*, got torch\.float64 on cpu"):
-        selective_scan(**{k: x.double() for k, x in scan_inputs(1, 2, 4, 2).items()}, backend="cpu")
+        selective_scan(**{k: x.double() for k, x in scan_inputs(1, 2, 4, 2).items()}, backend=backend)
     with pytest.raises(ValueError, match="N up to 64, got 65"):
-        selective_scan(**scan_inputs(1, 2, 4, 65), backend="cpu")
+        selective_scan(**placed(scan_inputs(1, 2, 4, 65), backend), backend=backend)
 
 
 def test_the_exponential_is_good_to_one_unit_in_the_last_place():

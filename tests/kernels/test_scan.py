@@ -13,6 +13,8 @@ from .cases import (
     FAST,
     SCAN_OPTIONS,
     TOLERANCE,
+    device_for,
+    placed,
     relative_rms,
     results,
     scan_inputs,
@@ -48,8 +50,7 @@ def test_matches_the_float64_definition(backend, batch, length, channels, states
 
 @pytest.mark.parametrize("packed", [False, True], ids=["single", "packed"])
 def test_a_row_cut_into_segments_is_the_same_row(packed, monkeypatch):
-    from mamba_sft.kernels import triton_ops
-
+    triton_ops = pytest.importorskip("mamba_sft.kernels.triton_ops")
     chunk = CHUNK["triton"]
     monkeypatch.setattr(triton_ops, "_segments", lambda u: (-(-u.shape[1] // chunk), chunk))
     lengths = [chunk - 2, 2, chunk // 2, chunk, 1]  # a boundary at an edge, and a segment without one
@@ -96,6 +97,7 @@ def test_packed_sequences_are_what_they_are_alone(backend):
     inputs = scan_inputs(1, sum(lengths), 8, 4)
     seq_idx = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[None]
     del inputs["initial_state"]
+    inputs, seq_idx = placed(inputs, backend), seq_idx.to(device_for(backend))
     whole = {name: x.clone().requires_grad_() for name, x in inputs.items()}
     y, final_state = selective_scan(
         **whole, dt_softplus=True, seq_idx=seq_idx, return_final_state=True, backend=backend
@@ -119,7 +121,7 @@ def test_packed_sequences_are_what_they_are_alone(backend):
     torch.testing.assert_close(y, expected, rtol=0, atol=1e-6)
     torch.testing.assert_close(final_state, outputs[-1][1], rtol=0, atol=1e-6)
 
-    gradient = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+    gradient = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
     y.backward(gradient)
     expected.backward(gradient)
     for name, x in whole.items():
@@ -197,14 +199,16 @@ def test_any_strides_will_do(backend):
         "A": inputs["A"].t().contiguous().t(),
         "initial_state": inputs["initial_state"].mT.contiguous().mT,
     }
-    y, state = selective_scan(**odd, dt_softplus=True, return_final_state=True, backend=backend)
-    assert torch.equal(y, expected["y"])
-    assert torch.equal(state, expected["final_state"])
+    y, state = selective_scan(
+        **placed(odd, backend), dt_softplus=True, return_final_state=True, backend=backend
+    )
+    assert torch.equal(y.cpu(), expected["y"])
+    assert torch.equal(state.cpu(), expected["final_state"])
 
 
 @pytest.mark.parametrize("backend", FAST)
 def test_an_expanded_gradient_will_do(backend):
-    inputs = scan_inputs(2, 10, 40, 4)
+    inputs = placed(scan_inputs(2, 10, 40, 4), backend)
     u = inputs.pop("u").requires_grad_()
     y = selective_scan(u, **inputs, dt_softplus=True, backend=backend)
     (expected,) = torch.autograd.grad(y, u, torch.ones_like(y), retain_graph=True)
@@ -214,7 +218,7 @@ def test_an_expanded_gradient_will_do(backend):
 
 @pytest.mark.parametrize("backend", FAST)
 def test_gradients_come_only_where_required(backend):
-    inputs = scan_inputs(1, 10, 8, 2)
+    inputs = placed(scan_inputs(1, 10, 8, 2), backend)
     inputs["B"].requires_grad_()
     inputs["initial_state"].requires_grad_()
     selective_scan(**inputs, backend=backend).sum().backward()
@@ -247,6 +251,6 @@ def test_extreme_step_sizes_and_gates(backend):
 @pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("name", ["u", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state"])
 def test_not_a_number_is_not_hidden(backend, name):
-    inputs = scan_inputs(1, 3, 8, 2)
+    inputs = placed(scan_inputs(1, 3, 8, 2), backend)
     inputs[name].view(-1)[0] = torch.nan
     assert selective_scan(**inputs, dt_softplus=True, backend=backend).isnan().any()
