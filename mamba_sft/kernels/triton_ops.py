@@ -13,6 +13,7 @@ import torch
 import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from mamba_sft.kernels import triton_conv, triton_math, triton_scan
 from mamba_sft.kernels.reference import sequence_starts
@@ -28,6 +29,7 @@ RESIDENT, WAVES = (
 )  # programs of the backward that a multiprocessor's registers hold; how often to fill the card
 MIN_SEGMENT = 4 * CHUNK.value  # a shorter one costs more in joining than it brings
 SPAN = 128  # positions per program of the convolution
+_boundaries = WeakTensorKeyDictionary()  # every layer of a model asks for those of the same tensor, twice
 COMPILE = {"num_warps": 1, "num_stages": 1, "enable_fp_fusion": True}
 
 
@@ -86,15 +88,20 @@ def sequence_boundaries(seq_idx: Tensor | None) -> tuple[Tensor | None, Tensor |
 
     Behind the last sequence that is L; the one that continues what came before the row has begun at -1.
     """
-    starts = sequence_starts(seq_idx)
-    if starts is None:
+    if seq_idx is None:
         return None, None
+    known = _boundaries.get(seq_idx)
+    if known is not None and known[0] == seq_idx._version:
+        return known[1:]
+    starts = sequence_starts(seq_idx)
     length = starts.shape[1]
     places = torch.arange(length, device=starts.device, dtype=torch.int32)
     begins = torch.where(starts, places, -1).cummax(1).values
     following = torch.where(starts, places, length).flip(1).cummin(1).values.flip(1)
     stops = torch.nn.functional.pad(following[:, 1:], (0, 1), value=length)
-    return stops.to(torch.int32).contiguous(), begins.to(torch.int32).contiguous()
+    stops, begins = stops.to(torch.int32).contiguous(), begins.to(torch.int32).contiguous()
+    _boundaries[seq_idx] = (seq_idx._version, stops, begins)
+    return stops, begins
 
 
 class Scan(torch.autograd.Function):
@@ -143,6 +150,7 @@ def _scan_forward(
     stops, begins = boundaries
     dtype = u.dtype
     u, dt, z = (_rows(x) for x in (u, dt, z))
+    D, dt_bias = _dense(D), _dense(dt_bias)
     rates, BC = _rates(A), torch.cat([B, C], dim=-1).float()
     parts, segment = _segments(u)
     new = {"dtype": torch.float32, "device": u.device}
@@ -207,6 +215,7 @@ def _scan_backward(
     (batch, length, channels), N = u.shape, A.shape[1]
     stops, begins = boundaries
     u, dt, z, dy = (_rows(x) for x in (u, dt, z, dy))
+    D, dt_bias = _dense(D), _dense(dt_bias)
     rates, BC = _rates(A), torch.cat([B, C], dim=-1).float()
     parts, segment = _segments(u)
     new = {"dtype": torch.float32, "device": u.device}
@@ -287,7 +296,7 @@ class Convolution(torch.autograd.Function):
         grid = (triton.cdiv(channels, CONV_CHANNELS), triton.cdiv(length, SPAN), batch)
         with _on(x):
             triton_conv.forward[grid](
-                x, _taps(weight), bias, begins, _dense(past), y, x.stride(0), length, SPAN,
+                x, _taps(weight), _dense(bias), begins, _dense(past), y, x.stride(0), length, SPAN,
                 x.stride(1), channels, weight.shape[1], CONV_CHANNELS, with_silu, **COMPILE,
             )  # fmt: skip
         return y.to(dtype)
@@ -309,7 +318,7 @@ class Convolution(torch.autograd.Function):
         dbias = torch.empty(batch, spans, channels, **new) if wanted[2] else None
         with _on(x):
             triton_conv.backward[(triton.cdiv(channels, CONV_CHANNELS), spans, batch)](
-                x, dy, _taps(weight), bias, ctx.begins, _dense(past),
+                x, dy, _taps(weight), _dense(bias), ctx.begins, _dense(past),
                 dx, dpast, dweight, dbias, x.stride(0), dy.stride(0), length, SPAN,
                 x.stride(1), dy.stride(1), channels, width, CONV_CHANNELS, ctx.with_silu, **COMPILE,
             )  # fmt: skip
@@ -333,9 +342,9 @@ def _rows(x: Tensor | None) -> Tensor | None:
     return x if x.stride(2) == 1 else x.contiguous()
 
 
-def _dense(past: Tensor | None) -> Tensor | None:
-    """Return past inputs as the kernels read them, or None if there are none."""
-    return None if past is None or past.shape[1] == 0 else past.detach().contiguous()
+def _dense(x: Tensor | None) -> Tensor | None:
+    """Return x without gaps, or None if there is nothing of it."""
+    return None if x is None or x.numel() == 0 else x.detach().contiguous()
 
 
 def _rates(A: Tensor) -> Tensor:

@@ -198,6 +198,8 @@ def test_any_strides_will_do(backend):
         "B": inputs["B"].mT.contiguous().mT,
         "A": inputs["A"].t().contiguous().t(),
         "initial_state": inputs["initial_state"].mT.contiguous().mT,
+        "D": torch.stack([inputs["D"]] * 2, dim=1)[:, 0],
+        "dt_bias": torch.stack([inputs["dt_bias"]] * 2, dim=1)[:, 0],
     }
     y, state = selective_scan(
         **placed(odd, backend), dt_softplus=True, return_final_state=True, backend=backend
