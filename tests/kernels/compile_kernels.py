@@ -1,9 +1,10 @@
-"""Compile every Triton kernel for the cards named on the command line, and print what came out.
+"""Launch every Triton kernel as `triton_ops` does, but compile only: for the cards named on the command line.
 
     python tests/kernels/compile_kernels.py 75 90
 
-One line of JSON: for each kernel its card, operand type, registers, bytes of stack (spilled registers land
-there), the layouts of its state tiles, and the instructions of its innermost loops. A process of its own,
+No GPU is needed: a stand-in for Triton's driver says which card is there, and the launch ends where the machine
+code is. Prints one line of JSON: for each kernel its card, operand type, registers, bytes of stack (spilled registers
+land there), the layouts of its state tiles, and the instructions of its innermost loops. A process of its own,
 because Triton decides when a kernel is defined whether to compile or to interpret it.
 """
 
@@ -14,74 +15,88 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
 
-from mamba_sft.kernels import triton_conv, triton_ops, triton_scan
+from mamba_sft.kernels import triton_ops
 
 CHANNELS = 8192
-ACTIVATIONS = ("u", "dt", "z", "y", "dy", "du", "ddt", "dz", "x", "dx")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
-def kernels(capability: int, states: int) -> Iterator[tuple[str, Any, dict[str, Any], int]]:
-    """Yield name, function, constants, and how many state updates a thread makes per pass of the inner
-    loop."""
-    forward = triton_ops.tile(states, triton_ops.FORWARD_TILE, triton_ops.FORWARD_CHANNELS)
-    backward = triton_ops.tile(states, triton_ops.BACKWARD_TILE, triton_ops.BACKWARD_CHANNELS)
-    scan = {"N": states, "SOFTPLUS": True}
-    per_step = forward["STATES"] * forward["BLOCK"] // 32
-    yield "forward", triton_scan.forward, scan | forward | {"entry": None}, per_step
-    yield (
-        "inference",
-        triton_scan.forward,
-        scan | forward | dict.fromkeys(("saved", "stops", "begins")),
-        per_step,
-    )
-    yield "segment_states", triton_scan.segment_states, scan | forward, per_step
-    yield "segment_gradients", triton_scan.segment_gradients, scan | forward, per_step
-    yield "connect", triton_scan.connect, {"N": states, **forward, "REVERSE": True}, 1
-    for name, absent in (("backward", ("dA", "dD", "dbias")), ("backward_with_rates", ())):
-        window = triton_ops.window(divmod(capability, 10), states, not absent)
-        constants = scan | backward | {"WINDOW": window} | dict.fromkeys(absent)
-        yield name, triton_scan.backward, constants, backward["STATES"] * backward["BLOCK"] // 32 * window
-    conv = {"W": 4, "BLOCK": triton_ops.CONV_CHANNELS, "SILU": True}
-    yield "conv_forward", triton_conv.forward, conv, 1
-    yield "conv_backward", triton_conv.backward, conv, 1
+class Card:
+    """What Triton asks its driver before it compiles."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return self.capability  # Triton remembers by device what it has compiled
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
 
 
-def compiled(kernel: Any, constants: dict[str, Any], capability: int, dtype: str) -> Any:
-    """Compile as the launcher has it done: 16-byte alignment told of, except where the kernel forgoes it."""
-    names = kernel.arg_names
-    given = {name: CHANNELS for name in names if name.endswith("_row")} | {
-        "channels": CHANNELS,
-        "z_row": 2 * CHANNELS,
-    }
-    constants = {name: value for name, value in (given | constants).items() if name in names}
-    signature, attributes = {}, {}
-    for place, name in enumerate(names):
-        parameter = kernel.params[place]
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name in ("length", "segment", "parts", "span") or name.endswith("_batch"):
-            signature[name] = "i32"
-        elif name in ("stops", "begins"):
-            signature[name] = "*i32"
-        else:
-            signature[name] = f"*{dtype}" if name in ACTIVATIONS else "*fp32"
-        specialized = not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment)
-        if specialized and signature[name] != "constexpr":
-            attributes[(place,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=triton_ops.COMPILE)
+def launches(capability: int, dtype: torch.dtype, states: int) -> list[tuple[str, Any, dict[str, Any]]]:
+    """Run both operations, forward and backward, and return each kernel with its code and arguments by name."""
+    seen: list[tuple[str, Any, dict[str, Any]]] = []
+    run = JITFunction.run
+
+    def compile_only(self: JITFunction, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        code = run(self, *arguments, grid=grid, warmup=True, **options)
+        given = dict(zip(self.arg_names, arguments, strict=False)) | options
+        seen.append((f"{self.__module__.rsplit('_', 1)[1]}.{self.__name__}", code, given))
+        return code
+
+    JITFunction.run = compile_only
+    driver.set_active(Card(capability))
+    triton_ops._capability = lambda x: divmod(capability, 10)
+    triton_ops._segments = lambda u: (2, 64)
+    try:
+        scan(dtype, states, trained=False)
+        scan(dtype, states, trained=True)
+        with torch.no_grad():
+            scan(dtype, states, trained=False)
+        convolution(dtype)
+    finally:
+        JITFunction.run = run
+    return seen
 
 
-def report(code: Any, updates: int, states: int) -> dict[str, Any]:
+def scan(dtype: torch.dtype, states: int, trained: bool) -> None:
+    """A packed row as the mixer has it, z being a half of a projection; A, D and the bias trained or frozen."""
+    wide = torch.zeros(1, 65, 2 * CHANNELS, dtype=dtype)
+    u, z = wide.clone()[..., :CHANNELS].contiguous().requires_grad_(), wide[..., CHANNELS:].requires_grad_()
+    dt = torch.zeros(1, 65, CHANNELS, dtype=dtype)
+    A = torch.zeros(CHANNELS, states, requires_grad=trained)
+    B, C = torch.zeros(2, 1, 65, states, dtype=dtype)
+    D, bias = torch.zeros(2, CHANNELS).requires_grad_(trained)
+    seq_idx = torch.arange(65)[None] // 10
+    y, _ = triton_ops.selective_scan(u, dt, A, B, C, D, z, bias, True, None, seq_idx)
+    if torch.is_grad_enabled():
+        y.sum().backward()
+
+
+def convolution(dtype: torch.dtype) -> None:
+    """The first half of a projection, a packed row, a past, and everything trained."""
+    x = torch.zeros(1, 65, 2 * CHANNELS, dtype=dtype)[..., :CHANNELS].requires_grad_()
+    weight, bias = torch.zeros(CHANNELS, 4, requires_grad=True), torch.zeros(CHANNELS, requires_grad=True)
+    past = torch.zeros(1, CHANNELS, 3, dtype=dtype, requires_grad=True)
+    seq_idx = torch.arange(65)[None] // 10
+    y, _ = triton_ops.causal_conv1d(x, weight, bias, "silu", past, seq_idx)
+    y.sum().backward()
+
+
+def report(code: Any, given: dict[str, Any]) -> dict[str, Any]:
     """Read registers, stack, layouts and loops from the machine code and the intermediate code."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(code.asm["cubin"])
@@ -91,12 +106,13 @@ def report(code: Any, updates: int, states: int) -> dict[str, Any]:
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
     text = code.asm["ttgir"]
     layouts = dict(re.findall(r"^(#\w+) = #ttg\.blocked<\{(.*?)\}>", text, re.M))
-    tiles = set(re.findall(rf"tensor<{states}x\d+xf32, (#\w+)>", text))
+    tiles = set(re.findall(rf"tensor<{given.get('STATES', 0)}x\d+xf32, (#\w+)>", text))
+    updates = given.get("STATES", 1) * given.get("BLOCK", 32) // 32 * given.get("WINDOW", 1)
     return {
         "registers": int(registers),
         "stack": int(stack),
         "layouts": [layouts[tile] for tile in sorted(tiles)],
-        "loops": [round(count / updates, 2) for count in _innermost_loops(assembly)],
+        "per_update": [round(count / updates, 2) for count in _innermost_loops(assembly)],
     }
 
 
@@ -124,14 +140,16 @@ def main(capabilities: list[int]) -> None:
     """Compile for the type a card trains in; on the oldest for float32 and other numbers of states too."""
     rows = []
     for capability in capabilities:
-        variants = [("fp16" if capability < 80 else "bf16", 16)]
+        variants = [(torch.float16 if capability < 80 else torch.bfloat16, 16)]
         if capability == 75:
-            variants += [("fp32", 16), ("fp16", 1), ("fp16", 64)]
+            variants += [(torch.float32, 16), (torch.float16, 1), (torch.float16, 64)]
         for dtype, states in variants:
-            for name, kernel, constants, updates in kernels(capability, states):
-                code = compiled(kernel, constants, capability, dtype)
-                row = {"card": capability, "dtype": dtype, "states": states, "kernel": name}
-                rows.append(row | report(code, updates, states))
+            done = set()
+            for name, code, given in launches(capability, dtype, states):
+                if code.hash not in done:
+                    done.add(code.hash)
+                    row = {"card": capability, "dtype": str(dtype), "states": states, "kernel": name}
+                    rows.append(row | {"trained": given.get("dA") is not None} | report(code, given))
     print(json.dumps(rows))
 
 
