@@ -2,10 +2,10 @@
 
     python tests/kernels/compile_kernels.py 75 90
 
-No GPU is needed: a stand-in for Triton's driver says which card is there, and the launch ends where the machine
-code is. Prints one line of JSON: for each kernel its card, operand type, registers, bytes of stack (spilled registers
-land there), the layouts of its state tiles, and the instructions of its innermost loops. A process of its own,
-because Triton decides when a kernel is defined whether to compile or to interpret it.
+No GPU is needed: a stand-in for Triton's driver says which card is there, and the launch ends where the
+machine code is. Prints one line of JSON: for each kernel its card, operand type, registers, bytes of stack
+(spilled registers land there), the layouts of its state tiles, and the instructions of its innermost loops.
+A process of its own, because Triton decides when a kernel is defined whether to compile or to interpret it.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Card:
 
 
 def launches(capability: int, dtype: torch.dtype, states: int) -> list[tuple[str, Any, dict[str, Any]]]:
-    """Run both operations, forward and backward, and return each kernel with its code and arguments by name."""
+    """Run both operations and return each kernel launched, with its code and its arguments by name."""
     seen: list[tuple[str, Any, dict[str, Any]]] = []
     run = JITFunction.run
 
@@ -73,7 +73,7 @@ def launches(capability: int, dtype: torch.dtype, states: int) -> list[tuple[str
 
 
 def scan(dtype: torch.dtype, states: int, trained: bool) -> None:
-    """A packed row as the mixer has it, z being a half of a projection; A, D and the bias trained or frozen."""
+    """A packed row as the mixer has it, z half of a projection; A, D and the bias trained or frozen."""
     wide = torch.zeros(1, 65, 2 * CHANNELS, dtype=dtype)
     u, z = wide.clone()[..., :CHANNELS].contiguous().requires_grad_(), wide[..., CHANNELS:].requires_grad_()
     dt = torch.zeros(1, 65, CHANNELS, dtype=dtype)
