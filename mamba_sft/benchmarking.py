@@ -75,7 +75,7 @@ def _device(name: str) -> torch.device:
 
 def _on_gpu(device: torch.device, quick: bool) -> dict[str, list[dict[str, Any]]]:
     if "triton" not in kernels.backends():
-        reason = kernels._why_unavailable("triton")
+        reason = kernels.why_unavailable("triton")
         raise MambaSFTError(
             f"no GPU kernels to measure: {reason}", hint="`--device cpu` measures those for the CPU"
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import subprocess
 import sys
@@ -123,8 +122,8 @@ def advised_dtype(facts: dict[str, Any]) -> tuple[torch.dtype, str]:
 def compute(facts: dict[str, Any]) -> Iterator[Finding]:
     """Yields the findings on the kernels: what `auto` picks for each operation and why not another."""
     dtype, _ = advised_dtype(facts)
-    picked = picked_backend(facts["type"], dtype)
-    reasons = {name: kernels._why_unavailable(name) for name in kernels.BACKENDS}
+    picked, _ = kernels.automatic(facts["type"], dtype)
+    reasons = {name: kernels.why_unavailable(name) for name in kernels.BACKENDS}
     cold = picked == "cpu" and not compiled_loops()
     for name, operation in OPERATIONS.items():
         yield _operation(name, operation, picked, cold, facts["type"])
@@ -141,19 +140,10 @@ def compute(facts: dict[str, Any]) -> Iterator[Finding]:
         yield Finding("kernels", "OMP_WAIT_POLICY", "note", policy, fix)
 
 
-def picked_backend(device_type: str, dtype: torch.dtype) -> str:
-    """Returns what `backend="auto"` picks, without the message that the first real use of it writes."""
-    kernels.logger.disabled, was = True, kernels.logger.disabled
-    try:
-        return str(inspect.unwrap(kernels._automatic)(device_type, dtype))
-    finally:
-        kernels.logger.disabled = was
-
-
 def _operation(name: str, operation: str, picked: str, cold: bool, device_type: str) -> Finding:
     if picked == "reference":
         best = "triton" if device_type == "cuda" else "cpu"
-        reason = kernels._why_unavailable(best) or f"`{best}` can run but is not chosen"
+        reason = kernels.why_unavailable(best) or f"`{best}` can run but is not chosen"
         return Finding("kernels", name, "note", "reference, a slow Python loop", f"{best}: {reason}")
     if cold:
         return Finding("kernels", name, "ok", f"{picked}; the first call compiles it, some 20 s")

@@ -221,7 +221,7 @@ def test_a_device_that_is_not_there_is_one_message(bench, device):
 
 def test_a_gpu_without_kernels_says_why(monkeypatch):
     monkeypatch.setattr(kernels, "backends", lambda: ["reference", "cpu"])
-    monkeypatch.setattr(kernels, "_why_unavailable", lambda name: "triton is not installed")
+    monkeypatch.setattr(kernels, "why_unavailable", lambda name: "triton is not installed")
     with pytest.raises(MambaSFTError, match="no GPU kernels to measure: triton is not installed"):
         benchmarking._on_gpu(torch.device("cuda"), quick=True)
     with pytest.raises(UsageError):

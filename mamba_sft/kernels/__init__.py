@@ -19,7 +19,7 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["backends", "causal_conv1d", "selective_scan"]
+__all__ = ["automatic", "backends", "causal_conv1d", "selective_scan", "why_unavailable"]
 
 BACKENDS = {"reference": "reference", "cpu": "cpu", "triton": "triton_ops"}  # and the module that computes
 FAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -31,7 +31,7 @@ def backends() -> list[str]:
     Returns:
         Some of `reference`, `cpu` and `triton`; any of them is accepted as `backend=`.
     """
-    return [name for name in BACKENDS if _why_unavailable(name) is None]
+    return [name for name in BACKENDS if why_unavailable(name) is None]
 
 
 @torch.compiler.disable  # a loop over time is not for tracing
@@ -135,7 +135,7 @@ def _implementation(backend: str, x: Tensor) -> ModuleType:
         backend = _automatic(x.device.type, x.dtype)
     elif backend not in BACKENDS:
         raise ValueError(f"backend must be auto, {', '.join(BACKENDS)}, got {backend!r}")
-    elif (reason := _why_unavailable(backend)) is not None:
+    elif (reason := why_unavailable(backend)) is not None:
         raise RuntimeError(f"backend {backend!r} is unavailable: {reason}")
     device = _device_of(backend)
     if device is not None and (x.device.type != device or x.dtype not in FAST_DTYPES):
@@ -146,23 +146,34 @@ def _implementation(backend: str, x: Tensor) -> ModuleType:
     return importlib.import_module(f"{__name__}.{BACKENDS[backend]}")
 
 
+def automatic(device_type: str, dtype: torch.dtype) -> tuple[str, str | None]:
+    """Return the backend that `auto` takes, and if that is the slow definition for want of a better one, why.
+
+    Args:
+        device_type: `cpu`, `cuda` or any other of torch's.
+        dtype: Of the activations.
+    """
+    if dtype not in FAST_DTYPES:
+        return "reference", None
+    fast = {"cpu": "cpu", "cuda": "triton"}.get(device_type)
+    reason = f"no fast kernels for {device_type}" if fast is None else why_unavailable(fast)
+    return ("reference", reason) if fast is None or reason else (fast, None)
+
+
 @functools.cache
 def _automatic(device_type: str, dtype: torch.dtype) -> str:
     """Pick the backend for `auto` and say so; cached, so each kind of tensor is spoken of once."""
-    if dtype not in FAST_DTYPES:
-        return "reference"
-    fast = {"cpu": "cpu", "cuda": "triton"}.get(device_type)
-    reason = f"no fast kernels for {device_type}" if fast is None else _why_unavailable(fast)
-    if fast is not None and reason is None:
-        logger.info("scan and convolution: backend %s for %s on %s", fast, dtype, device_type)
-        return fast
-    logger.warning(
-        "scan and convolution: backend reference, a slow Python loop, for %s on %s: %s",
-        dtype,
-        device_type,
-        reason,
-    )
-    return "reference"
+    backend, reason = automatic(device_type, dtype)
+    if reason is None:
+        logger.info("scan and convolution: backend %s for %s on %s", backend, dtype, device_type)
+    else:
+        logger.warning(
+            "scan and convolution: backend reference, a slow Python loop, for %s on %s: %s",
+            dtype,
+            device_type,
+            reason,
+        )
+    return backend
 
 
 def _device_of(backend: str) -> str | None:
@@ -173,8 +184,12 @@ def _device_of(backend: str) -> str | None:
 
 
 @functools.cache
-def _why_unavailable(backend: str) -> str | None:
-    """Return why a backend cannot run here and what to do about it, or None if it can."""
+def why_unavailable(backend: str) -> str | None:
+    """Return why a backend cannot run here and what to do about it, or None if it can.
+
+    Args:
+        backend: `reference`, `cpu` or `triton`.
+    """
     if backend == "cpu":
         try:
             importlib.import_module(f"{__name__}.cpu")

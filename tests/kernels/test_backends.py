@@ -20,7 +20,7 @@ def test_every_backend_is_here_if_triton_may_interpret():
 
 
 def test_without_a_gpu_triton_says_why_not(monkeypatch):
-    kernels._why_unavailable.cache_clear()
+    kernels.why_unavailable.cache_clear()
     monkeypatch.setattr(kernels, "_device_of", lambda backend: "cuda" if backend == "triton" else "cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     try:
@@ -28,7 +28,7 @@ def test_without_a_gpu_triton_says_why_not(monkeypatch):
         with pytest.raises(RuntimeError, match=r"'triton' is unavailable: no CUDA device; use backend="):
             selective_scan(**scan_inputs(1, 2, 4, 2), backend="triton")
     finally:
-        kernels._why_unavailable.cache_clear()
+        kernels.why_unavailable.cache_clear()
 
 
 def test_auto_takes_triton_on_a_gpu_and_the_definition_where_there_is_nothing_fast(monkeypatch, caplog):
@@ -37,7 +37,7 @@ def test_auto_takes_triton_on_a_gpu_and_the_definition_where_there_is_nothing_fa
     assert kernels._automatic("cuda", torch.float64) == "reference"
     assert kernels._automatic("mps", torch.float32) == "reference"
     assert "slow Python loop, for torch.float32 on mps: no fast kernels for mps" in caplog.text
-    monkeypatch.setattr(kernels, "_why_unavailable", lambda name: "no triton; install it")
+    monkeypatch.setattr(kernels, "why_unavailable", lambda name: "no triton; install it")
     kernels._automatic.cache_clear()
     assert kernels._automatic("cuda", torch.bfloat16) == "reference"
     assert "for torch.bfloat16 on cuda: no triton; install it" in caplog.text
@@ -62,7 +62,7 @@ def test_auto_takes_the_definition_for_float64():
 
 
 def test_a_missing_numba_is_an_error_only_if_asked_for(monkeypatch, caplog):
-    monkeypatch.setattr(kernels, "_why_unavailable", lambda name: "no numba" if name == "cpu" else None)
+    monkeypatch.setattr(kernels, "why_unavailable", lambda name: "no numba" if name == "cpu" else None)
     kernels._automatic.cache_clear()
     inputs = scan_inputs(1, 2, 4, 2)
     selective_scan(**inputs)
