@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -112,3 +114,13 @@ def falcon_tokenizer() -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(SHARED_FALCON)
+
+
+@pytest.fixture(autouse=True)
+def messages_go_where_they_went() -> Iterator[None]:
+    """Undo what the command line does to the package's logger when a test calls it in this process."""
+    logger = logging.getLogger("mamba_sft")
+    before = list(logger.handlers), logger.level, logger.propagate
+    yield
+    logger.handlers, level, logger.propagate = before
+    logger.setLevel(level)
