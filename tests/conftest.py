@@ -16,10 +16,8 @@ from typing import Any
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ.setdefault(
-        "TRITON_INTERPRET", "1"
-    )  # read when kernels are defined: they run as Python on the CPU
+if not torch.cuda.is_available():  # read when the kernels are defined: they then run as Python on the CPU
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 SHARED_FALCON = Path(__file__).parents[2] / "shared" / "falcon-tokenizer"
 
