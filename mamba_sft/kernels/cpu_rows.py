@@ -174,6 +174,14 @@ def row_of(typing_context, value):
 
 
 @intrinsic
+def floats_at(typing_context, address):
+    """Turn the address of float32 memory, as `Tensor.data_ptr` returns it, into a pointer for `carray`."""
+    return types.CPointer(types.float32)(types.intp), lambda context, builder, signature, arguments: (
+        builder.inttoptr(arguments[0], FLOAT.as_pointer())
+    )
+
+
+@intrinsic
 def get(typing_context, array, index):
     """Read the row that starts at an element of a flat array."""
 
@@ -203,6 +211,20 @@ def lane(typing_context, row, index):
     return types.float32(
         row, types.intp
     ), lambda context, builder, signature, arguments: builder.extract_element(*arguments)
+
+
+@intrinsic
+def sum_lanes(typing_context, row):
+    """Add the lanes of a row, halves onto each other."""
+
+    def generate(context, builder, signature, arguments):
+        (x,) = arguments
+        for width in (LANES >> k for k in range(1, LANES.bit_length())):
+            low, high = list(range(width)), list(range(width, 2 * width))
+            x = builder.fadd(shuffle(builder, x, x, low), shuffle(builder, x, x, high))
+        return builder.extract_element(x, INTEGER(0))
+
+    return types.float32(row), generate
 
 
 @intrinsic
