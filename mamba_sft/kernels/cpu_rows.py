@@ -176,9 +176,9 @@ def row_of(typing_context, value):
 @intrinsic
 def floats_at(typing_context, address):
     """Turn the address of float32 memory, as `Tensor.data_ptr` returns it, into a pointer for `carray`."""
-    return types.CPointer(types.float32)(types.intp), lambda context, builder, signature, arguments: (
-        builder.inttoptr(arguments[0], FLOAT.as_pointer())
-    )
+    return types.CPointer(types.float32)(
+        types.intp
+    ), lambda context, builder, signature, arguments: builder.inttoptr(arguments[0], FLOAT.as_pointer())
 
 
 @intrinsic

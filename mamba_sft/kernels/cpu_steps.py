@@ -1,9 +1,9 @@
 """One token at a time on a CPU: what a mixer does between its projections when it decodes.
 
-The same mathematics as `causal_conv1d` and `selective_scan`, for a single position and without gradients: the
-states of the cache are overwritten where they lie, and nothing is prepared that only a long row repays. The
-loops are compiled by numba, with the rows of `cpu_rows.py`; here lanes are the states of one channel, which is
-how the cache stores them.
+The same mathematics as `causal_conv1d` and `selective_scan`, for a single position and without gradients:
+the states of the cache are overwritten where they lie, and nothing is prepared that only a long row repays.
+The loops are compiled by numba, with the rows of `cpu_rows.py`; here lanes are the states of one channel,
+which is how the cache stores them.
 
 Operands come as addresses of contiguous float32 memory, since making arrays of them takes longer than the
 loops do. Shapes leave out the time axis, which is 1.
@@ -32,7 +32,7 @@ from mamba_sft.kernels.cpu_rows import (
     sum_lanes,
 )
 
-ROWS_CHECKSUM = "0"  # of cpu_rows.py: numba recompiles what is in a file when that file has changed
+ROWS_CHECKSUM = "d5d684553761f0e7"  # of cpu_rows.py: a change there has to change this file too
 
 
 @njit(**FUSED)
@@ -124,7 +124,10 @@ def scan_step(batch, channels, states, rank, x, dt, dt_bias, A_log, parts, D, xz
     x, xz = carray(floats_at(x), (batch, channels)), carray(floats_at(xz), (batch, 2 * channels))
     dt, y = carray(floats_at(dt), (batch, channels)), carray(floats_at(y), (batch, channels))
     dt_bias, D = carray(floats_at(dt_bias), (channels,)), carray(floats_at(D), (channels,))
-    A_log, state = carray(floats_at(A_log), (channels, states)), carray(floats_at(state), (batch, channels, states))
+    A_log, state = (
+        carray(floats_at(A_log), (channels, states)),
+        carray(floats_at(state), (batch, channels, states)),
+    )
     parts = carray(floats_at(parts), (batch, rank + 2 * states))
     at_b, at_c = rank, rank + states
     sums = np.zeros(LANES, float32)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def can_decode(
     blocks: Iterable[nn.Module], last_norm: nn.Module, hidden_states: Tensor, cache: Cache | None
 ) -> bool:
-    """Whether `decode` can do what the blocks are asked for: one token, no gradients, all of it on the CPU."""
+    """Whether `decode` can do what is asked of the blocks: one token, no gradients, all on the CPU."""
     return (
         cache is not None
         and hidden_states.shape[1] == 1
@@ -38,7 +38,7 @@ def can_decode(
 
 
 def decode(blocks: Iterable[nn.Module], last_norm: nn.Module, hidden_states: Tensor, cache: Cache) -> Tensor:
-    """Take (B, 1, hidden_size) through the blocks and `last_norm`; the states in `cache` move one position on.
+    """Take (B, 1, hidden_size) through blocks and `last_norm`; the states in `cache` move one position on.
 
     To be called where `can_decode` holds.
     """
@@ -62,11 +62,16 @@ def _add_and_norm(
         residual = residual + mixed
         return norm(residual.to(dtype)), residual
     total, normed = torch.empty_like(residual), torch.empty_like(residual)
-    batch, _, size = residual.shape
-    inputs = [_floats(x) for x in (residual, mixed, weight)]
-    residual_at, mixed_at, weight_at, total_at, normed_at = (x.data_ptr() for x in (*inputs, total, normed))
+    residual, mixed, weight = _floats(residual), _floats(mixed), _floats(weight)
     cpu_steps.add_norm_step(
-        batch, size, residual_at, mixed_at, weight_at, norm.variance_epsilon, total_at, normed_at
+        residual.shape[0],
+        residual.shape[2],
+        residual.data_ptr(),
+        mixed.data_ptr(),
+        weight.data_ptr(),
+        norm.variance_epsilon,
+        total.data_ptr(),
+        normed.data_ptr(),
     )
     return normed, total
 
@@ -77,21 +82,27 @@ def _can_step(block: Any, batch: int, cache: Cache) -> bool:
     modules, parameters = mixer._modules, mixer._parameters
     if mixer.activation != "silu" or mixer.backend not in ("auto", "cpu"):
         return False
-    if not cache.has_previous_state(mixer.layer_idx):
-        return False
     if _is_hooked(block) or _is_hooked(mixer) or not _is_plain_norm(block._modules["norm"]):
         return False
-    bias = _innermost(modules["dt_proj"])._parameters.get("bias")
-    weights = (parameters["A_log"], parameters["D"], modules["conv1d"]._parameters["weight"], bias)
     layer = cache.layers[mixer.layer_idx]
+    if not layer.has_previous_state[0]:
+        return False
     inputs, state = layer.conv_states[0], layer.recurrent_states[0]
+    channels = mixer.intermediate_size
     return (
-        all(w is not None and w.dtype in FAST_DTYPES and w.is_cpu for w in weights)
-        and inputs.shape == (batch, mixer.intermediate_size, mixer.conv_kernel_size)
-        and inputs.dtype in FAST_DTYPES
-        and state.shape == (batch, mixer.intermediate_size, mixer.ssm_state_size)
+        inputs.shape == (batch, channels, mixer.conv_kernel_size)
+        and state.shape == (batch, channels, mixer.ssm_state_size)
         and state.dtype == torch.float32
+        and _is_at_hand(parameters["A_log"])
+        and _is_at_hand(parameters["D"])
+        and _is_at_hand(modules["conv1d"]._parameters["weight"])
+        and _is_at_hand(_innermost(modules["dt_proj"])._parameters.get("bias"))
     )
+
+
+def _is_at_hand(weight: Tensor | None) -> bool:
+    """Whether there are values to read: offloaded weights are on no device, and come only when called for."""
+    return weight is not None and weight.is_cpu and weight.dtype in FAST_DTYPES
 
 
 def _is_plain_norm(norm: nn.Module) -> bool:
@@ -135,14 +146,14 @@ def _step(mixer: Any, normed: Tensor, cache: Cache) -> Tensor:
     state = _floats(past_state)
     operands = (x, dt, dt_bias, parameters["A_log"], parts, parameters["D"], xz, state, y)
     operands = [_floats(operand) for operand in operands]
-    cpu_steps.scan_step(batch, channels, states, rank, *(operand.data_ptr() for operand in operands))
+    cpu_steps.scan_step(batch, channels, states, rank, *[operand.data_ptr() for operand in operands])
     if state is not past_state:
         past_state.copy_(state)
     return modules["out_proj"](y.to(dtype))
 
 
 def _project_dt(dt_proj: nn.Module, dt: Tensor) -> tuple[Tensor, Tensor]:
-    """Apply `dt_proj` but leave its bias to the scan, as `FalconMambaMixer._project_dt` does and for its reason.
+    """Apply `dt_proj` but leave its bias to the scan, as `FalconMambaMixer._project_dt` does for its reason.
 
     The bias is taken away for the call, which is faster than `functional_call` and does as well without
     gradients.

@@ -314,7 +314,7 @@ class FalconMambaForCausalLM(stock.FalconMambaForCausalLM):
 
 
 def _masks_nothing(mask: Tensor | None, hidden_states: Tensor) -> bool:
-    """Whether the mask is all ones over these positions; asked on the CPU only, where asking costs nothing."""
+    """Whether the mask is all ones over these positions; asked on the CPU only, where it costs nothing."""
     if mask is None or mask.device.type != "cpu":
         return False
     return bool(mask[:, -hidden_states.shape[1] :].all())
