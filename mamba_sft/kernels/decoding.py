@@ -30,13 +30,13 @@ def can_decode(
         and hidden_states.shape[1] == 1
         and hidden_states.device.type == "cpu"
         and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
         and _is_plain_norm(last_norm)
         and all(_can_step(block, hidden_states.shape[0], cache) for block in blocks)
         and _compiled_loops_work()
     )
 
 
+@torch.compiler.disable  # the loops are given addresses, which a traced tensor does not have
 def decode(blocks: Iterable[nn.Module], last_norm: nn.Module, hidden_states: Tensor, cache: Cache) -> Tensor:
     """Take (B, 1, hidden_size) through blocks and `last_norm`; the states in `cache` move one position on.
 
