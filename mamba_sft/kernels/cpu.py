@@ -24,9 +24,7 @@ from mamba_sft.kernels.reference import sequence_starts
 
 logger = logging.getLogger(__name__)
 
-GROUPS = (
-    32  # partial sums of dB and dC per batch row: enough tasks for as many threads, and not too much memory
-)
+GROUPS = 32  # the most partial sums of dB and dC per batch row, hence the most threads on one row
 SMALL = 1 << 18  # state updates below which threads cost more than they bring
 
 
@@ -176,7 +174,7 @@ def _scan_backward(
 ) -> tuple[Tensor, ...]:
     """Return the float32 gradients of the first nine operands; those of absent ones mean nothing."""
     (batch, length, channels), states = u.shape, A.shape[1]
-    groups = min(_blocks(channels), GROUPS)
+    groups = min(_blocks(channels), GROUPS, max(4, channels // (4 * states)))  # half an activation of memory
     du, ddt = _empty(2, batch, length, channels)
     dz = _empty(batch, length, channels) if z is not None else torch.empty(0)
     dA = torch.empty(batch, states, channels) if rate_wanted else torch.empty(batch, states, 0)
