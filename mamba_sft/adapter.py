@@ -35,6 +35,7 @@ from peft.utils.other import TrainableTokensWrapper
 from mamba_sft.checkpoint import base_fingerprint, resolve_base
 from mamba_sft.errors import AdapterError
 from mamba_sft.kernels.falcon_mamba import FalconMambaMixer
+from mamba_sft.lora import fuse_lora
 
 if TYPE_CHECKING:
     from mamba_sft.chat import TemplateSetup
@@ -233,18 +234,17 @@ def _wrap(model: Any, config: PeftConfig) -> PeftModel:
     if "bias" not in head._parameters:  # TRL asks for it, and PEFT's wrapper of trained rows hides it
         head.register_parameter("bias", None)
     for module in wrapped.modules():
+        fuse_lora(module)
         if type(module.__dict__.get("state")).__name__ == "MatmulLtState":
             module.register_forward_pre_hook(_keep_int8_scales)
-    # By default every save asks the hub whether the vocabulary grew, and then stores both full matrices.
-    # New rows are adapter rows here.
+    # By default a save asks the hub whether the vocabulary grew, then stores both matrices; ours has rows.
     wrapped.save_pretrained = partial(wrapped.save_pretrained, save_embedding_layers=False)
     keep_float32(wrapped)
     return wrapped
 
 
 def _keep_int8_scales(module: Any, inputs: Any) -> None:
-    # DoRA on a CPU moves an int8 weight after its first use. bitsandbytes then takes it for a fresh one and
-    # its scales from it, but those live in `module.state` by then.
+    # DoRA on a CPU moves an int8 weight after its first use; bitsandbytes then looks for its scales in it.
     if module.state.SCB is not None and module.weight.SCB is None:
         module.weight.CB = None
 

@@ -22,7 +22,7 @@ TOP = {"training", "merging", "exporting", "evaluation", "conversation", "planni
 
 OWNERS = {
     "trl": {"trainer"},
-    "peft": {"adapter", "merging"},
+    "peft": {"adapter", "lora", "merging"},
     "bitsandbytes": {"model", "merging"},
     "gguf": {"exporting"},
     "lm_eval": {"evaluation"},

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,9 +24,7 @@ from mamba_sft.kernels.reference import sequence_starts
 
 logger = logging.getLogger(__name__)
 
-GROUPS = (
-    32  # partial sums of dB and dC per batch row: enough tasks for as many threads, and not too much memory
-)
+GROUPS = 32  # the most partial sums of dB and dC per batch row, hence the most threads on one row
 SMALL = 1 << 18  # state updates below which threads cost more than they bring
 
 
@@ -79,6 +78,17 @@ def causal_conv1d(
     return y, tail.transpose(1, 2)
 
 
+def _empty(*shape: int) -> Tensor:
+    """Return uninitialised float32 memory, if it is large in huge pages: numpy asks for them, torch does not.
+
+    The kernel hands out memory page by page on first use, and for small pages that took a tenth of the time
+    of a scan with its gradient.
+    """
+    memory = np.empty(math.prod(shape) + 16, np.float32)
+    start = (-memory.ctypes.data % 64) // 4
+    return torch.from_numpy(memory[start : start + math.prod(shape)].reshape(shape))
+
+
 class Scan(torch.autograd.Function):
     """`_scan_forward` and its gradient, for whichever operands require one."""
 
@@ -123,9 +133,9 @@ def _scan_forward(
     (batch, length, channels), states = u.shape, A.shape[1]
     tasks = batch * _blocks(channels)
     chunks = -(-length // loops.CHUNK) if keep else 0
-    y = torch.empty(batch, length, channels)
+    y = _empty(batch, length, channels)
     final_state = torch.empty(batch, channels, states)
-    saved = torch.empty(tasks, chunks, states, loops.LANES)
+    saved = _empty(tasks, chunks, states * loops.LANES)
     rows = [_row_view(x) for x in (u, dt, u if z is None else z)]
     _run(
         loops.scan_forward,
@@ -164,11 +174,11 @@ def _scan_backward(
 ) -> tuple[Tensor, ...]:
     """Return the float32 gradients of the first nine operands; those of absent ones mean nothing."""
     (batch, length, channels), states = u.shape, A.shape[1]
-    groups = min(_blocks(channels), GROUPS)
-    du, ddt = torch.empty(2, batch, length, channels)
-    dz = torch.empty(batch, length, channels) if z is not None else torch.empty(0)
+    groups = min(_blocks(channels), GROUPS, max(4, channels // (4 * states)))  # half an activation of memory
+    du, ddt = _empty(2, batch, length, channels)
+    dz = _empty(batch, length, channels) if z is not None else torch.empty(0)
     dA = torch.empty(batch, states, channels) if rate_wanted else torch.empty(batch, states, 0)
-    dB, dC = np.zeros((2, groups, batch, length, states), np.float32)
+    dB, dC = np.zeros((2, groups, batch, length, -(-states // 8) * 8), np.float32)
     dD, dbias = torch.empty(2, batch, channels)
     dinitial = torch.empty(batch, channels, states)
     rows = [_row_view(x) for x in (u, dt, u if z is None else z, dy)]
@@ -191,7 +201,7 @@ def _scan_backward(
         dC,
         *(x.numpy() for x in (dD, dbias, dinitial)),
     )
-    dB, dC = (torch.from_numpy(partial.sum(axis=0)) for partial in (dB, dC))
+    dB, dC = (torch.from_numpy(partial.sum(axis=0)[..., :states]) for partial in (dB, dC))
     return du, ddt, dA.sum(0).t(), dB, dC, dD.sum(0), dz, dbias.sum(0), dinitial
 
 
@@ -212,7 +222,7 @@ class Convolution(torch.autograd.Function):
         ctx.save_for_backward(x, weight, bias, past)
         ctx.with_silu, ctx.begins = with_silu, begins
         batch, length, channels = x.shape
-        y = torch.empty(batch, length, channels)
+        y = _empty(batch, length, channels)
         flat, *strides = _row_view(x)
         _run(
             loops.conv_forward,

@@ -25,6 +25,7 @@ from transformers.integrations.accelerate import force_accelerate_hooks
 from transformers.models.falcon_mamba import modeling_falcon_mamba as stock
 
 from mamba_sft.kernels import BACKENDS, causal_conv1d, selective_scan
+from mamba_sft.kernels.decoding import can_decode, decode
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -225,13 +226,19 @@ class FalconMambaModel(stock.FalconMambaModel):
             cache_params = DynamicCache(config=config)
 
         hidden_states = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        if _masks_nothing(attention_mask, hidden_states):
+            attention_mask = None
         seen = []
-        for block in self.layers:
-            hidden_states = block(
-                hidden_states, cache_params=cache_params, attention_mask=attention_mask, seq_idx=seq_idx
-            )
-            seen.append(hidden_states if output_hidden_states else None)
-        hidden_states = self.norm_f(hidden_states)
+        asks_more = attention_mask is not None or output_hidden_states
+        if not asks_more and can_decode(self.layers, self.norm_f, hidden_states, cache_params):
+            hidden_states = decode(self.layers, self.norm_f, hidden_states, cache_params)
+        else:
+            for block in self.layers:
+                hidden_states = block(
+                    hidden_states, cache_params=cache_params, attention_mask=attention_mask, seq_idx=seq_idx
+                )
+                seen.append(hidden_states if output_hidden_states else None)
+            hidden_states = self.norm_f(hidden_states)
         all_hidden_states = (*seen, hidden_states) if output_hidden_states else None
 
         if not return_dict:
@@ -304,6 +311,13 @@ class FalconMambaForCausalLM(stock.FalconMambaForCausalLM):
         return stock.FalconMambaCausalLMOutput(
             loss=loss, logits=logits, cache_params=outputs.cache_params, hidden_states=outputs.hidden_states
         )
+
+
+def _masks_nothing(mask: Tensor | None, hidden_states: Tensor) -> bool:
+    """Whether the mask is all ones over these positions; asked on the CPU only, where it costs nothing."""
+    if mask is None or mask.device.type != "cpu":
+        return False
+    return bool(mask[:, -hidden_states.shape[1] :].all())
 
 
 def _silence(x: Tensor, mask: Tensor | None) -> Tensor:
