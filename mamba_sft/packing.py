@@ -142,6 +142,15 @@ class Collator:
         return {name: torch.from_numpy(value) for name, value in batch.items()}
 
 
+def row_lengths(dataset: Dataset) -> np.ndarray:
+    """Returns the number of tokens of each row, (n,) int64."""
+    import pyarrow.compute as pc
+
+    column = dataset.select_columns("input_ids").with_format("arrow")[:].column(0)
+    lengths: np.ndarray = pc.list_value_length(column).to_numpy().astype(np.int64)
+    return lengths
+
+
 def list_table(columns: dict[str, tuple[np.ndarray, np.ndarray]]) -> Any:
     """A `pyarrow.Table` of list columns, each given as (all values in a row, the length of each list)."""
     import pyarrow as pa

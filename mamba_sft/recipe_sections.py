@@ -169,9 +169,19 @@ class TrainSection(Section):
     optim: Literal["adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"] = "adamw_torch_fused"
     """The 8-bit ones hold optimizer state in a quarter of the memory; paged moves it to CPU memory when the
     card is full. With LoRA that state is small."""
-    checkpointing: Literal["none", "block"] = "block"
+    checkpointing: Literal["none", "block", "mamba"] = "block"
     """block keeps only the input of each block and computes the rest again in the backward pass: far less
-    memory, about a third more time. none is faster if it fits."""
+    memory, about a third more time. mamba keeps the large matrix products too and repeats only what is cheap:
+    some five times the memory of block for hardly more time than none, which is fastest if it fits."""
+    stream_tokens: int | None = Field(default=None, ge=1, le=MANY)
+    """Train rows of any length in chunks of this many tokens, with the gradients of the whole row, in the
+    memory of one chunk, for one more forward. 1024 suits most cards. null takes each row at once."""
+    carry_state: bool = False
+    """Start each row from the state that an earlier row ended with, without gradients, instead of from
+    nothing. Helps models trained on short rows to read longer ones; changes what is learned."""
+    auto_batch: bool = False
+    """Survive running out of memory: try the longest rows first, and run a micro-batch that does not fit in
+    parts. The effective batch and the order of the data stay what they are."""
     logging_steps: int = Field(default=1, ge=1, le=MANY)
     """Optimizer steps between logged losses."""
     save_steps: CountOrShare = Field(default=0.2, gt=0, le=MANY)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from difflib import get_close_matches
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,9 +15,10 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from mamba_sft.adapter import keep_float32
+from mamba_sft.chunked_steps import ChunkedSteps, Figures
 from mamba_sft.errors import RecipeError, TrainingError
 from mamba_sft.model import resolve_dtype
-from mamba_sft.recipe import Recipe
+from mamba_sft.recipe import Recipe, TrainSection
 from mamba_sft.resuming import newest_checkpoint
 from mamba_sft.run import Run, write_atomically
 from mamba_sft.schedule import TRAINER_NAMES, scheduler_arguments
@@ -25,21 +27,26 @@ from mamba_sft.schedule import TRAINER_NAMES, scheduler_arguments
 class Trainer(SFTTrainer):  # type: ignore[misc]
     """TRL's trainer, which stops at the first loss or gradient that is not a number, and knows `wsd`.
 
+    With `stream_tokens`, `carry_state` or `auto_batch` it takes its own training steps (`ChunkedSteps`).
+
     Args:
         run: Where a batch that gave NaN is kept.
-        schedule: The recipe's `lr_scheduler_type`.
+        section: The recipe's `train`.
         callbacks: As the trainer's; one that shows progress (has a `console`) replaces the trainer's bar.
         **arguments: Everything else `SFTTrainer` takes.
     """
 
-    def __init__(self, *, run: Run, schedule: str, callbacks: Sequence[TrainerCallback], **arguments: Any):
+    def __init__(
+        self, *, run: Run, section: TrainSection, callbacks: Sequence[TrainerCallback], **arguments: Any
+    ):
         self.run = run
-        self.schedule = schedule
+        self.schedule = section.lr_scheduler_type
         super().__init__(callbacks=list(callbacks), **arguments)
         self.remove_callback(PrinterCallback)
         if any(hasattr(callback, "console") for callback in callbacks):
             self.remove_callback(ProgressCallback)
         keep_float32(self.model)
+        self.steps = ChunkedSteps(self, section) if ChunkedSteps.wanted(section) else None
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Adds what `wsd` needs to know to the trainer's own schedulers."""
@@ -48,7 +55,8 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """One forward and backward; raises `TrainingError` before a NaN can reach the weights."""
-        loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
+        step = super().training_step if self.steps is None else self.steps.training_step
+        loss: torch.Tensor = step(model, inputs, *args, **kwargs)
         if not torch.isfinite(loss):
             self._stop_on_nan("loss", inputs)
         elif (
@@ -58,6 +66,33 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         ):
             self._stop_on_nan("gradient", inputs)
         return loss
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """TRL's loss; in evaluation, rows stream as they do in training."""
+        if self.steps is None or model.training:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        return self.steps.evaluation_loss(model, inputs)
+
+    def record(self, mode: str, figures: Figures, inputs: dict[str, torch.Tensor]) -> None:
+        """Logs what TRL logs, over all processes, from sums over one micro-batch."""
+        sums = self.accelerator.gather_for_metrics(figures.as_row()).sum(0)
+        _, labels, entropy, correct = sums.tolist()
+        self._metrics[mode]["entropy"].append(entropy / max(labels, 1))
+        self._metrics[mode]["mean_token_accuracy"].append(correct / max(labels, 1))
+        if mode == "train":
+            read = self.accelerator.gather_for_metrics(inputs["attention_mask"].sum())
+            self._total_train_tokens += int(read.sum())
+        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if self.steps is not None:
+            self.steps.save(Path(output_dir), self.args.process_index)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        if self.steps is not None and checkpoint is not None:
+            self.steps.load(Path(checkpoint), self.args.process_index)
 
     def _stop_on_nan(self, what: str, inputs: dict[str, Any]) -> None:
         step = self.state.global_step + 1
@@ -106,8 +141,7 @@ def trainer_arguments(recipe: Recipe, run: Run, *, has_validation: bool) -> SFTC
         "use_cpu": not torch.cuda.is_available(),
         "bf16": dtype == torch.bfloat16,
         "fp16": dtype == torch.float16,
-        "gradient_checkpointing": recipe.train.checkpointing != "none",
-        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        "gradient_checkpointing": False,  # `checkpointing.py` does it
         "lr_scheduler_type": TRAINER_NAMES[recipe.train.lr_scheduler_type],
         "ddp_find_unused_parameters": False,
         "max_length": None,

@@ -23,6 +23,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 from mamba_sft.adapter import adapter_allowed, attach_adapter, save_adapter
 from mamba_sft.callbacks import AdapterWatch, Interruption, MetricsLog
 from mamba_sft.chat import TemplateSetup, render
+from mamba_sft.checkpointing import checkpoint_activations
 from mamba_sft.corpus import as_trained, read_corpus
 from mamba_sft.data import PreparedData
 from mamba_sft.environment import describe_environment
@@ -147,6 +148,7 @@ def fit(preparation: Preparation, *, callbacks: Sequence[TrainerCallback] = ()) 
     model = load_model(recipe.model)
     apply_setup(model, preparation.setup)
     model = attach_adapter(model, recipe.adapter, trained_token_ids=preparation.setup.trained_token_ids)
+    checkpoint_activations(model, recipe.train.checkpointing)
     _start_directory(preparation)  # an earlier run goes only when this one has all it needs
     interruption = Interruption()
     trainer = _build_trainer(preparation, model, interruption, callbacks)
@@ -196,7 +198,7 @@ def _build_trainer(
         watchers.append(EarlyStoppingCallback(recipe.eval.early_stopping_patience))
     return Trainer(
         run=run,
-        schedule=recipe.train.lr_scheduler_type,
+        section=recipe.train,
         model=model,
         args=preparation.arguments,
         data_collator=Collator(preparation.setup.tokenizer.pad_token_id),
@@ -236,7 +238,8 @@ def _out_of_memory_explained() -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         raise TrainingError(
             f"the card is out of memory: {error}",
-            hint="lower `train.per_device_train_batch_size` or `data.max_length`, or use nf4",
+            hint="set `train.auto_batch: true` or `train.stream_tokens: 1024`, lower "
+            "`train.per_device_train_batch_size` or `data.max_length`, or use nf4",
         ) from error
 
 

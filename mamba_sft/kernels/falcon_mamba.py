@@ -26,6 +26,7 @@ from transformers.models.falcon_mamba import modeling_falcon_mamba as stock
 
 from mamba_sft.kernels import BACKENDS, causal_conv1d, selective_scan
 from mamba_sft.kernels.decoding import can_decode, decode
+from mamba_sft.kernels.carry import Carry
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -74,6 +75,7 @@ class FalconMambaMixer(stock.FalconMambaMixer):
         cache_params: Cache | None = None,
         attention_mask: Tensor | None = None,
         seq_idx: Tensor | None = None,
+        carry: Carry | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """Mix (B, L, hidden_size) along L.
@@ -83,21 +85,25 @@ class FalconMambaMixer(stock.FalconMambaMixer):
             cache_params: Where the states before position 0 come from and the states after L - 1 go, or None.
             attention_mask: (B, L) or longer, of which the last L columns count; zeros silence padding.
             seq_idx: (B, L) integers, states restart where the value changes; None: each row is one sequence.
+            carry: As `cache_params`, which it replaces, but differentiable.
             kwargs: Ignored, as in the model's other layers.
         """
         dtype = hidden_states.dtype
-        conv_state, scan_state = self._cached_states(cache_params)
+        conv_state, scan_state = (
+            self._cached_states(cache_params) if carry is None else carry.enter(self.layer_idx)
+        )
         mask = None if attention_mask is None else attention_mask[:, -hidden_states.shape[1] :, None]
 
         x, z = self.in_proj(_silence(hidden_states, mask)).chunk(2, dim=-1)
         inputs = x
-        x = causal_conv1d(
+        x, conv_state = causal_conv1d(
             x,
             self.conv1d.weight.squeeze(1),
             self.conv1d.bias,
             activation="silu" if self.activation == "silu" else None,
             initial_state=conv_state,
             seq_idx=seq_idx,
+            return_final_state=True,
             backend=self.backend,
         )
         if self.activation != "silu":
@@ -127,6 +133,8 @@ class FalconMambaMixer(stock.FalconMambaMixer):
                 inputs.transpose(1, 2), self.layer_idx, conv_kernel_size=self.conv_kernel_size
             )
             cache_params.update_recurrent_state(scan_state, self.layer_idx)
+        if carry is not None:
+            carry.leave(self.layer_idx, conv_state, scan_state)
         return self.out_proj(y.to(dtype))
 
     def _cached_states(self, cache: Cache | None) -> tuple[Tensor | None, Tensor | None]:
@@ -170,12 +178,13 @@ class FalconMambaBlock(stock.FalconMambaBlock):
         cache_params: Cache | None = None,
         attention_mask: Tensor | None = None,
         seq_idx: Tensor | None = None,
+        carry: Carry | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """Map (B, L, hidden_size) to the same shape; the arguments are the mixer's."""
         residual = hidden_states.float() if self.residual_in_fp32 else hidden_states
         normed = self.norm(hidden_states.to(self.norm.weight.dtype))
-        return residual + self.mixer(normed, cache_params, attention_mask, seq_idx)
+        return residual + self.mixer(normed, cache_params, attention_mask, seq_idx, carry)
 
 
 class FalconMambaModel(stock.FalconMambaModel):
@@ -191,6 +200,7 @@ class FalconMambaModel(stock.FalconMambaModel):
         return_dict: bool | None = None,
         attention_mask: Tensor | None = None,
         seq_idx: Tensor | None = None,
+        carry: Carry | None = None,
         **kwargs: Any,
     ) -> tuple | stock.FalconMambaOutput:
         """Return the last hidden states, as `transformers` does, for tokens or embeddings.
@@ -204,13 +214,19 @@ class FalconMambaModel(stock.FalconMambaModel):
             return_dict: Whether to return a `FalconMambaOutput` rather than a tuple.
             attention_mask: (B, L); zeros silence padding.
             seq_idx: (B, L) integers, states restart where the value changes.
+            carry: States to continue and to hand on, differentiable; instead of a cache.
             kwargs: Ignored, as in `transformers`.
 
         Raises:
-            ValueError: Both or neither of the inputs are given, or a cache under gradient checkpointing.
+            ValueError: Both or neither of the inputs are given, a cache and a carry, or a cache under gradient
+                checkpointing.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
+        if carry is not None:
+            if cache_params is not None:
+                raise ValueError("give either cache_params or carry")
+            use_cache = False
         config = self.config
         output_hidden_states = (
             config.output_hidden_states if output_hidden_states is None else output_hidden_states
@@ -235,7 +251,11 @@ class FalconMambaModel(stock.FalconMambaModel):
         else:
             for block in self.layers:
                 hidden_states = block(
-                    hidden_states, cache_params=cache_params, attention_mask=attention_mask, seq_idx=seq_idx
+                    hidden_states,
+                    cache_params=cache_params,
+                    attention_mask=attention_mask,
+                    seq_idx=seq_idx,
+                    carry=carry,
                 )
                 seen.append(hidden_states if output_hidden_states else None)
             hidden_states = self.norm_f(hidden_states)
@@ -265,6 +285,7 @@ class FalconMambaForCausalLM(stock.FalconMambaForCausalLM):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         seq_idx: Tensor | None = None,
+        carry: Carry | None = None,
         **kwargs: Any,
     ) -> tuple | stock.FalconMambaCausalLMOutput:
         """Return logits and, with labels, the loss, as `transformers` does.
@@ -280,6 +301,7 @@ class FalconMambaForCausalLM(stock.FalconMambaForCausalLM):
             use_cache: Whether to return a cache.
             logits_to_keep: How many last positions to compute logits for (0: all), or their indices.
             seq_idx: (B, L) integers, states restart where the value changes.
+            carry: States to continue and to hand on, differentiable; instead of a cache.
             kwargs: For the loss function (`num_items_in_batch`); others are ignored.
         """
         return_dict = self.config.return_dict if return_dict is None else return_dict
@@ -292,6 +314,7 @@ class FalconMambaForCausalLM(stock.FalconMambaForCausalLM):
             return_dict=return_dict,
             attention_mask=attention_mask,
             seq_idx=seq_idx,
+            carry=carry,
         )
         hidden_states = outputs[0]
         if not isinstance(logits_to_keep, int):

@@ -1,0 +1,207 @@
+"""The trainer's step for rows that stream, states that are carried, and micro-batches that may not fit.
+
+Loss and metrics are TRL's: log-probabilities from its chunked head, summed over the micro-batch and divided by
+the tokens of the whole optimizer step. Nothing is exchanged between processes until a micro-batch is through,
+because each may have another number of chunks; then its last backward synchronizes the gradients, once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mamba_sft.auto_batch import AutoBatch
+from mamba_sft.errors import TrainingError
+from mamba_sft.kernels.carry import Carry
+from mamba_sft.packing import IGNORED, row_lengths
+from mamba_sft.recipe import TrainSection
+from mamba_sft.streaming import Chunk, States, backpropagate, split, sweep
+
+
+class Figures(NamedTuple):
+    """Sums over some positions: what their loss and TRL's metrics are made of. Scalars."""
+
+    loss: Tensor
+    labels: Tensor
+    entropy: Tensor
+    correct: Tensor
+
+    @classmethod
+    def total(cls, parts: Iterable[Figures]) -> Figures:
+        """Returns the sum of several."""
+        return cls(*(sum(column[1:], column[0]) for column in zip(*parts, strict=True)))
+
+    def as_row(self) -> Tensor:
+        """Returns all four, (1, 4) float64."""
+        return torch.stack([figure.detach().double() for figure in self])[None]
+
+
+class ChunkedSteps:
+    """Takes training steps and evaluation losses for a trainer.
+
+    Args:
+        trainer: Whose model, accelerator and data are used.
+        section: `stream_tokens`, `carry_state` and `auto_batch`.
+
+    Raises:
+        TrainingError: The weights are sharded over processes.
+    """
+
+    def __init__(self, trainer: Any, section: TrainSection):
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            raise TrainingError(
+                "`train.stream_tokens`, `train.carry_state` and `train.auto_batch` need the whole model in each "
+                "process, and FSDP or DeepSpeed shard it",
+                hint="launch with `torchrun` or `accelerate launch --multi_gpu`, or leave these fields out",
+            )
+        self.trainer = trainer
+        self.tokens = section.stream_tokens
+        self.passed_on: States | None = None
+        self._carry_state = section.carry_state
+        self._auto_batch = self._make_auto_batch() if section.auto_batch else None
+        self._tried = False
+
+    @staticmethod
+    def wanted(section: TrainSection) -> bool:
+        """Returns whether the section asks for anything that TRL's own steps do not do."""
+        return section.stream_tokens is not None or section.carry_state or section.auto_batch
+
+    def training_step(
+        self, model: Any, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Forward and backward of one micro-batch.
+
+        Args:
+            model: As the trainer wrapped it.
+            inputs: From the collator.
+            num_items_in_batch: Trained tokens of the optimizer step, over all processes.
+
+        Returns:
+            The micro-batch's share of the loss, detached.
+        """
+        model.train()
+        batch = self.trainer._prepare_inputs(inputs)
+        if num_items_in_batch is None:
+            num_items_in_batch = _labels(batch) * self.trainer.current_gradient_accumulation_steps
+        step = partial(self._run_rows, model, num_items_in_batch)
+        if self._auto_batch is None:
+            results = [step(batch, True)]
+        else:
+            self._try_longest(model)
+            results = self._auto_batch.run(batch, step)
+        figures = Figures.total(results)
+        self.trainer.record("train", figures, batch)
+        return figures.loss
+
+    def evaluation_loss(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
+        """Returns the mean loss of a batch, from a single pass over its chunks without a graph."""
+        states: States | None = None
+        parts = []
+        for chunk in split(inputs, self.tokens):
+            carry = Carry(chunk.enter(states))
+            parts.append(_forward(model, chunk, carry))
+            states = carry.after
+        figures = Figures.total(parts)
+        self.trainer.record("eval", figures, inputs)
+        return figures.loss / figures.labels.clamp(min=1)
+
+    def save(self, directory: Path, process: int) -> None:
+        """Writes the states that the next rows will start from beside a checkpoint, if there are any."""
+        if self.passed_on is not None:
+            flat = {f"{i}.{name}": x for i, pair in enumerate(self.passed_on) for name, x in zip(_NAMES, pair)}
+            save_file(flat, directory / _FILE.format(process))
+
+    def load(self, directory: Path, process: int) -> None:
+        """Reads what `save` wrote, if it did."""
+        path = directory / _FILE.format(process)
+        if path.is_file():
+            flat = load_file(path, device=str(self.trainer.args.device))
+            layers = range(len(flat) // len(_NAMES))
+            self.passed_on = [(flat[f"{i}.{_NAMES[0]}"], flat[f"{i}.{_NAMES[1]}"]) for i in layers]
+
+    def _run_rows(
+        self, model: Any, num_items: Tensor | int, batch: dict[str, Tensor], last: bool
+    ) -> Figures:
+        """Forward and backward of some rows; `last` ones synchronize the gradients if the trainer does."""
+        accelerator = self.trainer.accelerator
+        chunks = split(batch, self.tokens)
+        with accelerator.autocast():  # of its own: what it caches of the weights has no graph
+            boundaries = sweep(self._backbone, chunks, self._initial_states(len(batch["input_ids"])))
+        # As TRL: `num_items` counts all processes' tokens, and DDP takes the mean of their gradients.
+        scale = accelerator.num_processes if self.trainer.args.average_tokens_across_devices else 1
+        share = scale / torch.as_tensor(num_items).clamp(min=1)
+        parts: list[Figures] = []
+
+        def run(chunk: Chunk, carry: Carry, close: Callable[[Tensor], Tensor]) -> None:
+            synchronizes = last and chunk is chunks[0]
+            with nullcontext() if synchronizes else accelerator.no_sync(model):
+                figures = _forward(model, chunk, carry)
+                figures = figures._replace(loss=figures.loss * share)
+                accelerator.backward(close(figures.loss))
+            parts.append(figures._replace(loss=figures.loss.detach()))
+
+        with self.trainer.maybe_activation_offload_context:
+            final = backpropagate(chunks, boundaries, run)
+        if self._carry_state:
+            self._pass_on(final, batch["attention_mask"])
+        return Figures.total(parts)
+
+    @property
+    def _backbone(self) -> Any:
+        return self.trainer.model.get_base_model().base_model
+
+    def _initial_states(self, rows: int) -> States | None:
+        if self.passed_on is None:
+            return None
+        pick = torch.arange(rows, device=self.trainer.args.device) % len(self.passed_on[0][0])
+        return [(conv[pick], scan[pick]) for conv, scan in self.passed_on]
+
+    def _pass_on(self, final: States, attention_mask: Tensor) -> None:
+        """Keeps the states of the rows that fill the batch's width; after padding there is nothing to keep."""
+        full = attention_mask[:, -1].nonzero()[:, 0]
+        if len(full):
+            self.passed_on = [(conv[full], scan[full]) for conv, scan in final]
+
+    def _make_auto_batch(self) -> AutoBatch:
+        args = self.trainer.args
+        rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return AutoBatch(self.trainer.model, effective_batch=rows, processes=args.world_size)
+
+    def _try_longest(self, model: Any) -> None:
+        """Before the first step, runs the longest rows together: no batch of the run needs more memory."""
+        if self._auto_batch is None or self._tried:
+            return
+        self._tried = True
+        trainer, passed_on = self.trainer, self.passed_on
+        longest = np.argsort(row_lengths(trainer.train_dataset))[-trainer.args.train_batch_size :]
+        batch = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[int(i)] for i in longest]))
+        step = partial(self._run_rows, model, _labels(batch))
+        self._auto_batch.run(batch, lambda rows, last: step(rows, False), trial=True)
+        parts = torch.tensor([self._auto_batch.parts], device=trainer.args.device)
+        self._auto_batch.parts = int(trainer.accelerator.gather(parts).max())
+        self.passed_on = passed_on
+
+
+_FILE, _NAMES = "carried-states-{}.safetensors", ("conv", "scan")
+
+
+def _forward(model: Any, chunk: Chunk, carry: Carry) -> Figures:
+    outputs = model(**chunk.inputs, carry=carry, fused_lm_head=True)
+    return Figures(
+        loss=-outputs.log_probs.sum(),
+        labels=outputs.label_mask.sum(),
+        entropy=outputs.entropy.detach().sum(),
+        correct=outputs.is_top1.sum(),
+    )
+
+
+def _labels(batch: dict[str, Tensor]) -> Tensor:
+    return (batch["labels"][:, 1:] != IGNORED).sum()
