@@ -122,3 +122,46 @@ def messages_go_where_they_went() -> Iterator[None]:
     yield
     logger.handlers, level, logger.propagate = before
     logger.setLevel(level)
+
+
+@pytest.fixture
+def chats(tmp_path: Path) -> Path:
+    """48 short chats of different lengths."""
+    import json
+
+    path = tmp_path / "chats.jsonl"
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": "hello " * (1 + i % 3) + str(i)},
+                {"role": "assistant", "content": f"quick {i} fox" + " jumps" * (i % 4)},
+            ]
+        }
+        for i in range(48)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def recipe(tiny_base: Path, chats: Path, tmp_path: Path) -> Any:
+    """Makes a recipe of four short training steps; overrides as on the command line."""
+    from mamba_sft import Recipe
+
+    def make(*overrides: str, name: str = "run") -> Any:
+        text = f"""
+output_dir: {tmp_path / name}
+model: {{base: {tiny_base}, dtype: float32}}
+data: {{sources: [{{path: {chats}}}], validation: 0, max_length: 96}}
+adapter: {{r: 4}}
+train:
+  max_steps: 4
+  per_device_train_batch_size: 2
+  gradient_accumulation_steps: 2
+  learning_rate: 1.0e-2
+  warmup_steps: 0
+  save_steps: 2
+"""
+        return Recipe.from_text(text, "test.yaml", overrides)
+
+    return make

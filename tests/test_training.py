@@ -18,46 +18,6 @@ from mamba_sft.resuming import differences, newest_checkpoint
 from mamba_sft.training import RunInterruptedError, count_steps, fit, prepare, train
 
 
-@pytest.fixture
-def chats(tmp_path: Path) -> Path:
-    """48 short chats of different lengths."""
-    path = tmp_path / "chats.jsonl"
-    rows = [
-        {
-            "messages": [
-                {"role": "user", "content": "hello " * (1 + i % 3) + str(i)},
-                {"role": "assistant", "content": f"quick {i} fox" + " jumps" * (i % 4)},
-            ]
-        }
-        for i in range(48)
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-@pytest.fixture
-def recipe(tiny_base: Path, chats: Path, tmp_path: Path) -> Any:
-    """Makes a recipe; overrides as on the command line."""
-
-    def make(*overrides: str, name: str = "run") -> Recipe:
-        text = f"""
-output_dir: {tmp_path / name}
-model: {{base: {tiny_base}, dtype: float32}}
-data: {{sources: [{{path: {chats}}}], validation: 0, max_length: 96}}
-adapter: {{r: 4}}
-train:
-  max_steps: 4
-  per_device_train_batch_size: 2
-  gradient_accumulation_steps: 2
-  learning_rate: 1.0e-2
-  warmup_steps: 0
-  save_steps: 2
-"""
-        return Recipe.from_text(text, "test.yaml", overrides)
-
-    return make
-
-
 def losses(run: Run) -> list[float]:
     """The training loss of every step."""
     return [line["loss"] for line in map(json.loads, run.metrics.read_text().splitlines()) if "loss" in line]
