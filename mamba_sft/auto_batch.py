@@ -56,8 +56,10 @@ class AutoBatch:
         """
         device = self._trained[0].device
         random, earlier = random_state(device), [parameter.grad for parameter in self._trained]
+        apart = trial or self.processes == 1  # else the last backward averages what all micro-batches added
         while True:
-            self._set_gradients([None] * len(earlier))
+            if apart:
+                self._set_gradients([None] * len(earlier))
             results = self._attempt(batch, step, trial)
             if trial or results is None:
                 self._set_gradients(earlier)
@@ -65,7 +67,7 @@ class AutoBatch:
             if results is not None:
                 break
             self._halve(batch, trial)
-        if not trial:
+        if apart and not trial:
             self._add_gradients(earlier)
         return results
 
@@ -101,7 +103,8 @@ class AutoBatch:
             )
         self.parts *= 2
         logger.warning(
-            "out of memory with %d rows of %d tokens at once: going on with %d; an optimizer step still has %d",
+            "out of memory with %d rows of %d tokens at once: going on with %d; "
+            "an optimizer step still has %d",
             size,
             length,
             -(-rows // self.parts),

@@ -1,4 +1,4 @@
-"""What the forward keeps for the backward: everything, the input of each block, or that and the large products.
+"""What the forward keeps for the backward: everything, each block's input, or that and the large products.
 
 `block` runs each block again in the backward pass. `mamba` does too, but the products of `in_proj`, `x_proj`
 and `out_proj` with their frozen weights, which are nearly all of the arithmetic, are kept instead of done
@@ -14,7 +14,6 @@ from functools import partial
 from types import MethodType
 from typing import Any, Literal, Self
 
-import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint

@@ -1,8 +1,8 @@
 """The trainer's step for rows that stream, states that are carried, and micro-batches that may not fit.
 
-Loss and metrics are TRL's: log-probabilities from its chunked head, summed over the micro-batch and divided by
-the tokens of the whole optimizer step. Nothing is exchanged between processes until a micro-batch is through,
-because each may have another number of chunks; then its last backward synchronizes the gradients, once.
+Loss and metrics are TRL's: log-probabilities from its chunked head, summed over the micro-batch and divided
+by the tokens of the whole optimizer step. Processes exchange nothing while they are in a micro-batch, because
+each may have another number of chunks; its last backward synchronizes the gradients, once.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ class ChunkedSteps:
     def __init__(self, trainer: Any, section: TrainSection):
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             raise TrainingError(
-                "`train.stream_tokens`, `train.carry_state` and `train.auto_batch` need the whole model in each "
-                "process, and FSDP or DeepSpeed shard it",
+                "`train.stream_tokens`, `train.carry_state` and `train.auto_batch` need the whole model in "
+                "each process, and FSDP or DeepSpeed shard it",
                 hint="launch with `torchrun` or `accelerate launch --multi_gpu`, or leave these fields out",
             )
         self.trainer = trainer
@@ -116,20 +116,17 @@ class ChunkedSteps:
     def save(self, directory: Path, process: int) -> None:
         """Writes the states that the next rows will start from beside a checkpoint, if there are any."""
         if self.passed_on is not None:
-            flat = {f"{i}.{name}": x for i, pair in enumerate(self.passed_on) for name, x in zip(_NAMES, pair)}
-            save_file(flat, directory / _FILE.format(process))
+            conv, scan = (torch.stack(states) for states in zip(*self.passed_on, strict=True))
+            save_file({"conv": conv, "scan": scan}, directory / _CARRIED.format(process))
 
     def load(self, directory: Path, process: int) -> None:
         """Reads what `save` wrote, if it did."""
-        path = directory / _FILE.format(process)
+        path = directory / _CARRIED.format(process)
         if path.is_file():
-            flat = load_file(path, device=str(self.trainer.args.device))
-            layers = range(len(flat) // len(_NAMES))
-            self.passed_on = [(flat[f"{i}.{_NAMES[0]}"], flat[f"{i}.{_NAMES[1]}"]) for i in layers]
+            saved = load_file(path, device=str(self.trainer.args.device))
+            self.passed_on = list(zip(saved["conv"], saved["scan"], strict=True))
 
-    def _run_rows(
-        self, model: Any, num_items: Tensor | int, batch: dict[str, Tensor], last: bool
-    ) -> Figures:
+    def _run_rows(self, model: Any, num_items: Tensor | int, batch: dict[str, Tensor], last: bool) -> Figures:
         """Forward and backward of some rows; `last` ones synchronize the gradients if the trainer does."""
         accelerator = self.trainer.accelerator
         chunks = split(batch, self.tokens)
@@ -181,8 +178,9 @@ class ChunkedSteps:
             return
         self._tried = True
         trainer, passed_on = self.trainer, self.passed_on
-        longest = np.argsort(row_lengths(trainer.train_dataset))[-trainer.args.train_batch_size :]
-        batch = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[int(i)] for i in longest]))
+        rows = np.argsort(row_lengths(trainer.train_dataset))[-trainer.args.train_batch_size :].tolist()
+        longest = trainer.data_collator([trainer.train_dataset[row] for row in rows])
+        batch = trainer._prepare_inputs(longest)
         step = partial(self._run_rows, model, _labels(batch))
         self._auto_batch.run(batch, lambda rows, last: step(rows, False), trial=True)
         parts = torch.tensor([self._auto_batch.parts], device=trainer.args.device)
@@ -190,7 +188,7 @@ class ChunkedSteps:
         self.passed_on = passed_on
 
 
-_FILE, _NAMES = "carried-states-{}.safetensors", ("conv", "scan")
+_CARRIED = "carried-states-{}.safetensors"
 
 
 def _forward(model: Any, chunk: Chunk, carry: Carry) -> Figures:

@@ -30,8 +30,8 @@ class Chunk:
     """Some positions of a batch.
 
     Args:
-        inputs: `input_ids`, `attention_mask`, `seq_idx` and `shift_labels`, each (B, l). Label t is the token
-            after position t, which for the last position is the first of the next chunk.
+        inputs: `input_ids`, `attention_mask`, `seq_idx` and `shift_labels`, each (B, l). A position's label is
+            the token after it, for the last position the first of the next chunk.
         continues: (B, 1, 1) bool, the rows whose sequence began in an earlier chunk; None for the first chunk.
     """
 
@@ -82,7 +82,6 @@ class Boundary:
     random: RandomState
 
 
-@torch.no_grad()
 def sweep(backbone: Any, chunks: Sequence[Chunk], initial: States | None = None) -> list[Boundary]:
     """Runs all chunks but the last without a graph.
 
@@ -103,7 +102,8 @@ def sweep(backbone: Any, chunks: Sequence[Chunk], initial: States | None = None)
         if number + 1 < len(chunks):
             carry = Carry(states)
             inputs = {name: x for name, x in chunk.inputs.items() if name != "shift_labels"}
-            backbone(**inputs, carry=carry, use_cache=False)
+            with torch.no_grad():
+                backbone(**inputs, carry=carry)
             states = carry.after
     return boundaries
 

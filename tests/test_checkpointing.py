@@ -20,7 +20,9 @@ POLICIES: list[Policy] = ["block", "mamba"]
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("variant", [{}, {"use_dora": True}, {"lora_dropout": 0.3}, {"target_modules": ["x_proj"]}])
+@pytest.mark.parametrize(
+    "variant", [{}, {"use_dora": True}, {"lora_dropout": 0.3}, {"target_modules": ["x_proj"]}]
+)
 def test_gradients_are_the_same(policy: Policy, variant: dict[str, Any]) -> None:
     """With dropout too: what is computed again draws the same numbers."""
     model = with_adapter(install(build_model()), **variant)
@@ -54,7 +56,9 @@ def test_two_graphs_at_once(policy: Policy) -> None:
     sum(losses).backward()
     for name, tensor in model.named_parameters():
         if tensor.grad is not None:
-            torch.testing.assert_close(tensor.grad, expected[0][name] + expected[1][name], rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(
+                tensor.grad, expected[0][name] + expected[1][name], rtol=1e-4, atol=1e-6
+            )
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -83,7 +87,8 @@ def test_the_large_products_are_not_done_again() -> None:
     config, tokens = model.config, batch()["input_ids"].numel()
     mixer = model.get_base_model().backbone.layers[0].mixer
     base = {
-        name: getattr(mixer, name).get_base_layer().weight.numel() for name in ("in_proj", "x_proj", "out_proj")
+        name: getattr(mixer, name).get_base_layer().weight.numel()
+        for name in ("in_proj", "x_proj", "out_proj")
     }
     large = 2 * tokens * config.num_hidden_layers * sum(base.values())
     none, block, mamba = (flops(model, policy) for policy in ("none", "block", "mamba"))

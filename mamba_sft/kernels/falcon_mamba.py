@@ -218,8 +218,8 @@ class FalconMambaModel(stock.FalconMambaModel):
             kwargs: Ignored, as in `transformers`.
 
         Raises:
-            ValueError: Both or neither of the inputs are given, a cache and a carry, or a cache under gradient
-                checkpointing.
+            ValueError: Both or neither of the inputs are given, a cache and a carry, or a cache under
+                gradient checkpointing.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
