@@ -1,0 +1,149 @@
+"""Peak memory of a training step against the length of its row, and what each policy keeps and repeats.
+
+    python benchmarks/bench_memory.py                      # the length table; an hour on one core
+    python benchmarks/bench_memory.py --lengths 2048 8192  # shorter
+    python benchmarks/bench_memory.py --layers             # bytes and FLOPs of one layer at the shape of the 7B
+
+The length table trains the quickstart's model (data/tiny-base, LoRA r=16, float32) on one row of random tokens,
+every cell in a process of its own: a short step first, then the growth of the process's peak resident memory
+over the measured step. Cells that would not fit in `--limit` by the growth of the one before are left out, and
+say what that growth amounts to. The layer table counts: bytes of all distinct tensors that a forward leaves
+alive, and the FLOPs of matrix products in forward and backward, each the difference of two models that differ
+by one layer. Ends with one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import FalconMambaConfig, FalconMambaForCausalLM
+from trl.trainer.utils import add_fused_lm_head
+
+from mamba_sft.adapter import attach_adapter
+from mamba_sft.checkpointing import checkpoint_activations
+from mamba_sft.kernels.falcon_mamba import install
+from mamba_sft.model import load_model
+from mamba_sft.packing import Collator
+from mamba_sft.recipe import AdapterSection, ModelSection
+from mamba_sft.streaming import backpropagate, split, sweep
+
+BASE = Path(__file__).parents[1] / "data" / "tiny-base"
+LENGTHS = (2_048, 8_192, 32_768, 131_072, 524_288, 1_000_000)
+WAYS = {"none": "none", "mamba": "mamba", "block": "block", "stream 1024": "none", "stream 1024, block": "block"}
+"""How a step is taken, and the checkpointing policy of it."""
+
+
+def row(tokens: int, vocabulary: int) -> dict[str, torch.Tensor]:
+    ids = torch.randint(0, vocabulary, (tokens,), generator=torch.Generator().manual_seed(0)).tolist()
+    return Collator(pad_token_id=0)([{"input_ids": ids, "labels": ids}])
+
+
+def step(model: Any, batch: dict[str, torch.Tensor], stream_tokens: int | None) -> None:
+    """Forward and backward of a batch, as a training run takes it."""
+    chunks, count = split(batch, stream_tokens), batch["input_ids"].numel()
+
+    def run(chunk: Any, carry: Any, close: Any) -> None:
+        loss = -model(**chunk.inputs, carry=carry, fused_lm_head=True).log_probs.sum() / count
+        close(loss).backward()
+
+    backpropagate(chunks, sweep(model.get_base_model().backbone, chunks), run)
+
+
+def prepare(model: Any, policy: Any) -> Any:
+    model = attach_adapter(model, AdapterSection(r=16))
+    add_fused_lm_head(model.get_base_model(), outputs=("log_probs", "entropy", "is_top1"))
+    checkpoint_activations(model, policy)
+    return model.train()
+
+
+def measure_cell(way: str, tokens: int) -> None:
+    """In a process of its own: prints the growth of the peak, the peak (bytes), and the seconds."""
+    stream_tokens = 1024 if way.startswith("stream") else None
+    model = prepare(load_model(ModelSection(base=str(BASE), dtype="float32"), device="cpu"), WAYS[way])
+    size = model.config.vocab_size
+    step(model, row(512, size), stream_tokens)
+    batch = row(tokens, size)
+    before, started = peak(), time.perf_counter()
+    step(model, batch, stream_tokens)
+    print(json.dumps({"grown": peak() - before, "peak": peak(), "seconds": time.perf_counter() - started}))
+
+
+def peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def length_table(lengths: list[int], ways: list[str], limit: float) -> dict[str, Any]:
+    print(f"{'tokens':>10}" + "".join(f"{way:>24}" for way in ways))
+    results: dict[str, Any] = {way: {} for way in ways}
+    for tokens in lengths:
+        print(f"{tokens:>10,}", end="", flush=True)
+        for way in ways:
+            last = max(results[way], default=None)
+            expected = results[way][last]["grown"] * tokens / last if last else 0
+            if not way.startswith("stream") and expected > limit:
+                text = f"not run (~{expected / 1e9:,.0f} GB)"
+                print(f"{text:>24}", end="", flush=True)
+                continue
+            command = [sys.executable, __file__, "--cell", way, str(tokens)]
+            ran = subprocess.run(command, capture_output=True, text=True, check=True)
+            results[way][tokens] = cell = json.loads(ran.stdout.splitlines()[-1])
+            text = f"{cell['grown'] / 1e6:,.0f} MB {cell['seconds']:,.1f} s"
+            print(f"{text:>24}", end="", flush=True)
+        print()
+    return results
+
+
+class Alive(TorchDispatchMode):
+    """Bytes of the distinct storages that were made inside and still are alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.most = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.storages or self.storages[storage._cdata][0].expired():
+                    self.storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.most = max(self.most, self.bytes())
+        return out
+
+    def bytes(self) -> int:
+        self.storages = {key: value for key, value in self.storages.items() if not value[0].expired()}
+        return sum(size for _, size in self.storages.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
+    parser.add_argument("--limit", type=float, default=8e9, help="bytes a cell may take")
+    parser.add_argument("--layers", action="store_true")
+    parser.add_argument("--cell", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
+    if options.cell:
+        measure_cell(options.cell[0], int(options.cell[1]))
+        return
+    results = length_table(options.lengths, options.ways, options.limit)
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
