@@ -2,14 +2,16 @@
 
     python benchmarks/bench_memory.py                      # the length table; an hour on one core
     python benchmarks/bench_memory.py --lengths 2048 8192  # shorter
-    python benchmarks/bench_memory.py --layers             # bytes and FLOPs of one layer at the shape of the 7B
+    python benchmarks/bench_memory.py --layer              # bytes and FLOPs of a layer, for the 7B
 
-The length table trains the quickstart's model (data/tiny-base, LoRA r=16, float32) on one row of random tokens,
-every cell in a process of its own: a short step first, then the growth of the process's peak resident memory
-over the measured step. Cells that would not fit in `--limit` by the growth of the one before are left out, and
-say what that growth amounts to. The layer table counts: bytes of all distinct tensors that a forward leaves
-alive, and the FLOPs of matrix products in forward and backward, each the difference of two models that differ
-by one layer. Ends with one JSON line.
+The length table trains the quickstart's model (data/tiny-base, LoRA r=16, float32) on one row of random
+tokens, every cell in a process of its own: a short step first, then the growth of the process's peak resident
+memory over the measured step. Cells that would not fit in `--limit` by the growth of the one before are left
+out, and say what that growth amounts to. The layer table counts the bytes of all distinct tensors that a
+forward leaves alive, the most that are alive at once in the step beyond these, and the FLOPs of its matrix
+products, each as the difference of two models that differ by a layer and two rows that differ in length. The
+models have a quarter of the 7B's width and rank, so bytes count four times and FLOPs sixteen times. Ends with
+one JSON line.
 """
 
 from __future__ import annotations
@@ -42,7 +44,15 @@ from mamba_sft.streaming import backpropagate, split, sweep
 
 BASE = Path(__file__).parents[1] / "data" / "tiny-base"
 LENGTHS = (2_048, 8_192, 32_768, 131_072, 524_288, 1_000_000)
-WAYS = {"none": "none", "mamba": "mamba", "block": "block", "stream 1024": "none", "stream 1024, block": "block"}
+WIDTH = 4
+"""What the layer table's models are narrower by than the 7B."""
+WAYS = {
+    "none": "none",
+    "mamba": "mamba",
+    "block": "block",
+    "stream 1024": "none",
+    "stream 1024, block": "block",
+}
 """How a step is taken, and the checkpointing policy of it."""
 
 
@@ -62,8 +72,8 @@ def step(model: Any, batch: dict[str, torch.Tensor], stream_tokens: int | None) 
     backpropagate(chunks, sweep(model.get_base_model().backbone, chunks), run)
 
 
-def prepare(model: Any, policy: Any) -> Any:
-    model = attach_adapter(model, AdapterSection(r=16))
+def prepare(model: Any, policy: Any, rank: int = 16) -> Any:
+    model = attach_adapter(model, AdapterSection(r=rank))
     add_fused_lm_head(model.get_base_model(), outputs=("log_probs", "entropy", "is_top1"))
     checkpoint_activations(model, policy)
     return model.train()
@@ -98,7 +108,7 @@ def length_table(lengths: list[int], ways: list[str], limit: float) -> dict[str,
                 print(f"{text:>24}", end="", flush=True)
                 continue
             command = [sys.executable, __file__, "--cell", way, str(tokens)]
-            ran = subprocess.run(command, capture_output=True, text=True, check=True)
+            ran = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             results[way][tokens] = cell = json.loads(ran.stdout.splitlines()[-1])
             text = f"{cell['grown'] / 1e6:,.0f} MB {cell['seconds']:,.1f} s"
             print(f"{text:>24}", end="", flush=True)
@@ -107,7 +117,7 @@ def length_table(lengths: list[int], ways: list[str], limit: float) -> dict[str,
 
 
 class Alive(TorchDispatchMode):
-    """Bytes of the distinct storages that were made inside and still are alive."""
+    """Bytes of the distinct storages that were made inside and still are alive, and the most there were."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -124,22 +134,61 @@ class Alive(TorchDispatchMode):
         self.most = max(self.most, self.bytes())
         return out
 
-    def bytes(self) -> int:
+    def bytes(self) -> int:  # noqa: D102
         self.storages = {key: value for key, value in self.storages.items() if not value[0].expired()}
         return sum(size for _, size in self.storages.values())
 
 
+def measure_layers(policy: Any, layers: int, tokens: int) -> dict[str, float]:
+    """Bytes and FLOPs of a step of a model with a few narrow layers, bf16 with LoRA."""
+    config = FalconMambaConfig(
+        vocab_size=256, hidden_size=4096 // WIDTH, num_hidden_layers=layers, state_size=16, time_step_rank=256 // WIDTH,
+        tie_word_embeddings=False, pad_token_id=0, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    model = FalconMambaForCausalLM(config).bfloat16()
+    model = prepare(install(model), policy, rank=16 // WIDTH)
+    batch = row(tokens, 256)
+    with Alive() as alive, FlopCounterMode(display=False) as flops, torch.autocast("cpu", torch.bfloat16):
+        chunk = split(batch, None)[0]
+        loss = -model(**chunk.inputs, fused_lm_head=True).log_probs.sum() / tokens
+        kept = alive.bytes()
+        loss.backward()
+    return {"kept": kept, "most": alive.most, "flops": flops.get_total_flops()}
+
+
+def layer_table(tokens: int = 128) -> dict[str, Any]:
+    print(f"{'policy':>8}{'kept, KB/token':>18}{'at work, KB/token':>20}{'GFLOP/token, 64 layers':>26}")
+    results = {}
+    for policy in ("none", "mamba", "block"):
+        # Bytes and FLOPs are a + b * tokens for each layer, with a for what is made of its weights.
+        one, two = (
+            [measure_layers(policy, layers, length) for length in (tokens, 2 * tokens)] for layers in (1, 2)
+        )
+        slopes = [{name: (y[name] - x[name]) / tokens for name in x} for x, y in (one, two)]
+        kept = WIDTH * (slopes[1]["kept"] - slopes[0]["kept"])
+        work = WIDTH * (slopes[1]["most"] - slopes[1]["kept"])
+        flops = 64 * WIDTH**2 * (slopes[1]["flops"] - slopes[0]["flops"])
+        results[policy] = {"kept": kept, "work": work, "flops": flops}
+        print(f"{policy:>8}{kept / 1024:>18.1f}{work / 1024:>20.1f}{flops / 1e9:>26.2f}", flush=True)
+    return results
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
     parser.add_argument("--limit", type=float, default=8e9, help="bytes a cell may take")
-    parser.add_argument("--layers", action="store_true")
+    parser.add_argument("--layer", action="store_true")
     parser.add_argument("--cell", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
     if options.cell:
         measure_cell(options.cell[0], int(options.cell[1]))
+        return
+    if options.layer:
+        print(json.dumps(layer_table()))
         return
     results = length_table(options.lengths, options.ways, options.limit)
     print(json.dumps(results))

@@ -162,7 +162,7 @@ class ChunkedSteps:
         return [(conv[pick], scan[pick]) for conv, scan in self.passed_on]
 
     def _pass_on(self, final: States, attention_mask: Tensor) -> None:
-        """Keeps the states of the rows that fill the batch's width; after padding there is nothing to keep."""
+        """Keeps the states of the rows that fill the batch's width; behind padding there are none."""
         full = attention_mask[:, -1].nonzero()[:, 0]
         if len(full):
             self.passed_on = [(conv[full], scan[full]) for conv, scan in final]

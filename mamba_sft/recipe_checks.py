@@ -16,6 +16,9 @@ from mamba_sft.recipe_sections import AdapterSection, DataSection, EvalSection, 
 
 Keys = tuple[str | int, ...]
 
+NOT_OF_TRL = ("checkpointing", "stream_tokens", "carry_state", "auto_batch")
+"""Fields of `train` that SFTConfig does not have."""
+
 OWNED_ARGUMENTS = {
     "output_dir": "`output_dir`",
     "seed": "`seed`",
@@ -34,6 +37,7 @@ OWNED_ARGUMENTS = {
     "gradient_checkpointing_kwargs": "`train.checkpointing`",
     "activation_checkpointing": "`train.checkpointing`",
     "activation_checkpointing_kwargs": "`train.checkpointing`",
+    "auto_find_batch_size": "`train.auto_batch`",
     "eval_steps": "`eval.eval_steps`",
     "eval_strategy": "`eval.eval_steps`",
     "save_strategy": "`train.save_steps`",
@@ -64,6 +68,16 @@ FIXED_ARGUMENTS = {
     "do_predict": "`mamba-sft train` always trains",
 }
 """Fields of SFTConfig that no recipe can set, and why."""
+
+
+WHOLE_ROW_ARGUMENTS = {
+    "loss_type": "its own steps compute TRL's `nll` loss",
+    "label_smoothing_factor": "its own steps compute TRL's `nll` loss",
+    "neftune_noise_alpha": "the size of that noise depends on the length that is run at once",
+    "fsdp": "it needs the whole model in each process",
+    "deepspeed": "it needs the whole model in each process",
+}
+"""Fields of SFTConfig that do not go with rows taken in chunks or parts, and why."""
 
 
 class Problem(NamedTuple):
@@ -180,7 +194,7 @@ def _meet(save_steps: float, eval_steps: float) -> bool:
 
 
 def _argument_conflicts(train: TrainSection) -> Iterator[Problem]:
-    own = set(TrainSection.model_fields) - {"trainer_arguments", "checkpointing"}
+    own = set(TrainSection.model_fields) - {"trainer_arguments", *NOT_OF_TRL}
     for name in train.trainer_arguments:
         path = ("train", "trainer_arguments", name)
         if name in own:
@@ -189,3 +203,12 @@ def _argument_conflicts(train: TrainSection) -> Iterator[Problem]:
             yield Problem(path, f"must not be set here; use {OWNED_ARGUMENTS[name]}")
         elif name in FIXED_ARGUMENTS:
             yield Problem(path, f"must not be set: {FIXED_ARGUMENTS[name]}")
+    own_steps = [name for name in ("stream_tokens", "carry_state", "auto_batch") if getattr(train, name)]
+    for name in WHOLE_ROW_ARGUMENTS.keys() & train.trainer_arguments.keys():
+        value = train.trainer_arguments[name]
+        if own_steps and value and value != "nll":
+            yield Problem(
+                ("train", "trainer_arguments", name),
+                f"does not go with `train.{own_steps[0]}`: {WHOLE_ROW_ARGUMENTS[name]}; leave one out",
+                (("train", own_steps[0]),),
+            )

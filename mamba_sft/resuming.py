@@ -10,8 +10,12 @@ from mamba_sft.errors import RecipeError, TrainingError
 from mamba_sft.recipe import Recipe
 from mamba_sft.run import Run
 
-CHANGEABLE = ("train.logging_steps", "train.save_total_limit", "train.report_to", "model.kernels")
-"""Fields that may change between a run and its resumption, because they change no number in it."""
+CHANGEABLE = (
+    "train.logging_steps", "train.save_total_limit", "train.report_to", "model.kernels",
+    "train.checkpointing", "train.stream_tokens", "train.auto_batch",
+)  # fmt: skip
+"""Fields that may change between a run and its resumption, because no number in it changes by more than
+rounding: a run that ran out of memory goes on with less of it."""
 
 
 def newest_checkpoint(run: Run) -> Path | None:

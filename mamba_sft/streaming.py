@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 
 from mamba_sft.kernels.carry import Carry, LayerState
 from mamba_sft.packing import IGNORED
-from mamba_sft.random_state import RandomState, random_state, set_random_state
+from mamba_sft.randomness import RandomState, random_state, set_random_state
 
 States = list[LayerState]
 """A state for each layer."""
@@ -30,9 +30,9 @@ class Chunk:
     """Some positions of a batch.
 
     Args:
-        inputs: `input_ids`, `attention_mask`, `seq_idx` and `shift_labels`, each (B, l). A position's label is
-            the token after it, for the last position the first of the next chunk.
-        continues: (B, 1, 1) bool, the rows whose sequence began in an earlier chunk; None for the first chunk.
+        inputs: `input_ids`, `attention_mask`, `seq_idx` and `shift_labels`, each (B, l). The label of a
+            position is the token after it, for the last position the first of the next chunk.
+        continues: (B, 1, 1) bool, the rows whose sequence began in an earlier chunk; None for the first.
     """
 
     inputs: dict[str, Tensor]

@@ -110,7 +110,8 @@ def test_carried_states_are_those_of_the_rows_before(recipe: Any, monkeypatch: p
     )
     seen = Watch()
     options = ("train.carry_state=true", "train.stream_tokens=16", "train.gradient_accumulation_steps=1",
-               "train.per_device_train_batch_size=1", "train.max_steps=2", "train.learning_rate=1e-12")  # fmt: skip
+               "train.per_device_train_batch_size=1", "train.max_steps=2",
+               "train.learning_rate=1e-12")  # fmt: skip
     monkeypatch.setattr(ChunkedSteps, "training_step", seen.watch(ChunkedSteps.training_step))
     fit(prepare(recipe(*options)))
     assert started[0] is None
@@ -251,7 +252,8 @@ def test_two_processes(recipe: Any, tmp_path: Path) -> None:
         "plain": ("train.gradient_accumulation_steps=2",),
         "streamed": ("train.gradient_accumulation_steps=2", "train.stream_tokens=16"),
         "unpacked": (unpacked, "train.gradient_accumulation_steps=2", "train.stream_tokens=5",
-                     "train.per_device_train_batch_size=1", "train.checkpointing=mamba", "train.auto_batch=true"),
+                     "train.per_device_train_batch_size=1", "train.checkpointing=mamba",
+                     "train.auto_batch=true"),
         "whole-unpacked": (*whole, unpacked, "train.per_device_train_batch_size=24"),
         "whole-packed": (*whole, f"train.per_device_train_batch_size={packed_rows // 2}"),
     }  # fmt: skip
@@ -262,7 +264,8 @@ def test_two_processes(recipe: Any, tmp_path: Path) -> None:
     script = tmp_path / "process.py"
     script.write_text(PROCESS)
     launched = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script), *paths],
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+         str(script), *map(str, paths)],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, check=False, timeout=200,
     )  # fmt: skip

@@ -7,7 +7,7 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mamba_sft.packing import IGNORED, Collator, assign_bins, pack
+from mamba_sft.packing import IGNORED, Collator, assign_bins, pack, row_lengths
 
 
 def rows_of(lengths: list[int]) -> Dataset:
@@ -109,3 +109,40 @@ def test_packed_datasets_go_through_the_collator() -> None:
     starts = batch["seq_idx"].diff(dim=1, prepend=torch.full((len(packed), 1), -1)) != 0
     assert (batch["labels"][starts] == IGNORED).all()
     assert (batch["labels"][~starts & batch["attention_mask"].bool()] != IGNORED).all()
+
+
+def test_loss_and_gradients_of_a_packed_batch_are_those_of_its_rows() -> None:
+    """And also when the packed rows come one after the other, as under accumulation."""
+    from mamba_sft.kernels.falcon_mamba import install
+    from tests.conftest import build_model
+    from tests.test_streaming import assert_same, gradients, with_adapter
+
+    model = with_adapter(install(build_model()))
+    numbers = torch.Generator().manual_seed(0)
+    rows = []
+    for length in (1, 2, 3, 5, 9, 14, 20, 31):
+        ids = torch.randint(0, 512, (length,), generator=numbers)
+        ids[1::5], ids[2::5] = 3, 4  # the trained rows of the vocabulary
+        rows.append({"input_ids": ids.tolist(), "labels": ids.tolist()})
+    packed = pack(Dataset.from_list(rows), 32, 0)
+    total = sum(len(row["input_ids"]) - 1 for row in rows)
+
+    def run(batches: list[list[dict[str, object]]]) -> tuple[float, dict[str, torch.Tensor]]:
+        model.zero_grad()
+        losses = []
+        for batch in batches:
+            log_probs = model(**Collator(pad_token_id=11)(batch), fused_lm_head=True).log_probs
+            losses.append(-log_probs.sum() / total)
+            losses[-1].backward()
+        return sum(loss.item() for loss in losses), gradients(model)
+
+    alone = run([[row] for row in rows])
+    assert len(packed) < len(rows) / 2
+    assert_same(run([list(packed)]), alone)
+    assert_same(run([[row] for row in packed]), alone)
+    assert_same(run([rows]), alone)  # padded
+
+
+def test_a_row_knows_its_length() -> None:
+    assert row_lengths(rows_of([3, 1, 7]).select([2, 0])).tolist() == [7, 3]
+    assert row_lengths(pack(rows_of([3, 1, 7]), 8, 0)).sum() == 11

@@ -24,7 +24,7 @@ from mamba_sft.recipe import (
     find_path,
     recipe_schema,
 )
-from mamba_sft.recipe_checks import FIXED_ARGUMENTS, OWNED_ARGUMENTS
+from mamba_sft.recipe_checks import FIXED_ARGUMENTS, NOT_OF_TRL, OWNED_ARGUMENTS, WHOLE_ROW_ARGUMENTS
 from mamba_sft.recipe_foreign import FOREIGN_KEYS, FOREIGN_VALUES, UNWANTED_KEYS
 
 MINIMAL = """\
@@ -227,7 +227,7 @@ adapter:
         ),
         (
             "train: {checkpointing: true}",
-            "`train.checkpointing` must be one of `none`, `block`, got true",
+            "`train.checkpointing` must be one of `none`, `block`, `mamba`, got true",
         ),
         (
             "train: {trainer_arguments: [a]}",
@@ -433,6 +433,27 @@ def test_trainer_arguments_do_not_replace_fields() -> None:
     ]
 
 
+@pytest.mark.parametrize("field", ["stream_tokens: 64", "carry_state: true", "auto_batch: true"])
+def test_own_steps_do_not_go_with_every_argument(field: str) -> None:
+    text = minimal(
+        f"train:\n  {field}\n  trainer_arguments: {{fsdp: full_shard, loss_type: nll}}\n"
+        "eval: {eval_steps: 2}\n"
+    )
+    assert problems(text) == [
+        f"r.yaml:9: `train.trainer_arguments.fsdp` does not go with `train.{field.partition(':')[0]}`: "
+        "it needs the whole model in each process; leave one out"
+    ]
+    assert Recipe.from_text(text.replace("fsdp: full_shard, ", ""))
+    assert Recipe.from_text(text.replace(f"  {field}\n", ""))
+
+
+def test_trls_own_search_for_a_batch_size_is_ours() -> None:
+    assert problems(minimal("train: {trainer_arguments: {auto_find_batch_size: true}}")) == [
+        "r.yaml:7: `train.trainer_arguments.auto_find_batch_size` must not be set here; use "
+        "`train.auto_batch`"
+    ]
+
+
 def test_refused_trainer_arguments_are_real_ones() -> None:
     trl = pytest.importorskip("trl")
     known = {field.name for field in fields(trl.SFTConfig)}
@@ -440,8 +461,8 @@ def test_refused_trainer_arguments_are_real_ones() -> None:
     newer = {"activation_checkpointing", "activation_checkpointing_kwargs"}
     assert set(OWNED_ARGUMENTS) - newer <= known
     assert set(FIXED_ARGUMENTS) <= known
-    own = set(TrainSection.model_fields) - {"trainer_arguments", "checkpointing"}
-    assert own <= known
+    assert set(WHOLE_ROW_ARGUMENTS) <= known
+    assert set(TrainSection.model_fields) - {"trainer_arguments", *NOT_OF_TRL} <= known
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
@@ -517,6 +538,6 @@ def test_schema_describes_the_fields() -> None:
     assert rate["description"].startswith("Peak step size.")
     assert (rate["exclusiveMinimum"], rate["maximum"], rate["default"]) == (0, 1, 2e-4)
     assert rate["type"] == ["number", "string"]
-    assert train["properties"]["checkpointing"]["enum"] == ["none", "block"]
+    assert train["properties"]["checkpointing"]["enum"] == ["none", "block", "mamba"]
     assert train["additionalProperties"] is False
     assert schema["required"] == ["output_dir", "model", "data"]

@@ -138,8 +138,9 @@ def test_packed_equals_unpacked(recipe: Any) -> None:
     assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
 
 
-def test_checkpointing_changes_nothing(recipe: Any) -> None:
-    on = train(recipe("train.checkpointing=block", "train.max_steps=2", name="on"))
+@pytest.mark.parametrize("policy", ["block", "mamba"])
+def test_checkpointing_changes_nothing(recipe: Any, policy: str) -> None:
+    on = train(recipe(f"train.checkpointing={policy}", "train.max_steps=2", name="on"))
     off = train(recipe("train.checkpointing=none", "train.max_steps=2", name="off"))
     assert losses(on) == pytest.approx(losses(off), rel=1e-6)
 
@@ -233,6 +234,15 @@ def test_resume_refuses_another_recipe(recipe: Any) -> None:
     with pytest.raises(RecipeError, match=r"`train.learning_rate` was 0.01, now 0.5"):
         prepare(recipe("train.learning_rate=0.5"), resume=True)
     assert prepare(recipe("train.logging_steps=2"), resume=True).checkpoint is not None
+
+
+def test_resume_with_less_memory(recipe: Any) -> None:
+    """After running out of memory, what saves memory may change: the run is the same one."""
+    whole = train(recipe(name="whole"))
+    with pytest.raises(RunInterruptedError):
+        fit(prepare(recipe()), callbacks=[SignalAt(2)])
+    less = ("train.stream_tokens=16", "train.checkpointing=mamba", "train.auto_batch=true")
+    assert losses(train(recipe(*less), resume=True)) == pytest.approx(losses(whole), rel=1e-4)
 
 
 def test_half_a_checkpoint_is_not_resumed_from(recipe: Any, tmp_path: Path) -> None:
