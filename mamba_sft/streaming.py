@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 
 from mamba_sft.kernels.carry import Carry, LayerState
 from mamba_sft.packing import IGNORED
-from mamba_sft.randomness import RandomState, random_state, set_random_state
+from mamba_sft.randomness import random_state, set_random_state
 
 States = list[LayerState]
 """A state for each layer."""
@@ -74,31 +74,77 @@ def split(inputs: dict[str, Tensor], tokens: int | None) -> list[Chunk]:
     return chunks
 
 
-@dataclass(frozen=True)
-class Boundary:
-    """What a chunk can be computed from again: the states before it and the random numbers it drew."""
+class Boundaries:
+    """What each chunk can be computed from again: the states before it, and the random numbers it drew.
 
-    states: States | None
-    random: RandomState
+    All of it lies in a few large blocks of host memory: many small ones that live long, between the large ones
+    that come and go, would scatter the heap until it takes many times what is in it.
+
+    Args:
+        chunks: How many there are.
+        device: Where the model is.
+        initial: The states before the first chunk; None is zeros.
+    """
+
+    def __init__(self, chunks: int, device: torch.device, initial: States | None):
+        self._device = device
+        self._initial = initial
+        self._states: States = []
+        self._random = tuple(x.new_empty((chunks, *x.shape)) for x in random_state(device))
+
+    def save(self, chunk: int, states: States | None) -> None:
+        """Keeps what chunk number `chunk` starts from, and the present state of the random numbers."""
+        for kept, now in zip(self._random, random_state(self._device), strict=True):
+            kept[chunk] = now
+        if chunk == 0 or states is None:
+            return
+        if not self._states:
+            rows = len(self._random[0])
+            self._states = [
+                (
+                    conv.new_empty((rows, *conv.shape), device="cpu"),
+                    scan.new_empty((rows, *scan.shape), device="cpu"),
+                )
+                for conv, scan in states
+            ]
+        for (kept_conv, kept_scan), (conv, scan) in zip(self._states, states, strict=True):
+            kept_conv[chunk], kept_scan[chunk] = conv, scan
+
+    def restore(self, chunk: int) -> States | None:
+        """Returns the states before a chunk as leaves, and sets the random numbers back.
+
+        They require a gradient, except for those before the first chunk, which are not ours to train.
+        """
+        # Cloned, because torch reads a generator's state from the start of the storage, whatever the view.
+        set_random_state(tuple(kept[chunk].clone() for kept in self._random), self._device)
+        if chunk == 0:
+            return self._initial
+        return [(self._leaf(conv[chunk]), self._leaf(scan[chunk])) for conv, scan in self._states]
+
+    @staticmethod
+    def _room(chunks: int, state: Tensor) -> Tensor:
+        return state.new_empty((chunks, *state.shape), device="cpu")
+
+    def _leaf(self, kept: Tensor) -> Tensor:
+        return kept.to(self._device).detach().requires_grad_()
 
 
-def sweep(backbone: Any, chunks: Sequence[Chunk], initial: States | None = None) -> list[Boundary]:
+def sweep(backbone: Any, chunks: Sequence[Chunk], initial: States | None = None) -> Boundaries:
     """Runs all chunks but the last without a graph.
 
     Args:
         backbone: The `FalconMambaModel`.
         chunks: From `split`.
-        initial: States before the first chunk; None starts from zeros.
+        initial: States before the first chunk, without a graph; None starts from zeros.
 
     Returns:
-        A boundary before each chunk, its states in host memory.
+        What to compute each chunk from again, in host memory.
     """
-    device = chunks[0].inputs["input_ids"].device
-    states, boundaries = initial, []
+    boundaries = Boundaries(len(chunks), chunks[0].inputs["input_ids"].device, initial)
+    states = initial
     for number, chunk in enumerate(chunks):
         states = chunk.enter(states)
-        kept = None if states is None else [(conv.cpu(), scan.cpu()) for conv, scan in states]
-        boundaries.append(Boundary(kept, random_state(device)))
+        boundaries.save(number, states)
         if number + 1 < len(chunks):
             carry = Carry(states)
             inputs = {name: x for name, x in chunk.inputs.items() if name != "shift_labels"}
@@ -111,7 +157,7 @@ def sweep(backbone: Any, chunks: Sequence[Chunk], initial: States | None = None)
 Run = Callable[[Chunk, Carry, Callable[[Tensor], Tensor]], None]
 
 
-def backpropagate(chunks: Sequence[Chunk], boundaries: Sequence[Boundary], run: Run) -> States:
+def backpropagate(chunks: Sequence[Chunk], boundaries: Boundaries, run: Run) -> States:
     """Runs the chunks from the last to the first and hands the gradients of the states back through them.
 
     Args:
@@ -126,16 +172,14 @@ def backpropagate(chunks: Sequence[Chunk], boundaries: Sequence[Boundary], run: 
     """
     device = chunks[0].inputs["input_ids"].device
     gradients: States | None = None
-    for chunk, boundary in zip(reversed(chunks), reversed(boundaries), strict=True):
-        set_random_state(boundary.random, device)
-        inner = chunk.continues is not None  # the states before the first chunk are not ours to train
-        before = _leaves(boundary.states, device, requires_grad=inner)
+    for number, chunk in reversed(list(enumerate(chunks))):
+        before = boundaries.restore(number)
         carry = Carry(before)
         run(chunk, carry, _closing(carry, gradients))
         if chunk is chunks[-1]:
             final = [(conv.detach(), scan.detach()) for conv, scan in carry.after]
             random = random_state(device)
-        if inner and before is not None:
+        if number and before is not None:
             gradients = chunk.enter([(_gradient(conv), _gradient(scan)) for conv, scan in before])
     set_random_state(random, device)
     return final
@@ -167,18 +211,6 @@ class _Inject(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         return grads[0], None, *ctx.gradients
-
-
-def _leaves(states: States | None, device: torch.device, *, requires_grad: bool) -> States | None:
-    if states is None:
-        return None
-    return [
-        (
-            conv.to(device).detach().requires_grad_(requires_grad),
-            scan.to(device).detach().requires_grad_(requires_grad),
-        )
-        for conv, scan in states
-    ]
 
 
 def _gradient(leaf: Tensor) -> Tensor:

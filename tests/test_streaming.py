@@ -188,13 +188,15 @@ def test_labels_are_those_of_the_next_token_across_boundaries() -> None:
     ]  # fmt: skip
 
 
-def test_saved_states_keep_nothing_else_alive() -> None:
-    """A view into the activations of its chunk would make memory grow with the length again."""
+def test_states_keep_nothing_else_alive() -> None:
+    """A view into the activations of its chunk would keep them."""
     model = with_adapter(install(build_model()))
-    for boundary in sweep(model.get_base_model().backbone, split(batch(), 8))[1:]:
-        for state in boundary.states or []:
-            for tensor in state:
-                assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    carry = Carry()
+    inputs = {name: x for name, x in split(batch(), 8)[0].inputs.items() if name != "shift_labels"}
+    model.get_base_model().backbone(**inputs, carry=carry)
+    for state in carry.after:
+        for tensor in state:
+            assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
 
 
 def test_a_row_can_start_from_given_states() -> None:
@@ -202,7 +204,8 @@ def test_a_row_can_start_from_given_states() -> None:
     model = with_adapter(install(build_model()))
     inputs = {name: x[1:] for name, x in batch().items()}
     first, second = split(inputs, 20)
-    after_first = sweep(model.get_base_model().backbone, [first, second])[1].states
+    after_first = sweep(model.get_base_model().backbone, [first, second]).restore(1)
+    after_first = [(conv.detach(), scan.detach()) for conv, scan in after_first]
     rest = {name: x[:, 20:] for name, x in inputs.items()}
     later = {**inputs, "labels": inputs["labels"].clone()}
     later["labels"][:, :21] = IGNORED
