@@ -172,10 +172,11 @@ class TrainSection(Section):
     checkpointing: Literal["none", "block", "mamba"] = "block"
     """block keeps only the input of each block and computes the rest again in the backward pass: far less
     memory, about a third more time. mamba keeps the large matrix products too and repeats only what is cheap:
-    some five times the memory of block for hardly more time than none, which is fastest if it fits."""
+    three times what block keeps, for hardly more time than none, which is fastest if it fits."""
     stream_tokens: int | None = Field(default=None, ge=1, le=MANY)
     """Train rows of any length in chunks of this many tokens, with the gradients of the whole row, in the
-    memory of one chunk, for one more forward. 1024 suits most cards. null takes each row at once."""
+    memory of one chunk, for one more forward. 1024 suits most cards, with `checkpointing: none` or mamba.
+    null takes each row at once."""
     carry_state: bool = False
     """Start each row from the state that an earlier row ended with, without gradients, instead of from
     nothing. Helps models trained on short rows to read longer ones; changes what is learned."""
