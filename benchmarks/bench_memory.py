@@ -143,7 +143,8 @@ def measure_layers(policy: Any, layers: int, tokens: int) -> dict[str, float]:
     """Bytes and FLOPs of a step of a model with a few narrow layers, bf16 with LoRA."""
     config = FalconMambaConfig(
         vocab_size=256, hidden_size=4096 // WIDTH, num_hidden_layers=layers, state_size=16,
-        time_step_rank=256 // WIDTH, tie_word_embeddings=False, pad_token_id=0, bos_token_id=0, eos_token_id=0,
+        time_step_rank=256 // WIDTH, tie_word_embeddings=False,
+        pad_token_id=0, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     model = FalconMambaForCausalLM(config).bfloat16()
     model = prepare(install(model), policy, rank=16 // WIDTH)

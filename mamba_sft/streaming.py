@@ -77,8 +77,8 @@ def split(inputs: dict[str, Tensor], tokens: int | None) -> list[Chunk]:
 class Boundaries:
     """What each chunk can be computed from again: the states before it, and the random numbers it drew.
 
-    All of it lies in a few large blocks of host memory: many small ones that live long, between the large ones
-    that come and go, would scatter the heap until it takes many times what is in it.
+    All of it lies in a few large blocks of host memory: many small ones that live long, between the large
+    ones that come and go, would scatter the heap until it takes many times what is in it.
 
     Args:
         chunks: How many there are.
