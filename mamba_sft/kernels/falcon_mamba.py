@@ -25,8 +25,8 @@ from transformers.integrations.accelerate import force_accelerate_hooks
 from transformers.models.falcon_mamba import modeling_falcon_mamba as stock
 
 from mamba_sft.kernels import BACKENDS, causal_conv1d, selective_scan
-from mamba_sft.kernels.decoding import can_decode, decode
 from mamba_sft.kernels.carry import Carry
+from mamba_sft.kernels.decoding import can_decode, decode
 
 Model = TypeVar("Model", bound=nn.Module)
 
