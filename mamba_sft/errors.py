@@ -51,3 +51,7 @@ class TrainingError(MambaSFTError):
 
 class MergeError(MambaSFTError):
     """A merge that cannot be done, or whose check failed."""
+
+
+class ExportError(MambaSFTError):
+    """An export that cannot be done, or a file that failed its check."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from mamba_sft.errors import MergeError
+from mamba_sft.errors import MambaSFTError, MergeError
 from mamba_sft.merge_plan import REPORT_NAME, MergePlan
 from mamba_sft.shards import DTYPES, Layout, StoredTensors
 
@@ -99,22 +99,29 @@ def write_companions(plan: MergePlan, directory: Path) -> None:
 
 
 @contextmanager
-def disk_errors_explained(plan: MergePlan) -> Iterator[None]:
+def disk_errors_explained(
+    output: Path, need: str, kind: type[MambaSFTError] = MergeError
+) -> Iterator[None]:
     """Turns what a disk can refuse, inside the block, into errors that say so.
 
+    Args:
+        output: Where the block writes.
+        need: What it needs, e.g. `the merged model takes 14.5 GB`.
+        kind: What is raised.
+
     Raises:
-        MergeError: The disk is full, or may not be written to.
+        MambaSFTError: The disk is full, or may not be written to.
     """
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise MergeError(
-                f"the disk of `{plan.output}` is full: the merged model takes {plan.nbytes / 1e9:.1f} GB",
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise kind(
+                f"the disk of `{output}` is full: {need}",
                 hint="free some space, or give a directory on another disk with `--output`",
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise MergeError(f"cannot write to `{plan.output}`: {error.strerror}") from error
+            raise kind(f"cannot write to `{output}`: {error.strerror}") from error
         raise
 
 

@@ -92,12 +92,19 @@ def plan_merge(run: Run, output: Path, dtype: str | None) -> MergePlan:
             directory is someone else's; or the disk is too full.
         ModelError: The base is missing or incomplete.
     """
+    plan = fit_adapter(run, output, dtype)
+    _check_output(output, [plan.base, run.adapter, run.path])
+    _check_space(plan)
+    return plan
+
+
+def fit_adapter(run: Run, output: Path, dtype: str | None) -> MergePlan:
+    """Checks that a run's adapter and its base make one model, and lays it out; see `plan_merge`."""
     if dtype is not None and dtype not in _DTYPE_NAMES:
         raise UsageError(f"no such dtype `{dtype}`", hint=f"give one of {', '.join(_DTYPE_NAMES)}")
     adapter = read_adapter(run.adapter)
     facts = _read_facts(run.adapter / BASE_FACTS_NAME)
     base = resolve_base(facts.base, facts.revision)
-    _check_output(output, [base, run.adapter, run.path])
     entries = read_tensors(base)
     if base_fingerprint(base) != facts.fingerprint:
         raise MergeError(
@@ -110,9 +117,7 @@ def plan_merge(run: Run, output: Path, dtype: str | None) -> MergePlan:
     _check_fit(adapter, entries, facts)
     shards = _lay_out(entries, facts, dtype)
     _check_complete(config, shards, base)
-    plan = MergePlan(run, output, dtype, facts, adapter, base, entries, config, shards)
-    _check_space(plan)
-    return plan
+    return MergePlan(run, output, dtype, facts, adapter, base, entries, config, shards)
 
 
 def _read_facts(path: Path) -> BaseFacts:

@@ -12,7 +12,6 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,7 +32,7 @@ from mamba_sft.model import UNQUANTIZED, load_model
 from mamba_sft.packing import Collator
 from mamba_sft.recipe import ModelSection, Recipe
 from mamba_sft.run import Run, atomic_directory
-from mamba_sft.shards import StoredTensors, write_shard
+from mamba_sft.shards import StoredTensors, one_thread, write_shard
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -74,7 +73,8 @@ def merge(
     run = Run.open(run)
     plan = plan_merge(run, Path(output) if output is not None else run.merged, dtype)
     source = _source(plan, onto)
-    with disk_errors_explained(plan), atomic_directory(plan.output) as directory:
+    need = f"the merged model takes {plan.nbytes / 1e9:.1f} GB"
+    with disk_errors_explained(plan.output, need), atomic_directory(plan.output) as directory:
         report = _merge_into(directory, plan, source, progress or (lambda stage, done, total: None))
         (directory / REPORT_NAME).write_text(report.to_json() + "\n", encoding="utf-8")
     return report
@@ -83,7 +83,7 @@ def merge(
 def _merge_into(directory: Path, plan: MergePlan, source: StoredTensors, progress: Progress) -> MergeReport:
     started = time.monotonic()
     tensors = MergedTensors(plan, source, lambda done: progress("merging", done, plan.nbytes))
-    with _one_thread():
+    with one_thread():
         for file, layouts in plan.shards.items():
             write_shard(directory / file, layouts, tensors.blocks)
         write_companions(plan, directory)
@@ -263,17 +263,6 @@ def _require_memory(plan: MergePlan) -> None:
         raise MergeError(
             f"the merged model needs {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free"
         )
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Works on one core: blocks that fit the cache are done before threads would have met."""
-    count = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(count)
 
 
 def _peak_rss() -> int:

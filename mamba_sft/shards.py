@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import RawIOBase
 from math import prod
@@ -146,3 +147,14 @@ def _write_all(file: RawIOBase, data: bytes | memoryview) -> int:
     while view:
         view = view[file.write(view) :]
     return len(data)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Computes on one core inside the block: work in cache-sized pieces is done before threads would have met."""
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(count)

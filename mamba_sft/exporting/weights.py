@@ -1,0 +1,183 @@
+"""The full model that is exported: a merged checkpoint, or base and adapter summed on the way, never on disk."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mamba_sft.adapter import WEIGHTS_NAME
+from mamba_sft.checkpoint import read_config, read_tensors
+from mamba_sft.errors import ModelError, UsageError
+from mamba_sft.merge_files import MergedTensors
+from mamba_sft.merge_plan import REPORT_NAME, MergePlan, fit_adapter
+from mamba_sft.run import Run
+from mamba_sft.shards import DTYPES, StoredTensors
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FullModel:
+    """A model to export.
+
+    Args:
+        name: What its files are called.
+        config: Its `config.json`.
+        tensors: Its weights.
+        tokenizer_dir: Where its tokenizer, chat template and generation config are.
+        base: The base model it was tuned from, as the recipe names it, or None if that is not known.
+        run: The run it came from, or None for a plain checkpoint.
+        directory: The checkpoint on disk, or None where base and adapter are summed on the way.
+        plan: How they are summed, or None.
+    """
+
+    name: str
+    config: dict[str, Any]
+    tensors: StoredTensors
+    tokenizer_dir: Path
+    base: str | None = None
+    run: Run | None = None
+    directory: Path | None = None
+    plan: MergePlan | None = None
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor's shape, in the order of the files."""
+        if isinstance(self.tensors, SummedTensors):
+            return self.tensors.shapes
+        entries = sorted(self.tensors.entries.items(), key=lambda item: (item[1].file, item[1].start))
+        return {name: entry.shape for name, entry in entries}
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer, with its chat template.
+
+        Raises:
+            ModelError: It cannot be read.
+        """
+        from transformers import AutoTokenizer
+
+        if not (self.tokenizer_dir / "tokenizer.json").is_file():
+            raise ModelError(
+                f"`{self.tokenizer_dir}` has no `tokenizer.json`", hint="copy the tokenizer beside the weights"
+            )
+        try:
+            return AutoTokenizer.from_pretrained(self.tokenizer_dir, local_files_only=True)
+        except Exception as error:  # tokenizers raises a bare Exception for a broken file
+            raise ModelError(f"the tokenizer in `{self.tokenizer_dir}` cannot be read: {error}") from error
+
+    @property
+    def generation_config(self) -> dict[str, Any]:
+        """`generation_config.json`, empty if there is none."""
+        path = self.tokenizer_dir / "generation_config.json"
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+
+
+class SummedTensors(StoredTensors):
+    """The tensors that merging the plan's adapter would write, one block of rows at a time.
+
+    Args:
+        plan: A merge that can be done.
+    """
+
+    def __init__(self, plan: MergePlan):
+        super().__init__(plan.entries)
+        self.layouts = {layout.name: layout for layout in plan.layouts}
+        self._merged = MergedTensors(plan, StoredTensors(plan.entries))
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor's shape; a grown vocabulary has more rows than the base's file."""
+        return {name: layout.shape for name, layout in self.layouts.items()}
+
+    def blocks(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yields a merged tensor from its first row to its last, as (row number, rows), rounded as a merge does."""
+        start = 0
+        for rows in self._merged.blocks(self.layouts[name]):
+            yield start, rows
+            start += len(rows) if rows.ndim else 1
+
+    def whole(self, name: str) -> torch.Tensor:
+        """Returns a whole tensor in float32."""
+        tensor = torch.empty(self.layouts[name].shape, dtype=torch.float32)
+        for start, rows in self.blocks(name):
+            (tensor[start : start + len(rows)] if tensor.ndim else tensor).copy_(rows)
+        return tensor
+
+
+def find_model(where: Run | str | Path) -> FullModel:
+    """Returns the model of a run or of a checkpoint's directory.
+
+    A run's `merged/` is taken where it is no older than the adapter; else base and adapter are summed.
+
+    Args:
+        where: A run, its directory, or the directory of a FalconMamba checkpoint.
+
+    Raises:
+        MambaSFTError: There is none, or it is incomplete.
+    """
+    if isinstance(where, Run) or not (Path(where) / "config.json").is_file():
+        return _of_run(Run.open(where))
+    directory = Path(where)
+    return _of_checkpoint(directory, directory.resolve().name)
+
+
+def _of_run(run: Run) -> FullModel:
+    name = run.path.resolve().name
+    if (run.merged / REPORT_NAME).is_file():
+        stale = _age(run.merged / REPORT_NAME) < _age(run.adapter / WEIGHTS_NAME)
+        if not stale:
+            return _of_checkpoint(run.merged, name, run)
+        logger.warning("`%s` is older than the adapter: base and adapter are taken instead", run.merged)
+    plan = fit_adapter(run, run.export, None)
+    return FullModel(name, plan.config, SummedTensors(plan), run.adapter, plan.facts.base, run, plan=plan)
+
+
+def _age(path: Path) -> float:
+    return path.stat().st_mtime if path.is_file() else 0.0
+
+
+def _of_checkpoint(directory: Path, name: str, run: Run | None = None) -> FullModel:
+    config, entries = read_config(directory), read_tensors(directory)
+    for tensor, entry in entries.items():
+        if entry.dtype not in DTYPES:
+            raise ModelError(f"`{tensor}` is stored as {entry.dtype}; exporting handles {', '.join(DTYPES)}")
+    base = _base_of(directory)
+    return FullModel(name, config, StoredTensors(entries), directory, base, run, directory=directory)
+
+
+def _base_of(directory: Path) -> str | None:
+    path = directory / REPORT_NAME
+    if not path.is_file():
+        return None
+    base = json.loads(path.read_text(encoding="utf-8")).get("base")
+    return base if isinstance(base, str) else None
+
+
+def check_output(output: Path, model: FullModel) -> None:
+    """Refuses to export into what is being exported.
+
+    Raises:
+        UsageError: `output` is a file, the model or its adapter.
+    """
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"`{output}` is a file", hint="give a directory with `--output`")
+    sources = [model.directory, model.tokenizer_dir, model.plan.base if model.plan else None]
+    if any(source is not None and source.resolve() == output.resolve() for source in sources):
+        raise UsageError(f"`{output}` is what would be exported; the result needs a directory of its own")
+
+
+def first_id(ids: Any) -> int | None:
+    """Returns the first of the ids a config lists; some list several."""
+    if isinstance(ids, list):
+        ids = ids[0] if ids else None
+    return ids if isinstance(ids, int) else None
+
+
