@@ -12,18 +12,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mamba_sft.conversation import generate
     from mamba_sft.errors import MambaSFTError
+    from mamba_sft.exporting import export
     from mamba_sft.merging import merge
     from mamba_sft.recipe import Recipe
     from mamba_sft.run import Run
     from mamba_sft.training import train
 
 __version__ = "0.1.0"
-__all__ = ["MambaSFTError", "Recipe", "Run", "generate", "merge", "train"]
+__all__ = ["MambaSFTError", "Recipe", "Run", "export", "generate", "merge", "train"]
 
 _HOMES = {
     "MambaSFTError": "errors",
     "Recipe": "recipe",
     "Run": "run",
+    "export": "exporting",
     "generate": "conversation",
     "merge": "merging",
     "train": "training",

@@ -99,9 +99,7 @@ def write_companions(plan: MergePlan, directory: Path) -> None:
 
 
 @contextmanager
-def disk_errors_explained(
-    output: Path, need: str, kind: type[MambaSFTError] = MergeError
-) -> Iterator[None]:
+def disk_errors_explained(output: Path, need: str, kind: type[MambaSFTError] = MergeError) -> Iterator[None]:
     """Turns what a disk can refuse, inside the block, into errors that say so.
 
     Args:

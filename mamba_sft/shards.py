@@ -151,7 +151,7 @@ def _write_all(file: RawIOBase, data: bytes | memoryview) -> int:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Computes on one core inside the block: work in cache-sized pieces is done before threads would have met."""
+    """Computes on one core: work in cache-sized pieces is done before threads would have met."""
     count = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

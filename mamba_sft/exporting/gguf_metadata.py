@@ -1,8 +1,8 @@
 """What a GGUF file says about its model and tokenizer, key by key as llama.cpp's own converter writes it.
 
 Two keys are easy to leave out and expensive to miss. Without `mamba.ssm.dt_b_c_rms` the file loads and talks
-nonsense: the norms of dt, B and C are skipped. And the list of tokens must have exactly as many entries as the
-embedding has rows, or it does not load.
+nonsense: the norms of dt, B and C are skipped. And the list of tokens must have exactly as many entries as
+the embedding has rows, or it does not load.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ def read_vocabulary(model: FullModel) -> Vocabulary:
     vocabulary = tokenizer.get_vocab()
     if max(vocabulary.values()) >= rows:
         raise ModelError(
-            f"the tokenizer in `{path.parent}` knows token {max(vocabulary.values())}, but the embedding has {rows} rows",
+            f"the tokenizer in `{path.parent}` knows token {max(vocabulary.values())}, "
+            f"but the embedding has {rows} rows",
             hint="tokenizer and weights are of different models",
         )
     by_id = {number: token for token, number in vocabulary.items()}
@@ -147,7 +148,7 @@ def _add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary) -> None:
 
 
 def _special_ids(model: FullModel) -> dict[str, int]:
-    """The tokenizer's ids, else the config's; generation configs list several stop tokens, GGUF has room for one."""
+    """The tokenizer's ids, else the config's: some list several stop tokens, and GGUF has room for one."""
     found: dict[str, int] = {}
     for kind in ("bos", "eos", "unk", "pad"):
         own = getattr(model.tokenizer, f"{kind}_token_id")
@@ -172,7 +173,9 @@ def _join(pair: list[str]) -> str:
 
 def _pre_tokenizer(content: dict[str, Any], path: Path) -> str:
     if content["model"].get("type") != "BPE" or content.get("normalizer"):
-        raise ModelError(f"`{path}` is not a plain byte-level BPE tokenizer, which is what is written as GGUF")
+        raise ModelError(
+            f"`{path}` is not a plain byte-level BPE tokenizer, which is what is written as GGUF"
+        )
     outer = content.get("pre_tokenizer") or {}
     steps = [_describe(step) for step in outer.get("pretokenizers", [outer])]
     if steps == _FALCON:

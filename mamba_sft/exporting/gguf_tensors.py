@@ -1,10 +1,10 @@
 """Which GGUF tensor each tensor of a FalconMamba becomes, and what happens to its values on the way.
 
-Names and shapes are those of llama.cpp's own converter (`MambaModel` in its conversion scripts). Two transforms
-change values. The recurrence is stored as A = -exp(A_log). And `ssm_x` is scaled, to bridge a difference in an
-epsilon: `transformers` normalises dt, B and C with `mixer_rms_eps` (1e-6), llama.cpp with the model's
-`layer_norm_epsilon` (1e-5). With x the output of `x_proj`, which has no bias, and c = layer_norm_epsilon /
-mixer_rms_eps,
+Names and shapes are those of llama.cpp's own converter (`MambaModel` in its conversion scripts). Two
+transforms change values. The recurrence is stored as A = -exp(A_log). And `ssm_x` is scaled, to bridge a
+difference in an epsilon: `transformers` normalises dt, B and C with `mixer_rms_eps` (1e-6), llama.cpp with
+the model's `layer_norm_epsilon` (1e-5). With x the output of `x_proj`, which has no bias, and c =
+layer_norm_epsilon / mixer_rms_eps,
 
     (sqrt(c) x) / sqrt(mean((sqrt(c) x)^2) + layer_norm_epsilon) = x / sqrt(mean(x^2) + mixer_rms_eps)
 
@@ -75,19 +75,19 @@ def epsilon_scale(config: Mapping[str, Any]) -> float:
 
 
 def export_tensors(
-    shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any], *, fix_epsilon: bool = True
+    shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any], *, tied: bool, fix_epsilon: bool = True
 ) -> list[ExportTensor]:
     """Returns the tensors of a GGUF file, in the order of the checkpoint.
 
     Args:
         shapes: The checkpoint's tensors, by name.
         config: Its `config.json`.
+        tied: Whether the head is the embedding: then it is not written again.
         fix_epsilon: Scale x_proj, see above.
 
     Raises:
         ModelError: llama.cpp has no place for a tensor, or cannot run the model's shape.
     """
-    tied = is_tied(shapes, config)
     scale = epsilon_scale(config) if fix_epsilon else 1.0
     tensors = []
     for source, shape in shapes.items():
@@ -97,7 +97,7 @@ def export_tensors(
         if name is None:
             raise ModelError(
                 f"`{source}` has no place in a GGUF file of this architecture",
-                hint="llama.cpp runs FalconMamba without biases in `in_proj` and `out_proj` (`use_bias: false`)",
+                hint="llama.cpp runs FalconMamba without biases in its projections (`use_bias: false`)",
             )
         if name.endswith("ssm_conv1d.weight"):
             shape = (shape[0], shape[-1])  # noqa: PLW2901  # (I, 1, K): one channel a group
@@ -111,10 +111,12 @@ def _check_runnable(shapes: Mapping[str, tuple[int, ...]], names: set[str]) -> N
     inner = shapes["backbone.layers.0.mixer.in_proj.weight"][0] // 2  # its rows: x and the gate
     if inner != 2 * hidden:
         raise ModelError(
-            f"llama.cpp runs Mamba models whose inner size is twice the hidden size, not {inner} and {hidden}",
+            f"llama.cpp runs Mamba models whose inner size is twice the hidden size, not {inner} to {hidden}",
             hint="`--format hf` exports any shape",
         )
-    missing = sorted({f"blk.{i}.{leaf}" for i in range(layers(shapes)) for leaf in _LAYER_NAMES.values()} - names)
+    missing = sorted(
+        {f"blk.{i}.{leaf}" for i in range(layers(shapes)) for leaf in _LAYER_NAMES.values()} - names
+    )
     if missing:
         raise ModelError(
             f"llama.cpp needs {len(missing)} tensors that this model lacks, such as `{missing[0]}`",
@@ -133,8 +135,3 @@ def gguf_name(source: str) -> str | None:
         leaf = _LAYER_NAMES.get(match[2])
         return None if leaf is None else f"blk.{match[1]}.{leaf}"
     return _NAMES.get(source)
-
-
-def is_tied(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> bool:
-    """Returns whether one matrix is both embedding and head."""
-    return HEAD not in shapes or bool(config.get("tie_word_embeddings", True))

@@ -1,8 +1,9 @@
 """The GGUF methods of the published table, and the type each of them gives a tensor.
 
-llama.cpp's mixes (S, M, L) differ only in what they do to attention and feed-forward tensors. A Mamba has none,
-so the 22 names are 13 different sets of tensors. What is left of `llama_tensor_get_type` for this architecture is
-below; the tests hold it against llama.cpp's own quantizer, and the sizes against the published ones.
+llama.cpp's mixes (S, M, L) differ only in what they do to attention and feed-forward tensors. A Mamba has
+none, so the 22 names are 13 different sets of tensors. What is left of `llama_tensor_get_type` for this
+architecture is below; the tests hold it against llama.cpp's own quantizer, and the sizes against the
+published ones.
 """
 
 from __future__ import annotations
@@ -81,19 +82,19 @@ _QUANTIZED = [
     _method("Q3_K_S", _Type.Q3_K),
     _method("Q3_K", _Type.Q3_K, "Q3_K_M"),
     *[_method(name, _Type.Q3_K) for name in ("Q3_K_M", "Q3_K_L")],
-    *[_method(name, _Type[name]) for name in ("IQ4_XS", "IQ4_NL", "Q4_0", "Q4_1")],
+    *[_method(name, getattr(_Type, name)) for name in ("IQ4_XS", "IQ4_NL", "Q4_0", "Q4_1")],
     _method("Q4_K_S", _Type.Q4_K),
     _method("Q4_K", _Type.Q4_K, "Q4_K_M"),
     _method("Q4_K_M", _Type.Q4_K),
-    *[_method(name, _Type[name]) for name in ("Q5_0", "Q5_1")],
+    *[_method(name, getattr(_Type, name)) for name in ("Q5_0", "Q5_1")],
     _method("Q5_K_S", _Type.Q5_K),
     _method("Q5_K", _Type.Q5_K, "Q5_K_M"),
     _method("Q5_K_M", _Type.Q5_K),
-    *[_method(name, _Type[name]) for name in ("Q6_K", "Q8_0")],
+    *[_method(name, getattr(_Type, name)) for name in ("Q6_K", "Q8_0")],
 ]
 _FLOAT = [Method("F32", F32, LlamaFileType.ALL_F32), _method("F16", F16), _method("BF16", BF16)]
 METHODS = {method.name: method for method in [*_QUANTIZED, *_FLOAT]}
-"""Every method by its name: the 22 of the published table, then the three that only change the float format."""
+"""Every method by its name: the 22 of the published table, then the three floating-point formats."""
 
 
 def choose_methods(names: list[str]) -> list[Method]:

@@ -1,7 +1,8 @@
 """GGUF files written from a model's tensors, a block of rows at a time, several files in one pass.
 
-Every block is read (and summed) once and quantized once for each type that any of the files wants, on all cores,
-so that files of the same tensors cost no more than one. Nothing larger than a few blocks is ever in memory.
+Every block is read (and summed) once and quantized once for each type that any of the files wants, on all
+cores, so that files of the same tensors cost no more than one. Nothing larger than a few blocks is ever in
+memory.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from gguf import GGUFWriter
+from gguf import GGMLQuantizationType, GGUFWriter
 
 from mamba_sft.errors import ModelError
 from mamba_sft.exporting import llama_cpp
 from mamba_sft.exporting.gguf_metadata import Vocabulary, add_metadata
 from mamba_sft.exporting.gguf_tensors import ExportTensor
-from mamba_sft.exporting.gguf_types import BF16, F16, F32, GGMLQuantizationType, Method, padded, stored_bytes
+from mamba_sft.exporting.gguf_types import BF16, F16, F32, Method, padded, stored_bytes
 from mamba_sft.exporting.weights import FullModel
 from mamba_sft.shards import one_thread
 
@@ -71,7 +72,9 @@ def write_header(
     for tensor in tensors:
         kind = plan.types[tensor.name]
         nbytes = stored_bytes(kind, tensor.shape)
-        values = np.dtype(np.float32)  # the shape counts values; with bytes here the writer would take it for bytes
+        values = np.dtype(
+            np.float32
+        )  # the shape counts values; with bytes here the writer would take it for bytes
         writer.add_tensor_info(tensor.name, tensor.shape, values, nbytes, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -105,7 +108,7 @@ class GGUFFiles:
         progress: Callable[[int], None],
     ):
         self.model, self.tensors, self.importance, self.progress = model, tensors, importance, progress
-        self.overflowed = self.done = 0
+        self.done = 0
         self.workers = os.cpu_count() or 1
 
     def write(self, paths: Sequence[Path], plans: Sequence[FilePlan], vocabulary: Vocabulary) -> None:
@@ -121,7 +124,10 @@ class GGUFFiles:
                 start = write_header(path, plan, self.model, vocabulary, self.tensors)
                 files.append(_OpenFile(os.open(path, os.O_RDWR), plan, start))
                 os.posix_fallocate(files[-1].descriptor, 0, start + plan.nbytes)  # a full disk shows now
-            with one_thread(), ThreadPoolExecutor(self.workers, "quantize", torch.set_num_threads, (1,)) as pool:
+            with (
+                one_thread(),
+                ThreadPoolExecutor(self.workers, "quantize", torch.set_num_threads, (1,)) as pool,
+            ):
                 self._write_tensors(files, pool)
             for file in files:
                 os.fsync(file.descriptor)
@@ -177,10 +183,12 @@ class GGUFFiles:
         if kind == BF16:
             return _as_bytes(values.to(torch.bfloat16))
         if kind == F16:
-            self.overflowed += int((values.abs() > torch.finfo(torch.float16).max).sum())
-            return _as_bytes(values.to(torch.float16))
+            halves = values.to(torch.float16)
+            if not torch.isfinite(halves).all():
+                raise ModelError(f"`{name}` has values beyond float16's range", hint="`-q bf16` keeps them")
+            return _as_bytes(halves)
         packed = llama_cpp.quantize(kind, values.numpy(), self.importance.get(name))
-        return memoryview(packed.reshape(-1))
+        return packed.reshape(-1).data
 
 
 def _as_bytes(values: torch.Tensor) -> memoryview:

@@ -1,7 +1,8 @@
 """The model's own logits, computed by `transformers`' blocks one layer at a time, in the memory of one layer.
 
-This is what exported files are held against. The blocks are stock, in float32; nothing of ours computes here but
-the walk over the layers. On the way, hooks can watch what goes into each projection: an importance matrix.
+This is what exported files are held against. The blocks are stock, in float32; nothing of ours computes here
+but the walk over the layers. On the way, hooks can watch what goes into each projection: an importance
+matrix.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 
 from mamba_sft.deltas import EMBEDDINGS, HEAD
-from mamba_sft.exporting.gguf_tensors import is_tied, layers
+from mamba_sft.exporting.gguf_tensors import layers
 from mamba_sft.exporting.weights import FullModel
 
 Watch = Callable[[str, torch.Tensor], None]
@@ -69,7 +70,9 @@ def _block(model: FullModel, config: Any, layer: int) -> Any:
     with torch.device("meta"):
         block = FalconMambaBlock(config, layer_idx=0)
     names = [name for name in model.shapes if name.startswith(prefix)]
-    block.load_state_dict({name.removeprefix(prefix): model.tensors.whole(name) for name in names}, assign=True)
+    block.load_state_dict(
+        {name.removeprefix(prefix): model.tensors.whole(name) for name in names}, assign=True
+    )
     for module in block.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, torch.ones(buffer.shape))  # the weightless norms' place holders
@@ -83,7 +86,8 @@ def _watch_block(block: Any, prefix: str, watch: Watch) -> list[Any]:
         return lambda module, inputs: watch(f"{prefix}{leaf}.weight", inputs[0])
 
     handles = [
-        getattr(mixer, leaf).register_forward_pre_hook(input_of(leaf)) for leaf in ("in_proj", "x_proj", "out_proj")
+        getattr(mixer, leaf).register_forward_pre_hook(input_of(leaf))
+        for leaf in ("in_proj", "x_proj", "out_proj")
     ]
     # inference multiplies by `dt_proj.weight` itself, so the module's own hook would never run
     handles.append(
@@ -94,13 +98,15 @@ def _watch_block(block: Any, prefix: str, watch: Watch) -> list[Any]:
     return handles
 
 
-def _head(model: FullModel, config: Any, hidden: list[torch.Tensor], watch: Watch | None) -> list[torch.Tensor]:
+def _head(
+    model: FullModel, config: Any, hidden: list[torch.Tensor], watch: Watch | None
+) -> list[torch.Tensor]:
     from transformers.models.falcon_mamba.modeling_falcon_mamba import FalconMambaRMSNorm
 
     norm = FalconMambaRMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
     norm.weight.data = model.tensors.whole("backbone.norm_f.weight")
     normed = [norm(rows.cpu())[0] for rows in hidden]
-    name = EMBEDDINGS if is_tied(model.shapes, model.config) else HEAD
+    name = EMBEDDINGS if model.tied else HEAD
     if watch:
         for rows in normed:
             watch(name, rows)

@@ -1,7 +1,7 @@
 """An importance matrix: how much each input of each projection matters, from text that the model reads.
 
-The statistic is llama.cpp's: the mean of the squared inputs, by column. Quantizing then rounds so that the columns
-that carry more are off by less. It helps most at two and three bits and changes no size.
+The statistic is llama.cpp's: the mean of the squared inputs, by column. Quantizing then rounds so that the
+columns that carry more are off by less. It helps most at two and three bits and changes no size.
 """
 
 from __future__ import annotations

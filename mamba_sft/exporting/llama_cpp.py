@@ -2,9 +2,9 @@
 
 The wheel's Python API serves chats. The two things needed here, quantizing rows and reading raw logits, are
 functions of llama.cpp's C interface, which the wheel's library exports. Every structure that crosses that
-interface is either opaque or left as the library made it, with one exception, `llama_batch`, whose seven fields
-are declared below. So no other layout is assumed, and none can change unnoticed: `load` tries the library on known
-values first.
+interface is either opaque or left as the library made it, with one exception, `llama_batch`, whose seven
+fields are declared below. So no other layout is assumed, and none can change unnoticed: `load` tries the
+library on known values first.
 
 This module imports no torch: the process that loads a finished file runs on it alone.
 """
@@ -31,7 +31,7 @@ INSTALL_HINT = "pip install 'mamba-sft[gguf]'"
 
 
 class _Opaque(ctypes.Structure):
-    """A structure passed by value whose fields are the library's business; it writes and reads what it needs."""
+    """A structure passed by value whose fields are the library's business."""
 
     _fields_ = [("bytes", ctypes.c_ubyte * 1024)]
 
@@ -52,12 +52,15 @@ _LOG_CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_v
 _LOG: list[str] = []
 
 
-@_LOG_CALLBACK
 def _keep_log(level: int, text: bytes, data: Any) -> None:
     del data
     if level >= 3:  # warnings and errors
         _LOG.append(text.decode("utf-8", "replace"))
         del _LOG[:-50]
+
+
+_KEEP_LOG = _LOG_CALLBACK(_keep_log)
+"""Kept here because the library goes on calling it."""
 
 
 @cache
@@ -79,7 +82,7 @@ def load() -> ctypes.CDLL:
         raise MambaSFTError(
             f"`{spec.origin}` lacks what exporting needs of llama.cpp: {error}", hint=INSTALL_HINT
         ) from error
-    library.llama_log_set(_keep_log, None)
+    library.llama_log_set(_KEEP_LOG, None)
     library.llama_backend_init()
     rows = np.linspace(-1, 1, 64, dtype=np.float32).reshape(1, 64)
     packed = _quantize(library, GGMLQuantizationType.Q8_0, rows, None)
@@ -213,9 +216,10 @@ class LoadedModel:
         return self._decode(ids, 0, every=True)
 
     def greedy(self, prompt: Sequence[int], limit: int) -> list[int]:
-        """Returns the likeliest continuation of a prompt: up to a stop token, its end included, or `limit` tokens."""
+        """Returns the likeliest continuation of a prompt: to its stop token, or `limit` tokens."""
         self.library.llama_memory_clear(self.library.llama_get_memory(self.context), True)
-        logits, at, answer = self._decode(prompt, 0, every=False), len(prompt), []
+        answer: list[int] = []
+        logits, at = self._decode(prompt, 0, every=False), len(prompt)
         while len(answer) < min(limit, self.n_ctx - len(prompt)):
             token = int(logits[-1].argmax())
             answer.append(token)

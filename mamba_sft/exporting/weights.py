@@ -1,4 +1,4 @@
-"""The full model that is exported: a merged checkpoint, or base and adapter summed on the way, never on disk."""
+"""The full model that is exported: a merged checkpoint, or base and adapter summed on the way."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 
 from mamba_sft.adapter import WEIGHTS_NAME
 from mamba_sft.checkpoint import read_config, read_tensors
+from mamba_sft.deltas import EMBEDDINGS, HEAD
 from mamba_sft.errors import ModelError, UsageError
 from mamba_sft.merge_files import MergedTensors
 from mamba_sft.merge_plan import REPORT_NAME, MergePlan, fit_adapter
@@ -56,6 +57,16 @@ class FullModel:
         return {name: entry.shape for name, entry in entries}
 
     @cached_property
+    def tied(self) -> bool:
+        """Whether one matrix is both embedding and head: by name, by config, or bit by bit."""
+        if HEAD not in self.shapes or self.config.get("tie_word_embeddings", True):
+            return True
+        if self.shapes[HEAD] != self.shapes[EMBEDDINGS]:
+            return False
+        pairs = zip(self.tensors.blocks(EMBEDDINGS), self.tensors.blocks(HEAD), strict=True)
+        return all(torch.equal(left, right) for (_, left), (_, right) in pairs)
+
+    @cached_property
     def tokenizer(self) -> Any:
         """The model's tokenizer, with its chat template.
 
@@ -66,7 +77,8 @@ class FullModel:
 
         if not (self.tokenizer_dir / "tokenizer.json").is_file():
             raise ModelError(
-                f"`{self.tokenizer_dir}` has no `tokenizer.json`", hint="copy the tokenizer beside the weights"
+                f"`{self.tokenizer_dir}` has no `tokenizer.json`",
+                hint="copy the tokenizer beside the weights",
             )
         try:
             return AutoTokenizer.from_pretrained(self.tokenizer_dir, local_files_only=True)
@@ -98,7 +110,7 @@ class SummedTensors(StoredTensors):
         return {name: layout.shape for name, layout in self.layouts.items()}
 
     def blocks(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
-        """Yields a merged tensor from its first row to its last, as (row number, rows), rounded as a merge does."""
+        """Yields a merged tensor from its first row to its last, as (row number, rows), rounded once."""
         start = 0
         for rows in self._merged.blocks(self.layouts[name]):
             yield start, rows
@@ -179,5 +191,3 @@ def first_id(ids: Any) -> int | None:
     if isinstance(ids, list):
         ids = ids[0] if ids else None
     return ids if isinstance(ids, int) else None
-
-

@@ -1,0 +1,117 @@
+"""The exporting verb of the command line."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from mamba_sft.cli_talk import err, out, quiet_loading, run_or_newest
+
+if TYPE_CHECKING:
+    from mamba_sft.exporting.gguf import GGUFFile, GGUFPlan
+
+RunArgument = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[RUN|MODEL]", help="A run, or a checkpoint's directory; default: the newest run."
+    ),
+]
+Quantization = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--quantization", "-q", help="Q4_K_M, Q8_0, f16, ...; may be repeated; `all`: the 22 quantized ones."
+    ),
+]
+
+
+def export(
+    run: RunArgument = None,
+    format: Annotated[str, typer.Option(help="gguf, hf or ollama.")] = "gguf",
+    quantization: Quantization = None,
+    output: Annotated[str | None, typer.Option(help="Where to; default: the run's `export/`.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="What the files are called; default: the run's name.")
+    ] = None,
+    imatrix: Annotated[
+        bool, typer.Option("--imatrix", help="Round by an importance matrix; helps at 2 and 3 bits.")
+    ] = False,
+    epsilon_fix: Annotated[
+        bool, typer.Option(help="Scale ssm_x so that llama.cpp's norms are the model's own.")
+    ] = True,
+    verify: Annotated[bool, typer.Option(help="Load each file through llama.cpp and compare.")] = True,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print sizes, disk and time; write nothing.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
+) -> None:
+    """Export a run: GGUF files for llama.cpp, a checkpoint for the hub, Ollama."""
+    from mamba_sft.exporting import output_of
+    from mamba_sft.exporting.gguf import GGUFOptions, plan_gguf, write_gguf
+    from mamba_sft.exporting.gguf_types import choose_methods
+    from mamba_sft.exporting.weights import find_model
+    from mamba_sft.progress import StageBar
+
+    methods = choose_methods(quantization or ["Q4_K_M"])
+    quiet_loading()
+    model = find_model(run if run is not None else run_or_newest(None))
+    options = GGUFOptions(fix_epsilon=epsilon_fix, verify=verify, imatrix=imatrix)
+    plan = plan_gguf(model, methods, output_of(model, output), name or model.name, options)
+    if dry_run:
+        _show_plan(plan, as_json)
+        return
+    with StageBar(err) as bar:
+        files = write_gguf(plan, options, bar.update)
+    _show_files(files, as_json)
+
+
+def _show_plan(plan: GGUFPlan, as_json: bool) -> None:
+    if as_json:
+        files = [{"file": str(f.path), "method": f.method, "nbytes": f.nbytes} for f in plan.files]
+        content = {"files": files, "nbytes": plan.nbytes, "seconds": plan.seconds}
+        sys.stdout.write(json.dumps(content, indent=2) + "\n")
+        return
+    table = Table(box=None)
+    for title in ("file", "size"):
+        table.add_column(title, justify="right" if title == "size" else "left")
+    for file in plan.files:
+        table.add_row(file.path.name, _size(file.nbytes))
+    out.print(table)
+    minutes = plan.seconds / 60
+    time_needed = f"{minutes:.0f} min" if minutes >= 2 else f"{max(1, plan.seconds):.0f} s"
+    out.print(
+        f"{_size(plan.nbytes)} of disk in {plan.output}; about {time_needed} of quantizing on this machine"
+    )
+
+
+def _show_files(files: list[GGUFFile], as_json: bool) -> None:
+    from dataclasses import asdict
+
+    if as_json:
+        content = [asdict(file) | {"path": str(file.path)} for file in files]
+        sys.stdout.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        return
+    table = Table(box=None)
+    for title in ("file", "size", "KL", "top-1", "answer as the model"):
+        table.add_column(title, justify="left" if title == "file" else "right")
+    for file in files:
+        q = file.quality
+        measured = ["not checked"]
+        if q is not None:
+            measured = [f"{q.kl:.2g}", f"{q.top1:.1%}", f"{q.same_tokens} of {q.answer_tokens} tokens"]
+        table.add_row(file.path.name, _size(file.nbytes), *measured)
+    err.print(table)
+    for file in files:
+        if file.quality is not None:
+            answer = escape(" ".join(file.quality.answer.split()))
+            err.print(f"{file.method} answers: {answer}")
+    for file in files:
+        out.print(str(file.path))
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**29 else f"{count / 2**20:.2f} MiB"

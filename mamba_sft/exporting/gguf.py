@@ -1,0 +1,244 @@
+"""GGUF files of a model: planned, written, checked through llama.cpp, and only then given their names."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mamba_sft.errors import ExportError
+from mamba_sft.exporting import llama_cpp
+from mamba_sft.exporting.gguf_metadata import Vocabulary, read_vocabulary
+from mamba_sft.exporting.gguf_tensors import ExportTensor, epsilon_scale, export_tensors
+from mamba_sft.exporting.gguf_types import Method, block_size
+from mamba_sft.exporting.gguf_verify import Quality, Verifier
+from mamba_sft.exporting.gguf_write import FilePlan, GGUFFiles, Importance, plan_file, write_header
+from mamba_sft.exporting.imatrix import importance_matrix
+from mamba_sft.exporting.texts import calibration_text
+from mamba_sft.exporting.weights import FullModel
+from mamba_sft.merge_files import disk_errors_explained
+from mamba_sft.run import write_atomically
+
+QUALITY_NAME = "quality.json"
+_SPARE = 64 << 20
+Progress = Callable[[str, int, int], None]
+"""Called with the stage, how much of it is done, and its total."""
+
+
+@dataclass(frozen=True)
+class GGUFOptions:
+    """How GGUF files are made.
+
+    Args:
+        fix_epsilon: Scale `ssm_x` so that llama.cpp's norms of dt, B and C are the model's; see
+            `gguf_tensors`.
+        verify: Load every file through llama.cpp and hold it against the model.
+        imatrix: Weigh rounding errors by an importance matrix.
+        imatrix_tokens: How much text the matrix is made from.
+    """
+
+    fix_epsilon: bool = True
+    verify: bool = True
+    imatrix: bool = False
+    imatrix_tokens: int = 4096
+
+
+@dataclass(frozen=True)
+class GGUFFile:
+    """One file, planned or written.
+
+    Args:
+        path: Its final name.
+        method: How it is stored.
+        nbytes: Its size.
+        quality: What was measured, or None.
+    """
+
+    path: Path
+    method: str
+    nbytes: int
+    quality: Quality | None = None
+
+
+@dataclass
+class GGUFPlan:
+    """Files that can be written.
+
+    Args:
+        model: The model.
+        output: The directory they go to.
+        tensors: What each file holds.
+        vocabulary: The tokenizer.
+        files: Path, size and method of each.
+        plans: The same files' types and places.
+        seconds: About how long writing them takes here; verifying comes on top.
+    """
+
+    model: FullModel
+    output: Path
+    tensors: list[ExportTensor]
+    vocabulary: Vocabulary
+    files: list[GGUFFile]
+    plans: list[FilePlan]
+    scale: float
+    seconds: float = field(default=0.0)
+
+    @property
+    def nbytes(self) -> int:
+        """Disk that all files take."""
+        return sum(file.nbytes for file in self.files)
+
+
+def plan_gguf(
+    model: FullModel, methods: Sequence[Method], output: Path, name: str, options: GGUFOptions
+) -> GGUFPlan:
+    """Settles everything about the files, from shapes and the tokenizer, before a weight is read.
+
+    Raises:
+        MambaSFTError: llama.cpp cannot run the model or its tokenizer, or its code is not installed.
+    """
+    llama_cpp.load()
+    tensors = export_tensors(model.shapes, model.config, tied=model.tied, fix_epsilon=options.fix_epsilon)
+    vocabulary = read_vocabulary(model)
+    plans = [plan_file(method, tensors) for method in methods]
+    with (
+        tempfile.TemporaryDirectory() as directory
+    ):  # every header has the same length: only a number differs
+        header = write_header(Path(directory) / "header", plans[0], model, vocabulary, tensors)
+    files = [
+        GGUFFile(output / f"{name}.{plan.method.name}.gguf", plan.method.name, header + plan.nbytes)
+        for plan in plans
+    ]
+    scale = epsilon_scale(model.config) if options.fix_epsilon else 1.0
+    plan = GGUFPlan(model, output, tensors, vocabulary, files, plans, scale)
+    plan.seconds = _estimate(plans, tensors)
+    return plan
+
+
+def write_gguf(plan: GGUFPlan, options: GGUFOptions, progress: Progress) -> list[GGUFFile]:
+    """Writes the files, checks them, gives them their names, and adds them to `quality.json`.
+
+    Raises:
+        ExportError: The disk is too full, or a file failed its check; the files that passed are kept.
+        ModelError: The weights are damaged.
+    """
+    _check_space(plan)
+    plan.output.mkdir(parents=True, exist_ok=True)
+    importance: Importance = {}
+    origin = None
+    if options.imatrix:
+        text = calibration_text(plan.model, options.imatrix_tokens)
+        origin = f"{sum(map(len, text.windows))} tokens: {text.origin}"
+        importance = importance_matrix(
+            plan.model, text.windows, lambda d, n: progress("importance matrix", d, n)
+        )
+    partials = [file.path.with_name(file.path.name + ".partial") for file in plan.files]
+    need = f"the files take {plan.nbytes / 1e9:.1f} GB"
+    try:
+        with disk_errors_explained(plan.output, need, ExportError):
+            total = sum(_values(tensor) for tensor in plan.tensors)
+            files = GGUFFiles(plan.model, plan.tensors, importance, lambda d: progress("writing", d, total))
+            files.write(partials, plan.plans, plan.vocabulary)
+        return _publish(plan, partials, options, origin, progress)
+    finally:
+        for path in partials:
+            path.unlink(missing_ok=True)
+
+
+def _publish(
+    plan: GGUFPlan, partials: Sequence[Path], options: GGUFOptions, imatrix: str | None, progress: Progress
+) -> list[GGUFFile]:
+    failures: list[ExportError] = []
+    written = list(plan.files)
+    facts: dict[str, Any] = {"epsilon_scale": plan.scale, "imatrix": imatrix}
+    if options.verify:
+        qualities, text, failures = _verify(plan, partials, progress)
+        written = [
+            GGUFFile(file.path, file.method, file.nbytes, quality)
+            for file, quality in zip(plan.files, qualities, strict=True)
+        ]
+        facts |= text
+    passed = []
+    for file, partial in zip(written, partials, strict=True):
+        if file.quality is not None or not options.verify:
+            os.replace(partial, file.path)
+            passed.append(file)
+    _record(plan.output / QUALITY_NAME, passed, facts)
+    if failures:
+        raise ExportError("\n".join(failure.message for failure in failures), hint=failures[0].hint)
+    return passed
+
+
+def _verify(
+    plan: GGUFPlan, partials: Sequence[Path], progress: Progress
+) -> tuple[list[Quality | None], dict[str, Any], list[ExportError]]:
+    """Measures each set of tensors once: files that differ in their header alone share what was seen."""
+    verifier = Verifier(plan.model, lambda done, total: progress("reference", done, total))
+    measured: dict[tuple[int, ...], tuple[Quality, list[int]]] = {}
+    failures: dict[tuple[int, ...], ExportError] = {}
+    for number, (file_plan, partial) in enumerate(zip(plan.plans, partials, strict=True), 1):
+        if file_plan.payload not in measured and file_plan.payload not in failures:
+            try:
+                measured[file_plan.payload] = verifier.check(partial, file_plan.method)
+            except ExportError as error:
+                failures[file_plan.payload] = error
+        progress("verifying", number, len(partials))
+    qualities = {}
+    if measured:
+        qualities = dict(zip(measured, verifier.compare_answers(list(measured.values())), strict=True))
+    text = {"text": verifier.text.origin, "prompt": verifier.question}
+    return [qualities.get(file.payload) for file in plan.plans], text, list(failures.values())
+
+
+def _record(path: Path, files: Sequence[GGUFFile], facts: dict[str, Any]) -> None:
+    """Adds files to `quality.json`; entries of files that are gone are dropped."""
+    known: dict[str, Any] = {}
+    if path.is_file():
+        known = json.loads(path.read_text(encoding="utf-8"))["files"]
+    for file in files:
+        quality = asdict(file.quality) if file.quality else {"verified": False}
+        known[file.path.name] = {"method": file.method, "nbytes": file.nbytes} | quality | facts
+    known = {name: entry for name, entry in known.items() if (path.parent / name).is_file()}
+    write_atomically(path, json.dumps({"files": known}, indent=2, ensure_ascii=False) + "\n")
+
+
+def _check_space(plan: GGUFPlan) -> None:
+    place = next(path for path in (plan.output.absolute(), *plan.output.absolute().parents) if path.is_dir())
+    free, needed = shutil.disk_usage(place).free, plan.nbytes + _SPARE
+    if free < needed:
+        raise ExportError(
+            f"the files take {needed / 1e9:.1f} GB; `{place}` has {free / 1e9:.1f} GB left",
+            hint="ask for fewer quantizations, or give a directory on another disk with `--output`",
+        )
+
+
+def _values(tensor: ExportTensor) -> int:
+    return int(torch.Size(tensor.shape).numel())
+
+
+def _estimate(plans: Sequence[FilePlan], tensors: Sequence[ExportTensor]) -> float:
+    """Seconds to quantize, from a sample of each type done here and now; reading and writing are not in."""
+    work: dict[Any, int] = {}
+    for tensor in tensors:
+        for kind in {plan.types[tensor.name] for plan in plans}:
+            work[kind] = work.get(kind, 0) + _values(tensor)
+    columns = 4096
+    sample = torch.randn(32, columns, generator=torch.Generator().manual_seed(0)).numpy()
+    seconds = 0.0
+    for kind, values in work.items():
+        if block_size(kind) > 1:
+            llama_cpp.quantize(kind, sample[:1])  # the first call makes tables
+            started = time.perf_counter()
+            llama_cpp.quantize(kind, sample)
+            seconds += (time.perf_counter() - started) * values / sample.size
+        else:
+            seconds += values * 2e-9
+    return seconds / (os.cpu_count() or 1)
