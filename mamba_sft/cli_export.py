@@ -13,7 +13,8 @@ from rich.table import Table
 from mamba_sft.cli_talk import err, out, quiet_loading, run_or_newest
 
 if TYPE_CHECKING:
-    from mamba_sft.exporting.gguf import GGUFFile, GGUFPlan
+    from mamba_sft.exporting.gguf import GGUFPlan
+    from mamba_sft.exporting.tasks import Exported
 
 RunArgument = Annotated[
     str | None,
@@ -31,12 +32,15 @@ Quantization = Annotated[
 
 def export(
     run: RunArgument = None,
-    format: Annotated[str, typer.Option(help="gguf, hf or ollama.")] = "gguf",
+    format: Annotated[str, typer.Option(help="gguf, ollama (GGUF with a Modelfile) or hf.")] = "gguf",
     quantization: Quantization = None,
     output: Annotated[str | None, typer.Option(help="Where to; default: the run's `export/`.")] = None,
     name: Annotated[
         str | None, typer.Option(help="What the files are called; default: the run's name.")
     ] = None,
+    adapter_only: Annotated[
+        bool, typer.Option("--adapter-only", help="The adapter as a GGUF LoRA; with -q also its base.")
+    ] = False,
     imatrix: Annotated[
         bool, typer.Option("--imatrix", help="Round by an importance matrix; helps at 2 and 3 bits.")
     ] = False,
@@ -49,24 +53,31 @@ def export(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
 ) -> None:
-    """Export a run: GGUF files for llama.cpp, a checkpoint for the hub, Ollama."""
-    from mamba_sft.exporting import output_of
-    from mamba_sft.exporting.gguf import GGUFOptions, plan_gguf, write_gguf
-    from mamba_sft.exporting.gguf_types import choose_methods
-    from mamba_sft.exporting.weights import find_model
+    """Export a run: GGUF files for llama.cpp, Ollama, a checkpoint for the hub."""
+    from mamba_sft.exporting import export as export_run
+    from mamba_sft.exporting.gguf import GGUFOptions
+    from mamba_sft.exporting.tasks import Task, plan_model
     from mamba_sft.progress import StageBar
 
-    methods = choose_methods(quantization or ["Q4_K_M"])
     quiet_loading()
-    model = find_model(run if run is not None else run_or_newest(None))
     options = GGUFOptions(fix_epsilon=epsilon_fix, verify=verify, imatrix=imatrix)
-    plan = plan_gguf(model, methods, output_of(model, output), name or model.name, options)
+    where = run if run is not None else run_or_newest(None)
     if dry_run:
-        _show_plan(plan, as_json)
+        task = Task(where, quantization or [], output, name, options, lambda stage, done, total: None)
+        _show_plan(plan_model(task), as_json)
         return
     with StageBar(err) as bar:
-        files = write_gguf(plan, options, bar.update)
-    _show_files(files, as_json)
+        done = export_run(
+            where,
+            format=format,
+            quantization=quantization,
+            output=output,
+            name=name,
+            adapter_only=adapter_only,
+            options=options,
+            progress=bar.update,
+        )
+    _show_files(done, as_json)
 
 
 def _show_plan(plan: GGUFPlan, as_json: bool) -> None:
@@ -88,11 +99,15 @@ def _show_plan(plan: GGUFPlan, as_json: bool) -> None:
     )
 
 
-def _show_files(files: list[GGUFFile], as_json: bool) -> None:
+def _show_files(done: Exported, as_json: bool) -> None:
     from dataclasses import asdict
 
+    files = done.files
     if as_json:
-        content = [asdict(file) | {"path": str(file.path)} for file in files]
+        content: dict[str, object] = {
+            "files": [asdict(file) | {"path": str(file.path)} for file in files],
+            "others": [str(path) for path in done.others],
+        }
         sys.stdout.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
         return
     table = Table(box=None)
@@ -104,13 +119,14 @@ def _show_files(files: list[GGUFFile], as_json: bool) -> None:
         if q is not None:
             measured = [f"{q.kl:.2g}", f"{q.top1:.1%}", f"{q.same_tokens} of {q.answer_tokens} tokens"]
         table.add_row(file.path.name, _size(file.nbytes), *measured)
-    err.print(table)
+    if files:
+        err.print(table)
     for file in files:
         if file.quality is not None:
             answer = escape(" ".join(file.quality.answer.split()))
             err.print(f"{file.method} answers: {answer}")
-    for file in files:
-        out.print(str(file.path))
+    for path in done.paths:
+        out.print(str(path))
 
 
 def _size(count: int) -> str:

@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM, FalconMambaConfig, FalconMambaFor
 
 from mamba_sft.checkpoint import TensorEntry
 from mamba_sft.errors import ExportError, MambaSFTError, ModelError, UsageError
-from mamba_sft.exporting import export, gguf, gguf_metadata, gguf_verify, llama_cpp
+from mamba_sft.exporting import export as export_run
+from mamba_sft.exporting import gguf, gguf_metadata, gguf_verify, llama_cpp
 from mamba_sft.exporting.gguf import GGUFOptions, plan_gguf
 from mamba_sft.exporting.gguf_metadata import plain_template, read_vocabulary
 from mamba_sft.exporting.gguf_probe import Job, probe
@@ -47,6 +48,10 @@ PUBLISHED = {
 }  # fmt: skip
 UNVERIFIED = GGUFOptions(verify=False)
 WINDOW = [14, 300, 41, 7, 88, 123, 250, 9, 10, 33, 400, 2, 17, 5, 99, 64]
+
+
+def export(run: Any, **wanted: Any) -> list[gguf.GGUFFile]:
+    return export_run(run, **wanted).files
 
 
 def save(model: Any, path: Path) -> Path:

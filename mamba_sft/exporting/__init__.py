@@ -7,67 +7,58 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mamba_sft.errors import UsageError
 
 if TYPE_CHECKING:
     from mamba_sft.exporting.gguf import GGUFOptions, Progress
+    from mamba_sft.exporting.tasks import Exported
     from mamba_sft.run import Run
 
 FORMATS = ("gguf", "hf", "ollama")
+DEFAULT_QUANTIZATION = "Q4_K_M"
 
 
 def export(
     run: Run | str | Path,
     *,
     format: str = "gguf",
-    quantization: str | Sequence[str] = "Q4_K_M",
+    quantization: str | Sequence[str] | None = None,
     output: str | Path | None = None,
     name: str | None = None,
+    adapter_only: bool = False,
     options: GGUFOptions | None = None,
     progress: Progress | None = None,
-) -> list[Any]:
+) -> Exported:
     """Exports a run, or any FalconMamba checkpoint.
 
     Args:
         run: A run, its directory, or the directory of a checkpoint.
-        format: `gguf`.
-        quantization: For `gguf`: one or several of the methods, or `all`.
+        format: `gguf`; `ollama`, which is GGUF with a Modelfile; or `hf`, a checkpoint with its model card.
+        quantization: One or several of the GGUF methods, or `all`; by default `Q4_K_M`.
         output: Where to; by default the run's `export/`.
         name: What the files are called; by default what the run is called.
+        adapter_only: Write the adapter as a GGUF LoRA; with a quantization, also its base to load it on.
         options: How GGUF files are made.
         progress: Told how far it is.
 
     Returns:
-        The files written, as `GGUFFile`.
+        What was written.
 
     Raises:
         MambaSFTError: It cannot be exported, or a file failed its check.
     """
-    from mamba_sft.exporting.gguf import GGUFOptions, plan_gguf, write_gguf
-    from mamba_sft.exporting.gguf_types import choose_methods
-    from mamba_sft.exporting.weights import find_model
+    from mamba_sft.exporting import tasks
 
     if format not in FORMATS:
         raise UsageError(f"no format `{format}`", hint=f"there are {', '.join(FORMATS)}")
-    methods = choose_methods([quantization] if isinstance(quantization, str) else list(quantization))
-    model = find_model(run)
-    options = options or GGUFOptions()
-    plan = plan_gguf(model, methods, output_of(model, output), name or model.name, options)
-    return write_gguf(plan, options, progress or (lambda stage, done, total: None))
-
-
-def output_of(model: Any, output: str | Path | None) -> Path:
-    """Returns where a model is exported to: what was asked for, or the run's `export/`.
-
-    Raises:
-        UsageError: Neither is there, or it is what would be exported.
-    """
-    from mamba_sft.exporting.weights import check_output
-
-    if output is None and model.run is None:
-        raise UsageError("where to? a checkpoint outside a run has no `export/`", hint="give `--output`")
-    place = Path(output) if output is not None else model.run.export
-    check_output(place, model)
-    return place
+    names = [quantization] if isinstance(quantization, str) else list(quantization or [])
+    task = tasks.Task(run, names, output, name, options, progress or (lambda stage, done, total: None))
+    if format == "hf":
+        if names or adapter_only:
+            raise UsageError("`quantization` and `adapter_only` belong to GGUF files, not to format `hf`")
+        return tasks.export_checkpoint(task)
+    if adapter_only:
+        return tasks.export_adapter(task, ollama=format == "ollama")
+    return tasks.export_model(task, ollama=format == "ollama")

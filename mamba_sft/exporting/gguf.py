@@ -18,7 +18,7 @@ from mamba_sft.errors import ExportError
 from mamba_sft.exporting import llama_cpp
 from mamba_sft.exporting.gguf_metadata import Vocabulary, read_vocabulary
 from mamba_sft.exporting.gguf_tensors import ExportTensor, epsilon_scale, export_tensors
-from mamba_sft.exporting.gguf_types import Method, block_size
+from mamba_sft.exporting.gguf_types import METHODS, Method, block_size
 from mamba_sft.exporting.gguf_verify import Quality, Verifier
 from mamba_sft.exporting.gguf_write import FilePlan, GGUFFiles, Importance, plan_file, write_header
 from mamba_sft.exporting.imatrix import importance_matrix
@@ -171,7 +171,7 @@ def _publish(
         if file.quality is not None or not options.verify:
             os.replace(partial, file.path)
             passed.append(file)
-    _record(plan.output / QUALITY_NAME, passed, facts)
+    record_quality(plan.output / QUALITY_NAME, passed, facts)
     if failures:
         raise ExportError("\n".join(failure.message for failure in failures), hint=failures[0].hint)
     return passed
@@ -198,7 +198,7 @@ def _verify(
     return [qualities.get(file.payload) for file in plan.plans], text, list(failures.values())
 
 
-def _record(path: Path, files: Sequence[GGUFFile], facts: dict[str, Any]) -> None:
+def record_quality(path: Path, files: Sequence[GGUFFile], facts: dict[str, Any]) -> None:
     """Adds files to `quality.json`; entries of files that are gone are dropped."""
     known: dict[str, Any] = {}
     if path.is_file():
@@ -208,6 +208,17 @@ def _record(path: Path, files: Sequence[GGUFFile], facts: dict[str, Any]) -> Non
         known[file.path.name] = {"method": file.method, "nbytes": file.nbytes} | quality | facts
     known = {name: entry for name, entry in known.items() if (path.parent / name).is_file()}
     write_atomically(path, json.dumps({"files": known}, indent=2, ensure_ascii=False) + "\n")
+
+
+def verify_adapter(model: FullModel, base: GGUFFile, adapter: Path, progress: Progress) -> Quality:
+    """Loads a GGUF LoRA on a file of its base, and holds the two against the model.
+
+    Raises:
+        ExportError: Together they are not the model.
+    """
+    verifier = Verifier(model, lambda done, total: progress("reference", done, total))
+    found = verifier.check(base.path, METHODS[base.method], adapter)
+    return verifier.compare_answers([found])[0]
 
 
 def _check_space(plan: GGUFPlan) -> None:

@@ -78,12 +78,13 @@ class Verifier:
         self.question, self.prompt = prompt_of(model)
         self.reference = logits_of(model, self.text.windows, progress=progress)
 
-    def check(self, file: Path, method: Method) -> tuple[Quality, list[int]]:
+    def check(self, file: Path, method: Method, adapter: Path | None = None) -> tuple[Quality, list[int]]:
         """Loads a file through llama.cpp and measures it.
 
         Args:
             file: The file, under whatever name.
             method: How it is stored.
+            adapter: A GGUF LoRA to put on it, or None.
 
         Returns:
             Its quality, `same_tokens` still open, and the tokens of its answer.
@@ -92,13 +93,22 @@ class Verifier:
             ExportError: It does not load, cuts text into other tokens, or is off by more than rounding.
         """
         texts = [*PROBES, self.model.tokenizer.decode(self.text.windows[0])]
-        seen = probe(Job(str(file), texts, self.text.windows, self.prompt, ANSWER_TOKENS))
+        seen = probe(
+            Job(
+                str(file),
+                texts,
+                self.text.windows,
+                self.prompt,
+                ANSWER_TOKENS,
+                adapter=str(adapter) if adapter else None,
+            )
+        )
         self._compare_tokens(texts, seen, file)
         kl, top1 = compare_logits(self.reference, seen.logits)
         limit = _KL_LIMITS[method.base.name]
         if not kl <= limit:
             raise ExportError(
-                f"`{file.name.removesuffix('.partial')}` is not the model: its next tokens "
+                f"`{(adapter or file).name.removesuffix('.partial')}` is not the model: its next tokens "
                 f"on {self.text.origin} are off by {kl:.3g} nats (KL; the limit is {limit:g}), "
                 f"{top1:.1%} are the same",
                 hint="an unusual model can lose this much; `--no-verify` keeps the file all the same",

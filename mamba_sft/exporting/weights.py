@@ -37,6 +37,7 @@ class FullModel:
         run: The run it came from, or None for a plain checkpoint.
         directory: The checkpoint on disk, or None where base and adapter are summed on the way.
         plan: How they are summed, or None.
+        one_head: Whether a head that equals the embedding bit by bit counts as the same matrix.
     """
 
     name: str
@@ -47,6 +48,7 @@ class FullModel:
     run: Run | None = None
     directory: Path | None = None
     plan: MergePlan | None = None
+    one_head: bool = True
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -61,7 +63,7 @@ class FullModel:
         """Whether one matrix is both embedding and head: by name, by config, or bit by bit."""
         if HEAD not in self.shapes or self.config.get("tie_word_embeddings", True):
             return True
-        if self.shapes[HEAD] != self.shapes[EMBEDDINGS]:
+        if not self.one_head or self.shapes[HEAD] != self.shapes[EMBEDDINGS]:
             return False
         pairs = zip(self.tensors.blocks(EMBEDDINGS), self.tensors.blocks(HEAD), strict=True)
         return all(torch.equal(left, right) for (_, left), (_, right) in pairs)
@@ -191,3 +193,11 @@ def first_id(ids: Any) -> int | None:
     if isinstance(ids, list):
         ids = ids[0] if ids else None
     return ids if isinstance(ids, int) else None
+
+
+def base_of(run: Run, plan: MergePlan) -> FullModel:
+    """Returns a run's base by itself, with the tokenizer and template that its adapter was trained with."""
+    tensors = StoredTensors(plan.entries)
+    name = f"{run.path.resolve().name}.base"
+    base = plan.facts.base
+    return FullModel(name, plan.config, tensors, run.adapter, base, run, one_head=not plan.adapter.rows)

@@ -1,0 +1,155 @@
+"""What an export is made of, by format: the order of its parts, and where each puts its files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mamba_sft.errors import ExportError, UsageError
+from mamba_sft.exporting import DEFAULT_QUANTIZATION
+from mamba_sft.exporting.gguf import (
+    QUALITY_NAME,
+    GGUFFile,
+    GGUFOptions,
+    GGUFPlan,
+    Progress,
+    plan_gguf,
+    record_quality,
+    verify_adapter,
+    write_gguf,
+)
+from mamba_sft.exporting.gguf_lora import write_adapter
+from mamba_sft.exporting.gguf_types import choose_methods
+from mamba_sft.exporting.ollama import modelfile
+from mamba_sft.exporting.weights import FullModel, base_of, check_output, find_model
+from mamba_sft.merge_files import disk_errors_explained
+from mamba_sft.merge_plan import fit_adapter
+from mamba_sft.run import Run, write_atomically
+
+
+@dataclass(frozen=True)
+class Task:
+    """What was asked for.
+
+    Args:
+        run: A run, its directory, or the directory of a checkpoint.
+        quantization: GGUF methods by name; empty for the default.
+        output: Where to, or None for the run's `export/`.
+        name: What the files are called, or None for the run's name.
+        options: How GGUF files are made, or None for the defaults.
+        progress: Told how far it is.
+    """
+
+    run: Run | str | Path
+    quantization: Sequence[str]
+    output: str | Path | None
+    name: str | None
+    options: GGUFOptions | None
+    progress: Progress
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export wrote.
+
+    Args:
+        directory: Where to.
+        files: The GGUF files, with what was measured of them.
+        others: Everything else: Modelfiles, the checkpoint's directory.
+    """
+
+    directory: Path
+    files: list[GGUFFile] = field(default_factory=list)
+    others: list[Path] = field(default_factory=list)
+
+    @property
+    def paths(self) -> list[Path]:
+        """All of it."""
+        return [*(file.path for file in self.files), *self.others]
+
+
+def plan_model(task: Task) -> GGUFPlan:
+    """Settles a model's GGUF files without writing any."""
+    model = find_model(task.run)
+    methods = choose_methods(list(task.quantization) or [DEFAULT_QUANTIZATION])
+    output = output_of(model, task.output)
+    return plan_gguf(model, methods, output, task.name or model.name, task.options or GGUFOptions())
+
+
+def export_model(task: Task, *, ollama: bool) -> Exported:
+    """Writes a model's GGUF files and, for Ollama, a Modelfile for each."""
+    plan = plan_model(task)
+    texts = [modelfile(plan.model, file.path.name) for file in plan.files] if ollama else []
+    files = write_gguf(plan, task.options or GGUFOptions(), task.progress)
+    return Exported(plan.output, files, _write_modelfiles(plan.output, files, texts))
+
+
+def export_adapter(task: Task, *, ollama: bool) -> Exported:
+    """Writes a run's adapter as a GGUF LoRA and, where a quantization is asked for, its base to load it on.
+
+    The base has the run's tokenizer: the one it was published with does not know the chat's special tokens.
+    With a base, the two are loaded together and held against the model; without, the file is read back.
+    """
+    run = Run.open(task.run)
+    options = task.options or GGUFOptions()
+    if ollama and not task.quantization:
+        raise UsageError(
+            "a Modelfile for an adapter needs the base beside it",
+            hint="say which with `--quantization`, for example `-q Q4_K_M`",
+        )
+    plan = fit_adapter(run, run.export, None)
+    model = find_model(run)
+    output = output_of(model, task.output)
+    name = task.name or model.name
+    path = output / f"{name}.lora.gguf"
+    partial = path.with_name(path.name + ".partial")
+    base_plan = None
+    if task.quantization:
+        base, methods = base_of(run, plan), choose_methods(list(task.quantization))
+        base_plan = plan_gguf(base, methods, output, f"{name}.base", options)
+    bases = base_plan.files if base_plan and ollama else []
+    texts = [modelfile(model, file.path.name, adapter=path.name) for file in bases]
+    output.mkdir(parents=True, exist_ok=True)
+    try:
+        with disk_errors_explained(output, "the adapter does not fit", ExportError):
+            size = write_adapter(partial, plan, name=name, fix_epsilon=options.fix_epsilon)
+        files = write_gguf(base_plan, options, task.progress) if base_plan else []
+        quality = (
+            verify_adapter(model, files[-1], partial, task.progress) if files and options.verify else None
+        )
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    adapter = GGUFFile(path, "LoRA", size, quality)
+    on = {"on": files[-1].path.name} if files else {}
+    record_quality(output / QUALITY_NAME, [adapter], {"fix_epsilon": options.fix_epsilon} | on)
+    return Exported(output, [*files, adapter], _write_modelfiles(output, files, texts))
+
+
+def export_checkpoint(task: Task) -> Exported:
+    """Writes the model as `transformers` loads it, with its model card."""
+    raise NotImplementedError
+
+
+def output_of(model: FullModel, output: str | Path | None) -> Path:
+    """Returns where a model is exported to: what was asked for, or the run's `export/`.
+
+    Raises:
+        UsageError: Neither is there, or it is what would be exported.
+    """
+    if output is None and model.run is None:
+        raise UsageError("where to? a checkpoint outside a run has no `export/`", hint="give `--output`")
+    place = model.run.export if output is None and model.run is not None else Path(str(output))
+    check_output(place, model)
+    return place
+
+
+def _write_modelfiles(output: Path, files: Sequence[GGUFFile], texts: Sequence[str]) -> list[Path]:
+    written = []
+    for file, text in zip(files, texts, strict=False):
+        path = output / ("Modelfile" if len(texts) == 1 else f"Modelfile.{file.method}")
+        write_atomically(path, text)
+        written.append(path)
+    return written
