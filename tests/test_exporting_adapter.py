@@ -22,7 +22,7 @@ from mamba_sft.errors import ExportError, UsageError
 from mamba_sft.exporting import export, gguf_lora
 from mamba_sft.exporting.gguf import GGUFOptions
 from mamba_sft.exporting.gguf_probe import Job, probe
-from mamba_sft.exporting.go_template import _CHATS, go_template, learn_turns, render_go
+from mamba_sft.exporting.go_template import _CHATS, learn_turns, render_go, to_go_template
 from mamba_sft.exporting.ollama import modelfile, stop_strings
 from mamba_sft.exporting.weights import find_model
 from mamba_sft.merging import merge
@@ -155,7 +155,7 @@ def by_role(messages: Any, opened: bool) -> str:
 
 @pytest.mark.parametrize("render", [chatml, by_role])
 def test_a_template_is_learned_and_written_in_go(render: Any) -> None:
-    template = go_template(render, "it")
+    template = to_go_template(render, "it")
     for chat in _CHATS:
         assert render_go(template, chat) == render(chat, True)
     if render is chatml:
@@ -198,7 +198,7 @@ def test_gos_own_renderer_agrees_with_ours(tmp_path: Path) -> None:
     subprocess.run(["go", "build", "-o", str(binary), str(tmp_path / "main.go")], check=True, cwd=tmp_path)
     trims = 'a {{- range .Messages -}} {{ if eq .Role "user" }} u {{- .Content }}{{ else }}x{{ end -}} \n'
     trims += "{{ end }} z"
-    for template in (go_template(chatml, "it"), go_template(by_role, "it"), trims):
+    for template in (to_go_template(chatml, "it"), to_go_template(by_role, "it"), trims):
         for number, chat in enumerate(_CHATS):
             (tmp_path / "t").write_text(template, encoding="utf-8")
             (tmp_path / "m").write_text(json.dumps(chat), encoding="utf-8")
@@ -223,7 +223,7 @@ def drops_the_system_message(messages: Any, opened: bool) -> str:
 @pytest.mark.parametrize("render", [trims_content, adds_a_system_message, drops_the_system_message])
 def test_a_template_that_go_would_get_wrong_is_refused(render: Any) -> None:
     with pytest.raises(ExportError, match=r"it (does more|cannot be written)"):
-        go_template(render, "it")
+        to_go_template(render, "it")
 
 
 def test_unknown_go_syntax_is_refused() -> None:

@@ -69,7 +69,7 @@ class Turns:
         return f"{{{{ range .Messages }}}}{body}{{{{ end }}}}{_text(self.opening)}"
 
 
-def go_template(render: Render, name: str) -> str:
+def to_go_template(render: Render, name: str) -> str:
     """Returns a Go template that renders chats as `render` does.
 
     Args:

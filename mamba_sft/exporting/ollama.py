@@ -10,7 +10,7 @@ from typing import Any
 
 from mamba_sft.chat import split_rendered
 from mamba_sft.errors import ExportError
-from mamba_sft.exporting.go_template import Chat, go_template
+from mamba_sft.exporting.go_template import Chat, to_go_template
 from mamba_sft.exporting.weights import FullModel
 from mamba_sft.recipe import Recipe
 
@@ -41,7 +41,7 @@ def modelfile(model: FullModel, gguf: str, *, adapter: str | None = None) -> str
         pieces = split_rendered(tokenizer, list(messages), add_generation_prompt=opened)
         return "".join(text for text, _ in pieces)
 
-    template = go_template(render, f"the chat template in `{model.tokenizer_dir}`")
+    template = to_go_template(render, f"the chat template in `{model.tokenizer_dir}`")
     lines = [f"FROM ./{gguf}"]
     if adapter is not None:
         lines.append(f"ADAPTER ./{adapter}")
