@@ -1,10 +1,10 @@
 """Time, peak memory and size of GGUF files, made straight from a base and an adapter.
 
-    python benchmarks/bench_export.py                                    # a random model of 0.4B parameters
-    python benchmarks/bench_export.py --base /tmp/random-7b -q Q8_0      # one made by make_random_checkpoint.py
+    python benchmarks/bench_export.py                                # a random model of 0.3B parameters
+    python benchmarks/bench_export.py --base /tmp/random-7b -q Q8_0  # one made by make_random_checkpoint.py
 
-Each quantization is a process of its own, so that memory is its own. Random weights have no answers to lose, so
-files are not compared with the model unless `--verify` is given. Prints a table and ends with one JSON line.
+Each quantization is a process of its own, so that memory is its own. Random weights have no answers to lose,
+so files are not compared with the model unless `--verify` is given. Ends with one JSON line.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from bench_merge import forget_pages, make_run
 _EXPORT = """
 import json, re, sys, time
 from mamba_sft import export
-from mamba_sft.exporting.gguf import GGUFOptions
+from mamba_sft.exporting.task import GGUFOptions
 
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) // 1024
@@ -90,7 +90,7 @@ def main(arguments: list[str] | None = None) -> None:
     for row in rows:
         print(
             f"{row['quantization']:20} {row['gib']} GiB, written in {row['write_seconds']} s,"
-            f" {row['write_peak_mb']} MB; whole export {row['seconds']} s, {row['peak_mb']} MB, KL {row['kl']}"
+            f" {row['write_peak_mb']} MB; in all {row['seconds']} s, {row['peak_mb']} MB, KL {row['kl']}"
         )
     print(json.dumps({"benchmark": "export", "files": rows}))
 

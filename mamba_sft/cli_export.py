@@ -14,7 +14,7 @@ from mamba_sft.cli_talk import err, out, quiet_loading, run_or_newest
 
 if TYPE_CHECKING:
     from mamba_sft.exporting.gguf import GGUFPlan
-    from mamba_sft.exporting.tasks import Exported
+    from mamba_sft.exporting.task import Exported
 
 RunArgument = Annotated[
     str | None,
@@ -48,6 +48,13 @@ def export(
         bool, typer.Option(help="Scale ssm_x so that llama.cpp's norms are the model's own.")
     ] = True,
     verify: Annotated[bool, typer.Option(help="Load each file through llama.cpp and compare.")] = True,
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="REPO", help="Push the checkpoint; the token is read from HF_TOKEN.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make that repository private.")] = False,
+    language: Annotated[
+        list[str] | None, typer.Option(help="For the model card; may be repeated. Default: en.")
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print sizes, disk and time; write nothing.")
     ] = False,
@@ -55,15 +62,19 @@ def export(
 ) -> None:
     """Export a run: GGUF files for llama.cpp, Ollama, a checkpoint for the hub."""
     from mamba_sft.exporting import export as export_run
-    from mamba_sft.exporting.gguf import GGUFOptions
-    from mamba_sft.exporting.tasks import Task, plan_model
+    from mamba_sft.exporting.task import GGUFOptions, HubOptions, Task, require_gguf
     from mamba_sft.progress import StageBar
 
     quiet_loading()
-    options = GGUFOptions(fix_epsilon=epsilon_fix, verify=verify, imatrix=imatrix)
+    options: GGUFOptions | HubOptions = GGUFOptions(epsilon_fix, verify, imatrix)
+    if format == "hf" or push_to_hub is not None:
+        options = HubOptions(tuple(language or ["en"]), push_to_hub, private)
     where = run if run is not None else run_or_newest(None)
     if dry_run:
-        task = Task(where, quantization or [], output, name, options, lambda stage, done, total: None)
+        require_gguf()
+        from mamba_sft.exporting.gguf_tasks import plan_model
+
+        task = Task(where, quantization or [], output, name, lambda stage, done, total: None)
         _show_plan(plan_model(task), as_json)
         return
     with StageBar(err) as bar:
@@ -107,6 +118,7 @@ def _show_files(done: Exported, as_json: bool) -> None:
         content: dict[str, object] = {
             "files": [asdict(file) | {"path": str(file.path)} for file in files],
             "others": [str(path) for path in done.others],
+            "url": done.url,
         }
         sys.stdout.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
         return
@@ -127,6 +139,8 @@ def _show_files(done: Exported, as_json: bool) -> None:
             err.print(f"{file.method} answers: {answer}")
     for path in done.paths:
         out.print(str(path))
+    if done.url is not None:
+        out.print(done.url)
 
 
 def _size(count: int) -> str:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import io
 import json
 from html import escape
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mamba_sft.run import Run, write_atomically
 from mamba_sft.samples import Sample, exact_match, read_samples
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SHOWN_SAMPLES = 12
 
@@ -36,6 +39,14 @@ def read_metrics(run: Run) -> list[dict[str, Any]]:
 
 def loss_plot(metrics: list[dict[str, Any]]) -> str:
     """Returns the loss (and learning rate) over the steps as an SVG element."""
+    text = io.StringIO()
+    loss_figure(metrics).savefig(text, format="svg", metadata={"Date": None})
+    svg = text.getvalue()
+    return svg[svg.index("<svg") :]
+
+
+def loss_figure(metrics: list[dict[str, Any]]) -> Figure:
+    """Returns the loss (and learning rate) over the steps as a matplotlib figure."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 3.6), layout="constrained")
@@ -64,10 +75,7 @@ def loss_plot(metrics: list[dict[str, Any]]) -> str:
     lines = [line for ax in figure.axes for line in ax.get_lines()]
     labels = [str(line.get_label()) for line in lines]
     figure.legend(lines, labels, frameon=False, loc="outside upper center", ncols=4, fontsize="small")
-    text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None})
-    svg = text.getvalue()
-    return svg[svg.index("<svg") :]
+    return figure
 
 
 def _smooth(points: list[tuple[int, float]]) -> list[tuple[int, float]]:

@@ -20,10 +20,10 @@ from safetensors.torch import load_file, save_file
 
 from mamba_sft.errors import ExportError, UsageError
 from mamba_sft.exporting import export, gguf_lora
-from mamba_sft.exporting.gguf import GGUFOptions
 from mamba_sft.exporting.gguf_probe import Job, probe
 from mamba_sft.exporting.go_template import _CHATS, learn_turns, render_go, to_go_template
 from mamba_sft.exporting.ollama import modelfile, stop_strings
+from mamba_sft.exporting.task import GGUFOptions
 from mamba_sft.exporting.weights import find_model
 from mamba_sft.merging import merge
 from mamba_sft.recipe import Recipe

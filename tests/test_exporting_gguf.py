@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM, FalconMambaConfig, FalconMambaFor
 from mamba_sft.checkpoint import TensorEntry
 from mamba_sft.errors import ExportError, MambaSFTError, ModelError, UsageError
 from mamba_sft.exporting import export as export_run
-from mamba_sft.exporting import gguf, gguf_metadata, gguf_verify, llama_cpp
-from mamba_sft.exporting.gguf import GGUFOptions, plan_gguf
+from mamba_sft.exporting import gguf, gguf_metadata, gguf_verify, llama_cpp, task
+from mamba_sft.exporting.gguf import plan_gguf
 from mamba_sft.exporting.gguf_metadata import plain_template, read_vocabulary
 from mamba_sft.exporting.gguf_probe import Job, probe
 from mamba_sft.exporting.gguf_tensors import epsilon_scale, export_tensors
@@ -31,6 +31,7 @@ from mamba_sft.exporting.gguf_verify import compare_logits
 from mamba_sft.exporting.gguf_write import plan_file
 from mamba_sft.exporting.hf_logits import logits_of
 from mamba_sft.exporting.imatrix import importance_matrix
+from mamba_sft.exporting.task import GGUFOptions
 from mamba_sft.exporting.weights import FullModel, find_model
 from mamba_sft.merging import merge
 from mamba_sft.shards import StoredTensors
@@ -443,9 +444,9 @@ def test_what_cannot_be_exported_is_a_clear_error(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(gguf.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 64 << 20})())
     with pytest.raises(ExportError, match=r"take 0\.1 GB"):
         export(base, quantization="all", output=tmp_path / "out")
-    monkeypatch.setattr(llama_cpp.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(task.importlib.util, "find_spec", lambda name: None)
     llama_cpp.load.cache_clear()
-    with pytest.raises(MambaSFTError, match="not installed") as caught:
+    with pytest.raises(MambaSFTError, match="needs `gguf`") as caught:
         export(base, output=tmp_path / "out")
     assert "mamba-sft[gguf]" in str(caught.value.hint)
     monkeypatch.undo()

@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,33 +22,13 @@ from mamba_sft.exporting.gguf_types import METHODS, Method, block_size
 from mamba_sft.exporting.gguf_verify import Quality, Verifier
 from mamba_sft.exporting.gguf_write import FilePlan, GGUFFiles, Importance, plan_file, write_header
 from mamba_sft.exporting.imatrix import importance_matrix
+from mamba_sft.exporting.task import GGUFOptions, Progress
 from mamba_sft.exporting.texts import calibration_text
-from mamba_sft.exporting.weights import FullModel
+from mamba_sft.exporting.weights import QUALITY_NAME, FullModel
 from mamba_sft.merge_files import disk_errors_explained
 from mamba_sft.run import write_atomically
 
-QUALITY_NAME = "quality.json"
 _SPARE = 64 << 20
-Progress = Callable[[str, int, int], None]
-"""Called with the stage, how much of it is done, and its total."""
-
-
-@dataclass(frozen=True)
-class GGUFOptions:
-    """How GGUF files are made.
-
-    Args:
-        fix_epsilon: Scale `ssm_x` so that llama.cpp's norms of dt, B and C are the model's; see
-            `gguf_tensors`.
-        verify: Load every file through llama.cpp and hold it against the model.
-        imatrix: Weigh rounding errors by an importance matrix.
-        imatrix_tokens: How much text the matrix is made from.
-    """
-
-    fix_epsilon: bool = True
-    verify: bool = True
-    imatrix: bool = False
-    imatrix_tokens: int = 4096
 
 
 @dataclass(frozen=True)

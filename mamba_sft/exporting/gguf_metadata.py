@@ -23,7 +23,6 @@ from mamba_sft.exporting.gguf_types import Method
 from mamba_sft.exporting.weights import FullModel, first_id
 
 CONTEXT_LENGTH = 2**20  # by llama.cpp's convention: a recurrent model has no limit of its own
-_HUB_ID = re.compile(r"([\w.-]+)/([\w.-]+)")
 _GENERATION_MARK = re.compile(r"\{%(-?)\s*(?:end)?generation\s*(-?)%\}")
 # The pre-tokenizers, as `tokenizer.json` describes them, that llama.cpp knows by these names.
 _FALCON = [("Punctuation", "Contiguous"), ("ByteLevel",), ("Digits", False), ("Split", "[0-9][0-9][0-9]")]
@@ -106,11 +105,12 @@ def add_metadata(
     writer.add_type("model")
     writer.add_name(model.name)
     writer.add_size_label(size_label(sum(prod(tensor.shape) for tensor in tensors), 0, 0, 0))
-    if match := _HUB_ID.fullmatch(model.base or ""):
+    if model.base_id is not None:
+        owner, _, base = model.base_id.partition("/")
         writer.add_base_model_count(1)
-        writer.add_base_model_name(0, match[2].replace("-", " ").title())
-        writer.add_base_model_organization(0, match[1])
-        writer.add_base_model_repo_url(0, f"https://huggingface.co/{model.base}")
+        writer.add_base_model_name(0, base.replace("-", " ").title())
+        writer.add_base_model_organization(0, owner)
+        writer.add_base_model_repo_url(0, f"https://huggingface.co/{model.base_id}")
     _add_hyperparameters(writer, model)
     writer.add_file_type(method.file_type)
     writer.add_quantization_version(GGML_QUANT_VERSION)

@@ -24,10 +24,10 @@ from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 
 from mamba_sft.errors import MambaSFTError
+from mamba_sft.exporting.task import INSTALL_HINT, require_gguf
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
-INSTALL_HINT = "pip install 'mamba-sft[gguf]'"
 
 
 class _Opaque(ctypes.Structure):
@@ -70,8 +70,7 @@ def load() -> ctypes.CDLL:
     Raises:
         MambaSFTError: xllamacpp is not installed, or its library is not what this code was written for.
     """
-    if importlib.util.find_spec("xllamacpp") is None:
-        raise MambaSFTError("writing GGUF needs llama.cpp's code, which is not installed", hint=INSTALL_HINT)
+    require_gguf()
     spec = importlib.util.find_spec("xllamacpp.xllamacpp")
     if spec is None or spec.origin is None:
         raise MambaSFTError("the installed xllamacpp has no library", hint=f"{INSTALL_HINT} again")

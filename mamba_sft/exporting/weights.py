@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,10 +19,14 @@ from mamba_sft.deltas import EMBEDDINGS, HEAD
 from mamba_sft.errors import ModelError, UsageError
 from mamba_sft.merge_files import MergedTensors
 from mamba_sft.merge_plan import REPORT_NAME, MergePlan, fit_adapter
+from mamba_sft.recipe import find_path
 from mamba_sft.run import Run
 from mamba_sft.shards import DTYPES, StoredTensors
 
+QUALITY_NAME = "quality.json"
+"""Beside exported GGUF files: what was measured of each."""
 logger = logging.getLogger(__name__)
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,12 @@ class FullModel:
             return self.tensors.shapes
         entries = sorted(self.tensors.entries.items(), key=lambda item: (item[1].file, item[1].start))
         return {name: entry.shape for name, entry in entries}
+
+    @property
+    def base_id(self) -> str | None:
+        """The base's hub id, or None if it is not known or was a directory."""
+        known = self.base is not None and _HUB_ID.fullmatch(self.base) and not find_path(self.base).is_dir()
+        return self.base if known else None
 
     @cached_property
     def tied(self) -> bool:

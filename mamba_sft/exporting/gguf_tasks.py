@@ -1,20 +1,15 @@
-"""What an export is made of, by format: the order of its parts, and where each puts its files."""
+"""The exports that are GGUF files: a model, an adapter, either with Modelfiles."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from mamba_sft.errors import ExportError, UsageError
-from mamba_sft.exporting import DEFAULT_QUANTIZATION
 from mamba_sft.exporting.gguf import (
-    QUALITY_NAME,
     GGUFFile,
-    GGUFOptions,
     GGUFPlan,
-    Progress,
     plan_gguf,
     record_quality,
     verify_adapter,
@@ -23,66 +18,26 @@ from mamba_sft.exporting.gguf import (
 from mamba_sft.exporting.gguf_lora import write_adapter
 from mamba_sft.exporting.gguf_types import choose_methods
 from mamba_sft.exporting.ollama import modelfile
-from mamba_sft.exporting.weights import FullModel, base_of, check_output, find_model
+from mamba_sft.exporting.task import Exported, Task, output_of
+from mamba_sft.exporting.weights import QUALITY_NAME, base_of, find_model
 from mamba_sft.merge_files import disk_errors_explained
 from mamba_sft.merge_plan import fit_adapter
 from mamba_sft.run import Run, write_atomically
 
 
-@dataclass(frozen=True)
-class Task:
-    """What was asked for.
-
-    Args:
-        run: A run, its directory, or the directory of a checkpoint.
-        quantization: GGUF methods by name; empty for the default.
-        output: Where to, or None for the run's `export/`.
-        name: What the files are called, or None for the run's name.
-        options: How GGUF files are made, or None for the defaults.
-        progress: Told how far it is.
-    """
-
-    run: Run | str | Path
-    quantization: Sequence[str]
-    output: str | Path | None
-    name: str | None
-    options: GGUFOptions | None
-    progress: Progress
-
-
-@dataclass(frozen=True)
-class Exported:
-    """What an export wrote.
-
-    Args:
-        directory: Where to.
-        files: The GGUF files, with what was measured of them.
-        others: Everything else: Modelfiles, the checkpoint's directory.
-    """
-
-    directory: Path
-    files: list[GGUFFile] = field(default_factory=list)
-    others: list[Path] = field(default_factory=list)
-
-    @property
-    def paths(self) -> list[Path]:
-        """All of it."""
-        return [*(file.path for file in self.files), *self.others]
-
-
 def plan_model(task: Task) -> GGUFPlan:
     """Settles a model's GGUF files without writing any."""
     model = find_model(task.run)
-    methods = choose_methods(list(task.quantization) or [DEFAULT_QUANTIZATION])
+    methods = choose_methods(list(task.quantization) or ["Q4_K_M"])
     output = output_of(model, task.output)
-    return plan_gguf(model, methods, output, task.name or model.name, task.options or GGUFOptions())
+    return plan_gguf(model, methods, output, task.name or model.name, task.gguf)
 
 
 def export_model(task: Task, *, ollama: bool) -> Exported:
     """Writes a model's GGUF files and, for Ollama, a Modelfile for each."""
     plan = plan_model(task)
     texts = [modelfile(plan.model, file.path.name) for file in plan.files] if ollama else []
-    files = write_gguf(plan, task.options or GGUFOptions(), task.progress)
+    files = write_gguf(plan, task.gguf, task.progress)
     return Exported(plan.output, files, _write_modelfiles(plan.output, files, texts))
 
 
@@ -93,7 +48,7 @@ def export_adapter(task: Task, *, ollama: bool) -> Exported:
     With a base, the two are loaded together and held against the model; without, the file is read back.
     """
     run = Run.open(task.run)
-    options = task.options or GGUFOptions()
+    options = task.gguf
     if ollama and not task.quantization:
         raise UsageError(
             "a Modelfile for an adapter needs the base beside it",
@@ -126,24 +81,6 @@ def export_adapter(task: Task, *, ollama: bool) -> Exported:
     on = {"on": files[-1].path.name} if files else {}
     record_quality(output / QUALITY_NAME, [adapter], {"fix_epsilon": options.fix_epsilon} | on)
     return Exported(output, [*files, adapter], _write_modelfiles(output, files, texts))
-
-
-def export_checkpoint(task: Task) -> Exported:
-    """Writes the model as `transformers` loads it, with its model card."""
-    raise NotImplementedError
-
-
-def output_of(model: FullModel, output: str | Path | None) -> Path:
-    """Returns where a model is exported to: what was asked for, or the run's `export/`.
-
-    Raises:
-        UsageError: Neither is there, or it is what would be exported.
-    """
-    if output is None and model.run is None:
-        raise UsageError("where to? a checkpoint outside a run has no `export/`", hint="give `--output`")
-    place = model.run.export if output is None and model.run is not None else Path(str(output))
-    check_output(place, model)
-    return place
 
 
 def _write_modelfiles(output: Path, files: Sequence[GGUFFile], texts: Sequence[str]) -> list[Path]:

@@ -1,0 +1,129 @@
+"""A checkpoint as people publish it: weights, tokenizer, template, generation config and a model card."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from mamba_sft.errors import ExportError, UsageError
+from mamba_sft.exporting.hf_logits import logits_of
+from mamba_sft.exporting.texts import prompt_of
+from mamba_sft.exporting.weights import FullModel, find_model
+from mamba_sft.merge_files import MergedTensors, disk_errors_explained, write_companions
+from mamba_sft.merge_plan import REPORT_NAME
+from mamba_sft.run import atomic_directory
+from mamba_sft.shards import StoredTensors, one_thread, write_shard
+
+CARD_NAME = "README.md"
+MARK = "mamba-sft"
+"""A tag in the card's metadata; it also tells an earlier export from somebody else's directory."""
+_SPARE = 64 << 20
+
+
+def write_checkpoint(
+    model: FullModel,
+    output: Path,
+    add_card: Callable[[Path], None],
+    progress: Callable[[int, int], None],
+) -> None:
+    """Writes the model as `transformers` loads it; the directory gets its name when it is complete.
+
+    A merged checkpoint is linked where the disk allows, so it takes no second 14.5 GB; base and adapter are
+    summed into the base's own shards.
+
+    Args:
+        model: The model.
+        output: The directory; an earlier export there is replaced at the end.
+        add_card: Writes the model card and what belongs to it into the directory it is given.
+        progress: Called with the bytes done and their total.
+
+    Raises:
+        UsageError: `output` is someone else's.
+        ExportError: The disk is too full, or what was written is not the model.
+    """
+    _check_output(output)
+    need = f"the model takes {_size(model) / 1e9:.1f} GB"
+    with disk_errors_explained(output, need, ExportError), atomic_directory(output) as directory:
+        if model.plan is None:
+            _copy(model, directory, progress)
+        else:
+            _check_space(output, _size(model))
+            _sum(model, directory, progress)
+            _check(model, directory)
+        add_card(directory)
+
+
+def _copy(model: FullModel, directory: Path, progress: Callable[[int, int], None]) -> None:
+    assert model.directory is not None
+    paths = sorted(path for path in model.directory.iterdir() if path.is_file())
+    paths = [path for path in paths if path.name not in (REPORT_NAME, CARD_NAME)]
+    total = sum(path.stat().st_size for path in paths)
+    done = 0
+    for path in paths:
+        if path.suffix == ".safetensors":
+            _link(path.resolve(), directory / path.name)
+        else:
+            shutil.copyfile(path, directory / path.name)
+        done += path.stat().st_size
+        progress(done, total)
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another disk, or one that has no links
+        _check_space(target.parent, source.stat().st_size)
+        shutil.copyfile(source, target)
+
+
+def _sum(model: FullModel, directory: Path, progress: Callable[[int, int], None]) -> None:
+    plan = model.plan
+    assert plan is not None
+    tensors = MergedTensors(plan, StoredTensors(plan.entries), lambda done: progress(done, plan.nbytes))
+    with one_thread():
+        for file, layouts in plan.shards.items():
+            write_shard(directory / file, layouts, tensors.blocks)
+    write_companions(plan, directory)
+
+
+def _check(model: FullModel, directory: Path) -> None:
+    """The files read back must give the very logits of base and adapter: both are rounded alike."""
+    _, prompt = prompt_of(model)
+    (expected,), (found,) = logits_of(model, [prompt]), logits_of(find_model(directory), [prompt])
+    if not torch.equal(expected, found):
+        raise ExportError(
+            f"the files written to `{directory}` are not base + adapter",
+            hint="the disk or memory may be faulty, or a file changed meanwhile; export again",
+        )
+
+
+def _check_output(output: Path) -> None:
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"`{output}` is a file", hint="give a directory with `--output`")
+    card = output / CARD_NAME
+    ours = card.is_file() and f"\n- {MARK}\n" in card.read_text(encoding="utf-8")
+    if output.is_dir() and any(output.iterdir()) and not ours:
+        raise UsageError(
+            f"`{output}` is not empty and not an earlier export: its `{CARD_NAME}` is not from here",
+            hint="give another directory with `--output`, or empty this one",
+        )
+
+
+def _check_space(output: Path, nbytes: int) -> None:
+    place = next(path for path in (output.absolute(), *output.absolute().parents) if path.is_dir())
+    free, needed = shutil.disk_usage(place).free, nbytes + _SPARE
+    if free < needed:
+        raise ExportError(
+            f"the model takes {needed / 1e9:.1f} GB; `{place}` has {free / 1e9:.1f} GB left",
+            hint="free some space, or give a directory on another disk with `--output`",
+        )
+
+
+def _size(model: FullModel) -> int:
+    if model.plan is not None:
+        return model.plan.nbytes
+    return sum(entry.end - entry.start for entry in model.tensors.entries.values())

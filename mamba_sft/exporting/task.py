@@ -1,0 +1,124 @@
+"""What is asked of an export and what it answers, whatever the format."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mamba_sft.errors import MambaSFTError, UsageError
+from mamba_sft.exporting.weights import FullModel, check_output
+
+if TYPE_CHECKING:
+    from mamba_sft.exporting.gguf import GGUFFile
+    from mamba_sft.run import Run
+
+Progress = Callable[[str, int, int], None]
+"""Called with the stage, how much of it is done, and its total."""
+INSTALL_HINT = "pip install 'mamba-sft[gguf]'"
+
+
+@dataclass(frozen=True)
+class GGUFOptions:
+    """How GGUF files are made.
+
+    Args:
+        fix_epsilon: Scale `ssm_x` so that llama.cpp's norms of dt, B and C are the model's; see
+            `gguf_tensors`.
+        verify: Load every file through llama.cpp and hold it against the model.
+        imatrix: Weigh rounding errors by an importance matrix.
+        imatrix_tokens: How much text the matrix is made from.
+    """
+
+    fix_epsilon: bool = True
+    verify: bool = True
+    imatrix: bool = False
+    imatrix_tokens: int = 4096
+
+
+@dataclass(frozen=True)
+class HubOptions:
+    """How a checkpoint is described and published.
+
+    Args:
+        languages: Codes of the languages it speaks, for the model card.
+        push_to_hub: A repository to push to, `owner/name`, or None.
+        private: Whether a repository that is made for it is private.
+    """
+
+    languages: tuple[str, ...] = ("en",)
+    push_to_hub: str | None = None
+    private: bool = False
+
+
+@dataclass(frozen=True)
+class Task:
+    """What was asked for.
+
+    Args:
+        run: A run, its directory, or the directory of a checkpoint.
+        quantization: GGUF methods by name; empty for the default.
+        output: Where to, or None for the run's `export/`.
+        name: What the files are called, or None for the run's name.
+        progress: Told how far it is.
+        gguf: How GGUF files are made.
+        hub: How a checkpoint is described and published.
+    """
+
+    run: Run | str | Path
+    quantization: Sequence[str]
+    output: str | Path | None
+    name: str | None
+    progress: Progress
+    gguf: GGUFOptions = GGUFOptions()
+    hub: HubOptions = HubOptions()
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export wrote.
+
+    Args:
+        directory: Where to.
+        files: The GGUF files, with what was measured of them.
+        others: Everything else: Modelfiles, the checkpoint's directory.
+        url: Where it was pushed to, or None.
+    """
+
+    directory: Path
+    files: list[GGUFFile] = field(default_factory=list)
+    others: list[Path] = field(default_factory=list)
+    url: str | None = None
+
+    @property
+    def paths(self) -> list[Path]:
+        """All of it."""
+        return [*(file.path for file in self.files), *self.others]
+
+
+def output_of(model: FullModel, output: str | Path | None) -> Path:
+    """Returns where a model is exported to: what was asked for, or the run's `export/`.
+
+    Raises:
+        UsageError: Neither is there, or it is what would be exported.
+    """
+    if output is None and model.run is None:
+        raise UsageError("where to? a checkpoint outside a run has no `export/`", hint="give `--output`")
+    place = model.run.export if output is None and model.run is not None else Path(str(output))
+    check_output(place, model)
+    return place
+
+
+def require_gguf() -> None:
+    """Checks that what writes GGUF files is installed.
+
+    Raises:
+        MambaSFTError: It is not.
+    """
+    missing = [name for name in ("gguf", "xllamacpp") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MambaSFTError(
+            f"writing GGUF needs {' and '.join(f'`{name}`' for name in missing)}", hint=INSTALL_HINT
+        )

@@ -1,0 +1,341 @@
+"""A checkpoint for the hub: its files, its card, the card's own snippets, and pushing."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+from mamba_sft.cli import app
+from mamba_sft.errors import ExportError, UsageError
+from mamba_sft.exporting import export, hf, model_card
+from mamba_sft.exporting.card_tables import table
+from mamba_sft.exporting.card_usage import usage
+from mamba_sft.exporting.task import GGUFOptions, HubOptions
+from mamba_sft.exporting.weights import find_model
+from mamba_sft.merging import merge
+from mamba_sft.recipe import Recipe
+from mamba_sft.samples import Prompt, Sample, write_samples
+from tests.test_merging import PROMPT, Made, make_run, merged_logits, relative, weights
+
+TOKEN = "hf_SecretSecretSecret"
+
+
+def with_records(made: Made) -> Made:
+    """What a real training leaves beside the adapter."""
+    environment = {
+        "packages": {"torch": "2.13.0", "triton": None},
+        "device": {"type": "cuda", "name": "NVIDIA H100", "count": 8},
+        "seconds": 7200.0,
+        "steps": 2,
+        "tokens": 12345,
+        "best_validation_loss": 1.25,
+    }
+    made.run.environment.write_text(json.dumps(environment))
+    lines = [
+        {"step": 1, "loss": 2.0, "learning_rate": 1e-4},
+        {"step": 2, "loss": 1.5, "learning_rate": 1e-4},
+        {"step": 2, "eval_loss": 1.25},
+    ]
+    made.run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_samples(made.run.samples, [Sample(Prompt('Say "hi" \\ twice.', "hi"), "no", "hi")])
+    return made
+
+
+@pytest.mark.parametrize("merged", [False, True], ids=["summed", "merged"])
+def test_the_checkpoint_is_base_and_adapter_in_the_bases_shards(tmp_path: Path, merged: bool) -> None:
+    made = make_run(tmp_path)
+    if merged:
+        merge(made.run)
+    done = export(made.run, format="hf")
+    assert done.paths == [made.run.export / "hf"]
+    assert relative(merged_logits(done.directory), made.logits()) < 2e-6
+    shards = {path.name: list(load_file(path)) for path in made.base.glob("*.safetensors")}
+    assert len(shards) > 1
+    assert {path.name: list(load_file(path)) for path in done.directory.glob("*.safetensors")} == shards
+    tokenizer = AutoTokenizer.from_pretrained(done.directory)
+    assert tokenizer.eos_token == "<|im_end|>"
+    assert "<|im_start|>" in tokenizer.chat_template
+    generation = json.loads((done.directory / "generation_config.json").read_text())
+    assert tokenizer.eos_token_id in generation["eos_token_id"]
+    assert not (done.directory / "merge.json").exists()
+    assert (done.directory / "LICENSE.txt").read_text() == "licence of the base"
+
+
+def test_exporting_again_replaces_only_its_own(tmp_path: Path) -> None:
+    made = make_run(tmp_path)
+    target = tmp_path / "published"
+    export(made.run, format="hf", output=target)
+    (target / "stray.txt").write_text("x")
+    export(made.run, format="hf", output=target)
+    assert not (target / "stray.txt").exists()
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "README.md").write_text("my notes on mamba-sft")
+    with pytest.raises(UsageError, match="not an earlier export"):
+        export(made.run, format="hf", output=foreign)
+    assert (foreign / "README.md").read_text() == "my notes on mamba-sft"
+    with pytest.raises(UsageError, match="what would be exported"):
+        export(made.run, format="hf", output=made.run.adapter)
+
+
+def test_a_merge_older_than_the_adapter_is_not_published(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = make_run(tmp_path)
+    merge(made.run)
+    path = made.run.adapter / "adapter_model.safetensors"
+    later = (made.run.merged / "merge.json").stat().st_mtime + 10
+    os.utime(path, (later, later))
+    assert find_model(made.run).directory is None
+    assert "older than the adapter" in caplog.text
+
+
+def test_files_that_are_not_the_model_get_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = make_run(tmp_path)
+    write = hf.write_companions
+
+    def corrupt(plan: Any, directory: Path) -> None:
+        write(plan, directory)
+        path = sorted(directory.glob("*.safetensors"))[-1]
+        data = bytearray(path.read_bytes())
+        data[-3] ^= 0x40
+        path.write_bytes(data)
+
+    monkeypatch.setattr(hf, "write_companions", corrupt)
+    with pytest.raises(ExportError, match=r"not base \+ adapter"):
+        export(made.run, format="hf")
+    assert not list(made.run.export.glob("*"))
+
+
+def read_card(directory: Path) -> tuple[dict[str, Any], str]:
+    text = (directory / "README.md").read_text(encoding="utf-8")
+    return yaml.safe_load(text.split("---")[1]), text
+
+
+def test_the_card_has_valid_metadata_and_every_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = with_records(make_run(tmp_path))
+    recipe = json.loads(made.run.recipe.read_text())
+    sources = [*recipe["data"]["sources"], {"path": "HuggingFaceH4/ultrachat_200k", "split": "train_sft"}]
+    made.run.recipe.write_text(json.dumps(recipe | {"data": recipe["data"] | {"sources": sources}}))
+    made.run.eval.mkdir()
+    results = {"mmlu": {"acc,none": 0.625, "acc_stderr,none": 0.01, "alias": "mmlu"}}
+    (made.run.eval / "results.json").write_text(json.dumps({"results": results}))
+    monkeypatch.setattr(
+        type(find_model(made.run)), "base_id", property(lambda self: "tiiuae/falcon-mamba-7b")
+    )
+    done = export(made.run, format="hf", name="my-model", options=HubOptions(languages=("en", "de")))
+    metadata, text = read_card(done.directory)
+    assert metadata == {
+        "language": ["en", "de"],
+        "license": "other",
+        "license_name": "falcon-mamba-7b-license",
+        "license_link": "https://falconllm.tii.ae/falcon-mamba-7b-terms-and-conditions.html",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["mamba-sft", "falcon-mamba", "mamba", "sft", "lora", "conversational"],
+        "datasets": ["HuggingFaceH4/ultrachat_200k"],
+        "base_model": "tiiuae/falcon-mamba-7b",
+    }
+    assert ModelCard(text).data.to_dict() == metadata  # as the hub's own library reads it
+    for heading in (
+        "# my-model", "# TL;DR", "# Model Details", "# Usage", "## Training Data",
+        "### Training Hyperparameters", "### Hardware and Time", "### Loss", "# Evaluation", "## Results", "# Technical Specifications",
+        "## Software", "# Citation",
+    ):  # fmt: skip
+        assert f"\n{heading}\n" in text, heading
+    for row in (
+        "| learning_rate | 0.0002 |", "| target_modules | in_proj, x_proj, out_proj |",
+        "| mmlu | acc | 0.6250 |", "8 x NVIDIA H100", "2.0 hours, 2 steps", "1.2500 nats", "100.0% by this model", "| `d_model` | 64 |",
+        "torch 2.13.0",
+    ):  # fmt: skip
+        assert row in text, row
+    assert "stderr" not in text
+    assert "triton" not in text
+    assert (done.directory / "loss.png").read_bytes().startswith(b"\x89PNG")
+    for anchor in re.findall(r"\]\(#([\w-]+)\)", text):
+        titles = [line.lstrip("# ").lower().replace(" ", "-").replace(";", "") for line in text.splitlines()]
+        assert anchor in titles
+
+
+def test_nothing_is_claimed_that_was_not_recorded(tmp_path: Path) -> None:
+    made = make_run(tmp_path)
+    metadata, text = read_card(export(made.run, format="hf").directory)
+    assert "base_model" not in metadata  # a directory is no model on the hub
+    assert "license" not in metadata
+    assert "datasets" not in metadata
+    for absent in ("### Loss", "### Hardware", "# Evaluation", "## GGUF", "None", "loss.png"):
+        assert absent not in text, absent
+    plain = export(made.base, format="hf", output=tmp_path / "plain").directory
+    assert "# Training Details" not in read_card(plain)[1]
+
+
+def test_the_card_lists_gguf_files_with_size_and_quality(tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp")
+    made = make_run(tmp_path)
+    files = export(made.run, quantization=["Q8_0", "f32"]).files
+    export(made.run, quantization="Q4_0", options=GGUFOptions(verify=False))
+    _, text = read_card(export(made.run, format="hf").directory)
+    quality = files[0].quality
+    assert quality is not None
+    size = f"{files[0].nbytes / 2**20:.2f} MiB"
+    assert f"| `run.Q8_0.gguf` | Q8_0 | {size} | {quality.kl:.2g} | {quality.top1:.1%} |" in text
+    assert "| `run.Q4_0.gguf` | Q4_0 |" in text
+    assert text.count("not measured | not measured") == 1
+
+
+def snippets(text: str) -> dict[str, str]:
+    found = dict(re.findall(r"### ([^\n]*)\n\n```python\n(.*?)```", text, re.DOTALL))
+    found["kernels"] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[-1]
+    return found
+
+
+TITLES = [
+    "Running the model on a CPU", "Running the model on a GPU", "FP16", "4-bit",
+    pytest.param("Running the model on a GPU with `torch.compile`", marks=pytest.mark.slow),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("title", TITLES)
+def test_each_snippet_of_the_card_runs(
+    tmp_path: Path, title: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = with_records(make_run(tmp_path))
+    directory = export(made.run, format="hf").directory
+    code = snippets((directory / "README.md").read_text(encoding="utf-8"))
+    assert len(code) == 6
+    short = code[title].replace("max_new_tokens=100", "max_new_tokens=3").replace('("run"', f'("{directory}"')
+    names: dict[str, Any] = {}
+    capsys.readouterr()
+    exec(short, names)  # it is the test that the text is a program
+    answer = AutoTokenizer.from_pretrained(directory).decode(
+        names["answer"][0, names["inputs"]["input_ids"].shape[1] :], skip_special_tokens=True
+    )
+    assert capsys.readouterr().out == answer + "\n"
+    if title == "Running the model on a CPU":
+        torch.testing.assert_close(names["model"](PROMPT).logits, made.logits(), rtol=1e-3, atol=1e-3)
+        exec(code["kernels"], names)
+        torch.testing.assert_close(names["model"](PROMPT).logits, made.logits(), rtol=1e-3, atol=1e-3)
+
+
+def test_a_question_is_quoted_in_the_snippets() -> None:
+    text = usage("a/b", 'Say "hi" \\ twice.\nNow.')
+    assert '"content": "Say \\"hi\\" \\\\ twice.\\nNow."' in text
+    for code in snippets(text).values():
+        compile(code, "card", "exec")
+
+
+class FakeHub:
+    """Stands where `HfApi` stands, and keeps what it is told."""
+
+    calls: list[tuple[str, dict[str, Any]]]
+    failure: Exception | None = None
+
+    def __init__(self, token: str):
+        self.token = token
+        FakeHub.calls = [("login", {"token": token})]
+
+    def create_repo(self, repo: str, **wanted: Any) -> str:
+        FakeHub.calls.append(("create_repo", {"repo": repo} | wanted))
+        return f"https://huggingface.co/{repo}"
+
+    def upload_folder(self, **wanted: Any) -> None:
+        if FakeHub.failure:
+            raise FakeHub.failure
+        files = sorted(path.name for path in Path(wanted["folder_path"]).iterdir())
+        FakeHub.calls.append(("upload_folder", wanted | {"files": files}))
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> type[FakeHub]:
+    monkeypatch.setattr("huggingface_hub.HfApi", FakeHub)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    FakeHub.calls, FakeHub.failure = [], None
+    return FakeHub
+
+
+def test_pushing_takes_the_token_from_the_environment_and_tells_nobody(
+    tmp_path: Path, hub: type[FakeHub], caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from typer.testing import CliRunner
+
+    made = make_run(tmp_path)
+    arguments = ["export", str(made.run.path), "--format", "hf", "--push-to-hub", "me/model", "--private"]
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert result.exit_code == 0
+    assert "https://huggingface.co/me/model" in result.output
+    (_, login), (_, created), (_, uploaded) = hub.calls
+    assert login == {"token": TOKEN}
+    assert created == {"repo": "me/model", "private": True, "exist_ok": True}
+    assert uploaded["repo_id"] == "me/model"
+    assert {"README.md", "config.json", "tokenizer.json"} <= set(uploaded["files"])
+    assert 'from_pretrained("me/model"' in read_card(made.run.export / "hf")[1]
+    captured = capsys.readouterr()
+    assert TOKEN not in result.output + caplog.text + captured.out + captured.err
+    for path in made.run.path.rglob("*"):
+        assert not path.is_file() or TOKEN.encode() not in path.read_bytes(), path
+
+
+def test_a_push_that_cannot_work_is_refused_before_anything_is_written(
+    tmp_path: Path, hub: type[FakeHub], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = make_run(tmp_path)
+    for repo, message in (("model", "has no owner"), ("a/b/c", "not a repository"), ("me/..x", "not a repo")):
+        with pytest.raises(UsageError, match=message):
+            export(made.run, format="hf", options=HubOptions(push_to_hub=repo))
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(UsageError, match="needs a token in HF_TOKEN"):
+        export(made.run, format="hf", options=HubOptions(push_to_hub="me/model"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UsageError, match="HF_HUB_OFFLINE"):
+        export(made.run, format="hf", options=HubOptions(push_to_hub="me/model"))
+    with pytest.raises(UsageError, match="only a checkpoint"):
+        export(made.run, options=HubOptions(push_to_hub="me/model"))
+    with pytest.raises(UsageError, match="are GGUF files"):
+        export(made.run, format="hf", quantization="Q8_0")
+    assert not made.run.export.exists()
+    assert not hub.calls
+
+
+def test_a_hub_that_refuses_leaves_the_export_and_no_token(tmp_path: Path, hub: type[FakeHub]) -> None:
+    made = make_run(tmp_path)
+    hub.failure = OSError("connection reset")
+    with pytest.raises(ExportError, match="was exported, but not pushed") as caught:
+        export(made.run, format="hf", options=HubOptions(push_to_hub="me/model"))
+    assert caught.value.__cause__ is None
+    assert TOKEN not in str(caught.value)
+    assert (made.run.export / "hf" / "README.md").is_file()
+
+
+def test_hub_datasets_are_told_from_files(tmp_path: Path) -> None:
+    made = make_run(tmp_path)
+    recipe = Recipe.load(str(made.run.recipe))
+    assert model_card.hub_datasets(recipe) == []
+    for path, on_hub in (("gsm8k", True), ("owner/set", True), ("data/*.jsonl", False), ("chats.csv", False)):
+        assert model_card._on_hub(path) is on_hub, path
+
+
+def test_a_tables_cells_stay_cells() -> None:
+    assert table(["a"], [["x|y\nz"], [[1, 2]]]) == "| a |\n|---|\n| x\\|y z |\n| 1, 2 |\n"
+
+
+def test_the_format_hf_needs_no_gguf_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = make_run(tmp_path)
+    for name in list(sys.modules):
+        if name.split(".")[0] in ("gguf", "xllamacpp") or name.startswith("mamba_sft.exporting."):
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    monkeypatch.setitem(sys.modules, "xllamacpp", None)
+    done = export(made.run, format="hf")
+    assert weights(done.directory)
