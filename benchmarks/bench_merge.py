@@ -21,7 +21,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from mamba_sft.checkpoint import base_fingerprint, read_tensors
+from mamba_sft.checkpoint import read_tensors
+from mamba_sft.checksums import base_record
 
 _MERGE = """
 import json, sys
@@ -58,7 +59,7 @@ def make_run(path: Path, base: Path, *, quantization: str, rank: int = 16, dora:
     facts = {
         "base": str(base),
         "revision": None,
-        "fingerprint": base_fingerprint(base),
+        **base_record(base),
         "quantization": quantization,
         "dtype": "bfloat16",
         "resize_to": None,

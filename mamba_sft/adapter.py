@@ -3,8 +3,7 @@
 PEFT refuses LoRA on `out_proj` of every Mamba model, by name, because the compiled path of `transformers`
 multiplies by `out_proj.weight` and would skip the adapter without a word. Our mixer calls `in_proj`,
 `x_proj`, `dt_proj` and `out_proj` as modules and hands only activations to its kernels, so an adapter on any
-of them takes part in forward and backward. `adapter_allowed` lifts the refusal for a model that carries our
-mixer, and for nothing else.
+of them takes part in forward and backward. `adapter_allowed` lifts the refusal for models with our mixer.
 
 Adapter weights are float32 whatever the base is: the steps of training are too small for 16 bits to hold.
 """
@@ -32,7 +31,8 @@ from peft import (
 from peft.tuners import tuners_utils
 from peft.utils.other import TrainableTokensWrapper
 
-from mamba_sft.checkpoint import base_fingerprint, resolve_base
+from mamba_sft.checkpoint import resolve_base
+from mamba_sft.checksums import base_record
 from mamba_sft.errors import AdapterError
 from mamba_sft.kernels.falcon_mamba import FalconMambaMixer
 from mamba_sft.lora import fuse_lora
@@ -171,7 +171,7 @@ def save_adapter(model: PeftModel, directory: Path, *, section: ModelSection, se
     facts = {
         "base": section.base,
         "revision": section.revision,
-        "fingerprint": base_fingerprint(resolve_base(section.base, section.revision)),
+        **base_record(resolve_base(section.base, section.revision)),
         "quantization": section.quantization,
         "dtype": str(model.get_base_model().dtype).removeprefix("torch."),
         "resize_to": setup.resize_to,

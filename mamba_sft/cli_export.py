@@ -13,8 +13,8 @@ from rich.table import Table
 from mamba_sft.cli_talk import err, out, quiet_loading, run_or_newest
 
 if TYPE_CHECKING:
-    from mamba_sft.exporting.gguf import GGUFPlan
     from mamba_sft.exporting.task import Exported
+    from mamba_sft.run import Run
 
 RunArgument = Annotated[
     str | None,
@@ -30,40 +30,45 @@ Quantization = Annotated[
 ]
 
 
+Format = Annotated[str, typer.Option(help="gguf, ollama (GGUF with a Modelfile) or hf.")]
+Output = Annotated[str | None, typer.Option(help="Where to; default: the run's `export/`.")]
+Name = Annotated[str | None, typer.Option(help="What the files are called; default: the run's name.")]
+AdapterOnly = Annotated[
+    bool, typer.Option("--adapter-only", help="The adapter as a GGUF LoRA; with -q also its base.")
+]
+Imatrix = Annotated[
+    bool, typer.Option("--imatrix", help="Round by an importance matrix; helps at 2 and 3 bits.")
+]
+EpsilonFix = Annotated[bool, typer.Option(help="Scale ssm_x so that llama.cpp's norms are the model's own.")]
+Verify = Annotated[bool, typer.Option(help="Load each file through llama.cpp and compare.")]
+Repository = Annotated[
+    str | None, typer.Option(metavar="REPO", help="Push the checkpoint; the token is read from HF_TOKEN.")
+]
+Private = Annotated[bool, typer.Option("--private", help="Make that repository private.")]
+Language = Annotated[list[str] | None, typer.Option(help="For the model card; may be repeated. Default: en.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print sizes, disk and time; write nothing.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+
+
 def export(
     run: RunArgument = None,
-    format: Annotated[str, typer.Option(help="gguf, ollama (GGUF with a Modelfile) or hf.")] = "gguf",
+    format: Format = "gguf",
     quantization: Quantization = None,
-    output: Annotated[str | None, typer.Option(help="Where to; default: the run's `export/`.")] = None,
-    name: Annotated[
-        str | None, typer.Option(help="What the files are called; default: the run's name.")
-    ] = None,
-    adapter_only: Annotated[
-        bool, typer.Option("--adapter-only", help="The adapter as a GGUF LoRA; with -q also its base.")
-    ] = False,
-    imatrix: Annotated[
-        bool, typer.Option("--imatrix", help="Round by an importance matrix; helps at 2 and 3 bits.")
-    ] = False,
-    epsilon_fix: Annotated[
-        bool, typer.Option(help="Scale ssm_x so that llama.cpp's norms are the model's own.")
-    ] = True,
-    verify: Annotated[bool, typer.Option(help="Load each file through llama.cpp and compare.")] = True,
-    push_to_hub: Annotated[
-        str | None, typer.Option(metavar="REPO", help="Push the checkpoint; the token is read from HF_TOKEN.")
-    ] = None,
-    private: Annotated[bool, typer.Option("--private", help="Make that repository private.")] = False,
-    language: Annotated[
-        list[str] | None, typer.Option(help="For the model card; may be repeated. Default: en.")
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print sizes, disk and time; write nothing.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
+    output: Output = None,
+    name: Name = None,
+    adapter_only: AdapterOnly = False,
+    imatrix: Imatrix = False,
+    epsilon_fix: EpsilonFix = True,
+    verify: Verify = True,
+    push_to_hub: Repository = None,
+    private: Private = False,
+    language: Language = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
 ) -> None:
     """Export a run: GGUF files for llama.cpp, Ollama, a checkpoint for the hub."""
     from mamba_sft.exporting import export as export_run
-    from mamba_sft.exporting.task import GGUFOptions, HubOptions, Task, require_gguf
-    from mamba_sft.progress import StageBar
+    from mamba_sft.exporting.task import GGUFOptions, HubOptions
 
     quiet_loading()
     options: GGUFOptions | HubOptions = GGUFOptions(epsilon_fix, verify, imatrix)
@@ -71,12 +76,10 @@ def export(
         options = HubOptions(tuple(language or ["en"]), push_to_hub, private)
     where = run if run is not None else run_or_newest(None)
     if dry_run:
-        require_gguf()
-        from mamba_sft.exporting.gguf_tasks import plan_model
-
-        task = Task(where, quantization or [], output, name, lambda stage, done, total: None)
-        _show_plan(plan_model(task), as_json)
+        _show_plan(where, quantization or [], output, name, as_json)
         return
+    from mamba_sft.progress import StageBar
+
     with StageBar(err) as bar:
         done = export_run(
             where,
@@ -91,7 +94,15 @@ def export(
     _show_files(done, as_json)
 
 
-def _show_plan(plan: GGUFPlan, as_json: bool) -> None:
+def _show_plan(
+    where: str | Run, quantization: list[str], output: str | None, name: str | None, as_json: bool
+) -> None:
+    from mamba_sft.exporting.task import Task, require_gguf
+
+    require_gguf()
+    from mamba_sft.exporting.gguf_tasks import plan_model
+
+    plan = plan_model(Task(where, quantization, output, name, lambda stage, done, total: None))
     if as_json:
         files = [{"file": str(f.path), "method": f.method, "nbytes": f.nbytes} for f in plan.files]
         content = {"files": files, "nbytes": plan.nbytes, "seconds": plan.seconds}

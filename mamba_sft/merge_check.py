@@ -71,6 +71,7 @@ class MergeReport:
         check: What the check found.
         losses: Held-out loss of the merged model, by what was merged onto; empty where not measured.
         losses_note: Why they were not measured, or None.
+        checksums: Of every tensor as it was written, by name.
     """
 
     path: Path
@@ -87,6 +88,7 @@ class MergeReport:
     check: CheckResult
     losses: dict[str, float]
     losses_note: str | None
+    checksums: dict[str, str]
 
     def to_json(self) -> str:
         """Returns the report as JSON."""

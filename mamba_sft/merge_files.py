@@ -12,9 +12,10 @@ from pathlib import Path
 
 import torch
 
+from mamba_sft.checksums import new_digest
 from mamba_sft.errors import MambaSFTError, MergeError
 from mamba_sft.merge_plan import REPORT_NAME, MergePlan
-from mamba_sft.shards import DTYPES, Layout, StoredTensors
+from mamba_sft.shards import DTYPES, Layout, StoredTensors, as_bytes
 
 INDEX_NAME = "model.safetensors.index.json"
 _TOKENIZER_FILES = (
@@ -49,14 +50,18 @@ class MergedTensors:
     ):
         self.plan, self.source, self.progress = plan, source, progress
         self.done = self.overflowed = 0
+        self.checksums: dict[str, str] = {}
 
     def blocks(self, layout: Layout) -> Iterator[torch.Tensor]:
         """Yields the merged rows of a tensor, summed in float32 and rounded once to its final dtype."""
+        digest = new_digest()
         for rows in self._merged(layout):
             rounded = self._rounded(rows, layout)
+            digest.update(as_bytes(rounded))
             yield rounded
             self.done += rounded.nbytes
             self.progress(self.done)
+        self.checksums[layout.name] = digest.hexdigest()
 
     def _merged(self, layout: Layout) -> Iterator[torch.Tensor]:
         name, adapter = layout.name, self.plan.adapter

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from mamba_sft.deltas import EMBEDDINGS, HEAD, SavedAdapter, read_adapter
 from mamba_sft.errors import MergeError, ModelError, UsageError
 from mamba_sft.model import resolve_base
 from mamba_sft.run import Run
-from mamba_sft.shards import DTYPES, Layout
+from mamba_sft.shards import DTYPES, Layout, StoredTensors
 
 REPORT_NAME = "merge.json"
 VOCABULARY = (EMBEDDINGS, HEAD)
@@ -35,6 +35,7 @@ class BaseFacts:
     quantization: str
     dtype: str
     resize_to: int | None
+    checksums: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,11 @@ class MergePlan:
     entries: dict[str, TensorEntry]
     config: dict[str, Any]
     shards: dict[str, list[Layout]]
+
+    @property
+    def source(self) -> StoredTensors:
+        """The base's tensors, checked as they are read."""
+        return StoredTensors(self.entries, self.facts.checksums)
 
     @property
     def layouts(self) -> list[Layout]:
@@ -123,6 +129,7 @@ def fit_adapter(run: Run, output: Path, dtype: str | None) -> MergePlan:
 def _read_facts(path: Path) -> BaseFacts:
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
+        facts.setdefault("checksums", {})  # runs from before they were recorded
         return BaseFacts(**{name: facts[name] for name in BaseFacts.__dataclass_fields__})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise MergeError(

@@ -90,7 +90,7 @@ def _merge_into(directory: Path, plan: MergePlan, source: StoredTensors, progres
         written = time.monotonic()
         if tensors.overflowed:
             logger.warning("%d values are beyond float16's range and became infinite", tensors.overflowed)
-        check = _check(plan, source, directory, progress)
+        check = _check(plan, source, directory, tensors.checksums, progress)
     checked = time.monotonic()
     onto = "dequantized" if isinstance(source, DequantizedTensors) else "base"
     losses, note = _heldout_losses(plan, onto, directory)
@@ -109,6 +109,7 @@ def _merge_into(directory: Path, plan: MergePlan, source: StoredTensors, progres
         check=check,
         losses=losses,
         losses_note=note,
+        checksums=tensors.checksums,
     )
 
 
@@ -126,10 +127,17 @@ class DequantizedTensors(StoredTensors):
         entries: The full-precision base's tensors.
         quantization: `nf4` or `int8`.
         dtype: What the weights were loaded as before they were quantized.
+        checksums: What was recorded of the stored tensors, by name.
     """
 
-    def __init__(self, entries: dict[str, TensorEntry], quantization: str, dtype: torch.dtype):
-        super().__init__(entries)
+    def __init__(
+        self,
+        entries: dict[str, TensorEntry],
+        quantization: str,
+        dtype: torch.dtype,
+        checksums: dict[str, str] | None = None,
+    ):
+        super().__init__(entries, checksums)
         self.quantization, self.dtype = quantization, dtype
 
     def blocks(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
@@ -167,16 +175,19 @@ def _source(plan: MergePlan, onto: str) -> StoredTensors:
     if onto not in ("base", "dequantized"):
         raise UsageError(f"merge onto what? `{onto}` is neither `base` nor `dequantized`")
     if onto == "base":
-        return StoredTensors(plan.entries)
+        return plan.source
     if plan.facts.quantization == "none":
         raise UsageError(
             "this run's base was not quantized, so there are no dequantized weights to merge onto",
             hint="leave `--onto` out",
         )
-    return DequantizedTensors(plan.entries, plan.facts.quantization, getattr(torch, plan.facts.dtype))
+    facts = plan.facts
+    return DequantizedTensors(plan.entries, facts.quantization, getattr(torch, facts.dtype), facts.checksums)
 
 
-def _check(plan: MergePlan, source: StoredTensors, directory: Path, progress: Progress) -> CheckResult:
+def _check(
+    plan: MergePlan, source: StoredTensors, directory: Path, checksums: dict[str, str], progress: Progress
+) -> CheckResult:
     from transformers import AutoTokenizer, FalconMambaConfig
 
     tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
@@ -186,7 +197,7 @@ def _check(plan: MergePlan, source: StoredTensors, directory: Path, progress: Pr
         prompt = tokenizer.encode(_QUESTION, add_special_tokens=False)
     check = MergeCheck(
         base=source,
-        merged=StoredTensors(read_tensors(directory)),
+        merged=StoredTensors(read_tensors(directory), checksums),
         adapter=plan.adapter,
         config=FalconMambaConfig.from_pretrained(directory),
         attach=partial(_attach, plan.adapter),

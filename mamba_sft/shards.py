@@ -20,6 +20,7 @@ from typing import cast
 import torch
 
 from mamba_sft.checkpoint import TensorEntry
+from mamba_sft.checksums import check_digest, new_digest
 from mamba_sft.errors import ModelError
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -93,16 +94,27 @@ class StoredTensors:
 
     Args:
         entries: Where each lies, by name, as `read_tensors` gives them.
+        checksums: What was recorded of them, by name; those without pass unchecked.
     """
 
-    def __init__(self, entries: Mapping[str, TensorEntry]):
+    def __init__(self, entries: Mapping[str, TensorEntry], checksums: Mapping[str, str] | None = None):
         self.entries = entries
+        self.checksums = checksums or {}
 
     def blocks(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
-        """Yields a tensor from its first row to its last, as (row number, rows); see `read_rows`."""
-        entry = self.entries[name]
+        """Yields a tensor from its first row to its last, as (row number, rows); see `read_rows`.
+
+        Raises:
+            ModelError: At the end, that what was read is not what was recorded.
+        """
+        entry, digest = self.entries[name], new_digest()
         for start, stop in row_blocks(entry.shape):
-            yield start, read_rows(entry, start, stop)
+            rows = read_rows(entry, start, stop)
+            if name in self.checksums:
+                digest.update(as_bytes(rows))
+            yield start, rows
+        if name in self.checksums:
+            check_digest(name, entry, digest.hexdigest(), self.checksums)
 
     def whole(self, name: str) -> torch.Tensor:
         """Returns a whole tensor in float32."""
@@ -133,12 +145,13 @@ def write_shard(
     with path.open("wb", buffering=0) as file:
         _write_all(file, len(text).to_bytes(8, "little") + text)
         for tensor in tensors:
-            count = sum(_write_all(file, _as_bytes(block)) for block in blocks(tensor))
+            count = sum(_write_all(file, as_bytes(block)) for block in blocks(tensor))
             assert count == tensor.nbytes, f"wrote {count} of {tensor.nbytes} bytes of {tensor.name}"
         os.fsync(file.fileno())  # a disk that fills up late must fail here, before the rename
 
 
-def _as_bytes(block: torch.Tensor) -> memoryview:
+def as_bytes(block: torch.Tensor) -> memoryview:
+    """Returns the bytes of a tensor on the CPU, as they are stored."""
     return memoryview(block.contiguous().reshape(-1).view(torch.uint8).numpy())
 
 

@@ -51,7 +51,7 @@ UNVERIFIED = GGUFOptions(verify=False)
 WINDOW = [14, 300, 41, 7, 88, 123, 250, 9, 10, 33, 400, 2, 17, 5, 99, 64]
 
 
-def export(run: Any, **wanted: Any) -> list[gguf.GGUFFile]:
+def export(run: Any, **wanted: Any) -> list[task.GGUFFile]:
     return export_run(run, **wanted).files
 
 
@@ -463,6 +463,6 @@ def test_greedy_answers_are_compared_up_to_the_first_difference(tmp_path: Path) 
             ids.append(int(build_model()(torch.tensor([ids])).logits[0, -1].argmax()))
     own = ids[len(verifier.prompt) :]
     other = [*own[:2], (own[2] + 1) % 512, own[3]]
-    quality = gguf_verify.Quality(0.0, 1.0, 1, 1, "", 4, 0)
+    quality = task.Quality(0.0, 1.0, 1, 1, "", 4, 0)
     found = verifier.compare_answers([(quality, own), (quality, other)])
     assert [one.same_tokens for one in found] == [4, 2]

@@ -150,14 +150,14 @@ def test_the_card_has_valid_metadata_and_every_part(tmp_path: Path, monkeypatch:
     assert ModelCard(text).data.to_dict() == metadata  # as the hub's own library reads it
     for heading in (
         "# my-model", "# TL;DR", "# Model Details", "# Usage", "## Training Data",
-        "### Training Hyperparameters", "### Hardware and Time", "### Loss", "# Evaluation", "## Results", "# Technical Specifications",
-        "## Software", "# Citation",
+        "### Training Hyperparameters", "### Hardware and Time", "### Loss", "# Evaluation", "## Results",
+        "# Technical Specifications", "## Software", "# Citation",
     ):  # fmt: skip
         assert f"\n{heading}\n" in text, heading
     for row in (
         "| learning_rate | 0.0002 |", "| target_modules | in_proj, x_proj, out_proj |",
-        "| mmlu | acc | 0.6250 |", "8 x NVIDIA H100", "2.0 hours, 2 steps", "1.2500 nats", "100.0% by this model", "| `d_model` | 64 |",
-        "torch 2.13.0",
+        "| mmlu | acc | 0.6250 |", "8 x NVIDIA H100", "2.0 hours, 2 steps", "1.2500 nats",
+        "100.0% by this model", "| `d_model` | 64 |", "torch 2.13.0",
     ):  # fmt: skip
         assert row in text, row
     assert "stderr" not in text

@@ -23,7 +23,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mamba_sft import merge_plan, merging, shards
 from mamba_sft.adapter import attach_adapter, save_adapter
 from mamba_sft.chat import prepare_tokenizer
-from mamba_sft.checkpoint import base_fingerprint, read_tensors
+from mamba_sft.checkpoint import read_tensors
+from mamba_sft.checksums import base_record
 from mamba_sft.deltas import SavedAdapter
 from mamba_sft.errors import MambaSFTError, MergeError, ModelError, UsageError
 from mamba_sft.heldout import heldout_loss
@@ -249,7 +250,7 @@ def test_a_tied_matrix_stored_twice_stays_one(tmp_path: Path) -> None:
             index = json.loads((made.base / "model.safetensors.index.json").read_text())
             index["weight_map"]["lm_head.weight"] = path.name
             (made.base / "model.safetensors.index.json").write_text(json.dumps(index))
-    edit_facts(made, fingerprint=base_fingerprint(made.base))
+    edit_facts(made, **base_record(made.base))
     merge(made.run)
     merged = weights(made.run.merged)
     assert torch.equal(merged["lm_head.weight"], merged["backbone.embeddings.weight"])
@@ -328,7 +329,7 @@ def edit_base(made: Made, name: str, change: Any) -> None:
         if name in tensors:
             change(tensors[name])
             save_file(tensors, path, metadata={"format": "pt"})
-    edit_facts(made, fingerprint=base_fingerprint(made.base))
+    edit_facts(made, **base_record(made.base))
 
 
 def edit_base_dtype(made: Made, name: str, dtype: torch.dtype) -> None:
@@ -336,7 +337,7 @@ def edit_base_dtype(made: Made, name: str, dtype: torch.dtype) -> None:
         tensors = load_file(path)
         if name in tensors:
             save_file(tensors | {name: tensors[name].to(dtype)}, path, metadata={"format": "pt"})
-    edit_facts(made, fingerprint=base_fingerprint(made.base))
+    edit_facts(made, **base_record(made.base))
 
 
 def edit_facts(made: Made, **changes: Any) -> None:
@@ -663,6 +664,20 @@ def test_a_flipped_bit_on_disk_is_found(tmp_path: Path, monkeypatch: pytest.Monk
             save_file(tensors, path, metadata={"format": "pt"})
 
     monkeypatch.setattr(merging, "write_companions", corrupt)
+    with pytest.raises(ModelError, match=r"out_proj\.weight` in .* is damaged"):
+        merge(made.run)
+    assert not list(made.run.path.glob("merged*"))
+
+
+def test_sums_that_went_wrong_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = make_run(tmp_path)
+    rounded = merging.MergedTensors._rounded
+
+    def wrong(self: Any, rows: torch.Tensor, layout: Any) -> torch.Tensor:
+        factor = 1.001 if layout.name.endswith("1.mixer.out_proj.weight") else 1.0
+        return rounded(self, rows * factor, layout)
+
+    monkeypatch.setattr(merging.MergedTensors, "_rounded", wrong)
     with pytest.raises(MergeError, match=r"out_proj\.weight` in the merged files is not base"):
         merge(made.run)
     assert not list(made.run.path.glob("merged*"))

@@ -19,33 +19,16 @@ from mamba_sft.exporting import llama_cpp
 from mamba_sft.exporting.gguf_metadata import Vocabulary, read_vocabulary
 from mamba_sft.exporting.gguf_tensors import ExportTensor, epsilon_scale, export_tensors
 from mamba_sft.exporting.gguf_types import METHODS, Method, block_size
-from mamba_sft.exporting.gguf_verify import Quality, Verifier
+from mamba_sft.exporting.gguf_verify import Verifier
 from mamba_sft.exporting.gguf_write import FilePlan, GGUFFiles, Importance, plan_file, write_header
 from mamba_sft.exporting.imatrix import importance_matrix
-from mamba_sft.exporting.task import GGUFOptions, Progress
+from mamba_sft.exporting.task import GGUFFile, GGUFOptions, Progress, Quality
 from mamba_sft.exporting.texts import calibration_text
 from mamba_sft.exporting.weights import QUALITY_NAME, FullModel
 from mamba_sft.merge_files import disk_errors_explained
 from mamba_sft.run import write_atomically
 
 _SPARE = 64 << 20
-
-
-@dataclass(frozen=True)
-class GGUFFile:
-    """One file, planned or written.
-
-    Args:
-        path: Its final name.
-        method: How it is stored.
-        nbytes: Its size.
-        quality: What was measured, or None.
-    """
-
-    path: Path
-    method: str
-    nbytes: int
-    quality: Quality | None = None
 
 
 @dataclass

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from mamba_sft.errors import ExportError, UsageError
 from mamba_sft.exporting.gguf import (
-    GGUFFile,
     GGUFPlan,
     plan_gguf,
     record_quality,
@@ -18,7 +17,7 @@ from mamba_sft.exporting.gguf import (
 from mamba_sft.exporting.gguf_lora import write_adapter
 from mamba_sft.exporting.gguf_types import choose_methods
 from mamba_sft.exporting.ollama import modelfile
-from mamba_sft.exporting.task import Exported, Task, output_of
+from mamba_sft.exporting.task import Exported, GGUFFile, Task, output_of
 from mamba_sft.exporting.weights import QUALITY_NAME, base_of, find_model
 from mamba_sft.merge_files import disk_errors_explained
 from mamba_sft.merge_plan import fit_adapter

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from mamba_sft.errors import ExportError
 from mamba_sft.exporting.gguf_probe import Job, Seen, probe
 from mamba_sft.exporting.gguf_types import Method
 from mamba_sft.exporting.hf_logits import logits_of
+from mamba_sft.exporting.task import Quality
 from mamba_sft.exporting.texts import Text, heldout_text, prompt_of
 from mamba_sft.exporting.weights import FullModel
 
@@ -39,29 +40,6 @@ PROBES = (
     "e\u0301 \u00a0 \u3000", "<b>bold</b> &amp; {\"k\": [1, 2]}", "<|im_start|>user\nhi<|im_end|>\n",
     "<|endoftext|>", "C:\\path\\to\\file https://example.org/?q=1#x", "", " ", "\n",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Quality:
-    """What was measured of a file.
-
-    Args:
-        kl: Mean Kullback-Leibler divergence of the next token, model to file, in nats.
-        top1: Share of positions where both find the same token likeliest.
-        tokens: Positions measured.
-        probes: Strings that both tokenizers cut alike.
-        answer: What the file answers to `prompt`, likeliest token first.
-        answer_tokens: Its length.
-        same_tokens: How many of them, from the first on, the model itself would have written.
-    """
-
-    kl: float
-    top1: float
-    tokens: int
-    probes: int
-    answer: str
-    answer_tokens: int
-    same_tokens: int
 
 
 class Verifier:

@@ -16,7 +16,7 @@ from mamba_sft.exporting.weights import FullModel, find_model
 from mamba_sft.merge_files import MergedTensors, disk_errors_explained, write_companions
 from mamba_sft.merge_plan import REPORT_NAME
 from mamba_sft.run import atomic_directory
-from mamba_sft.shards import StoredTensors, one_thread, write_shard
+from mamba_sft.shards import one_thread, write_shard
 
 CARD_NAME = "README.md"
 MARK = "mamba-sft"
@@ -83,7 +83,7 @@ def _link(source: Path, target: Path) -> None:
 def _sum(model: FullModel, directory: Path, progress: Callable[[int, int], None]) -> None:
     plan = model.plan
     assert plan is not None
-    tensors = MergedTensors(plan, StoredTensors(plan.entries), lambda done: progress(done, plan.nbytes))
+    tensors = MergedTensors(plan, plan.source, lambda done: progress(done, plan.nbytes))
     with one_thread():
         for file, layouts in plan.shards.items():
             write_shard(directory / file, layouts, tensors.blocks)

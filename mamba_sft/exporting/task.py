@@ -12,7 +12,6 @@ from mamba_sft.errors import MambaSFTError, UsageError
 from mamba_sft.exporting.weights import FullModel, check_output
 
 if TYPE_CHECKING:
-    from mamba_sft.exporting.gguf import GGUFFile
     from mamba_sft.run import Run
 
 Progress = Callable[[str, int, int], None]
@@ -74,6 +73,46 @@ class Task:
     progress: Progress
     gguf: GGUFOptions = GGUFOptions()
     hub: HubOptions = HubOptions()
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What was measured of a file.
+
+    Args:
+        kl: Mean Kullback-Leibler divergence of the next token, model to file, in nats.
+        top1: Share of positions where both find the same token likeliest.
+        tokens: Positions measured.
+        probes: Strings that both tokenizers cut alike.
+        answer: What the file answers to `prompt`, likeliest token first.
+        answer_tokens: Its length.
+        same_tokens: How many of them, from the first on, the model itself would have written.
+    """
+
+    kl: float
+    top1: float
+    tokens: int
+    probes: int
+    answer: str
+    answer_tokens: int
+    same_tokens: int
+
+
+@dataclass(frozen=True)
+class GGUFFile:
+    """One file, planned or written.
+
+    Args:
+        path: Its final name.
+        method: How it is stored.
+        nbytes: Its size.
+        quality: What was measured, or None.
+    """
+
+    path: Path
+    method: str
+    nbytes: int
+    quality: Quality | None = None
 
 
 @dataclass(frozen=True)

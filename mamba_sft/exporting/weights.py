@@ -115,7 +115,7 @@ class SummedTensors(StoredTensors):
     def __init__(self, plan: MergePlan):
         super().__init__(plan.entries)
         self.layouts = {layout.name: layout for layout in plan.layouts}
-        self._merged = MergedTensors(plan, StoredTensors(plan.entries))
+        self._merged = MergedTensors(plan, plan.source)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -174,16 +174,15 @@ def _of_checkpoint(directory: Path, name: str, run: Run | None = None) -> FullMo
     for tensor, entry in entries.items():
         if entry.dtype not in DTYPES:
             raise ModelError(f"`{tensor}` is stored as {entry.dtype}; exporting handles {', '.join(DTYPES)}")
-    base = _base_of(directory)
-    return FullModel(name, config, StoredTensors(entries), directory, base, run, directory=directory)
+    report = _merge_report(directory)
+    tensors = StoredTensors(entries, report.get("checksums"))
+    return FullModel(name, config, tensors, directory, report.get("base"), run, directory=directory)
 
 
-def _base_of(directory: Path) -> str | None:
+def _merge_report(directory: Path) -> dict[str, Any]:
+    """What a merge recorded of the checkpoint it wrote; empty for any other."""
     path = directory / REPORT_NAME
-    if not path.is_file():
-        return None
-    base = json.loads(path.read_text(encoding="utf-8")).get("base")
-    return base if isinstance(base, str) else None
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 
 
 def check_output(output: Path, model: FullModel) -> None:
@@ -208,7 +207,7 @@ def first_id(ids: Any) -> int | None:
 
 def base_of(run: Run, plan: MergePlan) -> FullModel:
     """Returns a run's base by itself, with the tokenizer and template that its adapter was trained with."""
-    tensors = StoredTensors(plan.entries)
+    tensors = plan.source
     name = f"{run.path.resolve().name}.base"
     base = plan.facts.base
     return FullModel(name, plan.config, tensors, run.adapter, base, run, one_head=not plan.adapter.rows)
