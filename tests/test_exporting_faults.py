@@ -159,12 +159,10 @@ def test_a_disk_that_is_really_full(
     disk = small_disk("16k" if verb == "adapter" else "256k")
     monkeypatch.setattr(gguf, "_check_space", lambda plan: None)
     monkeypatch.setattr(hf, "_check_space", lambda output, nbytes: None)
+    wanted = ["f32"] if verb == "gguf" else []
+    form, place = ("hf", disk / "hf") if verb == "hf" else ("gguf", disk)
     with pytest.raises(ExportError, match="is full"):
-        if verb == "hf":
-            export(made.run, format="hf", output=disk / "hf")
-        else:
-            wanted = [] if verb == "adapter" else ["f32"]
-            export(made.run, adapter_only=verb == "adapter", output=disk, quantization=wanted)
+        export(made.run, format=form, adapter_only=verb == "adapter", output=place, quantization=wanted)
     assert not list(disk.iterdir())
 
 
@@ -188,7 +186,7 @@ def flip(path: Path, tensor: str, byte: int, bit: int) -> None:
         file.write(bytes([value ^ (1 << bit)]))
 
 
-# Byte 1001 is in none of the samples that tell one base from another, and a low bit of a float32's second byte
+# Byte 1001 is in none of the samples that tell one base from another, and a low bit of a float's second byte
 # changes it by a ten-thousandth: nothing but a checksum sees this.
 QUIET = ("backbone.layers.1.mixer.in_proj.weight", 1001, 2)
 

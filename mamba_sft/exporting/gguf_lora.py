@@ -9,7 +9,9 @@ A base file made with the epsilon fix has its `ssm_x` scaled, so the B of an ada
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from gguf import GGUFReader, GGUFWriter
 from mamba_sft.deltas import EMBEDDINGS, HEAD, SavedAdapter
 from mamba_sft.errors import ExportError
 from mamba_sft.exporting.gguf_tensors import epsilon_scale, gguf_name
+from mamba_sft.exporting.gguf_types import padded
 from mamba_sft.merge_plan import MergePlan
 from mamba_sft.shards import read_rows
 
@@ -67,18 +70,24 @@ def write_adapter(path: Path, plan: MergePlan, *, name: str, fix_epsilon: bool) 
     writer.add_string("adapter.type", "lora")
     writer.add_name(name)
     writer.add_float32("adapter.lora.alpha", alpha)
-    for tensor, (a_shape, b_shape), _ in sources:
-        for suffix, shape in (("lora_a", a_shape), ("lora_b", b_shape)):
+    total = 0
+    for tensor, shapes, _ in sources:
+        for suffix, shape in zip(("lora_a", "lora_b"), shapes, strict=True):
             nbytes = 4 * shape[0] * shape[1]
             writer.add_tensor_info(f"{tensor}.{suffix}", shape, np.dtype(np.float32), nbytes)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for _, _, load in sources:
-        pair = load()
-        writer.write_tensor_data(np.ascontiguousarray(pair.a))
-        writer.write_tensor_data(np.ascontiguousarray(pair.b))
-    writer.close()
+            total += padded(nbytes)
+    with closing(writer):
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        with path.open(
+            "r+b"
+        ) as file:  # a full disk shows now; numpy, which writes below, does not say why it fails
+            os.posix_fallocate(file.fileno(), 0, padded(path.stat().st_size) + total)
+        for _, _, load in sources:
+            pair = load()
+            writer.write_tensor_data(np.ascontiguousarray(pair.a))
+            writer.write_tensor_data(np.ascontiguousarray(pair.b))
     _read_back(path, sources)
     return path.stat().st_size
 
