@@ -100,6 +100,7 @@ def write_report(run: Run) -> None:
         _figures(environment, metrics, samples),
         f'<h2>Loss</h2><div class="plot">{loss_plot(metrics)}</div>' if metrics else "",
         _samples_table(samples),
+        _gguf_table(run),
         f"<h2>Recipe</h2><pre>{escape(run.recipe.read_text(encoding='utf-8'))}</pre>",
         "<h2>Environment</h2><details><summary>versions and hardware</summary>"
         f"<pre>{escape(json.dumps(environment, indent=2))}</pre></details>",
@@ -130,6 +131,20 @@ def _figures(environment: dict[str, Any], metrics: list[dict[str, Any]], samples
     return (
         '<div class="figures">' + "".join(f"<div><b>{v}</b>{k}</div>" for k, v in figures.items()) + "</div>"
     )
+
+
+def _gguf_table(run: Run) -> str:
+    """The exported files with their sizes and what they lose, empty if there are none."""
+    if not run.quality.is_file():
+        return ""
+    files = json.loads(run.quality.read_text(encoding="utf-8"))["files"]
+    rows = ""
+    for name, entry in sorted(files.items(), key=lambda item: int(item[1]["nbytes"])):
+        measured = (f"{entry['kl']:.2g}", f"{entry['top1']:.1%}") if "kl" in entry else ("-", "-")
+        cells = (name, f"{entry['nbytes'] / 2**30:.3g} GiB", *measured)
+        rows += "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>"
+    head = "<tr><th>file</th><th>size</th><th>KL, nats</th><th>same next token</th></tr>"
+    return f"<h2>GGUF files</h2><table>{head}{rows}</table>"
 
 
 def _duration(seconds: float) -> str:

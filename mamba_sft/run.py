@@ -79,6 +79,11 @@ class Run:
         return self.path / "export"
 
     @property
+    def quality(self) -> Path:
+        """What was measured of each exported GGUF file, as JSON."""
+        return self.export / "quality.json"
+
+    @property
     def eval(self) -> Path:
         """Evaluation results."""
         return self.path / "eval"

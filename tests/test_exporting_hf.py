@@ -185,13 +185,18 @@ def test_the_card_lists_gguf_files_with_size_and_quality(tmp_path: Path) -> None
     made = make_run(tmp_path)
     files = export(made.run, quantization=["Q8_0", "f32"]).files
     export(made.run, quantization="Q4_0", options=GGUFOptions(verify=False))
+    made.run.report.write_text("as training left it")
+    made.run.environment.write_text(json.dumps({"packages": {"mamba-sft": "0.1.0"}}))
+    export(made.run, quantization="Q5_0", options=GGUFOptions(verify=False))
+    report = made.run.report.read_text()
+    assert "<td>run.Q8_0.gguf</td>" in report
     _, text = read_card(export(made.run, format="hf").directory)
     quality = files[0].quality
     assert quality is not None
     size = f"{files[0].nbytes / 2**20:.2f} MiB"
     assert f"| `run.Q8_0.gguf` | Q8_0 | {size} | {quality.kl:.2g} | {quality.top1:.1%} |" in text
     assert "| `run.Q4_0.gguf` | Q4_0 |" in text
-    assert text.count("not measured | not measured") == 1
+    assert text.count("not measured | not measured") == 2
 
 
 def snippets(text: str) -> dict[str, str]:

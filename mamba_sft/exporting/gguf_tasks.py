@@ -21,6 +21,7 @@ from mamba_sft.exporting.task import Exported, GGUFFile, Task, output_of
 from mamba_sft.exporting.weights import QUALITY_NAME, base_of, find_model
 from mamba_sft.merge_files import disk_errors_explained
 from mamba_sft.merge_plan import fit_adapter
+from mamba_sft.reporting import write_report
 from mamba_sft.run import Run, write_atomically
 
 
@@ -37,6 +38,7 @@ def export_model(task: Task, *, ollama: bool) -> Exported:
     plan = plan_model(task)
     texts = [modelfile(plan.model, file.path.name) for file in plan.files] if ollama else []
     files = write_gguf(plan, task.gguf, task.progress)
+    _refresh_report(plan)
     return Exported(plan.output, files, _write_modelfiles(plan.output, files, texts))
 
 
@@ -80,6 +82,13 @@ def export_adapter(task: Task, *, ollama: bool) -> Exported:
     on = {"on": files[-1].path.name} if files else {}
     record_quality(output / QUALITY_NAME, [adapter], {"fix_epsilon": options.fix_epsilon} | on)
     return Exported(output, [*files, adapter], _write_modelfiles(output, files, texts))
+
+
+def _refresh_report(plan: GGUFPlan) -> None:
+    """Adds the files to the run's report, where there is one and they are the run's."""
+    run = plan.model.run
+    if run is not None and run.report.is_file() and plan.output.resolve() == run.export.resolve():
+        write_report(run)
 
 
 def _write_modelfiles(output: Path, files: Sequence[GGUFFile], texts: Sequence[str]) -> list[Path]:
