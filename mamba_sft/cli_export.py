@@ -97,10 +97,11 @@ def export(
 def _show_plan(
     where: str | Run, quantization: list[str], output: str | None, name: str | None, as_json: bool
 ) -> None:
-    from mamba_sft.exporting.task import Task, require_gguf
+    from mamba_sft.exporting.extra import require_gguf
 
     require_gguf()
     from mamba_sft.exporting.gguf_tasks import plan_model
+    from mamba_sft.exporting.task import Task
 
     plan = plan_model(Task(where, quantization, output, name, lambda stage, done, total: None))
     if as_json:

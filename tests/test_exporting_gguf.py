@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from transformers import AutoModelForCausalLM, FalconMambaConfig, FalconMambaFor
 from mamba_sft.checkpoint import TensorEntry
 from mamba_sft.errors import ExportError, MambaSFTError, ModelError, UsageError
 from mamba_sft.exporting import export as export_run
-from mamba_sft.exporting import gguf, gguf_metadata, gguf_verify, llama_cpp, task
+from mamba_sft.exporting import extra, gguf, gguf_metadata, gguf_verify, llama_cpp, task
 from mamba_sft.exporting.gguf import plan_gguf
 from mamba_sft.exporting.gguf_metadata import plain_template, read_vocabulary
 from mamba_sft.exporting.gguf_probe import Job, probe
@@ -444,7 +446,7 @@ def test_what_cannot_be_exported_is_a_clear_error(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(gguf.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 64 << 20})())
     with pytest.raises(ExportError, match=r"take 0\.1 GB"):
         export(base, quantization="all", output=tmp_path / "out")
-    monkeypatch.setattr(task.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(extra.importlib.util, "find_spec", lambda name: None)
     llama_cpp.load.cache_clear()
     with pytest.raises(MambaSFTError, match="needs `gguf`") as caught:
         export(base, output=tmp_path / "out")
@@ -466,3 +468,10 @@ def test_greedy_answers_are_compared_up_to_the_first_difference(tmp_path: Path) 
     quality = task.Quality(0.0, 1.0, 1, 1, "", 4, 0)
     found = verifier.compare_answers([(quality, own), (quality, other)])
     assert [one.same_tokens for one in found] == [4, 2]
+
+
+def test_the_probe_starts_without_torch() -> None:
+    code = (
+        "import sys, mamba_sft.exporting.gguf_probe; assert not {'torch', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

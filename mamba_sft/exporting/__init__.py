@@ -48,7 +48,8 @@ def export(
     Raises:
         MambaSFTError: It cannot be exported, or a file failed its check.
     """
-    from mamba_sft.exporting.task import GGUFOptions, HubOptions, Task, require_gguf
+    from mamba_sft.exporting.extra import require_gguf
+    from mamba_sft.exporting.task import GGUFOptions, HubOptions, Task
 
     names = [quantization] if isinstance(quantization, str) else list(quantization or [])
     task = Task(run, names, output, name, progress or (lambda stage, done, total: None))

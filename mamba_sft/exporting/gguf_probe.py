@@ -81,7 +81,9 @@ def probe(job: Job) -> Seen:
 
 
 def _work(job: Job) -> Seen:
-    threads = os.cpu_count() or 1
+    # One thread for each 64 MiB: llama.cpp's threads wait for each other by spinning, which a small model on
+    # a busy machine pays for a hundredfold.
+    threads = max(1, min(os.cpu_count() or 1, Path(job.file).stat().st_size >> 26))
     adapter = Path(job.adapter) if job.adapter else None
     model = llama_cpp.LoadedModel(llama_cpp.load(), Path(job.file), threads, adapter)
     try:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mamba_sft.errors import MambaSFTError, UsageError
+from mamba_sft.errors import UsageError
 from mamba_sft.exporting.weights import FullModel, check_output
 
 if TYPE_CHECKING:
@@ -16,7 +15,6 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, int, int], None]
 """Called with the stage, how much of it is done, and its total."""
-INSTALL_HINT = "pip install 'mamba-sft[gguf]'"
 
 
 @dataclass(frozen=True)
@@ -148,16 +146,3 @@ def output_of(model: FullModel, output: str | Path | None) -> Path:
     place = model.run.export if output is None and model.run is not None else Path(str(output))
     check_output(place, model)
     return place
-
-
-def require_gguf() -> None:
-    """Checks that what writes GGUF files is installed.
-
-    Raises:
-        MambaSFTError: It is not.
-    """
-    missing = [name for name in ("gguf", "xllamacpp") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise MambaSFTError(
-            f"writing GGUF needs {' and '.join(f'`{name}`' for name in missing)}", hint=INSTALL_HINT
-        )
