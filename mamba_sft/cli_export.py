@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from mamba_sft.cli_talk import err, out, quiet_loading, run_or_newest
+from mamba_sft.errors import UsageError
 
 if TYPE_CHECKING:
     from mamba_sft.exporting.task import Exported
@@ -75,6 +76,8 @@ def export(
     if format == "hf" or push_to_hub is not None:
         options = HubOptions(tuple(language or ["en"]), push_to_hub, private)
     where = run if run is not None else run_or_newest(None)
+    if dry_run and (format == "hf" or adapter_only):
+        raise UsageError("`--dry-run` plans a model's GGUF files; a checkpoint is as large as its base")
     if dry_run:
         _show_plan(where, quantization or [], output, name, as_json)
         return

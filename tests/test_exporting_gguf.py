@@ -19,8 +19,10 @@ pytest.importorskip("xllamacpp")
 from gguf import GGUFReader, GGUFWriter
 from gguf.quants import dequantize
 from transformers import AutoModelForCausalLM, FalconMambaConfig, FalconMambaForCausalLM
+from typer.testing import CliRunner
 
 from mamba_sft.checkpoint import TensorEntry
+from mamba_sft.cli import app
 from mamba_sft.errors import ExportError, MambaSFTError, ModelError, UsageError
 from mamba_sft.exporting import export as export_run
 from mamba_sft.exporting import extra, gguf, gguf_metadata, gguf_verify, llama_cpp, task
@@ -475,3 +477,26 @@ def test_the_probe_starts_without_torch() -> None:
         "import sys, mamba_sft.exporting.gguf_probe; assert not {'torch', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = save(build_model(), tmp_path / "model")
+    output = tmp_path / "out"
+    command = ["export", str(base), "--output", str(output), "-q", "Q8_0", "-q", "f16"]
+    planned = CliRunner().invoke(app, [*command, "--dry-run", "--json"], catch_exceptions=False)
+    plan = json.loads(planned.stdout)
+    assert not output.exists()
+    done = CliRunner().invoke(app, [*command, "--json"], catch_exceptions=False)
+    files = json.loads(done.stdout)["files"]
+    assert [file["nbytes"] for file in plan["files"]] == [file["nbytes"] for file in files]
+    assert [Path(file["path"]).stat().st_size for file in files] == [file["nbytes"] for file in files]
+    assert all(file["quality"]["top1"] > 0.9 for file in files)
+    shown = CliRunner().invoke(app, [*command, "--dry-run"], catch_exceptions=False)
+    assert "model.Q8_0.gguf" in shown.stdout
+    assert "of disk in" in shown.stdout
+    listed = CliRunner().invoke(app, [*command, "--no-verify"], catch_exceptions=False)
+    assert listed.stdout.splitlines() == [str(output / "model.Q8_0.gguf"), str(output / "model.F16.gguf")]
+    for wrong in (["-q", "Q9"], ["--format", "onnx"], ["--format", "hf", "--dry-run"]):
+        failed = CliRunner().invoke(app, ["export", str(base), "--output", str(output), *wrong])
+        assert isinstance(failed.exception, UsageError)
+        assert failed.exception.exit_code == 2
