@@ -214,7 +214,7 @@ def _hyperparameters(recipe: Recipe) -> list[tuple[str, Any]]:
     rows.append(("max_length", recipe.data.max_length))
     for section in (recipe.adapter, recipe.train):
         rows += [(name, value) for name, value in section.model_dump().items() if name not in _NOT_SHOWN]
-    return rows
+    return [(name, value) for name, value in rows if value is not None]
 
 
 _NOT_SHOWN = {"report_to", "trainer_arguments", "logging_steps", "save_steps", "save_total_limit"}
