@@ -91,7 +91,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--shard-gb", type=float, default=5.0)
     parser.add_argument("--tied", action="store_true", help="one matrix for embeddings and head")
     parser.add_argument(
-        "--tokenizer", type=Path, help="directory whose tokenizer is copied beside the weights"
+        "--tokenizer",
+        type=Path,
+        default=Path(__file__).parents[1] / "data" / "tiny-base",
+        help="directory whose tokenizer is copied beside the weights",
     )
     given = parser.parse_args(arguments)
     config = FalconMambaConfig(

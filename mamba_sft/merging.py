@@ -195,6 +195,8 @@ def _check(
         prompt = render(tokenizer, [{"role": "user", "content": _QUESTION}], add_generation_prompt=True)[0]
     else:
         prompt = tokenizer.encode(_QUESTION, add_special_tokens=False)
+    if not prompt:
+        raise MergeError(f"the tokenizer of `{plan.facts.base}` turns a question into no tokens at all")
     check = MergeCheck(
         base=source,
         merged=StoredTensors(read_tensors(directory), checksums),
