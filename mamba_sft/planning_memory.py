@@ -1,0 +1,299 @@
+"""The memory of a training step, by arithmetic: what each tensor that it holds takes, and when.
+
+The peak is `weights + adapter + gradients + optimizer + states + kept + max(block, loss)`: what the forward
+keeps of all layers, and on top of it either the loss with its gradient, or the backward of one block, which
+peaks inside the scan. Every term is a count of tensors that can be found in the code it names; the counts are
+compared with measured peaks in tests/test_planning_memory.py. Bytes throughout; D, d, N, R, r as in
+`kernels/README.md`, `e` the bytes of a number of the base, 2 or 4.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from mamba_sft.recipe import AdapterSection, Recipe
+from mamba_sft.shape import Shape
+
+CHUNK = 64
+"""Steps between two states that the scan saves (`cpu_loops.CHUNK`, `triton_scan.CHUNK`)."""
+GROUPS = 32
+"""Partial sums of dB and dC on a CPU (`cpu.GROUPS`); a GPU has one for `CHANNELS` channels."""
+CHANNELS = 32
+TILE_TOKENS, TILE_COLUMNS = 4096, 32768
+"""What TRL's chunked loss makes logits for at a time (`TOKEN_CHUNK_SIZE`, `_CHUNKED_LOGPROB_CHUNK_SIZE`)."""
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+"""Per weight: 4 bits, a byte of scale for 64 of them, a float32 for 256 of those (double quantization)."""
+QUANTIZED = ("in_proj", "x_proj", "out_proj")
+"""The rest stays in 16 bits (`model.UNQUANTIZED`)."""
+CONTEXT = 600_000_000
+"""CUDA context, cuBLAS workspace, loaded kernels. A constant that varies by driver, 0.4 to 0.8 GB."""
+LIBRARIES = 700_000_000
+"""Resident memory of a process that has imported torch, transformers and trl, on a CPU."""
+SLACK = 0.04
+"""Share of the moving memory that a caching allocator holds beyond what is asked of it."""
+SCRATCH = 70_000_000
+"""Of the Triton backward, which starts about as many programs as fill the card, whatever the shape."""
+
+Part = Literal[
+    "weights", "adapter", "gradients", "optimizer", "states", "kept", "block", "dequantized", "loss", "rows",
+    "overhead",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the memory of a training step depends on.
+
+    Args:
+        shape: The base model.
+        rows: Rows of a micro-batch.
+        length: Tokens of a row.
+        chunk: Tokens of a row that are at work at once: `length`, or less when rows stream.
+        itemsize: Bytes of a number of the base, e.
+        device: `cuda` with the Triton kernels, or `cpu` with numba's.
+        policy: `train.checkpointing`.
+        quantization: `model.quantization`.
+        optim: `train.optim`.
+        adapter: Rank, targets, variants.
+        trained_rows: Rows of the vocabulary that are trained.
+    """
+
+    shape: Shape
+    rows: int
+    length: int
+    chunk: int
+    itemsize: int = 2
+    device: Literal["cuda", "cpu"] = "cuda"
+    policy: Literal["none", "block", "mamba"] = "block"
+    quantization: Literal["none", "nf4", "int8"] = "none"
+    optim: str = "adamw_torch_fused"
+    adapter: AdapterSection = field(default_factory=AdapterSection)
+    trained_rows: int = 0
+
+    @classmethod
+    def of(cls, recipe: Recipe, shape: Shape, device: str, *, length: int, trained_rows: int) -> Work:
+        """Returns the work of a recipe's training step on rows of `length` tokens."""
+        train = recipe.train
+        return cls(
+            shape=shape,
+            rows=train.per_device_train_batch_size,
+            length=length,
+            chunk=min(train.stream_tokens or length, length),
+            itemsize=4 if recipe.model.dtype == "float32" else 2,
+            device="cuda" if device == "cuda" else "cpu",
+            policy=train.checkpointing,
+            quantization=recipe.model.quantization,
+            optim=train.optim,
+            adapter=recipe.adapter,
+            trained_rows=trained_rows,
+        )
+
+    @property
+    def streams(self) -> bool:
+        """Whether a row is taken in chunks."""
+        return self.chunk < self.length
+
+    @property
+    def tokens(self) -> int:
+        """Tokens at work at once."""
+        return self.rows * self.chunk
+
+    @property
+    def mixed(self) -> bool:
+        """Whether products are computed in 16 bits, under autocast, with an adapter in float32."""
+        return self.itemsize < 4  # noqa: PLR2004
+
+    def targets(self, name: str) -> bool:
+        """Whether projection `name` carries LoRA."""
+        return any(target.rpartition(".")[2] == name for target in self.adapter.target_modules)
+
+    @property
+    def lora_values(self) -> int:
+        """Values of the LoRA matrices and DoRA's magnitudes."""
+        adapter = self.adapter
+        sizes = [size for name, size in self.shape.projections.items() if self.targets(name)]
+        each = sum(adapter.r * (inputs + outputs) + adapter.use_dora * outputs for inputs, outputs in sizes)
+        return self.shape.layers * each
+
+    @property
+    def trained(self) -> int:
+        """All values that are trained."""
+        matrices = 1 if self.shape.tied else 2
+        return self.lora_values + self.trained_rows * self.shape.hidden * matrices
+
+    @property
+    def boundaries(self) -> int:
+        """Bytes of the states that streaming keeps, one at each chunk's start but the first, in host memory."""
+        return (-(-self.length // self.chunk) - 1) * self.rows * self.shape.state_bytes(self.itemsize)
+
+
+def memory(work: Work) -> dict[Part, int]:
+    """Returns the bytes of each part of a training step's memory on the device.
+
+    All but the last of `block` (with `dequantized`), `loss` and `rows` are there at the same time; of these
+    three the largest counts: they are phases that follow one another. See `peak`.
+    """
+    states = 4 * work.rows * work.shape.state_bytes(work.itemsize) if work.streams else 0
+    if work.streams and work.device == "cpu":  # host memory is the device's
+        states += work.boundaries
+    parts: dict[Part, int] = {
+        "weights": weights(work),
+        "adapter": 4 * work.trained,
+        "gradients": 4 * work.trained,
+        "optimizer": work.trained * (8 if work.optim == "adamw_torch_fused" else 2),
+        "states": states,
+        "kept": kept(work),
+        "block": _block(work),
+        "dequantized": _dequantized(work),
+        "loss": _loss(work),
+        "rows": _rows(work),
+        "overhead": LIBRARIES,
+    }
+    if work.device == "cuda":
+        moving = parts["kept"] + max(parts["block"] + parts["dequantized"], parts["loss"])
+        parts["overhead"] = CONTEXT + int(SLACK * moving)
+    return parts
+
+
+def peak(parts: dict[Part, int]) -> int:
+    """Returns the most bytes that are held at once."""
+    phases = ("kept", "block", "dequantized", "loss", "rows")
+    always = sum(size for name, size in parts.items() if name not in phases)
+    at_work = max(parts["block"] + parts["dequantized"], parts["loss"])
+    return always + max(parts["kept"] + at_work, parts["rows"])
+
+
+def weights(work: Work) -> int:
+    """Returns the bytes of the base model."""
+    shape, e = work.shape, work.itemsize
+    if work.quantization == "none":
+        return shape.parameters * e
+    sizes = [shape.projections[name] for name in QUANTIZED]
+    values = shape.layers * sum(inputs * outputs for inputs, outputs in sizes)
+    scales = shape.layers * sum(outputs for _, outputs in sizes)
+    small = values * NF4_BYTES if work.quantization == "nf4" else values + 4 * scales
+    return int(small + (shape.parameters - values) * e)
+
+
+def kept(work: Work) -> int:
+    """Returns the bytes that the forward of all layers keeps for the backward.
+
+    `block` keeps the residual that enters a layer; `mamba` also the base's products of in_proj (xz, 2 D) and
+    x_proj (R + 2 N); `none` everything (`_layer`). The last residual and the last norm's output, both
+    float32, come once.
+    """
+    shape, e = work.shape, work.itemsize
+    residual = shape.hidden * (4 if shape.residual_in_fp32 else e)
+    if work.policy == "none":
+        layers = shape.layers * _layer(work)
+    else:
+        boundary = residual
+        if work.policy == "mamba":
+            boundary += e * (2 * shape.inner + shape.rank + 2 * shape.states)
+            boundary += e * shape.hidden * work.adapter.use_dora
+        layers = shape.layers * boundary * work.tokens
+    return layers + 2 * residual * work.tokens
+
+
+def _layer(work: Work) -> int:
+    """Bytes that one layer keeps for its backward when nothing is checkpointed.
+
+    The scan: xz (2 D), u, dt (D each), B, C (N each), and a state (D, N) of float32 for every 64 steps. The
+    norms before it: their inputs in float32. LoRA: the input of each target, which in float32 is a tensor
+    that is there anyway, except out_proj's and in_proj's; under autocast PEFT makes a float32 copy of it and
+    autocast a 16-bit one of that, which is kept.
+    """
+    shape, e, mixed = work.shape, work.itemsize, work.mixed
+    d, D, N, R = shape.hidden, shape.inner, shape.states, shape.rank
+    on = {name: work.targets(name) for name in shape.projections}
+    token = e * (4 * D + 2 * N) + 4 * (R + 2 * N) + 4 * d  # xz, u, dt; B, C; x_dbl; the residual or its copy
+    token += e * (D * on["out_proj"] + d * on["in_proj"] + R * on["dt_proj"])
+    token += e * D * (on["x_proj"] and mixed)
+    token += e * work.adapter.r * sum(on.values()) + 4 * 4  # A's products; a factor for each norm
+    token += _variants(work, on)
+    chunks = work.rows * -(-work.chunk // CHUNK)
+    once = 4 * D * N  # the rates
+    if mixed:
+        once += e * work.lora_values // shape.layers
+    return token * work.tokens + 4 * D * N * chunks + once
+
+
+def _variants(work: Work, on: dict[str, bool]) -> int:
+    """Bytes per token that dropout's masks and DoRA's products add to a layer."""
+    token = 0
+    for name, (inputs, outputs) in work.shape.projections.items():
+        if on[name] and work.adapter.lora_dropout:
+            token += inputs + 4 * inputs * (name == "x_proj" and not work.mixed)
+        if on[name] and work.adapter.use_dora:
+            token += 2 * outputs * work.itemsize
+    return token
+
+
+def _block(work: Work) -> int:
+    """Bytes of the backward of one layer at its peak, beyond what was kept.
+
+    Under checkpointing that starts with the layer's own tensors, computed again. At the peak, in the scan's
+    backward, there are dy (which took the place of y), du, ddt and dz (D each), the partial sums of dB and
+    dC, and the gradient of the residual. The CPU kernels hold the three gradients in float32 and, of 16-bit
+    inputs, float32 copies of u, dt, z and dy. A GPU can peak before it, in out_proj's backward, where PEFT
+    turns the adapter's part of dy (D) into float32.
+    """
+    shape, e, tokens = work.shape, work.itemsize, work.tokens
+    D, N = shape.inner, shape.states
+    dy = 0 if work.targets("out_proj") else e * D
+    if work.device == "cpu":
+        scan = 4 * 3 * D + (4 * 4 * D if work.mixed else 0)
+        scan += 4 * 2 * N * min(-(-D // CHANNELS), GROUPS)
+        scratch = 0
+    else:
+        partial = 4 * 2 * N * -(-D // CHANNELS)
+        scan = max(3 * e * D + partial, (2 * e + 4 * work.mixed) * D)
+        scratch = min(SCRATCH, 4 * D * N * 16 * work.rows * max(1, work.chunk // (4 * CHUNK)))
+    again = 0 if work.policy == "none" else _layer(work)
+    return again + (scan + dy + 4 * shape.hidden) * tokens + scratch
+
+
+def _dequantized(work: Work) -> int:
+    """Bytes of the weight that is unpacked at the time, the largest of which is in_proj's."""
+    inputs, outputs = work.shape.projections["in_proj"]
+    size = 0 if work.quantization == "none" else inputs * outputs * work.itemsize
+    if work.adapter.use_dora:  # the norm of W + B A, in float32
+        size += 2 * 4 * inputs * outputs
+    return size
+
+
+def _loss(work: Work) -> int:
+    """Bytes of TRL's chunked loss in its backward.
+
+    A tile of logits for up to 4,096 tokens and 32,768 columns (allocated whole, however small the
+    vocabulary), and the gradient of the hidden states in float32. Without a GPU seven float32 tensors of the
+    size of the tile's used part come on top. Where rows of the head are trained, PEFT hands TRL a copy of the
+    whole head, and gets its whole gradient in float32, then in the base's format.
+    """
+    shape, e = work.shape, work.itemsize
+    tokens, columns = min(work.tokens, TILE_TOKENS), min(shape.vocabulary, TILE_COLUMNS)
+    size = tokens * TILE_COLUMNS * e + 4 * work.tokens * shape.hidden
+    if work.mixed:
+        size += tokens * shape.hidden * e
+    if work.device == "cpu":
+        size += (7 * 4 + 1) * tokens * columns
+    if work.trained_rows:
+        size += shape.matrix * (e + 4 + (e if work.mixed else 0))
+    return size
+
+
+def _rows(work: Work) -> int:
+    """Bytes of the whole embedding gradients that trained rows are picked from, at the backward's end."""
+    return 2 * work.shape.matrix * work.itemsize if work.trained_rows else 0
+
+
+def with_rows(work: Work, rows: int) -> Work:
+    """Returns the same work on another number of rows."""
+    return replace(work, rows=rows)
+
+
+def with_length(work: Work, length: int) -> Work:
+    """Returns the same work on rows of another length; those that stream still do, in the same chunks."""
+    chunk = min(work.chunk, length) if work.streams else length
+    return replace(work, length=length, chunk=chunk)
