@@ -16,7 +16,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from mamba_sft import __version__, cli_export, cli_system, cli_talk
+from mamba_sft import __version__, cli_export, cli_plan, cli_system, cli_talk
 from mamba_sft.cli_talk import err, out, quiet_loading, run_or_newest
 from mamba_sft.errors import MambaSFTError, UsageError
 
@@ -287,6 +287,7 @@ def recipes_schema() -> None:
 
 app.command()(cli_talk.chat)
 app.command()(cli_talk.generate)
+app.command()(cli_plan.plan)
 app.command()(cli_system.doctor)
 app.add_typer(cli_system.bench_app, name="bench")
 app.command()(cli_export.export)

@@ -180,20 +180,17 @@ def kept(work: Work) -> int:
     """Returns the bytes that the forward of all layers keeps for the backward.
 
     `block` keeps the residual that enters a layer; `mamba` also the base's products of in_proj (xz, 2 D) and
-    x_proj (R + 2 N); `none` everything (`_layer`). The last residual and the last norm's output, both
-    float32, come once.
+    x_proj (R + 2 N); `none` everything (`_layer`). What comes once, at the end, is part of the loss.
     """
     shape, e = work.shape, work.itemsize
     residual = shape.hidden * (4 if shape.residual_in_fp32 else e)
     if work.policy == "none":
-        layers = shape.layers * _layer(work)
-    else:
-        boundary = residual
-        if work.policy == "mamba":
-            boundary += e * (2 * shape.inner + shape.rank + 2 * shape.states)
-            boundary += e * shape.hidden * work.adapter.use_dora
-        layers = shape.layers * boundary * work.tokens
-    return layers + 2 * residual * work.tokens
+        return shape.layers * _layer(work)
+    boundary = residual
+    if work.policy == "mamba":
+        boundary += e * (2 * shape.inner + shape.rank + 2 * shape.states)
+        boundary += e * shape.hidden * work.adapter.use_dora
+    return shape.layers * boundary * work.tokens
 
 
 def _layer(work: Work) -> int:
@@ -224,7 +221,8 @@ def _variants(work: Work, on: dict[str, bool]) -> int:
     token = 0
     for name, (inputs, outputs) in work.shape.projections.items():
         if on[name] and work.adapter.lora_dropout:
-            token += inputs + 4 * inputs * (name == "x_proj" and not work.mixed)
+            token += inputs * (1 if work.device == "cuda" else 4)
+            token += 4 * inputs * (name == "x_proj" and not work.mixed)
         if on[name] and work.adapter.use_dora:
             token += 2 * outputs * work.itemsize
     return token
@@ -251,6 +249,8 @@ def _block(work: Work) -> int:
         scan = max(3 * e * D + partial, (2 * e + 4 * work.mixed) * D)
         scratch = min(SCRATCH, 4 * D * N * 16 * work.rows * max(1, work.chunk // (4 * CHUNK)))
     again = 0 if work.policy == "none" else _layer(work)
+    if again and not work.mixed:  # the residual is not computed again
+        again -= 4 * shape.hidden * tokens
     return again + (scan + dy + 4 * shape.hidden) * tokens + scratch
 
 
@@ -266,14 +266,15 @@ def _dequantized(work: Work) -> int:
 def _loss(work: Work) -> int:
     """Bytes of TRL's chunked loss in its backward.
 
-    A tile of logits for up to 4,096 tokens and 32,768 columns (allocated whole, however small the
+    The last residual and the last norm's output, which the forward kept. A tile of logits for up to 4,096 tokens and 32,768 columns (allocated whole, however small the
     vocabulary), and the gradient of the hidden states in float32. Without a GPU seven float32 tensors of the
     size of the tile's used part come on top. Where rows of the head are trained, PEFT hands TRL a copy of the
     whole head, and gets its whole gradient in float32, then in the base's format.
     """
     shape, e = work.shape, work.itemsize
     tokens, columns = min(work.tokens, TILE_TOKENS), min(shape.vocabulary, TILE_COLUMNS)
-    size = tokens * TILE_COLUMNS * e + 4 * work.tokens * shape.hidden
+    residual = 4 if shape.residual_in_fp32 else e
+    size = tokens * TILE_COLUMNS * e + (4 + 2 * residual) * work.tokens * shape.hidden
     if work.mixed:
         size += tokens * shape.hidden * e
     if work.device == "cpu":

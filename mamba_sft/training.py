@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -28,9 +27,10 @@ from mamba_sft.corpus import as_trained, read_corpus
 from mamba_sft.data import PreparedData
 from mamba_sft.environment import describe_environment
 from mamba_sft.errors import TrainingError
+from mamba_sft.fitting import refuse_what_cannot_fit
 from mamba_sft.generation import answers, stop_token_ids
 from mamba_sft.model import apply_setup, load_model
-from mamba_sft.packing import Collator
+from mamba_sft.packing import Collator, row_lengths
 from mamba_sft.recipe import Recipe
 from mamba_sft.recipe_files import find_path
 from mamba_sft.reporting import write_report
@@ -38,6 +38,7 @@ from mamba_sft.resuming import find_checkpoint, newest_checkpoint, refuse_to_ove
 from mamba_sft.run import Run, atomic_directory, write_atomically
 from mamba_sft.samples import Prompt, load_prompts, pair, write_samples
 from mamba_sft.sampling import Sampling
+from mamba_sft.schedule import count_steps
 from mamba_sft.trainer import Trainer, trainer_arguments
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ def prepare(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) ->
         overwrite: Delete what is in `recipe.output_dir` when training starts.
 
     Raises:
-        MambaSFTError: Anything in recipe, base, data or output directory that would make the run fail.
+        MambaSFTError: Anything in recipe, base, data, output directory or memory that would make the run fail.
     """
     run = Run(Path(recipe.output_dir))
     checkpoint = find_checkpoint(run, recipe) if resume else None
@@ -102,6 +103,8 @@ def prepare(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) ->
     setup, data = read_corpus(recipe, rejected=run.rejected if PartialState().is_main_process else None)
     train_rows = as_trained(data.train, recipe.data, recipe.seed)
     validation_rows = as_trained(data.validation, recipe.data, recipe.seed)
+    longest = int(row_lengths(train_rows).max(initial=0))
+    refuse_what_cannot_fit(recipe, longest=longest, trained_rows=len(setup.trained_token_ids))
     arguments = trainer_arguments(recipe, run, has_validation=validation_rows is not None)
     return Preparation(
         recipe=recipe,
@@ -159,16 +162,6 @@ def fit(preparation: Preparation, *, callbacks: Sequence[TrainerCallback] = ()) 
         _save(preparation, trainer, before, after, time.time() - started)
     trainer.accelerator.wait_for_everyone()
     return run
-
-
-def count_steps(recipe: Recipe, rows: int, processes: int) -> int:
-    """Returns the optimizer steps that `rows` training rows give under the recipe's batch size and epochs."""
-    if recipe.train.max_steps > 0:
-        return recipe.train.max_steps
-    batches = math.ceil(rows / (recipe.train.per_device_train_batch_size * processes))
-    return math.ceil(
-        recipe.train.num_train_epochs * math.ceil(batches / recipe.train.gradient_accumulation_steps)
-    )
 
 
 def _start_directory(preparation: Preparation) -> None:

@@ -27,7 +27,7 @@ OWNERS = {
     "bitsandbytes": {"model", "merging"},
     "gguf": {"exporting"},
     "lm_eval": {"evaluation"},
-    "typer": {"cli", "cli_export", "cli_system", "cli_talk"},
+    "typer": {"cli", "cli_export", "cli_plan", "cli_system", "cli_talk"},
     "yaml": {"recipe_yaml"},
     "pydantic": {"recipe", "recipe_checks", "recipe_problems", "recipe_sections", "recipe_yaml"},
     "triton": {"kernels"},

@@ -178,7 +178,7 @@ def _scan_backward(
     du, ddt = _empty(2, batch, length, channels)
     dz = _empty(batch, length, channels) if z is not None else torch.empty(0)
     dA = torch.empty(batch, states, channels) if rate_wanted else torch.empty(batch, states, 0)
-    dB, dC = np.zeros((2, groups, batch, length, -(-states // 8) * 8), np.float32)
+    dB, dC = torch.zeros(2, groups, batch, length, -(-states // 8) * 8)
     dD, dbias = torch.empty(2, batch, channels)
     dinitial = torch.empty(batch, channels, states)
     rows = [_row_view(x) for x in (u, dt, u if z is None else z, dy)]
@@ -196,12 +196,9 @@ def _scan_backward(
         _dense(dfinal, dinitial.shape),
         rate_wanted,
         *(x.view(-1).numpy() for x in (du, ddt, dz)),
-        dA.numpy(),
-        dB,
-        dC,
-        *(x.numpy() for x in (dD, dbias, dinitial)),
+        *(x.numpy() for x in (dA, dB, dC, dD, dbias, dinitial)),
     )
-    dB, dC = (torch.from_numpy(partial.sum(axis=0)[..., :states]) for partial in (dB, dC))
+    dB, dC = (partial.sum(0)[..., :states] for partial in (dB, dC))
     return du, ddt, dA.sum(0).t(), dB, dC, dD.sum(0), dz, dbias.sum(0), dinitial
 
 

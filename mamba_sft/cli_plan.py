@@ -1,0 +1,200 @@
+"""The verb `plan` of the command line."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.text import Text
+
+from mamba_sft.cli_talk import err, out
+
+if TYPE_CHECKING:
+    from mamba_sft.planning import Plan
+
+INDENT, LABEL, FIGURE = 11, 34, 8
+WIDEST_BAR = 40
+NAMES = {
+    "weights": "base weights",
+    "adapter": "adapter, float32",
+    "gradients": "its gradients",
+    "optimizer": "its optimizer state",
+    "states": "states of the recurrence",
+    "kept": "kept for the backward",
+    "block": "one block in backward",
+    "dequantized": "a weight, unpacked",
+    "loss": "loss, in chunks",
+    "rows": "gradient of the embeddings",
+    "overhead": "CUDA and allocator",
+}
+
+
+def plan(
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a built-in one.")
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[section.field=value]...", help="Changes to the recipe's values."),
+    ] = None,
+    card: Annotated[
+        str | None,
+        typer.Option(help="A card to plan for, such as t4, 4090, a100-80, h100; default: this machine."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
+) -> None:
+    """Say what a recipe will take, before anything is downloaded: memory, time, disk, and whether it fits."""
+    from mamba_sft.recipe import Recipe
+
+    loaded = Recipe.load(recipe, overrides=overrides or [])
+    from mamba_sft.planning import make_plan
+
+    with err.status("planning"):
+        made = make_plan(loaded, card)
+    if as_json:
+        sys.stdout.write(made.to_json() + "\n")
+        return
+    for line in (*_model(made), *_memory(made), *_room(made), *_time(made), *_disk(made), *_fixes(made)):
+        out.print(line)
+
+
+def _line(head: str, text: str, style: str = "") -> Text:
+    line = Text(f"{head:<{INDENT}}", style="bold")
+    return line.append(text, style=style or "not bold")
+
+
+def _model(made: Plan) -> Iterator[Text]:
+    shape, work = made.work.shape, made.work
+    share = work.trained / shape.parameters
+    yield _line("model", f"{made.base[0]} (sizes from {made.base[1]})")
+    yield _line("", f"{_count(shape.parameters)} parameters, {_count(work.trained)} trained ({share:.2%})")
+    micro = f"{work.rows} x {work.length:,} tokens at once"
+    if work.streams:
+        micro = f"{work.rows} x {work.length:,} tokens, {work.chunk:,} of a row at once"
+    yield _line("step", f"{micro}, checkpointing {work.policy}, {_format(made)}")
+
+
+def _format(made: Plan) -> str:
+    bits = "32-bit" if made.work.itemsize == 4 else "16-bit"  # noqa: PLR2004
+    return bits if made.work.quantization == "none" else f"{made.work.quantization} and {bits}"
+
+
+def _memory(made: Plan) -> Iterator[Text]:
+    parts, usable = made.parts, made.accelerator.usable_bytes
+    ends = {
+        "block": parts["block"] + parts["dequantized"] >= parts["loss"],
+        "loss": parts["block"] + parts["dequantized"] < parts["loss"],
+    }
+    yield _line("memory", "planned, not measured; GB")
+    for name, size in parts.items():
+        if not size:
+            continue
+        counted = ends.get("block" if name == "dequantized" else name, name != "rows")
+        label = NAMES[name] if name != "overhead" or made.accelerator.type == "cuda" else "libraries"
+        yield _bar(label, size, usable, counted)
+    yield _bar("at once, at most", made.peak, usable, counted=True, total=True)
+
+
+def _bar(label: str, size: int, usable: int, counted: bool, total: bool = False) -> Text:
+    """A part of the memory: its name, GB, and a bar in proportion to the device; dim if at another time."""
+    width = max(0, min(WIDEST_BAR, out.width - INDENT - LABEL - FIGURE - 3))
+    note = "" if counted else " (another time)"
+    style = "bold" if total else ("not bold" if counted else "dim")
+    line = Text(" " * INDENT).append(f"{label + note:<{LABEL}}{size / 1e9:>{FIGURE}.2f}  ", style=style)
+    if usable:
+        full = out.encoding.lower().startswith("utf")
+        cells = min(width, round(width * size / usable))
+        over = total and size > usable
+        line.append(("█" if full else "#") * cells, style="red" if over else ("green" if total else style))
+    return line
+
+
+def _room(made: Plan) -> Iterator[Text]:
+    device, work = made.accelerator, made.work
+    usable = f"{device.usable_bytes / 1e9:.1f} GB usable"
+    if device.nominal_bytes > device.usable_bytes:
+        usable += f" of {device.nominal_bytes / 1e9:.0f}"
+    left = (device.usable_bytes - made.peak) / 1e9
+    verdict = f"fits, {left:.1f} GB left" if made.fits else f"does not fit: {-left:.1f} GB too much"
+    line = _line("device", f"{device.name}, {usable}: ")
+    yield line.append(verdict, style="bold green" if made.fits else "bold red")
+    if work.itemsize == 2 and not device.bfloat16:  # noqa: PLR2004
+        yield _line("", "has no bfloat16: set `model.dtype: float16`, or it will be taken", "yellow")
+    rows = f"a batch of {made.largest_rows:,}" if made.largest_rows else "no batch"
+    yield _line("largest", f"{rows} at {work.length:,} tokens; {_longest(made)} at a batch of {work.rows}")
+    if work.boundaries and device.type == "cuda":
+        yield _line("", f"states of the chunks wait in host memory: {work.boundaries / 1e9:.1f} GB")
+
+
+def _longest(made: Plan) -> str:
+    if made.largest_length >= 1 << 20:
+        return "rows of any length"
+    return f"rows of {made.largest_length:,} tokens" if made.largest_length else "no row"
+
+
+def _time(made: Plan) -> Iterator[Text]:
+    steps = "steps: known when the data is here" if made.steps is None else f"{made.steps:,} steps"
+    yield _line("tokens", f"{made.tokens_per_step:,} a step on one device; {steps}")
+    if made.most_tokens is not None:
+        known = "about" if made.steps is not None else "at most"
+        yield _line("", f"{known} {_count(made.most_tokens)} in all")
+    if made.rate is None:
+        yield _line("time", "unknown: there is no run here to go by, and the device is not in the table")
+        return
+    source = made.rate.source
+    how = "estimated by counting operations" if source == "estimated" else f"measured in {source}"
+    yield _line("time", f"{made.rate.tokens_per_second:,.0f} tokens/s, {how}")
+    if made.seconds is not None:
+        bound = "" if made.steps is not None else "at most "
+        yield _line("", f"{bound}{_duration(made.seconds)} of training")
+    else:
+        yield _line("", f"{_duration(1e6 / made.rate.tokens_per_second)} for a million tokens")
+
+
+def _disk(made: Plan) -> Iterator[Text]:
+    disk = made.disk
+    yield _line(
+        "disk",
+        f"download {_size(disk['download'])}, adapter {_size(disk['adapter'])}, "
+        f"checkpoints {_size(disk['checkpoints'])}",
+    )
+    yield _line(
+        "",
+        f"merged {_size(disk['merged'])}, GGUF F16 {_size(disk['gguf_f16'])}, "
+        f"Q4_K_M {_size(disk['gguf_q4_k_m'])}",
+    )
+
+
+def _fixes(made: Plan) -> Iterator[Text]:
+    if made.fits:
+        return
+    if not made.fixes:
+        yield _line("change", "nothing makes it fit: it needs a device with more memory", "bold red")
+    for number, fix in enumerate(made.fixes):
+        cost = f"{fix.peak / 1e9:.1f} GB, {fix.slowdown:.2f} times the time"
+        yield _line("change" if number == 0 else "", cost)
+        for override in fix.overrides:
+            yield _line("", f"  {override}", "cyan")
+
+
+def _count(number: int) -> str:
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return str(number)
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
+def _duration(seconds: float) -> str:
+    minutes = seconds / 60
+    if minutes < 1:
+        return f"{seconds:.0f} s"
+    hours = minutes / 60
+    if hours < 1:
+        return f"{minutes:.0f} min"
+    return f"{hours:.1f} h" if hours < 48 else f"{hours / 24:.1f} days"  # noqa: PLR2004

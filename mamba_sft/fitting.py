@@ -1,0 +1,146 @@
+"""Whether a recipe fits a device, how much more would, and what to change if it does not."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+
+from mamba_sft.cards import Accelerator, recognized
+from mamba_sft.environment import describe_device
+from mamba_sft.errors import TrainingError
+from mamba_sft.planning_memory import Work, memory, peak, with_length, with_rows
+from mamba_sft.planning_time import estimate
+from mamba_sft.recipe import Recipe
+from mamba_sft.shape import find_shape
+
+logger = logging.getLogger(__name__)
+
+MOST_ROWS, MOST_LENGTH = 4096, 1 << 20
+"""The bounds of the recipe's fields."""
+TOLERANCE = 0.1
+"""How far off the plan may be: `train` refuses what misses by more, and warns of what is closer."""
+SHOWN = 3
+_STREAMS = (None, 8192, 4096, 2048, 1024, 512)
+
+
+@dataclass(frozen=True)
+class Fix:
+    """Overrides with which a recipe fits.
+
+    Args:
+        overrides: `section.field=value` texts.
+        peak: The planned peak with them, bytes.
+        slowdown: Planned time per token over that of the recipe as it is; 1 where speeds are not known.
+    """
+
+    overrides: tuple[str, ...]
+    peak: int
+    slowdown: float
+
+
+def largest_rows(work: Work, usable: int) -> int:
+    """Returns the largest micro-batch that fits, 0 if none does."""
+    return _largest(lambda rows: peak(memory(with_rows(work, rows))) <= usable, MOST_ROWS)
+
+
+def largest_length(work: Work, usable: int) -> int:
+    """Returns the longest row that fits at the work's micro-batch, up to the longest a recipe allows."""
+    return _largest(lambda length: peak(memory(with_length(work, length))) <= usable, MOST_LENGTH)
+
+
+def _largest(fits: Callable[[int], bool], most: int) -> int:
+    low, high = 0, most + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def fixes(work: Work, accumulation: int, accelerator: Accelerator) -> list[Fix]:
+    """Returns up to three ways to make a recipe fit, the fastest first, that leave what is learned as it is.
+
+    Tried are all smaller micro-batches (with accumulation in proportion), checkpointing policies and lengths
+    of streamed chunks. NF4, which rounds the weights, is tried only where nothing else fits.
+
+    Args:
+        work: What does not fit.
+        accumulation: `train.gradient_accumulation_steps`.
+        accelerator: The device.
+    """
+    found = list(_fitting(work, accumulation, accelerator))
+    if not found and work.quantization != "nf4":
+        found = list(_fitting(replace(work, quantization="nf4"), accumulation, accelerator))
+        nf4 = ("model.quantization=nf4",)
+        found = [replace(fix, overrides=nf4 + fix.overrides) for fix in found]
+    found.sort(key=lambda fix: (round(fix.slowdown, 2), len(fix.overrides), fix.peak))
+    chosen: list[Fix] = []
+    for fix in found:
+        if not any(set(other.overrides) <= set(fix.overrides) for other in chosen):
+            chosen.append(fix)
+    return chosen[:SHOWN]
+
+
+def _fitting(work: Work, accumulation: int, accelerator: Accelerator) -> Iterator[Fix]:
+    before = estimate(work, accelerator)
+    divisors = [n for n in (1, 2, 4, 8, 16, 32, 64, 128) if work.rows % n == 0]
+    policies = (work.policy, *(other for other in ("none", "mamba", "block") if other != work.policy))
+    for divisor, policy, stream in product(divisors, policies, _STREAMS):
+        overrides = []
+        if divisor > 1:
+            overrides += [
+                f"train.per_device_train_batch_size={work.rows // divisor}",
+                f"train.gradient_accumulation_steps={accumulation * divisor}",
+            ]
+        if policy != work.policy:
+            overrides.append(f"train.checkpointing={policy}")
+        chunk = work.chunk if stream is None else stream
+        if stream is not None and stream >= work.chunk:
+            continue
+        if stream is not None:
+            overrides.append(f"train.stream_tokens={stream}")
+        changed = replace(work, rows=work.rows // divisor, policy=policy, chunk=chunk)
+        size, after = peak(memory(changed)), estimate(changed, accelerator)
+        if size <= accelerator.usable_bytes:
+            slowdown = before.tokens_per_second / after.tokens_per_second if before and after else 1.0
+            yield Fix(tuple(overrides), size, slowdown)
+
+
+def advice(found: list[Fix]) -> str:
+    """Returns the fixes as a hint."""
+    if not found:
+        return "no batch, checkpointing or streaming makes it fit here; it needs a device with more memory"
+    first, *others = (" ".join(fix.overrides) for fix in found)
+    return f"add `{first}`" + "".join(f", or `{other}`" for other in others)
+
+
+def refuse_what_cannot_fit(recipe: Recipe, *, longest: int, trained_rows: int) -> None:
+    """Checks a run against the memory of the device it would train on, before weights are loaded.
+
+    With `train.auto_batch` a micro-batch may be run row by row, so one row has to fit. The reference backend
+    is not checked: what it keeps is not planned.
+
+    Args:
+        recipe: What would be trained.
+        longest: Tokens of the longest row.
+        trained_rows: Rows of the vocabulary that are trained.
+
+    Raises:
+        TrainingError: The plan exceeds the memory by more than it can be off.
+    """
+    accelerator = recognized(describe_device())
+    usable = accelerator.usable_bytes
+    if recipe.model.kernels == "reference" or not usable or not longest:
+        return
+    shape, _ = find_shape(recipe.model)
+    work = Work.of(recipe, shape, accelerator.type, length=longest, trained_rows=trained_rows)
+    least = with_rows(work, 1) if recipe.train.auto_batch else work
+    planned = peak(memory(least))
+    if planned <= usable:
+        return
+    what = f"this run needs {planned / 1e9:.1f} GB by plan, and {accelerator.name} has {usable / 1e9:.1f} GB"
+    hint = advice(fixes(work, recipe.train.gradient_accumulation_steps, accelerator))
+    if planned > (1 + TOLERANCE) * usable:
+        raise TrainingError(what, hint=f"{hint}; see `mamba-sft plan`")
+    logger.warning("%s: it may run out of memory; %s", what, hint)

@@ -1,0 +1,191 @@
+"""What a recipe will take, before anything is downloaded: memory, time, disk, and what would fit instead."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from mamba_sft.cards import Accelerator, find_card, recognized
+from mamba_sft.environment import describe_device
+from mamba_sft.errors import UsageError
+from mamba_sft.fitting import Fix, fixes, largest_length, largest_rows
+from mamba_sft.planning_memory import Part, Work, memory, peak
+from mamba_sft.planning_time import Rate, estimate, flops, measured
+from mamba_sft.recipe import Recipe, find_path
+from mamba_sft.schedule import count_steps
+from mamba_sft.shape import find_shape
+
+TEMPLATE_TOKENS = 2
+"""Rows of the vocabulary that the chat templates need and a base does not have: turn start and turn end."""
+Q4_K_M_BYTES = 0.578
+"""Per weight, of a whole Falcon-Mamba-7B in GGUF's Q4_K_M."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe will take.
+
+    Args:
+        base: The base model, and where its sizes were read.
+        accelerator: The device it is planned for.
+        work: The training step.
+        parts: Bytes of each part of its memory, see `planning_memory.memory`.
+        peak: Bytes held at once, at most.
+        largest_rows: Micro-batch that still fits; 0: none.
+        largest_length: Tokens of a row that still fit at the recipe's micro-batch.
+        tokens_per_step: Positions of an optimizer step, on one device.
+        steps: Optimizer steps, None where the data has to be seen first.
+        most_tokens: Tokens of the run, at most, None where that is not known.
+        rate: Tokens per second, None where the device's speed is not known.
+        disk: Bytes of what is downloaded and written.
+        fixes: What to change if it does not fit.
+    """
+
+    base: tuple[str, str]
+    accelerator: Accelerator
+    work: Work
+    parts: dict[Part, int]
+    peak: int
+    largest_rows: int
+    largest_length: int
+    tokens_per_step: int
+    steps: int | None
+    most_tokens: int | None
+    rate: Rate | None
+    disk: dict[str, int]
+    fixes: list[Fix]
+
+    @property
+    def fits(self) -> bool:
+        """Whether the peak is within the memory that the device gives."""
+        return self.peak <= self.accelerator.usable_bytes
+
+    @property
+    def seconds(self) -> float | None:
+        """Seconds of training, None where tokens or rate are not known."""
+        if self.most_tokens is None or self.rate is None:
+            return None
+        return self.most_tokens / self.rate.tokens_per_second
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns everything as JSON-safe values; bytes, seconds and tokens as numbers."""
+        shape = self.work.shape
+        return {
+            "base": self.base[0],
+            "shape_from": self.base[1],
+            "parameters": shape.parameters,
+            "trained_parameters": self.work.trained,
+            "device": asdict(self.accelerator),
+            "memory": dict(self.parts),
+            "peak_bytes": self.peak,
+            "host_state_bytes": self.work.boundaries,
+            "fits": self.fits,
+            "largest_batch_size": self.largest_rows,
+            "largest_length": self.largest_length,
+            "tokens_per_step": self.tokens_per_step,
+            "steps": self.steps,
+            "most_tokens": self.most_tokens,
+            "gflop_per_token": flops(self.work) / 1e9,
+            "tokens_per_second": self.rate and self.rate.tokens_per_second,
+            "rate_source": self.rate and self.rate.source,
+            "seconds": self.seconds,
+            "disk": self.disk,
+            "fixes": [asdict(fix) for fix in self.fixes],
+        }
+
+    def to_json(self) -> str:
+        """Returns `to_dict` as JSON."""
+        return json.dumps(self.to_dict(), indent=2)
+
+
+def make_plan(recipe: Recipe, card: str | None = None) -> Plan:
+    """Plans a recipe without loading or downloading its base or its data.
+
+    Args:
+        recipe: What would be trained.
+        card: A name of `cards.CARDS`; None plans for the device of this machine.
+
+    Raises:
+        UsageError: No such card, the `reference` kernels, or rows of no known length.
+        ModelError: The base cannot be found.
+    """
+    if recipe.model.kernels == "reference":
+        raise UsageError(
+            "`model.kernels: reference` is for checking, and what it keeps is not planned",
+            hint="plan with `model.kernels=auto`",
+        )
+    accelerator = find_card(card) if card else recognized(describe_device())
+    shape, source = find_shape(recipe.model)
+    rows = _training_rows(recipe)
+    length = recipe.data.max_length or (max(rows) if rows else recipe.train.stream_tokens)
+    if length is None:
+        raise UsageError(
+            "`data.max_length` is null, so how long rows are is not known before the data is read",
+            hint="plan for a length: `data.max_length=32768`",
+        )
+    trained = 0 if recipe.chat.template == "tokenizer" else TEMPLATE_TOKENS
+    work = Work.of(recipe, shape, accelerator.type, length=length, trained_rows=trained)
+    parts = memory(work)
+    accumulation = recipe.train.gradient_accumulation_steps
+    per_step = work.rows * length * accumulation
+    steps, most_tokens = _extent(recipe, rows, per_step)
+    usable = accelerator.usable_bytes
+    rate = (None if card else measured(recipe, accelerator.name)) or estimate(work, accelerator)
+    return Plan(
+        base=(recipe.model.base, source),
+        accelerator=accelerator,
+        work=work,
+        parts=parts,
+        peak=peak(parts),
+        largest_rows=largest_rows(work, usable),
+        largest_length=largest_length(work, usable),
+        tokens_per_step=per_step,
+        steps=steps,
+        most_tokens=most_tokens,
+        rate=rate,
+        disk=_disk(recipe, work),
+        fixes=[] if peak(parts) <= usable else fixes(work, accumulation, accelerator),
+    )
+
+
+def _training_rows(recipe: Recipe) -> list[int]:
+    """Lengths of the rows as they are trained, if base and data are on this machine; else nothing."""
+    here = [recipe.model.base, *(source.path for source in recipe.data.sources)]
+    if not all(find_path(path).exists() for path in here):
+        return []
+    from mamba_sft.corpus import as_trained, read_corpus
+    from mamba_sft.packing import row_lengths
+
+    _, data = read_corpus(recipe)
+    lengths: list[int] = row_lengths(as_trained(data.train, recipe.data, recipe.seed)).tolist()
+    return lengths
+
+
+def _extent(recipe: Recipe, rows: list[int], per_step: int) -> tuple[int | None, int | None]:
+    """Optimizer steps and the most tokens of a run, as far as they are known."""
+    if rows:
+        steps = count_steps(recipe, len(rows), 1)
+        batch = recipe.train.per_device_train_batch_size * recipe.train.gradient_accumulation_steps
+        return steps, int(steps * batch * sum(rows) / len(rows))
+    if recipe.train.max_steps > 0:
+        return recipe.train.max_steps, recipe.train.max_steps * per_step
+    limits = [source.limit for source in recipe.data.sources]
+    if recipe.data.max_length is None or None in limits:
+        return None, None
+    shown = sum(source.weight * (source.limit or 0) for source in recipe.data.sources)
+    return None, int(recipe.train.num_train_epochs * shown * recipe.data.max_length)
+
+
+def _disk(recipe: Recipe, work: Work) -> dict[str, int]:
+    parameters = work.shape.parameters
+    adapter = 4 * work.trained
+    optimizer = work.trained * (8 if recipe.train.optim == "adamw_torch_fused" else 2)
+    return {
+        "download": 0 if find_path(recipe.model.base).exists() else 2 * parameters,
+        "adapter": adapter,
+        "checkpoints": recipe.train.save_total_limit * (adapter + optimizer),
+        "merged": 2 * parameters,
+        "gguf_f16": 2 * parameters,
+        "gguf_q4_k_m": int(Q4_K_M_BYTES * parameters),
+    }

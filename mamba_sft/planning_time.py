@@ -1,0 +1,146 @@
+"""How long training takes: from an earlier run on this machine, or by counting operations.
+
+The count, per token (`estimate`): the matrix products, 2 operations for each weight that takes part, in the
+forward, in the backward for the inputs only (frozen weights get no gradient), and again where checkpointing or
+streaming repeats them; the head once more, because TRL's loss computes its logits twice; the adapter's own;
+over the sustained rate of the card. The scan: state updates (layers * D * N) times the clocks that a pass
+needs on the busiest pipe of a multiprocessor, from counted instructions. The bytes that norms, convolution,
+scan and adapter move, over the bandwidth. And per micro-batch the weights, read (or with nf4 unpacked, which
+moves 2.55 bytes a weight) once for each pass. The sum is divided by `EFFICIENCY`, because what is left out
+(launches, other streams, imperfect tiles) takes time too. Nothing of it has been measured on a GPU yet.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mamba_sft.cards import Accelerator
+from mamba_sft.errors import MambaSFTError
+from mamba_sft.planning_memory import Work
+from mamba_sft.recipe import Recipe
+from mamba_sft.run import Run
+
+EFFICIENCY = 0.65
+"""Of what the count allows; kernels that are written well reach 0.6 to 0.75 of it."""
+SUSTAINED = 0.8
+"""Of the peak rate of matrix products: what large ones reach at the clock that the power limit allows."""
+FORWARD_CLOCKS, BACKWARD_ISSUED, BACKWARD_FP32 = 10 / 128, 27.6 / 128, 16.4
+"""Clocks of a multiprocessor for a state update: instructions issued, of 128 lanes; float32 ones of the
+backward, of `fp32_lanes` (counted in compiled kernels, `bench_card.FORWARD` and `BACKWARD`)."""
+MOVED = {"none": 42, "mamba": 54, "block": 59}
+"""Numbers moved per token, layer and channel outside the matrix products, by checkpointing policy."""
+NF4_MOVED = 2.55
+CORE_FLOPS, CORE_UPDATE_SECONDS = 4e10, (0.67e-9, 2.0e-9)
+"""Of a CPU core with AVX2: float32 products per second; a state update, forward and backward (measured by
+`mamba-sft bench kernels` on an AMD EPYC)."""
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Tokens per second, and how that is known.
+
+    Args:
+        tokens_per_second: Read tokens, over all of a run.
+        source: `estimated`, or the run that it was measured in.
+    """
+
+    tokens_per_second: float
+    source: str
+
+
+def estimate(work: Work, accelerator: Accelerator) -> Rate | None:
+    """Returns the rate that the count of operations allows, or None for a device whose speed is not known."""
+    if accelerator.type == "cpu":
+        return Rate(1 / _cpu_seconds(work, max(accelerator.multiprocessors, 1)), "estimated")
+    if not accelerator.flops:
+        return None
+    shape, e = work.shape, work.itemsize
+    rate = accelerator.flops * SUSTAINED / (1 if work.mixed else 8)
+    fp32 = BACKWARD_FP32 / accelerator.fp32_lanes
+    passes = 1 + _again(work)
+    clocks = FORWARD_CLOCKS * (1 + _repeats(work)) + max(BACKWARD_ISSUED, fp32)
+    updates = shape.layers * shape.inner * shape.states
+    seconds = flops(work) / rate
+    seconds += updates * clocks / (accelerator.multiprocessors * accelerator.clock_hz)
+    seconds += MOVED[work.policy] * e * shape.layers * shape.inner / accelerator.bandwidth
+    moved = NF4_MOVED if work.quantization == "nf4" else e
+    seconds += (passes + 1) * shape.products * moved / accelerator.bandwidth / work.tokens
+    return Rate(EFFICIENCY / seconds, "estimated")
+
+
+def flops(work: Work) -> float:
+    """Returns the operations of matrix products per token of a training step, repeated ones included."""
+    head = 2 * work.shape.matrix * 3 + (2 * work.shape.matrix if work.trained_rows else 0)
+    return 2 * work.shape.products * (2 + _again(work)) + head + 6 * work.lora_values
+
+
+def model_flops(work: Work) -> int:
+    """Returns 4 N: the operations per token that training an adapter needs, N the weights of all products."""
+    return 4 * (work.shape.products + work.shape.matrix)
+
+
+def _repeats(work: Work) -> float:
+    """Forwards of the cheap part of a layer, beyond the first."""
+    chunks = -(-work.length // work.chunk)
+    return (work.policy != "none") + (1 - 1 / chunks)
+
+
+def _again(work: Work) -> float:
+    """Share of the layers' large products that is computed beyond forward and backward."""
+    return _repeats(work) - (work.policy == "mamba")
+
+
+def _cpu_seconds(work: Work, cores: int) -> float:
+    shape = work.shape
+    updates = shape.layers * shape.inner * shape.states
+    forward, backward = CORE_UPDATE_SECONDS
+    seconds = flops(work) / CORE_FLOPS + updates * (forward * (1 + _repeats(work)) + backward)
+    return seconds / cores / EFFICIENCY
+
+
+def measured(recipe: Recipe, device_name: str) -> Rate | None:
+    """Returns the rate of the newest run on this device that trained the same way, if there is one.
+
+    Looked for beside `output_dir`: the tokens in a run's metrics.jsonl over the seconds that its trainer took,
+    evaluations included. The same way is the same base, number format, adapter targets, rows and policies.
+    """
+    beside = Path(recipe.output_dir).absolute().parent
+    for environment in sorted(beside.glob("*/environment.json"), key=_age, reverse=True):
+        try:
+            rate = _rate_of(Run(environment.parent), recipe, device_name)
+        except (OSError, ValueError, KeyError, TypeError, MambaSFTError):  # an older or broken run
+            continue
+        if rate is not None:
+            return rate
+    return None
+
+
+def _rate_of(run: Run, recipe: Recipe, device_name: str) -> Rate | None:
+    facts = json.loads(run.environment.read_text(encoding="utf-8"))
+    if facts["device"]["name"] != device_name or _way(Recipe.load(run.recipe)) != _way(recipe):
+        return None
+    lines = [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
+    seconds = max((line.get("train_runtime", 0.0) for line in lines), default=0.0)
+    tokens = max((line.get("num_tokens", 0) for line in lines), default=0)
+    return Rate(tokens / seconds, shown(run.path)) if tokens and seconds else None
+
+
+def _way(recipe: Recipe) -> tuple[Any, ...]:
+    model, data, train = recipe.model, recipe.data, recipe.train
+    return (
+        model.base, model.dtype, model.quantization, data.max_length, data.packing, recipe.adapter,
+        train.per_device_train_batch_size, train.checkpointing, train.stream_tokens,
+    )  # fmt: skip
+
+
+def _age(path: Path) -> float:
+    return path.stat().st_mtime
+
+
+def shown(path: Path) -> str:
+    """Returns a path from the working directory where it lies below it."""
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
