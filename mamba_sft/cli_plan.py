@@ -14,7 +14,7 @@ from mamba_sft.cli_talk import err, out
 if TYPE_CHECKING:
     from mamba_sft.planning import Plan
 
-INDENT, LABEL, FIGURE = 11, 34, 8
+INDENT, LABEL, FIGURE = 11, 28, 8
 WIDEST_BAR = 40
 NAMES = {
     "weights": "base weights",
@@ -87,9 +87,9 @@ def _memory(made: Plan) -> Iterator[Text]:
         "block": parts["block"] + parts["dequantized"] >= parts["loss"],
         "loss": parts["block"] + parts["dequantized"] < parts["loss"],
     }
-    yield _line("memory", "planned, not measured; GB")
+    yield _line("memory", "planned, not measured; GB (in brackets: not at the time of the peak)")
     for name, size in parts.items():
-        if not size:
+        if round(size / 1e9, 2) == 0:
             continue
         counted = ends.get("block" if name == "dequantized" else name, name != "rows")
         label = NAMES[name] if name != "overhead" or made.accelerator.type == "cuda" else "libraries"
@@ -100,9 +100,9 @@ def _memory(made: Plan) -> Iterator[Text]:
 def _bar(label: str, size: int, usable: int, counted: bool, total: bool = False) -> Text:
     """A part of the memory: its name, GB, and a bar in proportion to the device; dim if at another time."""
     width = max(0, min(WIDEST_BAR, out.width - INDENT - LABEL - FIGURE - 3))
-    note = "" if counted else " (another time)"
+    figure = f"{size / 1e9:.2f} " if counted else f"({size / 1e9:.2f})"
     style = "bold" if total else ("not bold" if counted else "dim")
-    line = Text(" " * INDENT).append(f"{label + note:<{LABEL}}{size / 1e9:>{FIGURE}.2f}  ", style=style)
+    line = Text(" " * INDENT).append(f"{label:<{LABEL}}{figure:>{FIGURE}} ", style=style)
     if usable:
         full = out.encoding.lower().startswith("utf")
         cells = min(width, round(width * size / usable))
@@ -120,8 +120,8 @@ def _room(made: Plan) -> Iterator[Text]:
     verdict = f"fits, {left:.1f} GB left" if made.fits else f"does not fit: {-left:.1f} GB too much"
     line = _line("device", f"{device.name}, {usable}: ")
     yield line.append(verdict, style="bold green" if made.fits else "bold red")
-    if work.itemsize == 2 and not device.bfloat16:  # noqa: PLR2004
-        yield _line("", "has no bfloat16: set `model.dtype: float16`, or it will be taken", "yellow")
+    if made.wants_bfloat16 and not device.bfloat16:
+        yield _line("", "it has no bfloat16, so the run would take float16", "yellow")
     rows = f"a batch of {made.largest_rows:,}" if made.largest_rows else "no batch"
     yield _line("largest", f"{rows} at {work.length:,} tokens; {_longest(made)} at a batch of {work.rows}")
     if work.boundaries and device.type == "cuda":

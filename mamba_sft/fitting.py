@@ -21,6 +21,8 @@ MOST_ROWS, MOST_LENGTH = 4096, 1 << 20
 """The bounds of the recipe's fields."""
 TOLERANCE = 0.1
 """How far off the plan may be: `train` refuses what misses by more, and warns of what is closer."""
+ROOM = 0.97
+"""How much of the memory a fix may fill."""
 SHOWN = 3
 _STREAMS = (None, 8192, 4096, 2048, 1024, 512)
 
@@ -102,7 +104,7 @@ def _fitting(work: Work, accumulation: int, accelerator: Accelerator) -> Iterato
             overrides.append(f"train.stream_tokens={stream}")
         changed = replace(work, rows=work.rows // divisor, policy=policy, chunk=chunk)
         size, after = peak(memory(changed)), estimate(changed, accelerator)
-        if size <= accelerator.usable_bytes:
+        if size <= ROOM * accelerator.usable_bytes:
             slowdown = before.tokens_per_second / after.tokens_per_second if before and after else 1.0
             yield Fix(tuple(overrides), size, slowdown)
 

@@ -40,6 +40,7 @@ class Plan:
         rate: Tokens per second, None where the device's speed is not known.
         disk: Bytes of what is downloaded and written.
         fixes: What to change if it does not fit.
+        wants_bfloat16: Whether the recipe asks for bfloat16.
     """
 
     base: tuple[str, str]
@@ -55,6 +56,7 @@ class Plan:
     rate: Rate | None
     disk: dict[str, int]
     fixes: list[Fix]
+    wants_bfloat16: bool
 
     @property
     def fits(self) -> bool:
@@ -146,6 +148,7 @@ def make_plan(recipe: Recipe, card: str | None = None) -> Plan:
         rate=rate,
         disk=_disk(recipe, work),
         fixes=[] if peak(parts) <= usable else fixes(work, accumulation, accelerator),
+        wants_bfloat16=recipe.model.dtype == "bfloat16",
     )
 
 

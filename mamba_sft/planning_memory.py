@@ -80,7 +80,7 @@ class Work:
             rows=train.per_device_train_batch_size,
             length=length,
             chunk=min(train.stream_tokens or length, length),
-            itemsize=4 if recipe.model.dtype == "float32" else 2,
+            itemsize=4 if recipe.model.dtype in _float32(device) else 2,
             device="cuda" if device == "cuda" else "cpu",
             policy=train.checkpointing,
             quantization=recipe.model.quantization,
@@ -287,6 +287,11 @@ def _loss(work: Work) -> int:
 def _rows(work: Work) -> int:
     """Bytes of the whole embedding gradients that trained rows are picked from, at the backward's end."""
     return 2 * work.shape.matrix * work.itemsize if work.trained_rows else 0
+
+
+def _float32(device: str) -> tuple[str, ...]:
+    """Names of `model.dtype` that mean float32 on a device."""
+    return ("float32",) if device == "cuda" else ("float32", "auto")
 
 
 def with_rows(work: Work, rows: int) -> Work:

@@ -176,8 +176,9 @@ def backpropagate(chunks: Sequence[Chunk], boundaries: Boundaries, run: Run) -> 
         before = boundaries.restore(number)
         carry = Carry(before)
         run(chunk, carry, _closing(carry, gradients))
+        carry.detach()
         if chunk is chunks[-1]:
-            final = [(conv.detach(), scan.detach()) for conv, scan in carry.after]
+            final = carry.after
             random = random_state(device)
         if number and before is not None:
             gradients = chunk.enter([(_gradient(conv), _gradient(scan)) for conv, scan in before])

@@ -43,3 +43,11 @@ class Carry:
     def after(self) -> list[LayerState]:
         """The states that the forward ended with, in the order of the layers."""
         return [self._after[layer] for layer in sorted(self._after)]
+
+    def detach(self) -> None:
+        """Lets go of what the final states were computed from, once their backward has run.
+
+        Checkpointed blocks hold the carry they were called with, and through it each other: without this, the
+        inputs of all of them stay until the next forward is done.
+        """
+        self._after = {layer: (conv.detach(), scan.detach()) for layer, (conv, scan) in self._after.items()}

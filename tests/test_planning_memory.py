@@ -1,0 +1,241 @@
+"""The plan's memory against what torch's allocator hands out in a training step, within 10%."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from mamba_sft import planning_memory
+from mamba_sft.adapter import attach_adapter
+from mamba_sft.checkpointing import checkpoint_activations
+from mamba_sft.kernels import cpu, cpu_loops
+from mamba_sft.kernels.falcon_mamba import install
+from mamba_sft.packing import Collator
+from mamba_sft.planning_memory import Work, memory, peak, weights, with_length
+from mamba_sft.recipe import AdapterSection
+from mamba_sft.shape import Shape
+from mamba_sft.streaming import backpropagate, split, sweep
+from tests.conftest import build_model
+
+TOLERANCE = 0.1
+SEVEN_B = Shape(layers=64, hidden=4096, inner=8192, states=16, rank=256, width=4, vocabulary=65024)
+
+
+class Case(NamedTuple):
+    policy: str = "block"
+    dtype: torch.dtype = torch.float32
+    hidden: int = 256
+    length: int = 1024
+    rows: int = 1
+    layers: int = 4
+    stream: int | None = None
+    vocabulary: int = 256
+    states: int = 16
+    packed: bool = False
+    trained: tuple[int, ...] = ()
+    adapter: tuple[tuple[str, Any], ...] = ()
+    backend: str = "cpu"
+
+    @property
+    def work(self) -> Work:
+        shape = Shape(
+            layers=self.layers, hidden=self.hidden, inner=2 * self.hidden, states=self.states,
+            rank=-(-self.hidden // 16), width=4, vocabulary=self.vocabulary,
+        )  # fmt: skip
+        return Work(
+            shape=shape, rows=self.rows, length=self.length, chunk=min(self.stream or self.length, self.length),
+            itemsize=self.dtype.itemsize, device="cuda" if self.backend == "triton" else "cpu",
+            policy=self.policy, adapter=AdapterSection(**dict(self.adapter)), trained_rows=len(self.trained),
+        )  # fmt: skip
+
+
+bf16 = torch.bfloat16
+CASES = [
+    Case("none"),
+    Case("block"),
+    Case("mamba"),
+    Case("none", hidden=512, length=512),
+    Case("block", hidden=1024, length=512, layers=2),
+    Case("mamba", length=4096, layers=3),
+    Case("block", length=512, rows=3, packed=True),
+    Case("none", packed=True),
+    Case("none", bf16, length=256),
+    Case("block", bf16, length=256),
+    Case("mamba", bf16, length=256, rows=2, packed=True),
+    Case("none", stream=256, length=2048),
+    Case("block", stream=512, length=4096),
+    Case("mamba", stream=256, length=1000, packed=True),
+    Case("block", bf16, stream=128, length=512),
+    Case("block", states=64, length=512),
+    Case("none", vocabulary=4096, trained=(1, 2)),
+    Case("block", bf16, vocabulary=8192, trained=(1, 2), length=256),
+    Case("none", adapter=(("lora_dropout", 0.1),), length=512),
+    Case("none", adapter=(("target_modules", ["in_proj"]),), length=512),
+    Case("none", adapter=(("target_modules", ["x_proj", "dt_proj"]), ("r", 64)), length=512),
+]
+
+
+def prepared(case: Case, device: str = "cpu") -> Any:
+    from trl.trainer.utils import add_fused_lm_head
+
+    work = case.work
+    model = build_model(
+        hidden_size=case.hidden, num_hidden_layers=case.layers, state_size=case.states,
+        vocab_size=case.vocabulary, time_step_rank=work.shape.rank, intermediate_size=work.shape.inner,
+    )  # fmt: skip
+    model = install(model.to(device, case.dtype), "auto" if device == "cuda" else case.backend)
+    model = attach_adapter(model, work.adapter, trained_token_ids=case.trained)
+    add_fused_lm_head(model.get_base_model(), outputs=("log_probs", "entropy", "is_top1"))
+    checkpoint_activations(model, case.policy)
+    return model.train()
+
+
+def step(model: Any, case: Case, device: str = "cpu") -> None:
+    torch.manual_seed(0)
+    ids = torch.randint(0, case.vocabulary, (case.rows, case.length)).tolist()
+    rows: list[dict[str, Any]] = [{"input_ids": row, "labels": row} for row in ids]
+    if case.packed:
+        third = case.length // 3
+        rows = [row | {"seq_lengths": [third, third, case.length - 2 * third]} for row in rows]
+    batch = {name: value.to(device) for name, value in Collator(pad_token_id=0)(rows).items()}
+    mixed = nullcontext() if case.dtype == torch.float32 else torch.autocast(device, case.dtype)
+
+    def run(chunk: Any, carry: Any, close: Any) -> None:
+        with mixed:
+            loss = -model(**chunk.inputs, carry=carry, fused_lm_head=True).log_probs.sum() / case.length
+        close(loss).backward()
+
+    chunks = split(batch, case.stream)
+    with mixed:
+        boundaries = sweep(model.get_base_model().backbone, chunks)
+    backpropagate(chunks, boundaries, run)
+
+
+def measured_peak(case: Case) -> int:
+    """The most bytes that torch's CPU allocator had handed out in a second step, beyond those before it."""
+    model = prepared(case)
+    step(model, case)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step(model, case)
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    level = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        level += event.nbytes()
+        most = max(most, level)
+    return most
+
+
+def planned_peak(work: Work) -> int:
+    """The plan's peak without what was there before the step."""
+    still = ("weights", "adapter", "gradients", "optimizer", "overhead")
+    return peak({name: 0 if name in still else size for name, size in memory(work).items()})
+
+
+@pytest.fixture
+def small_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets the blocks be what the peak consists of: TRL's tile of logits would hide them in small models."""
+    monkeypatch.setattr("trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE", 64)
+    monkeypatch.setattr(planning_memory, "TILE_COLUMNS", 64)
+
+
+@pytest.mark.usefixtures("small_tile")
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_within_ten_percent_of_what_is_allocated(case: Case) -> None:
+    assert planned_peak(case.work) == pytest.approx(measured_peak(case), rel=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    "case", [Case("none", length=512), Case("block", bf16, length=256, vocabulary=4096)], ids=str
+)
+def test_with_the_loss_in_its_own_size(case: Case) -> None:
+    assert planned_peak(case.work) == pytest.approx(measured_peak(case), rel=TOLERANCE)
+
+
+@pytest.mark.usefixtures("small_tile")
+@pytest.mark.parametrize("dtype", [torch.float32, bf16], ids=str)
+def test_the_triton_kernels_memory(dtype: torch.dtype) -> None:
+    """In Triton's interpreter, whose kernels get the tensors that they would get on a card."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("Triton compiles here; see the test on the GPU")
+    case = Case("none", dtype, hidden=64, length=64, layers=2, backend="triton")
+    assert planned_peak(case.work) == pytest.approx(measured_peak(case), rel=TOLERANCE)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("policy", ["none", "block", "mamba"])
+@pytest.mark.parametrize("stream", [None, 1024])
+def test_on_a_gpu(policy: str, stream: int | None) -> None:
+    case = Case(policy, bf16, 2048, 4096, layers=4, stream=stream, vocabulary=32000, backend="triton")
+    model = prepared(case, "cuda")
+    step(model, case, "cuda")
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step(model, case, "cuda")
+    assert planned_peak(case.work) == pytest.approx(
+        torch.cuda.max_memory_allocated() - before, rel=TOLERANCE
+    )
+
+
+def test_sizes_are_those_of_the_libraries() -> None:
+    from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
+    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
+
+    triton_ops = pytest.importorskip("mamba_sft.kernels.triton_ops")
+    assert planning_memory.CHUNK == cpu_loops.CHUNK == triton_ops.CHUNK.value
+    assert (planning_memory.GROUPS, planning_memory.CHANNELS) == (cpu.GROUPS, triton_ops.BACKWARD_CHANNELS)
+    assert (planning_memory.TILE_TOKENS, planning_memory.TILE_COLUMNS) == (
+        TOKEN_CHUNK_SIZE,
+        _CHUNKED_LOGPROB_CHUNK_SIZE,
+    )
+
+
+def test_parameters_are_counted_exactly() -> None:
+    assert SEVEN_B.parameters == 7_272_665_088  # as published
+    for settings in ({}, {"tie_word_embeddings": True}, {"use_bias": True, "use_conv_bias": False}):
+        model = build_model(**settings)
+        shape = Shape.from_config(model.config.to_dict())
+        assert shape.parameters == sum(parameter.numel() for parameter in model.parameters())
+        wrapped = attach_adapter(install(model), AdapterSection(use_dora=True), trained_token_ids=[1, 2])
+        work = Work(shape, 1, 64, 64, adapter=AdapterSection(use_dora=True), trained_rows=2)
+        trained = sum(p.numel() for p in {id(p): p for p in wrapped.parameters() if p.requires_grad}.values())
+        assert work.trained == trained
+
+
+def plan_7b(**settings: Any) -> int:
+    settings = {"rows": 1, "length": 8192, "trained_rows": 2, "chunk": 0} | settings
+    settings["chunk"] = settings["chunk"] or settings["length"]
+    return peak(memory(Work(SEVEN_B, **settings)))
+
+
+def test_7b_nf4_streams_any_length_under_12_gb() -> None:
+    peaks = [
+        plan_7b(length=length, chunk=1024, quantization="nf4", optim="paged_adamw_8bit")
+        for length in (4096, 32_768, 1_048_576)
+    ]
+    assert peaks[0] == peaks[1] == peaks[2] < 12e9
+
+
+def test_7b_bf16_trains_32k_tokens_under_24_gb() -> None:
+    assert plan_7b(length=32_768, chunk=1024) < 24e9
+
+
+def test_7b_bf16_trains_packed_rows_of_8k_under_80_gb_without_streaming() -> None:
+    assert plan_7b(length=8192, policy="block") < 80e9
+    assert plan_7b(length=8192, policy="mamba") < 80e9
+
+
+def test_whole_rows_grow_with_their_length_and_streamed_ones_do_not() -> None:
+    whole = Work(SEVEN_B, 1, 2048, 2048)
+    assert peak(memory(with_length(whole, 8192))) > peak(memory(whole)) + 4e9
+    streamed = Work(SEVEN_B, 1, 2048, 1024)
+    assert memory(with_length(streamed, 8192)) == memory(streamed)
+    assert with_length(streamed, 8192).boundaries == 7 * SEVEN_B.state_bytes(2)
+
+
+def test_nf4_weights_take_what_bitsandbytes_stores() -> None:
+    assert weights(Work(SEVEN_B, 1, 64, 64, quantization="nf4")) == pytest.approx(4.75e9, rel=0.01)
