@@ -242,7 +242,8 @@ def _block(work: Work) -> int:
     dy = 0 if work.targets("out_proj") else e * D
     if work.device == "cpu":
         scan = 4 * 3 * D + (4 * 4 * D if work.mixed else 0)
-        scan += 4 * 2 * N * min(-(-D // CHANNELS), GROUPS)
+        groups = min(-(-D // CHANNELS), GROUPS, max(4, D // (4 * N)))
+        scan += 4 * 2 * (-(-N // 8) * 8) * groups
         scratch = 0
     else:
         partial = 4 * 2 * N * -(-D // CHANNELS)

@@ -178,7 +178,7 @@ def _scan_backward(
     du, ddt = _empty(2, batch, length, channels)
     dz = _empty(batch, length, channels) if z is not None else torch.empty(0)
     dA = torch.empty(batch, states, channels) if rate_wanted else torch.empty(batch, states, 0)
-    dB, dC = torch.zeros(2, groups, batch, length, -(-states // 8) * 8)
+    dB, dC = _empty(2, groups, batch, length, -(-states // 8) * 8).zero_()
     dD, dbias = torch.empty(2, batch, channels)
     dinitial = torch.empty(batch, channels, states)
     rows = [_row_view(x) for x in (u, dt, u if z is None else z, dy)]

@@ -1,0 +1,175 @@
+"""Plans of all recipes, what fits, what is refused, and what to change instead."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from mamba_sft import fitting
+from mamba_sft.cards import CARDS, Accelerator, find_card, recognized
+from mamba_sft.cli import app
+from mamba_sft.errors import TrainingError, UsageError
+from mamba_sft.fitting import fixes, refuse_what_cannot_fit
+from mamba_sft.planning import make_plan
+from mamba_sft.planning_memory import memory, peak
+from mamba_sft.planning_time import estimate, flops, measured, model_flops
+from mamba_sft.recipe import Recipe, builtin_recipes
+from mamba_sft.run import Run
+from mamba_sft.training import prepare
+
+CARDS_OF = {"instruct": "a100-80", "instruct-qlora": "4090", "instruct-t4": "t4", "long-context": "4090"}
+
+
+@pytest.fixture(autouse=True)
+def _no_hub_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The 7B is known by name; nothing is downloaded, or found by accident."""
+    monkeypatch.setattr("mamba_sft.shape._cached_config", lambda section: None)
+
+
+@pytest.mark.parametrize("name", builtin_recipes())
+def test_every_recipe_fits_the_card_it_is_for(name: str) -> None:
+    plan = make_plan(Recipe.load(name), CARDS_OF.get(name))
+    assert plan.fits, plan.to_json()
+    assert plan.largest_rows >= plan.work.rows
+    assert plan.largest_length >= plan.work.length
+    assert plan.rate is not None
+    assert not plan.fixes
+
+
+@pytest.mark.parametrize("card", ["t4", "4090", "a100-40"])
+@pytest.mark.parametrize("name", ["instruct", "long-context", "instruct-qlora"])
+def test_what_does_not_fit_comes_with_changes_that_do(name: str, card: str) -> None:
+    plan = make_plan(Recipe.load(name), card)
+    if plan.fits:
+        return
+    assert plan.fixes
+    for fix in plan.fixes:
+        changed = make_plan(Recipe.load(name, overrides=list(fix.overrides)), card)
+        assert changed.fits
+        assert changed.peak == fix.peak
+        assert changed.tokens_per_step == plan.tokens_per_step
+    slowdowns = [round(fix.slowdown, 2) for fix in plan.fixes]
+    assert slowdowns == sorted(slowdowns)
+
+
+def test_the_largest_that_fits_is_the_largest() -> None:
+    recipe = Recipe.load("instruct")
+    plan = make_plan(recipe, "a100-80")
+    for change, fits in ((0, True), (1, False)):
+        rows = f"train.per_device_train_batch_size={plan.largest_rows + change}"
+        length = f"data.max_length={plan.largest_length + change}"
+        assert make_plan(Recipe.load("instruct", overrides=[rows]), "a100-80").fits is fits
+        assert make_plan(Recipe.load("instruct", overrides=[length]), "a100-80").fits is fits
+
+
+def test_steps_and_tokens_are_counted_where_the_data_is_here() -> None:
+    plan = make_plan(Recipe.load("quickstart", overrides=["train.max_steps=-1"]))
+    assert plan.steps is not None
+    assert plan.most_tokens is not None
+    assert 0.95 * plan.steps * plan.tokens_per_step < plan.most_tokens <= plan.steps * plan.tokens_per_step
+    assert make_plan(Recipe.load("instruct"), "h100").steps is None
+
+
+def test_operations_are_those_of_the_benchmark_table() -> None:
+    """28.0 GFLOP per token are needed; block repeats the forward (41.4), mamba dt_proj only (facts: 28.6)."""
+    plan = make_plan(Recipe.load("instruct"), "h200")
+    assert model_flops(plan.work) == pytest.approx(27.98e9, rel=1e-3)
+    assert flops(plan.work) == pytest.approx(41.4e9, rel=0.03)
+
+
+def test_faster_cards_are_planned_faster() -> None:
+    work = make_plan(Recipe.load("instruct"), "h200").work
+    rates = [estimate(work, CARDS[name]) for name in ("t4", "a100-80", "h100", "h200")]
+    speeds = [rate.tokens_per_second for rate in rates if rate]
+    assert speeds == sorted(speeds)
+    assert len(speeds) == 4
+
+
+def test_an_earlier_run_here_gives_the_rate(recipe: Any) -> None:
+    settings = recipe(name="new")
+    run = Run(Path(settings.output_dir).parent / "old")
+    run.path.mkdir()
+    run.recipe.write_text(settings.to_yaml())
+    run.environment.write_text(json.dumps({"device": {"name": "this one"}}))
+    lines = [{"step": 1, "num_tokens": 500}, {"step": 2, "num_tokens": 1000, "train_runtime": 4.0}]
+    run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rate = measured(settings, "this one")
+    assert rate is not None
+    assert rate.tokens_per_second == 250
+    assert rate.source.endswith("old")
+    assert measured(settings, "another one") is None
+    assert measured(recipe("train.checkpointing=none", name="new"), "this one") is None
+
+
+def small_device(monkeypatch: pytest.MonkeyPatch, usable: int) -> None:
+    device = Accelerator("a small one", usable, usable, multiprocessors=2, type="cpu")
+    monkeypatch.setattr(fitting, "recognized", lambda facts: device)
+
+
+def test_train_refuses_what_cannot_fit_and_names_the_fix(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = recipe("train.per_device_train_batch_size=64", "data.max_length=4096")
+    small_device(monkeypatch, 10**9)
+    with pytest.raises(TrainingError, match="GB by plan, and a small one has 1.0 GB") as caught:
+        refuse_what_cannot_fit(settings, longest=4096, trained_rows=2)
+    assert "train.per_device_train_batch_size=" in (caught.value.hint or "")
+
+
+def test_train_runs_the_check_before_weights_are_loaded(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_device(monkeypatch, 10**8)
+    with pytest.raises(TrainingError, match="by plan"):
+        prepare(recipe())
+
+
+def test_auto_batch_needs_one_row_to_fit(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ("train.per_device_train_batch_size=64", "data.max_length=4096")
+    small_device(monkeypatch, 2 * 10**9)
+    with pytest.raises(TrainingError):
+        refuse_what_cannot_fit(recipe(*words), longest=4096, trained_rows=2)
+    refuse_what_cannot_fit(recipe(*words, "train.auto_batch=true"), longest=4096, trained_rows=2)
+
+
+def test_a_model_too_large_for_a_device_has_no_fix() -> None:
+    work = make_plan(Recipe.load("instruct"), "h100").work
+    assert fixes(work, 1, Accelerator("tiny", 4 * 10**9, 4 * 10**9)) == []
+    assert peak(memory(work)) > 4e9
+
+
+def test_cards_by_name() -> None:
+    assert find_card("RTX 4090").name == "GeForce RTX 4090"
+    with pytest.raises(UsageError, match="did you mean `a100-80`"):
+        find_card("a100-8")
+    facts = {"type": "cuda", "name": "NVIDIA L40S", "memory_bytes": 47_600_000_000, "bfloat16": True}
+    assert recognized(facts).flops == CARDS["l40s"].flops
+    assert recognized(facts | {"name": "NVIDIA A100-SXM4-80GB"}).flops == CARDS["a100-80"].flops
+    assert recognized(facts | {"name": "Something new"}).flops == 0
+    assert all(card.usable_bytes < card.nominal_bytes * 1.08 for card in CARDS.values())
+
+
+def test_rows_of_unknown_length_are_asked_for() -> None:
+    words = ["data.packing=false", "data.max_length=null"]
+    with pytest.raises(UsageError, match="max_length"):
+        make_plan(Recipe.load("instruct", overrides=words), "h100")
+    streamed = Recipe.load("instruct", overrides=[*words, "train.stream_tokens=1024"])
+    assert make_plan(streamed, "h100").fits
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_verb_fits_the_terminal(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mamba_sft.cli_plan.out.width", width, raising=False)
+    for words in (["long-context", "--card", "4090"], ["instruct", "--card", "t4"]):
+        result = CliRunner().invoke(app, ["plan", *words])
+        assert result.exit_code == 0
+        assert max(map(len, result.stdout.splitlines())) <= width
+    assert "change" in result.stdout
+
+
+def test_the_verb_prints_json() -> None:
+    result = CliRunner().invoke(app, ["plan", "instruct", "--card", "h200", "--json"])
+    plan = json.loads(result.stdout)
+    assert plan["fits"] is True
+    assert plan["parameters"] == 7_272_665_088
+    assert plan["peak_bytes"] < plan["device"]["usable_bytes"]
