@@ -1,4 +1,4 @@
-"""GPUs that people fine-tune on: how much of their memory a program gets, and what they can do in a second."""
+"""GPUs that people fine-tune on: how much of their memory a program gets, and how fast they are."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ class Accelerator:
 
 
 def _card(name: str, nominal: float, usable: float, **speed: Any) -> Accelerator:
-    """Memory in GB as sold and GiB as reported; tflops, GB/s, MHz."""
+    """Memory as sold and as reported, both in GiB; tflops, GB/s, MHz."""
     return Accelerator(
         name=name,
-        nominal_bytes=int(nominal * 1e9),
+        nominal_bytes=int(nominal * GIB),
         usable_bytes=int(usable * GIB),
         flops=speed["tflops"] * 1e12,
         bandwidth=speed["gbs"] * 1e9,

@@ -77,7 +77,7 @@ def _model(made: Plan) -> Iterator[Text]:
 
 
 def _format(made: Plan) -> str:
-    bits = "32-bit" if made.work.itemsize == 4 else "16-bit"  # noqa: PLR2004
+    bits = "32-bit" if made.work.itemsize == 4 else "16-bit"
     return bits if made.work.quantization == "none" else f"{made.work.quantization} and {bits}"
 
 
@@ -123,7 +123,8 @@ def _room(made: Plan) -> Iterator[Text]:
     if made.wants_bfloat16 and not device.bfloat16:
         yield _line("", "it has no bfloat16, so the run would take float16", "yellow")
     rows = f"a batch of {made.largest_rows:,}" if made.largest_rows else "no batch"
-    yield _line("largest", f"{rows} at {work.length:,} tokens; {_longest(made)} at a batch of {work.rows}")
+    yield _line("largest", f"{rows} at {work.length:,} tokens")
+    yield _line("", f"{_longest(made)} at a batch of {work.rows:,}")
     if work.boundaries and device.type == "cuda":
         yield _line("", f"states of the chunks wait in host memory: {work.boundaries / 1e9:.1f} GB")
 
@@ -197,4 +198,4 @@ def _duration(seconds: float) -> str:
     hours = minutes / 60
     if hours < 1:
         return f"{minutes:.0f} min"
-    return f"{hours:.1f} h" if hours < 48 else f"{hours / 24:.1f} days"  # noqa: PLR2004
+    return f"{hours:.1f} h" if hours < 48 else f"{hours / 24:.1f} days"

@@ -10,7 +10,7 @@ from itertools import product
 from mamba_sft.cards import Accelerator, recognized
 from mamba_sft.environment import describe_device
 from mamba_sft.errors import TrainingError
-from mamba_sft.planning_memory import Work, memory, peak, with_length, with_rows
+from mamba_sft.planning_memory import Work, memory, peak, with_length
 from mamba_sft.planning_time import estimate
 from mamba_sft.recipe import Recipe
 from mamba_sft.shape import find_shape
@@ -44,7 +44,7 @@ class Fix:
 
 def largest_rows(work: Work, usable: int) -> int:
     """Returns the largest micro-batch that fits, 0 if none does."""
-    return _largest(lambda rows: peak(memory(with_rows(work, rows))) <= usable, MOST_ROWS)
+    return _largest(lambda rows: peak(memory(replace(work, rows=rows))) <= usable, MOST_ROWS)
 
 
 def largest_length(work: Work, usable: int) -> int:
@@ -137,7 +137,7 @@ def refuse_what_cannot_fit(recipe: Recipe, *, longest: int, trained_rows: int) -
         return
     shape, _ = find_shape(recipe.model)
     work = Work.of(recipe, shape, accelerator.type, length=longest, trained_rows=trained_rows)
-    least = with_rows(work, 1) if recipe.train.auto_batch else work
+    least = replace(work, rows=1) if recipe.train.auto_batch else work
     planned = peak(memory(least))
     if planned <= usable:
         return

@@ -75,12 +75,13 @@ class Work:
     def of(cls, recipe: Recipe, shape: Shape, device: str, *, length: int, trained_rows: int) -> Work:
         """Returns the work of a recipe's training step on rows of `length` tokens."""
         train = recipe.train
+        float32 = ("float32",) if device == "cuda" else ("float32", "auto")
         return cls(
             shape=shape,
             rows=train.per_device_train_batch_size,
             length=length,
             chunk=min(train.stream_tokens or length, length),
-            itemsize=4 if recipe.model.dtype in _float32(device) else 2,
+            itemsize=4 if recipe.model.dtype in float32 else 2,
             device="cuda" if device == "cuda" else "cpu",
             policy=train.checkpointing,
             quantization=recipe.model.quantization,
@@ -102,7 +103,7 @@ class Work:
     @property
     def mixed(self) -> bool:
         """Whether products are computed in 16 bits, under autocast, with an adapter in float32."""
-        return self.itemsize < 4  # noqa: PLR2004
+        return self.itemsize < 4
 
     def targets(self, name: str) -> bool:
         """Whether projection `name` carries LoRA."""
@@ -124,7 +125,7 @@ class Work:
 
     @property
     def boundaries(self) -> int:
-        """Bytes of the states that streaming keeps, one at each chunk's start but the first, in host memory."""
+        """Bytes of the states that streaming keeps in host memory, one for each chunk but the first."""
         return (-(-self.length // self.chunk) - 1) * self.rows * self.shape.state_bytes(self.itemsize)
 
 
@@ -267,10 +268,10 @@ def _dequantized(work: Work) -> int:
 def _loss(work: Work) -> int:
     """Bytes of TRL's chunked loss in its backward.
 
-    The last residual and the last norm's output, which the forward kept. A tile of logits for up to 4,096 tokens and 32,768 columns (allocated whole, however small the
-    vocabulary), and the gradient of the hidden states in float32. Without a GPU seven float32 tensors of the
-    size of the tile's used part come on top. Where rows of the head are trained, PEFT hands TRL a copy of the
-    whole head, and gets its whole gradient in float32, then in the base's format.
+    The last residual and the last norm's output, which the forward kept. A tile of logits for up to 4,096
+    tokens and 32,768 columns (allocated whole, however small the vocabulary), and the gradient of the hidden
+    states in float32. Without a GPU seven float32 tensors of the size of the tile's used part. Where rows of
+    the head are trained, PEFT hands TRL a copy of it and gets its whole gradient in float32, then in `e`.
     """
     shape, e = work.shape, work.itemsize
     tokens, columns = min(work.tokens, TILE_TOKENS), min(shape.vocabulary, TILE_COLUMNS)
@@ -288,16 +289,6 @@ def _loss(work: Work) -> int:
 def _rows(work: Work) -> int:
     """Bytes of the whole embedding gradients that trained rows are picked from, at the backward's end."""
     return 2 * work.shape.matrix * work.itemsize if work.trained_rows else 0
-
-
-def _float32(device: str) -> tuple[str, ...]:
-    """Names of `model.dtype` that mean float32 on a device."""
-    return ("float32",) if device == "cuda" else ("float32", "auto")
-
-
-def with_rows(work: Work, rows: int) -> Work:
-    """Returns the same work on another number of rows."""
-    return replace(work, rows=rows)
 
 
 def with_length(work: Work, length: int) -> Work:

@@ -1,7 +1,7 @@
 """How long training takes: from an earlier run on this machine, or by counting operations.
 
-The count, per token (`estimate`): the matrix products, 2 operations for each weight that takes part, in the
-forward, in the backward for the inputs only (frozen weights get no gradient), and again where checkpointing or
+The count, per token (`estimate`): the matrix products, 2 operations for each weight that takes part, in
+the forward, in the backward for the inputs only (frozen weights get no gradient), and again where checkpointing or
 streaming repeats them; the head once more, because TRL's loss computes its logits twice; the adapter's own;
 over the sustained rate of the card. The scan: state updates (layers * D * N) times the clocks that a pass
 needs on the busiest pipe of a multiprocessor, from counted instructions. The bytes that norms, convolution,
@@ -104,8 +104,8 @@ def _cpu_seconds(work: Work, cores: int) -> float:
 def measured(recipe: Recipe, device_name: str) -> Rate | None:
     """Returns the rate of the newest run on this device that trained the same way, if there is one.
 
-    Looked for beside `output_dir`: the tokens in a run's metrics.jsonl over the seconds that its trainer took,
-    evaluations included. The same way is the same base, number format, adapter targets, rows and policies.
+    Looked for beside `output_dir`: the tokens in a run's metrics.jsonl over the seconds that its trainer
+    took, evaluations included. The same way is the same base, number format, adapter targets, rows and policies.
     """
     beside = Path(recipe.output_dir).absolute().parent
     for environment in sorted(beside.glob("*/environment.json"), key=_age, reverse=True):

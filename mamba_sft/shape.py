@@ -1,4 +1,4 @@
-"""The sizes of a Falcon-Mamba model, known without its weights: from a config.json, the hub cache, or by name."""
+"""The sizes of a Falcon-Mamba model, known without its weights: from a config.json, or by name."""
 
 from __future__ import annotations
 

@@ -94,7 +94,7 @@ def prepare(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) ->
         overwrite: Delete what is in `recipe.output_dir` when training starts.
 
     Raises:
-        MambaSFTError: Anything in recipe, base, data, output directory or memory that would make the run fail.
+        MambaSFTError: Anything in recipe, base, data, memory or output directory that would make it fail.
     """
     run = Run(Path(recipe.output_dir))
     checkpoint = find_checkpoint(run, recipe) if resume else None

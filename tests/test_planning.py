@@ -75,10 +75,14 @@ def test_steps_and_tokens_are_counted_where_the_data_is_here() -> None:
 
 
 def test_operations_are_those_of_the_benchmark_table() -> None:
-    """28.0 GFLOP per token are needed; block repeats the forward (41.4), mamba dt_proj only (facts: 28.6)."""
+    """28.0 GFLOP per token are needed; `block` makes 41.4 of them, and three things come on top.
+
+    The chunked loss computes its logits again, trained rows take the head's whole gradient (0.53 each), and
+    the adapter has its own (0.25).
+    """
     plan = make_plan(Recipe.load("instruct"), "h200")
     assert model_flops(plan.work) == pytest.approx(27.98e9, rel=1e-3)
-    assert flops(plan.work) == pytest.approx(41.4e9, rel=0.03)
+    assert flops(plan.work) == pytest.approx(41.4e9 + 2 * 0.533e9 + 0.25e9, rel=0.005)
 
 
 def test_faster_cards_are_planned_faster() -> None:
@@ -110,10 +114,12 @@ def small_device(monkeypatch: pytest.MonkeyPatch, usable: int) -> None:
     monkeypatch.setattr(fitting, "recognized", lambda facts: device)
 
 
-def test_train_refuses_what_cannot_fit_and_names_the_fix(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_train_refuses_what_cannot_fit_and_names_the_fix(
+    recipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = recipe("train.per_device_train_batch_size=64", "data.max_length=4096")
     small_device(monkeypatch, 10**9)
-    with pytest.raises(TrainingError, match="GB by plan, and a small one has 1.0 GB") as caught:
+    with pytest.raises(TrainingError, match="GB by plan, and a small one has") as caught:
         refuse_what_cannot_fit(settings, longest=4096, trained_rows=2)
     assert "train.per_device_train_batch_size=" in (caught.value.hint or "")
 
@@ -146,7 +152,7 @@ def test_cards_by_name() -> None:
     assert recognized(facts).flops == CARDS["l40s"].flops
     assert recognized(facts | {"name": "NVIDIA A100-SXM4-80GB"}).flops == CARDS["a100-80"].flops
     assert recognized(facts | {"name": "Something new"}).flops == 0
-    assert all(card.usable_bytes < card.nominal_bytes * 1.08 for card in CARDS.values())
+    assert all(card.usable_bytes < card.nominal_bytes for card in CARDS.values())
 
 
 def test_rows_of_unknown_length_are_asked_for() -> None:

@@ -47,7 +47,8 @@ class Case(NamedTuple):
             rank=-(-self.hidden // 16), width=4, vocabulary=self.vocabulary,
         )  # fmt: skip
         return Work(
-            shape=shape, rows=self.rows, length=self.length, chunk=min(self.stream or self.length, self.length),
+            shape=shape, rows=self.rows, length=self.length,
+            chunk=min(self.stream or self.length, self.length),
             itemsize=self.dtype.itemsize, device="cuda" if self.backend == "triton" else "cpu",
             policy=self.policy, adapter=AdapterSection(**dict(self.adapter)), trained_rows=len(self.trained),
         )  # fmt: skip
@@ -119,7 +120,10 @@ def measured_peak(case: Case) -> int:
     """The most bytes that torch's CPU allocator had handed out in a second step, beyond those before it."""
     model = prepared(case)
     step(model, case)
-    with pytest.MonkeyPatch.context() as patch, profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
+    ):
         patch.setattr(cpu, "_empty", torch.empty)  # which the allocator sees; numpy's it does not
         step(model, case)
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -180,9 +184,7 @@ def test_on_a_gpu(policy: str, stream: int | None) -> None:
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     step(model, case, "cuda")
-    assert planned_peak(case.work) == pytest.approx(
-        torch.cuda.max_memory_allocated() - before, rel=TOLERANCE
-    )
+    assert planned_peak(case.work) == pytest.approx(torch.cuda.max_memory_allocated() - before, rel=TOLERANCE)
 
 
 def test_sizes_are_those_of_the_libraries() -> None:
