@@ -72,7 +72,7 @@ def _model(made: Plan) -> Iterator[Text]:
     yield _line("", f"{_count(shape.parameters)} parameters, {_count(work.trained)} trained ({share:.2%})")
     micro = f"{work.rows} x {work.length:,} tokens at once"
     if work.streams:
-        micro = f"{work.rows} x {work.length:,} tokens, {work.chunk:,} of a row at once"
+        micro = f"{work.rows} x {work.length:,} tokens, {work.chunk:,} at a time"
     yield _line("step", f"{micro}, checkpointing {work.policy}, {_format(made)}")
 
 

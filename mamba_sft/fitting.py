@@ -10,7 +10,7 @@ from itertools import product
 from mamba_sft.cards import Accelerator, recognized
 from mamba_sft.environment import describe_device
 from mamba_sft.errors import TrainingError
-from mamba_sft.planning_memory import Work, memory, peak, with_length
+from mamba_sft.planning_memory import Policy, Work, memory, peak, with_length
 from mamba_sft.planning_time import estimate
 from mamba_sft.recipe import Recipe
 from mamba_sft.shape import find_shape
@@ -87,7 +87,8 @@ def fixes(work: Work, accumulation: int, accelerator: Accelerator) -> list[Fix]:
 def _fitting(work: Work, accumulation: int, accelerator: Accelerator) -> Iterator[Fix]:
     before = estimate(work, accelerator)
     divisors = [n for n in (1, 2, 4, 8, 16, 32, 64, 128) if work.rows % n == 0]
-    policies = (work.policy, *(other for other in ("none", "mamba", "block") if other != work.policy))
+    names: tuple[Policy, ...] = ("none", "mamba", "block")
+    policies = sorted(names, key=lambda name: name != work.policy)
     for divisor, policy, stream in product(divisors, policies, _STREAMS):
         overrides = []
         if divisor > 1:

@@ -39,6 +39,7 @@ Part = Literal[
     "weights", "adapter", "gradients", "optimizer", "states", "kept", "block", "dequantized", "loss", "rows",
     "overhead",
 ]  # fmt: skip
+Policy = Literal["none", "block", "mamba"]
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Work:
     chunk: int
     itemsize: int = 2
     device: Literal["cuda", "cpu"] = "cuda"
-    policy: Literal["none", "block", "mamba"] = "block"
+    policy: Policy = "block"
     quantization: Literal["none", "nf4", "int8"] = "none"
     optim: str = "adamw_torch_fused"
     adapter: AdapterSection = field(default_factory=AdapterSection)

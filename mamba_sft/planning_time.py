@@ -1,13 +1,14 @@
 """How long training takes: from an earlier run on this machine, or by counting operations.
 
-The count, per token (`estimate`): the matrix products, 2 operations for each weight that takes part, in
-the forward, in the backward for the inputs only (frozen weights get no gradient), and again where checkpointing or
-streaming repeats them; the head once more, because TRL's loss computes its logits twice; the adapter's own;
-over the sustained rate of the card. The scan: state updates (layers * D * N) times the clocks that a pass
-needs on the busiest pipe of a multiprocessor, from counted instructions. The bytes that norms, convolution,
-scan and adapter move, over the bandwidth. And per micro-batch the weights, read (or with nf4 unpacked, which
-moves 2.55 bytes a weight) once for each pass. The sum is divided by `EFFICIENCY`, because what is left out
-(launches, other streams, imperfect tiles) takes time too. Nothing of it has been measured on a GPU yet.
+The count, per token (`estimate`): the matrix products, 2 operations for each weight that takes part, in the
+forward, in the backward for the inputs only (frozen weights get no gradient), and again where checkpointing
+or streaming repeats them; the head once more, because TRL's loss computes its logits twice; the adapter's
+own; over the sustained rate of the card. The scan: state updates (layers * D * N) times the clocks that a
+pass needs on the busiest pipe of a multiprocessor, from counted instructions. The bytes that norms,
+convolution, scan and adapter move, over the bandwidth. And per micro-batch the weights, read (or with nf4
+unpacked, which moves 2.55 bytes a weight) once for each pass. The sum is divided by `EFFICIENCY`, because
+what is left out (launches, other streams, imperfect tiles) takes time too. Nothing of it has been measured on a
+GPU yet.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ def measured(recipe: Recipe, device_name: str) -> Rate | None:
     """Returns the rate of the newest run on this device that trained the same way, if there is one.
 
     Looked for beside `output_dir`: the tokens in a run's metrics.jsonl over the seconds that its trainer
-    took, evaluations included. The same way is the same base, number format, adapter targets, rows and policies.
+    took, evaluations included. The same way is the same base, number format, adapter, rows and policies.
     """
     beside = Path(recipe.output_dir).absolute().parent
     for environment in sorted(beside.glob("*/environment.json"), key=_age, reverse=True):
