@@ -4,11 +4,11 @@ The count, per token (`estimate`): the matrix products, 2 operations for each we
 forward, in the backward for the inputs only (frozen weights get no gradient), and again where checkpointing
 or streaming repeats them; the head once more, because TRL's loss computes its logits twice; the adapter's
 own; over the sustained rate of the card. The scan: state updates (layers * D * N) times the clocks that a
-pass needs on the busiest pipe of a multiprocessor, from counted instructions. The bytes that norms,
-convolution, scan and adapter move, over the bandwidth. And per micro-batch the weights, read (or with nf4
-unpacked, which moves 2.55 bytes a weight) once for each pass. The sum is divided by `EFFICIENCY`, because
-what is left out (launches, other streams, imperfect tiles) takes time too. Nothing of it has been measured on a
-GPU yet.
+pass needs on the busiest pipe of a multiprocessor, from counted instructions, or what it moves over the
+bandwidth if that takes longer. The bytes that norms, convolution and adapter move. And per micro-batch the
+weights, read (or with nf4 unpacked, which moves 2.55 bytes a weight) once for each pass. The sum is divided
+by `EFFICIENCY`, because what is left out (launches, other streams, imperfect tiles) takes time too. Nothing of
+it has been measured on a GPU yet.
 """
 
 from __future__ import annotations
@@ -31,8 +31,10 @@ SUSTAINED = 0.8
 FORWARD_CLOCKS, BACKWARD_ISSUED, BACKWARD_FP32 = 10 / 128, 27.6 / 128, 16.4
 """Clocks of a multiprocessor for a state update: instructions issued, of 128 lanes; float32 ones of the
 backward, of `fp32_lanes` (counted in compiled kernels, `bench_card.FORWARD` and `BACKWARD`)."""
-MOVED = {"none": 42, "mamba": 54, "block": 59}
-"""Numbers moved per token, layer and channel outside the matrix products, by checkpointing policy."""
+MOVED = {"none": 28, "mamba": 36, "block": 41}
+"""Numbers moved per token, layer and channel by norms, convolution and adapter, by checkpointing policy."""
+SCAN_FORWARD_MOVED, SCAN_BACKWARD_MOVED = 4.25, 9.5
+"""The same for the scan: u, dt, z, y and a state for every 64 steps; and the gradients, dB and dC in parts."""
 NF4_MOVED = 2.55
 CORE_FLOPS, CORE_UPDATE_SECONDS = 4e10, (0.67e-9, 2.0e-9)
 """Of a CPU core with AVX2: float32 products per second; a state update, forward and backward (measured by
@@ -65,8 +67,10 @@ def estimate(work: Work, accelerator: Accelerator) -> Rate | None:
     clocks = FORWARD_CLOCKS * (1 + _repeats(work)) + max(BACKWARD_ISSUED, fp32)
     updates = shape.layers * shape.inner * shape.states
     seconds = flops(work) / rate
-    seconds += updates * clocks / (accelerator.multiprocessors * accelerator.clock_hz)
-    seconds += MOVED[work.policy] * e * shape.layers * shape.inner / accelerator.bandwidth
+    number = e * shape.layers * shape.inner / accelerator.bandwidth  # seconds to move one per channel
+    scan_moved = SCAN_FORWARD_MOVED * (1 + _repeats(work)) + SCAN_BACKWARD_MOVED
+    scan = updates * clocks / (accelerator.multiprocessors * accelerator.clock_hz)
+    seconds += max(scan, scan_moved * number) + MOVED[work.policy] * number
     moved = NF4_MOVED if work.quantization == "nf4" else e
     seconds += (passes + 1) * shape.products * moved / accelerator.bandwidth / work.tokens
     return Rate(EFFICIENCY / seconds, "estimated")
