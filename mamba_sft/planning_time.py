@@ -7,8 +7,8 @@ own; over the sustained rate of the card. The scan: state updates (layers * D * 
 pass needs on the busiest pipe of a multiprocessor, from counted instructions, or what it moves over the
 bandwidth if that takes longer. The bytes that norms, convolution and adapter move. And per micro-batch the
 weights, read (or with nf4 unpacked, which moves 2.55 bytes a weight) once for each pass. The sum is divided
-by `EFFICIENCY`, because what is left out (launches, other streams, imperfect tiles) takes time too. Nothing of
-it has been measured on a GPU yet.
+by `EFFICIENCY`, because what is left out (launches, other streams, imperfect tiles) takes time too. Nothing
+of it has been measured on a GPU yet.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ FORWARD_CLOCKS, BACKWARD_ISSUED, BACKWARD_FP32 = 10 / 128, 27.6 / 128, 16.4
 """Clocks of a multiprocessor for a state update: instructions issued, of 128 lanes; float32 ones of the
 backward, of `fp32_lanes` (counted in compiled kernels, `bench_card.FORWARD` and `BACKWARD`)."""
 MOVED = {"none": 28, "mamba": 36, "block": 41}
-"""Numbers moved per token, layer and channel by norms, convolution and adapter, by checkpointing policy."""
+"""Numbers moved per token, layer and channel by norms, convolution and adapter, by policy."""
 SCAN_FORWARD_MOVED, SCAN_BACKWARD_MOVED = 4.25, 9.5
-"""The same for the scan: u, dt, z, y and a state for every 64 steps; and the gradients, dB and dC in parts."""
+"""The same for the scan: u, dt, z, y, a state for every 64 steps; the gradients, dB and dC in parts."""
 NF4_MOVED = 2.55
 CORE_FLOPS, CORE_UPDATE_SECONDS = 4e10, (0.67e-9, 2.0e-9)
 """Of a CPU core with AVX2: float32 products per second; a state update, forward and backward (measured by

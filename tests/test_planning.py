@@ -179,3 +179,12 @@ def test_the_verb_prints_json() -> None:
     assert plan["fits"] is True
     assert plan["parameters"] == 7_272_665_088
     assert plan["peak_bytes"] < plan["device"]["usable_bytes"]
+
+
+@pytest.mark.parametrize("words", [["instruct-t4", "--card", "t4"], ["long-context", "--card", "4090"]])
+def test_the_readme_shows_the_plans(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mamba_sft.cli_plan.out.width", 90, raising=False)
+    shown = CliRunner().invoke(app, ["plan", *words]).stdout
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    command = f"$ mamba-sft plan {' '.join(words)}"
+    assert "\n".join([command, *(line.rstrip() for line in shown.splitlines())]) in readme
