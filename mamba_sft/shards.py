@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import RawIOBase
@@ -24,6 +26,7 @@ from mamba_sft.checksums import check_digest, new_digest
 from mamba_sft.errors import ModelError
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_PENDING_BLOCKS = 16
 _BLOCK_ELEMENTS = 1 << 18  # 1 MiB in float32: still in the cache when it is summed, rounded and written
 
 
@@ -142,11 +145,20 @@ def write_shard(
         end = place[1]
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the format wants the data aligned
-    with path.open("wb", buffering=0) as file:
+    # The disk is waited for in a thread of its own, while the next blocks are computed.
+    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as writer:
         _write_all(file, len(text).to_bytes(8, "little") + text)
+        pending: deque[Future[int]] = deque()
         for tensor in tensors:
-            count = sum(_write_all(file, as_bytes(block)) for block in blocks(tensor))
+            count = 0
+            for block in blocks(tensor):
+                count += block.nbytes
+                pending.append(writer.submit(_write_all, file, as_bytes(block)))
+                if len(pending) == _PENDING_BLOCKS:
+                    pending.popleft().result()
             assert count == tensor.nbytes, f"wrote {count} of {tensor.nbytes} bytes of {tensor.name}"
+        for written in pending:
+            written.result()
         os.fsync(file.fileno())  # a disk that fills up late must fail here, before the rename
 
 
