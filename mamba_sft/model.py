@@ -17,7 +17,7 @@ import torch
 from mamba_sft.checkpoint import base_fingerprint, read_tensors, resolve_base
 from mamba_sft.errors import ModelError
 from mamba_sft.kernels.falcon_mamba import install
-from mamba_sft.recipe import ModelSection, find_path
+from mamba_sft.recipe import ChatSection, ModelSection, find_path
 
 if TYPE_CHECKING:
     from mamba_sft.chat import TemplateSetup
@@ -28,6 +28,7 @@ __all__ = [
     "load_config",
     "load_model",
     "load_tokenizer",
+    "recommend_sampling",
     "resolve_base",
     "resolve_dtype",
 ]
@@ -171,6 +172,16 @@ def apply_setup(model: Any, setup: TemplateSetup) -> None:
         config.eos_token_id = list(setup.stop_token_ids)
         config.pad_token_id = tokenizer.pad_token_id
         config.bos_token_id = tokenizer.bos_token_id
+
+
+def recommend_sampling(model: Any, section: ChatSection) -> None:
+    """Writes the recipe's sampling into the generation config, which travels with adapter and checkpoint."""
+    if section.temperature is None and section.top_p is None:
+        return
+    config, sampled = model.generation_config, section.temperature != 0
+    config.do_sample = sampled
+    config.temperature = section.temperature if sampled else None
+    config.top_p = section.top_p if sampled else None
 
 
 def _start_rows(model: Any, rows: list[int], stops: set[int], old_eos: int | None, old_size: int) -> None:

@@ -84,6 +84,11 @@ class ChatSection(Section):
     special_tokens: Literal["auto", "add"] = "auto"
     """auto gives the template's marks unused rows of the vocabulary, so that no matrix grows;
     add appends new rows and resizes the embeddings."""
+    temperature: float | None = Field(default=None, ge=0, le=10)
+    """Sampling that the checkpoint's generation_config recommends to whoever loads it; 0 is greedy, null says
+    nothing. Samples of the run are always greedy."""
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    """The same for the probability that the tokens sampled from add up to."""
 
 
 class SourceSection(Section):

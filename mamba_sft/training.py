@@ -29,7 +29,7 @@ from mamba_sft.environment import describe_environment
 from mamba_sft.errors import TrainingError
 from mamba_sft.fitting import refuse_what_cannot_fit
 from mamba_sft.generation import answers, stop_token_ids
-from mamba_sft.model import apply_setup, load_model
+from mamba_sft.model import apply_setup, load_model, recommend_sampling
 from mamba_sft.packing import Collator, row_lengths
 from mamba_sft.recipe import Recipe
 from mamba_sft.recipe_files import find_path
@@ -150,6 +150,7 @@ def fit(preparation: Preparation, *, callbacks: Sequence[TrainerCallback] = ()) 
     set_seed(recipe.seed)  # before the adapter draws its first weights
     model = load_model(recipe.model)
     apply_setup(model, preparation.setup)
+    recommend_sampling(model, recipe.chat)
     model = attach_adapter(model, recipe.adapter, trained_token_ids=preparation.setup.trained_token_ids)
     checkpoint_activations(model, recipe.train.checkpointing)
     _start_directory(preparation)  # an earlier run goes only when this one has all it needs

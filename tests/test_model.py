@@ -16,9 +16,10 @@ from mamba_sft.model import (
     apply_setup,
     load_model,
     load_tokenizer,
+    recommend_sampling,
     resolve_dtype,
 )
-from mamba_sft.recipe import ModelSection
+from mamba_sft.recipe import ChatSection, ModelSection
 from tests.conftest import build_model, build_tokenizer
 
 IDS = torch.arange(12, 44).view(2, 16)
@@ -263,3 +264,22 @@ def test_the_end_of_text_row_is_never_overwritten(tiny_model: Any) -> None:
     before = tiny_model.lm_head.weight[11].clone()
     apply_setup(tiny_model, setup(trained_token_ids=[10, 11]))
     assert torch.equal(tiny_model.lm_head.weight[11], before)
+
+
+@pytest.mark.parametrize(
+    ("section", "written"),
+    [
+        ({}, {}),
+        ({"temperature": 0.6, "top_p": 0.9}, {"do_sample": True, "temperature": 0.6, "top_p": 0.9}),
+        ({"top_p": 0.9}, {"do_sample": True, "top_p": 0.9}),
+        ({"temperature": 0.0, "top_p": 0.9}, {"do_sample": False}),
+    ],
+)
+def test_the_recipes_sampling_travels_with_the_checkpoint(
+    tiny_model: Any, tmp_path: Path, section: dict[str, float], written: dict[str, Any]
+) -> None:
+    recommend_sampling(tiny_model, ChatSection(**section))
+    tiny_model.generation_config.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "generation_config.json").read_text())
+    names = ("do_sample", "temperature", "top_p")
+    assert {name: saved[name] for name in names if saved.get(name) is not None} == written
