@@ -27,7 +27,7 @@ def can_decode(
     """Whether `decode` can do what is asked of the blocks: one token, no gradients, all on the CPU."""
     return (
         cache is not None
-        and not torch.compiler.is_compiling()  # the loops are given addresses, which a traced tensor lacks
+        and not torch.compiler.is_compiling()
         and hidden_states.shape[1] == 1
         and hidden_states.device.type == "cpu"
         and not torch.is_grad_enabled()
@@ -37,6 +37,7 @@ def can_decode(
     )
 
 
+@torch.compiler.disable  # the loops are given addresses: no tensor may be let go before they return
 def decode(blocks: Iterable[nn.Module], last_norm: nn.Module, hidden_states: Tensor, cache: Cache) -> Tensor:
     """Take (B, 1, hidden_size) through blocks and `last_norm`; the states in `cache` move one position on.
 

@@ -398,9 +398,14 @@ def test_a_batch_can_be_learned_by_heart_in_step_with_stock(pair, tokens):
     assert same(losses[1], losses[0], 1e-3)
 
 
-def test_compiled_inference_as_eager(tiny_model, tokens):
+@pytest.mark.parametrize("trained", [False, True], ids=["fresh", "after training"])
+def test_compiled_inference_as_eager(tiny_model, tokens, trained):
+    torch._dynamo.reset()
     model = install(tiny_model)
     compiled = torch.compile(model, backend="eager")
+    if trained:  # the compiler then runs some frames as they are, but compiles what these call
+        torch.compile(model.train(), backend="eager")(tokens, labels=tokens).loss.backward()
+        model.eval()
     with torch.no_grad():
         out = compiled(tokens[:, :-1], use_cache=True)
         last = compiled(tokens[:, -1:], cache_params=out.cache_params, use_cache=True).logits
