@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -82,8 +83,9 @@ def selective_scan(
     """
     _check_scan(u, dt, A, B, C, D, z, dt_bias, initial_state)
     _check_seq_idx(seq_idx, u)
-    run = _implementation(backend, u).selective_scan
-    y, final_state = run(u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, seq_idx)
+    y, final_state = _operation("selective_scan", backend, u)(
+        u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, seq_idx
+    )
     return (y, final_state) if return_final_state else y
 
 
@@ -124,9 +126,19 @@ def causal_conv1d(
     """
     _check_conv(x, weight, bias, activation, initial_state)
     _check_seq_idx(seq_idx, x)
-    run = _implementation(backend, x).causal_conv1d
-    y, final_state = run(x, weight, bias, activation, initial_state, seq_idx)
+    y, final_state = _operation("causal_conv1d", backend, x)(
+        x, weight, bias, activation, initial_state, seq_idx
+    )
     return (y, final_state) if return_final_state else y
+
+
+def _operation(name: str, backend: str, x: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Return what computes an operation for `x`: the definition, or a backend's kernels under autograd."""
+    module = _implementation(backend, x)
+    if module.__name__.endswith(".reference"):
+        return getattr(module, name)
+    autograd = importlib.import_module(f"{__name__}.autograd")
+    return functools.partial(getattr(autograd, name), module)
 
 
 def _implementation(backend: str, x: Tensor) -> ModuleType:

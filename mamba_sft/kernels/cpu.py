@@ -1,4 +1,4 @@
-"""The `cpu` backend: the loops of `cpu_loops.py` as autograd functions, run in threads.
+"""The `cpu` backend: runs the loops of `cpu_loops.py` in threads, on behalf of `autograd.py`.
 
 Inputs may be float32, bfloat16 or float16; everything inside is float32. The forward of the scan keeps one
 state per `CHUNK` steps, nothing else of its own; the backward replays one chunk at a time from there.
@@ -17,65 +17,29 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mamba_sft.kernels import cpu_loops as loops
 from mamba_sft.kernels.reference import sequence_starts
 
 logger = logging.getLogger(__name__)
 
+NAME, MAX_STATES = "cpu", loops.MAX_STATES
 GROUPS = 32  # the most partial sums of dB and dC per batch row, hence the most threads on one row
 SMALL = 1 << 18  # state updates below which threads cost more than they bring
 
 
-def selective_scan(
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    dt_bias: Tensor | None = None,
-    dt_softplus: bool = False,
-    initial_state: Tensor | None = None,
-    seq_idx: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Return `(y, final_state)`; see `mamba_sft.kernels.selective_scan` for the arguments."""
-    if A.shape[1] > loops.MAX_STATES:
-        raise ValueError(f"backend 'cpu' takes N up to {loops.MAX_STATES}, got {A.shape[1]}")
-    operands = (u, dt, A, B, C, D, z, dt_bias, initial_state)
-    starts = _starts(seq_idx, u)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands):
-        return Scan.apply(*operands, dt_softplus, starts)
-    y, final_state, _ = _scan_forward(*operands, dt_softplus, starts, keep=False)
-    return y, final_state
+def scan_boundaries(seq_idx: Tensor | None, u: Tensor) -> np.ndarray:
+    """(B, L) bytes: 1 where the state restarts."""
+    starts = sequence_starts(seq_idx)
+    return np.zeros(u.shape[:2], np.uint8) if starts is None else starts.to(torch.uint8).contiguous().numpy()
 
 
-def causal_conv1d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    activation: str | None = "silu",
-    initial_state: Tensor | None = None,
-    seq_idx: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Return `(y, final_state)`; see `mamba_sft.kernels.causal_conv1d` for the arguments."""
-    history = weight.shape[1] - 1
-    past = None if initial_state is None else initial_state.transpose(1, 2).to(x.dtype)
-    begins = _begins(seq_idx, x, history)
-    y = Convolution.apply(x, weight, bias, past, activation == "silu", begins)
-
-    length = x.shape[1]
-    if length < history:
-        past = x.new_zeros(x.shape[0], history, x.shape[2]) if past is None else past
-        tail = torch.cat([past[:, length:], x], dim=1)
-    else:
-        tail = x[:, length - history :]
-    if seq_idx is not None:
-        places = torch.arange(length - history, length)
-        tail = torch.where(places[:, None] >= torch.from_numpy(begins)[:, -1:, None], tail, 0.0)
-    return y, tail.transpose(1, 2)
+def conv_boundaries(seq_idx: Tensor | None, x: Tensor, history: int) -> np.ndarray:
+    """(B, L): the first input that each position sees, -history where that is the past before the row."""
+    starts = sequence_starts(seq_idx)
+    if starts is None:
+        return np.full(x.shape[:2], -history)
+    return torch.where(starts, torch.arange(x.shape[1]), -history).cummax(1).values.numpy()
 
 
 def _empty(*shape: int) -> Tensor:
@@ -89,33 +53,7 @@ def _empty(*shape: int) -> Tensor:
     return torch.from_numpy(memory[start : start + math.prod(shape)].reshape(shape))
 
 
-class Scan(torch.autograd.Function):
-    """`_scan_forward` and its gradient, for whichever operands require one."""
-
-    @staticmethod
-    def forward(ctx: Any, *operands: Any) -> tuple[Tensor, Tensor]:
-        """Save the operands and one state per chunk."""
-        y, final_state, saved = _scan_forward(*operands, keep=True)
-        *tensors, ctx.dt_softplus, ctx.starts = operands
-        ctx.save_for_backward(*tensors, saved)
-        ctx.set_materialize_grads(False)
-        return y, final_state
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Replay and sweep back; returns a gradient for each operand of the forward."""
-        *tensors, saved = ctx.saved_tensors
-        if dy is None:
-            dy = torch.zeros_like(tensors[0])
-        gradients = _scan_backward(
-            *tensors, ctx.dt_softplus, ctx.starts, saved, dy, dfinal, rate_wanted=ctx.needs_input_grad[2]
-        )
-        wanted = zip(gradients, tensors, ctx.needs_input_grad, strict=False)
-        return *(g.to(x.dtype) if want else None for g, x, want in wanted), None, None
-
-
-def _scan_forward(
+def scan_forward(
     u: Tensor,
     dt: Tensor,
     A: Tensor,
@@ -155,7 +93,7 @@ def _scan_forward(
     return y.to(u.dtype), final_state, saved
 
 
-def _scan_backward(
+def scan_backward(
     u: Tensor,
     dt: Tensor,
     A: Tensor,
@@ -170,10 +108,10 @@ def _scan_backward(
     saved: Tensor,
     dy: Tensor,
     dfinal: Tensor | None,
-    rate_wanted: bool,
+    wanted: tuple[bool, ...],
 ) -> tuple[Tensor, ...]:
     """Return the float32 gradients of the first nine operands; those of absent ones mean nothing."""
-    (batch, length, channels), states = u.shape, A.shape[1]
+    (batch, length, channels), states, rate_wanted = u.shape, A.shape[1], wanted[2]
     groups = min(_blocks(channels), GROUPS, max(4, channels // (4 * states)))  # half an activation of memory
     du, ddt = _empty(2, batch, length, channels)
     dz = _empty(batch, length, channels) if z is not None else torch.empty(0)
@@ -202,59 +140,51 @@ def _scan_backward(
     return du, ddt, dA.sum(0).t(), dB, dC, dD.sum(0), dz, dbias.sum(0), dinitial
 
 
-class Convolution(torch.autograd.Function):
-    """The convolution and its gradient."""
+def conv_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor | None, with_silu: bool, begins: np.ndarray
+) -> Tensor:
+    """Return y, (B, L, D), in the dtype of x; past is (B, W - 1, D)."""
+    batch, length, channels = x.shape
+    y = _empty(batch, length, channels)
+    flat, *strides = _row_view(x)
+    _run(
+        loops.conv_forward,
+        batch * _blocks(channels),
+        x.numel() * weight.shape[1],
+        flat,
+        np.array(strides),
+        *_filters(x, weight, bias, past, with_silu, begins),
+        y.view(-1).numpy(),
+    )
+    return y.to(x.dtype)
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        past: Tensor | None,
-        with_silu: bool,
-        begins: np.ndarray,
-    ) -> Tensor:
-        """Convolve; the input is all that has to be kept."""
-        ctx.save_for_backward(x, weight, bias, past)
-        ctx.with_silu, ctx.begins = with_silu, begins
-        batch, length, channels = x.shape
-        y = _empty(batch, length, channels)
-        flat, *strides = _row_view(x)
-        _run(
-            loops.conv_forward,
-            batch * _blocks(channels),
-            x.numel() * weight.shape[1],
-            flat,
-            np.array(strides),
-            *_filters(x, weight, bias, past, with_silu, begins),
-            y.view(-1).numpy(),
-        )
-        return y.to(x.dtype)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        """Convolve again, and give every input its share."""
-        saved = ctx.saved_tensors  # once: activation checkpointing recomputes on the first look
-        x, weight, bias, past = saved
-        (batch, length, channels), width = x.shape, weight.shape[1]
-        dx, dpast = torch.zeros(batch, length, channels), torch.zeros(batch, width - 1, channels)
-        dweight, dbias = torch.empty(batch, width, channels), torch.empty(batch, channels)
-        rows = [_row_view(x), _row_view(dy)]
-        _run(
-            loops.conv_backward,
-            batch * _blocks(channels),
-            x.numel() * width,
-            *(flat for flat, _, _ in rows),
-            np.array([stride for _, *strides in rows for stride in strides]),
-            *_filters(x, weight, bias, past, ctx.with_silu, ctx.begins),
-            dx.view(-1).numpy(),
-            *(g.numpy() for g in (dweight, dbias, dpast)),
-        )
-        gradients = (dx, dweight.sum(0).t(), dbias.sum(0), dpast)
-        wanted = zip(gradients, saved, ctx.needs_input_grad, strict=False)
-        return *(g.to(value.dtype) if want else None for g, value, want in wanted), None, None
+def conv_backward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    past: Tensor | None,
+    with_silu: bool,
+    begins: np.ndarray,
+    dy: Tensor,
+    wanted: tuple[bool, ...],
+) -> tuple[Tensor, ...]:
+    """Return the float32 gradients of the first four operands; those of absent ones mean nothing."""
+    (batch, length, channels), width = x.shape, weight.shape[1]
+    dx, dpast = torch.zeros(batch, length, channels), torch.zeros(batch, width - 1, channels)
+    dweight, dbias = torch.empty(batch, width, channels), torch.empty(batch, channels)
+    rows = [_row_view(x), _row_view(dy)]
+    _run(
+        loops.conv_backward,
+        batch * _blocks(channels),
+        x.numel() * width,
+        *(flat for flat, _, _ in rows),
+        np.array([stride for _, *strides in rows for stride in strides]),
+        *_filters(x, weight, bias, past, with_silu, begins),
+        dx.view(-1).numpy(),
+        *(g.numpy() for g in (dweight, dbias, dpast)),
+    )
+    return dx, dweight.sum(0).t(), dbias.sum(0), dpast
 
 
 def _blocks(channels: int) -> int:
@@ -295,20 +225,6 @@ def _filters(
     channels, width = weight.shape
     weight, bias = _dense(weight.t(), (width, channels)), _dense(bias, (channels,))
     return weight, bias, with_silu, begins, _dense(past, (x.shape[0], width - 1, channels))
-
-
-def _starts(seq_idx: Tensor | None, x: Tensor) -> np.ndarray:
-    """(B, L) bytes: 1 where the state restarts."""
-    starts = sequence_starts(seq_idx)
-    return np.zeros(x.shape[:2], np.uint8) if starts is None else starts.to(torch.uint8).contiguous().numpy()
-
-
-def _begins(seq_idx: Tensor | None, x: Tensor, history: int) -> np.ndarray:
-    """(B, L): the first input that each position sees, -history where that is the past before the row."""
-    starts = sequence_starts(seq_idx)
-    if starts is None:
-        return np.full(x.shape[:2], -history)
-    return torch.where(starts, torch.arange(x.shape[1]), -history).cummax(1).values.numpy()
 
 
 def _run(loop: Callable[..., None], tasks: int, work: int, *arguments: Any) -> None:

@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from mamba_sft.kernels import triton_ops
+from mamba_sft.kernels import autograd, triton_ops
 
 CHANNELS = 8192
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -81,7 +81,7 @@ def scan(dtype: torch.dtype, states: int, trained: bool) -> None:
     B, C = torch.zeros(2, 1, 65, states, dtype=dtype)
     D, bias = torch.zeros(2, CHANNELS).requires_grad_(trained)
     seq_idx = torch.arange(65)[None] // 10
-    y, _ = triton_ops.selective_scan(u, dt, A, B, C, D, z, bias, True, None, seq_idx)
+    y, _ = autograd.selective_scan(triton_ops, u, dt, A, B, C, D, z, bias, True, None, seq_idx)
     if torch.is_grad_enabled():
         y.sum().backward()
 
@@ -92,7 +92,7 @@ def convolution(dtype: torch.dtype) -> None:
     weight, bias = torch.zeros(CHANNELS, 4, requires_grad=True), torch.zeros(CHANNELS, requires_grad=True)
     past = torch.zeros(1, CHANNELS, 3, dtype=dtype, requires_grad=True)
     seq_idx = torch.arange(65)[None] // 10
-    y, _ = triton_ops.causal_conv1d(x, weight, bias, "silu", past, seq_idx)
+    y, _ = autograd.causal_conv1d(triton_ops, x, weight, bias, "silu", past, seq_idx)
     y.sum().backward()
 
 

@@ -142,9 +142,9 @@ def test_the_exponential_is_good_to_one_unit_in_the_last_place():
 def test_boundaries_are_computed_once_and_again_after_a_change():
     triton_ops = pytest.importorskip("mamba_sft.kernels.triton_ops")
     seq_idx = torch.tensor([[0, 0, 1, 1, 1, 2], [0, 1, 1, 1, 1, 1]])
-    stops, begins = triton_ops.sequence_boundaries(seq_idx)
+    stops, begins = triton_ops.scan_boundaries(seq_idx, seq_idx)
     assert begins.tolist() == [[-1, -1, 2, 2, 2, 5], [-1, 1, 1, 1, 1, 1]]
     assert stops.tolist() == [[2, 2, 5, 5, 5, 6], [1, 6, 6, 6, 6, 6]]
-    assert triton_ops.sequence_boundaries(seq_idx)[0] is stops
+    assert triton_ops.scan_boundaries(seq_idx, seq_idx)[0] is stops
     seq_idx[0, 1] = 7
-    assert triton_ops.sequence_boundaries(seq_idx)[1].tolist()[0] == [-1, 1, 2, 2, 2, 5]
+    assert triton_ops.scan_boundaries(seq_idx, seq_idx)[1].tolist()[0] == [-1, 1, 2, 2, 2, 5]
