@@ -32,6 +32,15 @@ from mamba_sft.kernels.triton_math import LN2, exp2, inside, load_row, only_if, 
 CHUNK = tl.constexpr(64)  # steps between two saved states
 
 
+@triton.jit
+def tile_of(block, channels: tl.constexpr, N: tl.constexpr, STATES: tl.constexpr, BLOCK: tl.constexpr):
+    """Return where a block's channels, its states and its tile of both are in memory, each with its mask."""
+    at_d, at_n = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, STATES)
+    has_d, has_n = inside(at_d, channels, BLOCK), inside(at_n, N, STATES)
+    at_state = at_n[:, None] * channels + at_d[None, :].to(tl.int64)
+    return at_d, at_n, has_d, has_n, at_state, has_n[:, None] & has_d[None, :]
+
+
 @triton.jit(
     do_not_specialize=["length", "segment"], do_not_specialize_on_alignment=["A", "entry", "saved", "final"]
 )
@@ -51,10 +60,7 @@ def forward(
     """
     block, part, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     parts = tl.num_programs(1)
-    at_d, at_n = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, STATES)
-    has_d, has_n = inside(at_d, channels, BLOCK), inside(at_n, N, STATES)
-    at_state = at_n[:, None] * channels + at_d[None, :].to(tl.int64)
-    has_state = has_n[:, None] & (at_d < channels)[None, :]
+    at_d, at_n, has_d, has_n, at_state, has_state = tile_of(block, channels, N, STATES, BLOCK)
     first = part * segment
     last = tl.minimum(first + segment, length)
 
@@ -130,10 +136,7 @@ def segment_states(
     constant.
     """
     block, part, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    at_d, at_n = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, STATES)
-    has_d, has_n = inside(at_d, channels, BLOCK), inside(at_n, N, STATES)
-    at_state = at_n[:, None] * channels + at_d[None, :].to(tl.int64)
-    has_state = has_n[:, None] & (at_d < channels)[None, :]
+    at_d, at_n, has_d, has_n, at_state, has_state = tile_of(block, channels, N, STATES, BLOCK)
     first = part * segment
     last = first + segment
     place = row * parts + part
@@ -185,10 +188,7 @@ def segment_gradients(
     And, as in `segment_states`, its sum of step sizes: total (B, S, D).
     """
     block, part, row = tl.program_id(0), tl.program_id(1) + 1, tl.program_id(2).to(tl.int64)
-    at_d, at_n = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, STATES)
-    has_d, has_n = inside(at_d, channels, BLOCK), inside(at_n, N, STATES)
-    at_state = at_n[:, None] * channels + at_d[None, :].to(tl.int64)
-    has_state = has_n[:, None] & (at_d < channels)[None, :]
+    at_d, at_n, has_d, has_n, at_state, has_state = tile_of(block, channels, N, STATES, BLOCK)
     first = part * segment
     last = tl.minimum(first + segment, length)
 
@@ -247,10 +247,7 @@ def connect(
     it, or None.
     """
     block, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    at_d, at_n = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, STATES)
-    has_d = at_d < channels
-    at_state = at_n[:, None] * channels + at_d[None, :].to(tl.int64)
-    has_state = (at_n < N)[:, None] & has_d[None, :]
+    at_d, _, has_d, _, at_state, has_state = tile_of(block, channels, N, STATES, BLOCK)
     rate = tl.load(A + at_state, mask=has_state, other=0.0)
     value = tl.zeros([STATES, BLOCK], tl.float32)
     if given is not None:
@@ -356,10 +353,7 @@ def backward(
     """
     block, part, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     blocks, parts, rows = tl.num_programs(0), tl.num_programs(1), tl.num_programs(2)
-    at_d, at_n = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, STATES)
-    has_d, has_n = inside(at_d, channels, BLOCK), inside(at_n, N, STATES)
-    at_state = at_n[:, None] * channels + at_d[None, :].to(tl.int64)
-    has_state = has_n[:, None] & has_d[None, :]
+    at_d, at_n, has_d, has_n, at_state, has_state = tile_of(block, channels, N, STATES, BLOCK)
     at_slot = at_n[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     first = part * segment
     last = tl.minimum(first + segment, length)
