@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 
 import torch
 
 from mamba_sft.checksums import new_digest
-from mamba_sft.errors import MambaSFTError, MergeError
 from mamba_sft.merge_plan import REPORT_NAME, MergePlan
 from mamba_sft.shards import DTYPES, Layout, StoredTensors, as_bytes
 
@@ -101,31 +98,6 @@ def write_companions(plan: MergePlan, directory: Path) -> None:
             metadata["total_parameters"] = sum(prod(layout.shape) for layout in plan.layouts)
         index = {"metadata": metadata, "weight_map": dict(sorted(files.items()))}
         (directory / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def disk_errors_explained(output: Path, need: str, kind: type[MambaSFTError] = MergeError) -> Iterator[None]:
-    """Turns what a disk can refuse, inside the block, into errors that say so.
-
-    Args:
-        output: Where the block writes.
-        need: What it needs, e.g. `the merged model takes 14.5 GB`.
-        kind: What is raised.
-
-    Raises:
-        MambaSFTError: The disk is full, or may not be written to.
-    """
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise kind(
-                f"the disk of `{output}` is full: {need}",
-                hint="free some space, or give a directory on another disk with `--output`",
-            ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise kind(f"cannot write to `{output}`: {error.strerror}") from error
-        raise
 
 
 def _is_companion(path: Path) -> bool:

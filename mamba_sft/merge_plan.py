@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from mamba_sft.adapter import BASE_FACTS_NAME
 from mamba_sft.checkpoint import TensorEntry, base_fingerprint, read_config, read_tensors
 from mamba_sft.deltas import EMBEDDINGS, HEAD, SavedAdapter, read_adapter
+from mamba_sft.disk import require_space
 from mamba_sft.errors import MergeError, ModelError, UsageError
 from mamba_sft.model import resolve_base
 from mamba_sft.run import Run
@@ -22,7 +22,6 @@ from mamba_sft.shards import DTYPES, Layout, StoredTensors
 REPORT_NAME = "merge.json"
 VOCABULARY = (EMBEDDINGS, HEAD)
 _DTYPE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-_SPARE = 64 << 20  # tokenizer, configs, and room for the filesystem
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,7 @@ def plan_merge(run: Run, output: Path, dtype: str | None) -> MergePlan:
     """
     plan = fit_adapter(run, output, dtype)
     _check_output(output, [plan.base, run.adapter, run.path])
-    _check_space(plan)
+    require_space(plan.output, plan.nbytes, "the merged model takes", MergeError)
     return plan
 
 
@@ -248,14 +247,4 @@ def _check_complete(config: dict[str, Any], shards: dict[str, list[Layout]], bas
             f"`{base}` does not hold the model of its config: {len(odd)} tensors, the first `{odd[0]}` "
             f"({found.get(odd[0], 'absent')}, the config says {expected.get(odd[0], 'absent')})",
             hint="the download or copy is not complete; fetch the model again",
-        )
-
-
-def _check_space(plan: MergePlan) -> None:
-    place = next(path for path in (plan.output.absolute(), *plan.output.absolute().parents) if path.is_dir())
-    free, needed = shutil.disk_usage(place).free, plan.nbytes + _SPARE
-    if free < needed:
-        raise MergeError(
-            f"the merged model takes {needed / 1e9:.1f} GB; `{place}` has {free / 1e9:.1f} GB left",
-            hint="free some space, or give a directory on another disk with `--output`",
         )

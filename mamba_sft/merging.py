@@ -23,10 +23,11 @@ from mamba_sft.chat import render
 from mamba_sft.checkpoint import TensorEntry, read_tensors
 from mamba_sft.corpus import as_trained, read_corpus
 from mamba_sft.deltas import SavedAdapter
+from mamba_sft.disk import disk_errors_explained
 from mamba_sft.errors import MambaSFTError, MergeError, UsageError
 from mamba_sft.heldout import heldout_loss
 from mamba_sft.merge_check import CheckResult, MergeCheck, MergeReport
-from mamba_sft.merge_files import MergedTensors, disk_errors_explained, write_companions
+from mamba_sft.merge_files import MergedTensors, write_companions
 from mamba_sft.merge_plan import REPORT_NAME, MergePlan, plan_merge
 from mamba_sft.model import UNQUANTIZED, load_model
 from mamba_sft.packing import Collator
@@ -74,7 +75,7 @@ def merge(
     plan = plan_merge(run, Path(output) if output is not None else run.merged, dtype)
     source = _source(plan, onto)
     need = f"the merged model takes {plan.nbytes / 1e9:.1f} GB"
-    with disk_errors_explained(plan.output, need), atomic_directory(plan.output) as directory:
+    with disk_errors_explained(plan.output, need, MergeError), atomic_directory(plan.output) as directory:
         report = _merge_into(directory, plan, source, progress or (lambda stage, done, total: None))
         (directory / REPORT_NAME).write_text(report.to_json() + "\n", encoding="utf-8")
     return report

@@ -157,8 +157,8 @@ def test_a_disk_that_is_really_full(
     made: Made, small_disk: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, verb: str
 ) -> None:
     disk = small_disk("16k" if verb == "adapter" else "256k")
-    monkeypatch.setattr(gguf, "_check_space", lambda plan: None)
-    monkeypatch.setattr(hf, "_check_space", lambda output, nbytes: None)
+    monkeypatch.setattr(gguf, "require_space", lambda *_: None)
+    monkeypatch.setattr(hf, "require_space", lambda *_: None)
     wanted = ["f32"] if verb == "gguf" else []
     form, place = ("hf", disk / "hf") if verb == "hf" else ("gguf", disk)
     with pytest.raises(ExportError, match="is full"):
@@ -170,7 +170,7 @@ def test_a_disk_that_fills_up_while_headers_are_written(
     made: Made, small_disk: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     disk = small_disk("4k")
-    monkeypatch.setattr(gguf, "_check_space", lambda plan: None)
+    monkeypatch.setattr(gguf, "require_space", lambda *_: None)
     with pytest.raises(ExportError, match="is full"):
         export(made.run, quantization=["Q8_0", "f32"], output=disk)
     assert not list(disk.iterdir())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -445,7 +446,7 @@ def test_what_cannot_be_exported_is_a_clear_error(tmp_path: Path, monkeypatch: p
     biased = save(build_model(use_bias=True), tmp_path / "biased")
     with pytest.raises(ModelError, match="no place"):
         export(biased, output=tmp_path / "out")
-    monkeypatch.setattr(gguf.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 64 << 20})())
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 64 << 20})())
     with pytest.raises(ExportError, match=r"take 0\.1 GB"):
         export(base, quantization="all", output=tmp_path / "out")
     monkeypatch.setattr(extra.importlib.util, "find_spec", lambda name: None)

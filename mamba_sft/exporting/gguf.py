@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from typing import Any
 
 import torch
 
+from mamba_sft.disk import disk_errors_explained, require_space
 from mamba_sft.errors import ExportError
 from mamba_sft.exporting import llama_cpp
 from mamba_sft.exporting.gguf_metadata import Vocabulary, read_vocabulary
@@ -25,10 +25,7 @@ from mamba_sft.exporting.imatrix import importance_matrix
 from mamba_sft.exporting.task import GGUFFile, GGUFOptions, Progress, Quality
 from mamba_sft.exporting.texts import calibration_text
 from mamba_sft.exporting.weights import QUALITY_NAME, FullModel
-from mamba_sft.merge_files import disk_errors_explained
 from mamba_sft.run import write_atomically
-
-_SPARE = 64 << 20
 
 
 @dataclass
@@ -93,7 +90,8 @@ def write_gguf(plan: GGUFPlan, options: GGUFOptions, progress: Progress) -> list
         ExportError: The disk is too full, or a file failed its check; the files that passed are kept.
         ModelError: The weights are damaged.
     """
-    _check_space(plan)
+    hint = "ask for fewer quantizations, or give a directory on another disk with `--output`"
+    require_space(plan.output, plan.nbytes, "the files take", ExportError, hint)
     plan.output.mkdir(parents=True, exist_ok=True)
     importance: Importance = {}
     origin = None
@@ -182,16 +180,6 @@ def verify_adapter(model: FullModel, base: GGUFFile, adapter: Path, progress: Pr
     verifier = Verifier(model, lambda done, total: progress("reference", done, total))
     found = verifier.check(base.path, METHODS[base.method], adapter)
     return verifier.compare_answers([found])[0]
-
-
-def _check_space(plan: GGUFPlan) -> None:
-    place = next(path for path in (plan.output.absolute(), *plan.output.absolute().parents) if path.is_dir())
-    free, needed = shutil.disk_usage(place).free, plan.nbytes + _SPARE
-    if free < needed:
-        raise ExportError(
-            f"the files take {needed / 1e9:.1f} GB; `{place}` has {free / 1e9:.1f} GB left",
-            hint="ask for fewer quantizations, or give a directory on another disk with `--output`",
-        )
 
 
 def _values(tensor: ExportTensor) -> int:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from mamba_sft.disk import disk_errors_explained
 from mamba_sft.errors import ExportError, UsageError
 from mamba_sft.exporting.gguf import (
     GGUFPlan,
@@ -19,7 +20,6 @@ from mamba_sft.exporting.gguf_types import choose_methods
 from mamba_sft.exporting.ollama import modelfile
 from mamba_sft.exporting.task import Exported, GGUFFile, Task, output_of
 from mamba_sft.exporting.weights import QUALITY_NAME, base_of, find_model
-from mamba_sft.merge_files import disk_errors_explained
 from mamba_sft.merge_plan import fit_adapter
 from mamba_sft.reporting import write_report
 from mamba_sft.run import Run, write_atomically

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import torch
 
+from mamba_sft.disk import disk_errors_explained, require_space
 from mamba_sft.errors import ExportError, UsageError
 from mamba_sft.exporting.hf_logits import logits_of
 from mamba_sft.exporting.texts import prompt_of
 from mamba_sft.exporting.weights import FullModel, find_model
-from mamba_sft.merge_files import MergedTensors, disk_errors_explained, write_companions
+from mamba_sft.merge_files import MergedTensors, write_companions
 from mamba_sft.merge_plan import REPORT_NAME
 from mamba_sft.run import atomic_directory
 from mamba_sft.shards import one_thread, write_shard
@@ -21,7 +22,6 @@ from mamba_sft.shards import one_thread, write_shard
 CARD_NAME = "README.md"
 MARK = "mamba-sft"
 """A tag in the card's metadata; it also tells an earlier export from somebody else's directory."""
-_SPARE = 64 << 20
 
 
 def write_checkpoint(
@@ -51,7 +51,7 @@ def write_checkpoint(
         if model.plan is None:
             _copy(model, directory, progress)
         else:
-            _check_space(output, _size(model))
+            require_space(output, _size(model), "the model takes", ExportError)
             _sum(model, directory, progress)
             _check(model, directory)
         add_card(directory)
@@ -76,7 +76,7 @@ def _link(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
     except OSError:  # another disk, or one that has no links
-        _check_space(target.parent, source.stat().st_size)
+        require_space(target.parent, source.stat().st_size, "the model takes", ExportError)
         shutil.copyfile(source, target)
 
 
@@ -110,16 +110,6 @@ def _check_output(output: Path) -> None:
         raise UsageError(
             f"`{output}` is not empty and not an earlier export: its `{CARD_NAME}` is not from here",
             hint="give another directory with `--output`, or empty this one",
-        )
-
-
-def _check_space(output: Path, nbytes: int) -> None:
-    place = next(path for path in (output.absolute(), *output.absolute().parents) if path.is_dir())
-    free, needed = shutil.disk_usage(place).free, nbytes + _SPARE
-    if free < needed:
-        raise ExportError(
-            f"the model takes {needed / 1e9:.1f} GB; `{place}` has {free / 1e9:.1f} GB left",
-            hint="free some space, or give a directory on another disk with `--output`",
         )
 
 

@@ -35,20 +35,12 @@ class Text:
 
 def heldout_text(model: FullModel, tokens: int) -> Text:
     """Returns the run's validation rows, or a passage that comes with mamba-sft where there are none."""
-    rows = _rows(model, "validation")
-    if rows is not None and len(rows):
-        windows = list(_windows((row["input_ids"] for row in rows), tokens))
-        return Text(windows, f"validation rows of `{_recipe(model)}`")
-    return Text(list(_windows([_passage(model)], tokens)), "a passage that comes with mamba-sft")
+    return _text(model, "validation", tokens)
 
 
 def calibration_text(model: FullModel, tokens: int) -> Text:
     """Returns the run's training rows, never its validation rows; without a run, the passage."""
-    rows = _rows(model, "train")
-    if rows is not None and len(rows):
-        windows = list(_windows((row["input_ids"] for row in rows), tokens))
-        return Text(windows, f"training rows of `{_recipe(model)}`")
-    return Text(list(_windows([_passage(model)], tokens)), "a passage that comes with mamba-sft")
+    return _text(model, "training", tokens)
 
 
 def prompt_of(model: FullModel) -> tuple[str, list[int]]:
@@ -60,6 +52,14 @@ def prompt_of(model: FullModel) -> tuple[str, list[int]]:
         return question, model.tokenizer(question, add_special_tokens=False).input_ids[:WINDOW]
     messages = [{"role": "user", "content": question}]
     return question, render(model.tokenizer, messages, add_generation_prompt=True)[0][:WINDOW]
+
+
+def _text(model: FullModel, part: str, tokens: int) -> Text:
+    rows = _rows(model, part)
+    if rows is not None and len(rows):
+        windows = list(_windows((row["input_ids"] for row in rows), tokens))
+        return Text(windows, f"{part} rows of `{_recipe(model)}`")
+    return Text(list(_windows([_passage(model)], tokens)), "a passage that comes with mamba-sft")
 
 
 def _rows(model: FullModel, part: str) -> Any:
