@@ -268,9 +268,9 @@ def test_kernels_that_work_were_run(monkeypatch):
 
 @pytest.mark.parametrize("fault", ["wrong", "broken"])
 def test_kernels_that_do_not_work_are_a_problem(monkeypatch, fault):
-    from mamba_sft.kernels import cpu
+    from mamba_sft.kernels import autograd
 
-    real = cpu.selective_scan
+    real = autograd.selective_scan
 
     def faulty(*operands):
         if fault == "broken":
@@ -278,7 +278,7 @@ def test_kernels_that_do_not_work_are_a_problem(monkeypatch, fault):
         y, state = real(*operands)
         return y * 1.001, state
 
-    monkeypatch.setattr(cpu, "selective_scan", faulty)
+    monkeypatch.setattr(autograd, "selective_scan", faulty)
     found = doctor_hardware._operation("scan", "selective_scan", "cpu", False, "cpu")
     assert found.status == "problem"
     assert ("by 2e-03" if fault == "wrong" else "cpu fails: illegal instruction") in found.text
