@@ -111,6 +111,7 @@ class MergeCheck:
     ):
         self.base, self.merged, self.adapter, self.config, self.attach = base, merged, adapter, config, attach
         self.rows = 0
+        self._memory: dict[str, torch.Tensor] = {}
         self._random = random.Random(0)
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
@@ -147,25 +148,22 @@ class MergeCheck:
         self, layer: int, expected: torch.Tensor, actual: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         prefix = f"backbone.layers.{layer}."
-        names = [name for name in self.merged.entries if name.startswith(prefix)]
-        tensors = {name: self.base.whole(name) for name in names}
-        samples = {name: self._sample(name, tensor) for name, tensor in tensors.items()}
-        tensors.update({name: self.adapter.whole[name] for name in names if name in self.adapter.whole})
-        block = self._block(prefix, tensors)
+        tensors = self.base.layer(prefix, self._memory)
+        samples = {name: self._sample(prefix + name, tensor) for name, tensor in tensors.items()}
+        whole = self.adapter.whole
+        tensors |= {name: whole[prefix + name] for name in tensors if prefix + name in whole}
+        block = self._block(tensors)
         self.attach(block, layer)
         expected = block(expected)
-        del block, tensors
-        tensors = {name: self.merged.whole(name) for name in names}
+        tensors = self.merged.layer(prefix, self._memory)
         for name, (start, rows, size) in samples.items():
-            self._compare(name, rows, tensors[name][start : start + len(rows)], size)
-        return expected, self._block(prefix, tensors)(actual)
+            self._compare(prefix + name, rows, tensors[name][start : start + len(rows)], size)
+        return expected, self._block(tensors)(actual)
 
-    def _block(self, prefix: str, tensors: dict[str, torch.Tensor]) -> Any:
+    def _block(self, tensors: dict[str, torch.Tensor]) -> Any:
         with torch.device("meta"):
             block = FalconMambaBlock(self.config, layer_idx=0)
-        block.load_state_dict(
-            {name.removeprefix(prefix): value for name, value in tensors.items()}, assign=True
-        )
+        block.load_state_dict(tensors, assign=True)
         for module in block.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, torch.ones(buffer.shape))  # the weightless norms' place holders

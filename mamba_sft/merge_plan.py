@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -68,14 +69,14 @@ class MergePlan:
         """The base's tensors, checked as they are read."""
         return StoredTensors(self.entries, self.facts.checksums)
 
-    @property
+    @cached_property
     def layouts(self) -> list[Layout]:
         """All tensors of the merged model."""
         return [layout for shard in self.shards.values() for layout in shard]
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
-        """Bytes of all tensors of the merged model."""
+        """Bytes of all tensors of the merged model; asked for with every block that is written."""
         return sum(layout.nbytes for layout in self.layouts)
 
     @property

@@ -119,12 +119,30 @@ class StoredTensors:
         if name in self.checksums:
             check_digest(name, entry, digest.hexdigest(), self.checksums)
 
-    def whole(self, name: str) -> torch.Tensor:
-        """Returns a whole tensor in float32."""
-        tensor = torch.empty(self.entries[name].shape, dtype=torch.float32)
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """Returns a tensor's shape."""
+        return self.entries[name].shape
+
+    def whole(self, name: str, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Returns a whole tensor in float32, in the memory of `out` if there is one, of its shape."""
+        tensor = torch.empty(self.shape_of(name), dtype=torch.float32) if out is None else out
         for start, rows in self.blocks(name):
             (tensor[start : start + len(rows)] if tensor.ndim else tensor).copy_(rows)
         return tensor
+
+    def layer(self, prefix: str, memory: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Returns the tensors of one layer, whole, in float32, by what follows `prefix` in their names.
+
+        Args:
+            prefix: What their names begin with.
+            memory: Where a walk over the layers keeps them, each in the place of the one before: fresh pages
+                cost as much as reading does. Empty at first.
+        """
+        for name in self.entries:
+            if name.startswith(prefix):
+                rest = name.removeprefix(prefix)
+                memory[rest] = self.whole(name, memory.get(rest))
+        return dict(memory)
 
 
 def write_shard(
@@ -154,9 +172,10 @@ def write_shard(
             for block in blocks(tensor):
                 count += block.nbytes
                 pending.append(writer.submit(_write_all, file, as_bytes(block)))
-                if len(pending) == _PENDING_BLOCKS:
+                if len(pending) >= _PENDING_BLOCKS:
                     pending.popleft().result()
             assert count == tensor.nbytes, f"wrote {count} of {tensor.nbytes} bytes of {tensor.name}"
+            pending.append(writer.submit(_start_flush, file, count))
         for written in pending:
             written.result()
         os.fsync(file.fileno())  # a disk that fills up late must fail here, before the rename
@@ -165,6 +184,13 @@ def write_shard(
 def as_bytes(block: torch.Tensor) -> memoryview:
     """Returns the bytes of a tensor on the CPU, as they are stored."""
     return memoryview(block.contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def _start_flush(file: RawIOBase, count: int) -> int:
+    """Lets the disk begin with the last `count` bytes, which the kernel would keep until the final fsync."""
+    if hasattr(os, "posix_fadvise"):  # pages that are not needed are written at once, and nothing waits
+        os.posix_fadvise(file.fileno(), file.tell() - count, count, os.POSIX_FADV_DONTNEED)
+    return 0
 
 
 def _write_all(file: RawIOBase, data: bytes | memoryview) -> int:

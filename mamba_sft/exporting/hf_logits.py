@@ -42,8 +42,9 @@ def logits_of(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     hidden = [rows.to(device)[None] for rows in _embed(model, windows)]
     count = layers(model.shapes)
+    memory: dict[str, torch.Tensor] = {}
     for layer in range(count):
-        block = _block(model, config, layer).to(device)
+        block = _block(model, config, layer, memory).to(device)
         handles = _watch_block(block, f"backbone.layers.{layer}.mixer.", watch) if watch else []
         hidden = [block(rows) for rows in hidden]
         for handle in handles:
@@ -63,16 +64,12 @@ def _embed(model: FullModel, windows: Sequence[Sequence[int]]) -> list[torch.Ten
     return found
 
 
-def _block(model: FullModel, config: Any, layer: int) -> Any:
+def _block(model: FullModel, config: Any, layer: int, memory: dict[str, torch.Tensor]) -> Any:
     from transformers.models.falcon_mamba.modeling_falcon_mamba import FalconMambaBlock
 
-    prefix = f"backbone.layers.{layer}."
     with torch.device("meta"):
         block = FalconMambaBlock(config, layer_idx=0)
-    names = [name for name in model.shapes if name.startswith(prefix)]
-    block.load_state_dict(
-        {name.removeprefix(prefix): model.tensors.whole(name) for name in names}, assign=True
-    )
+    block.load_state_dict(model.tensors.layer(f"backbone.layers.{layer}.", memory), assign=True)
     for module in block.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, torch.ones(buffer.shape))  # the weightless norms' place holders

@@ -129,12 +129,9 @@ class SummedTensors(StoredTensors):
             yield start, rows
             start += len(rows) if rows.ndim else 1
 
-    def whole(self, name: str) -> torch.Tensor:
-        """Returns a whole tensor in float32."""
-        tensor = torch.empty(self.layouts[name].shape, dtype=torch.float32)
-        for start, rows in self.blocks(name):
-            (tensor[start : start + len(rows)] if tensor.ndim else tensor).copy_(rows)
-        return tensor
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """Returns a merged tensor's shape."""
+        return self.layouts[name].shape
 
 
 def find_model(where: Run | str | Path) -> FullModel:
