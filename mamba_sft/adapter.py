@@ -32,7 +32,8 @@ from peft.tuners import tuners_utils
 from peft.utils.other import TrainableTokensWrapper
 
 from mamba_sft.checkpoint import resolve_base
-from mamba_sft.checksums import base_record
+from mamba_sft.checksums import base_record, file_checksum
+from mamba_sft.deltas import WEIGHTS_NAME
 from mamba_sft.errors import AdapterError
 from mamba_sft.kernels.falcon_mamba import FalconMambaMixer
 from mamba_sft.lora import fuse_lora
@@ -42,15 +43,13 @@ if TYPE_CHECKING:
     from mamba_sft.recipe import AdapterSection, ModelSection
 
 TARGETS = ("in_proj", "x_proj", "dt_proj", "out_proj")
-WEIGHTS_NAME = "adapter_model.safetensors"
 BASE_FACTS_NAME = "base.json"
 _ADAPTER = "default"
 _REFUSED = {
     "conv1d": "it is a depthwise convolution, not a projection, and its kernel reads the weight directly",
     "lm_head": "the chunked loss multiplies by its weight directly, so its adapter would never be trained",
     "embeddings": "only the rows of new special tokens are trained, through `trained_token_ids`",
-    "A_log": "it is a parameter of the recurrence, not a projection",
-    "D": "it is a parameter of the recurrence, not a projection",
+    **dict.fromkeys(("A_log", "D"), "it is a parameter of the recurrence, not a projection"),
 }
 
 
@@ -161,8 +160,8 @@ def save_adapter(model: PeftModel, directory: Path, *, section: ModelSection, se
     directory.mkdir(parents=True, exist_ok=True)
     weights = get_peft_model_state_dict(model, save_embedding_layers=False)
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(weights.items())}
-    # Not `save_file`: its files can be read by nobody but their owner.
-    (directory / WEIGHTS_NAME).write_bytes(save(contiguous, metadata={"format": "pt"}))
+    data = save(contiguous, metadata={"format": "pt"})  # `save_file`'s files are their owner's alone
+    (directory / WEIGHTS_NAME).write_bytes(data)
     config = copy(model.peft_config[_ADAPTER])
     config.target_modules = sorted(config.target_modules)  # PEFT makes a set of them, saved in any order
     config.save_pretrained(directory, inference_mode=True)
@@ -172,6 +171,7 @@ def save_adapter(model: PeftModel, directory: Path, *, section: ModelSection, se
         "base": section.base,
         "revision": section.revision,
         **base_record(resolve_base(section.base, section.revision)),
+        "adapter_checksum": file_checksum(directory / WEIGHTS_NAME),
         "quantization": section.quantization,
         "dtype": str(model.get_base_model().dtype).removeprefix("torch."),
         "resize_to": setup.resize_to,

@@ -39,6 +39,15 @@ def base_record(directory: Path) -> dict[str, Any]:
     return {"fingerprint": base_fingerprint(directory), "checksums": tensor_checksums(directory)}
 
 
+def file_checksum(path: Path) -> str:
+    """Returns the digest of a whole file."""
+    digest = new_digest()
+    with path.open("rb") as file:
+        while data := file.read(_CHUNK):
+            digest.update(data)
+    return str(digest.hexdigest())
+
+
 def check_digest(name: str, entry: TensorEntry, found: str, expected: Mapping[str, str]) -> None:
     """Compares the digest of a tensor that was read to its end; unknown tensors pass.
 

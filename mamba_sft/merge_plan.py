@@ -13,7 +13,8 @@ import torch
 
 from mamba_sft.adapter import BASE_FACTS_NAME
 from mamba_sft.checkpoint import TensorEntry, base_fingerprint, read_config, read_tensors
-from mamba_sft.deltas import EMBEDDINGS, HEAD, SavedAdapter, read_adapter
+from mamba_sft.checksums import file_checksum
+from mamba_sft.deltas import EMBEDDINGS, HEAD, WEIGHTS_NAME, SavedAdapter, read_adapter
 from mamba_sft.disk import require_space
 from mamba_sft.errors import MergeError, ModelError, UsageError
 from mamba_sft.model import resolve_base
@@ -36,6 +37,7 @@ class BaseFacts:
     dtype: str
     resize_to: int | None
     checksums: dict[str, str] = field(default_factory=dict)
+    adapter_checksum: str | None = None
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,7 @@ def fit_adapter(run: Run, output: Path, dtype: str | None) -> MergePlan:
     if config.get("tie_word_embeddings", True) and EMBEDDINGS in adapter.rows and HEAD in entries:
         adapter.rows.setdefault(HEAD, adapter.rows[EMBEDDINGS])  # one matrix, stored under both its names
     _check_fit(adapter, entries, facts)
+    _check_undamaged(run.adapter / WEIGHTS_NAME, facts)
     shards = _lay_out(entries, facts, dtype)
     _check_complete(config, shards, base)
     return MergePlan(run, output, dtype, facts, adapter, base, entries, config, shards)
@@ -129,7 +132,7 @@ def fit_adapter(run: Run, output: Path, dtype: str | None) -> MergePlan:
 def _read_facts(path: Path) -> BaseFacts:
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
-        facts.setdefault("checksums", {})  # runs from before they were recorded
+        facts = {"checksums": {}, "adapter_checksum": None} | facts  # runs from before they were recorded
         return BaseFacts(**{name: facts[name] for name in BaseFacts.__dataclass_fields__})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise MergeError(
@@ -149,6 +152,15 @@ def _check_output(output: Path, sources: Iterable[Path]) -> None:
         raise UsageError(
             f"`{output}` is not empty and not an earlier merge: it has no `{REPORT_NAME}`",
             hint="give another directory with `--output`, or empty this one",
+        )
+
+
+def _check_undamaged(path: Path, facts: BaseFacts) -> None:
+    if facts.adapter_checksum not in (None, file_checksum(path)):
+        raise MergeError(
+            f"`{path}` is not the file that training wrote: its checksum is another",
+            hint="a disk or a copy damaged it, or it is another run's; copy the run again. If you changed it "
+            f"yourself, take `adapter_checksum` out of the `{BASE_FACTS_NAME}` beside it",
         )
 
 

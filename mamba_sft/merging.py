@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mamba_sft.adapter import WEIGHTS_NAME, adapter_allowed
+from mamba_sft.adapter import adapter_allowed
 from mamba_sft.chat import render
 from mamba_sft.checkpoint import TensorEntry, read_tensors
 from mamba_sft.corpus import as_trained, read_corpus
-from mamba_sft.deltas import SavedAdapter
+from mamba_sft.deltas import WEIGHTS_NAME, SavedAdapter
 from mamba_sft.disk import disk_errors_explained
 from mamba_sft.errors import MambaSFTError, MergeError, UsageError
 from mamba_sft.heldout import heldout_loss

@@ -24,7 +24,7 @@ from mamba_sft.adapter import (
     save_adapter,
 )
 from mamba_sft.checkpoint import base_fingerprint
-from mamba_sft.checksums import tensor_checksums
+from mamba_sft.checksums import file_checksum, tensor_checksums
 from mamba_sft.errors import AdapterError
 from mamba_sft.kernels.falcon_mamba import install
 from mamba_sft.model import apply_setup, load_model
@@ -214,6 +214,7 @@ def test_what_is_saved(tiny_base: Path, tmp_path: Path) -> None:
         "revision": None,
         "fingerprint": base_fingerprint(tiny_base),
         "checksums": tensor_checksums(tiny_base),
+        "adapter_checksum": file_checksum(tmp_path / WEIGHTS_NAME),
         "quantization": "none",
         "dtype": "float32",
         "resize_to": 520,

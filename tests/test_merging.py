@@ -24,7 +24,7 @@ from mamba_sft import merge_plan, merging, shards
 from mamba_sft.adapter import attach_adapter, save_adapter
 from mamba_sft.chat import prepare_tokenizer
 from mamba_sft.checkpoint import read_tensors
-from mamba_sft.checksums import base_record
+from mamba_sft.checksums import base_record, file_checksum
 from mamba_sft.deltas import SavedAdapter
 from mamba_sft.errors import MambaSFTError, MergeError, ModelError, UsageError
 from mamba_sft.heldout import heldout_loss
@@ -199,6 +199,7 @@ def test_pefts_other_settings_merge_as_in_peft(tmp_path: Path) -> None:
             if ".lora_B." in name or name.endswith("bias"):
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     model.save_pretrained(made.run.adapter)
+    edit_facts(made, adapter_checksum=None)  # as the error tells whoever changes an adapter
     report = merge(made.run)
     wanted = model.merge_and_unload().state_dict()
     for name, value in weights(made.run.merged).items():
@@ -216,6 +217,7 @@ def test_loras_own_bias_merges(tmp_path: Path) -> None:
             if ".lora_B." in name:
                 parameter.normal_(0.0, 0.1)
     model.save_pretrained(made.run.adapter)
+    edit_facts(made, adapter_checksum=None)  # as the error tells whoever changes an adapter
     merge(made.run)
     wanted = model.merge_and_unload().state_dict()
     for name, value in weights(made.run.merged).items():
@@ -350,6 +352,7 @@ def edit_adapter(made: Made, change: Any) -> None:
     tensors = load_file(path)
     change(tensors)
     save_file(tensors, path, metadata={"format": "pt"})
+    edit_facts(made, adapter_checksum=file_checksum(path))
 
 
 def edit_adapter_config(made: Made, **changes: Any) -> None:
@@ -472,6 +475,13 @@ def truncated_adapter(made: Made) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
+def flipped_adapter(made: Made) -> None:
+    path = made.run.adapter / "adapter_model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-7] ^= 1  # in the last bits of a number's fraction: nothing else would notice
+    path.write_bytes(data)
+
+
 LAYER = "base_model.model.backbone.layers.0.mixer"
 FAULTS: dict[str, tuple[Any, type[MambaSFTError], str]] = {
     "config of another base": (wrong_config, MergeError, "not the base"),
@@ -482,6 +492,7 @@ FAULTS: dict[str, tuple[Any, type[MambaSFTError], str]] = {
     "missing adapter": (missing_adapter, MergeError, "no adapter"),
     "missing base.json": (missing_facts, MergeError, "which base"),
     "truncated adapter": (truncated_adapter, MergeError, "truncated"),
+    "flipped bit in the adapter": (flipped_adapter, MergeError, "not the file that training wrote"),
     "another rank": (lambda made: edit_adapter_config(made, r=8), MergeError, "not of rank 8"),
     "another shape": (
         lambda made: edit_adapter(

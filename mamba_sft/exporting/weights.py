@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 
-from mamba_sft.adapter import WEIGHTS_NAME
 from mamba_sft.checkpoint import read_config, read_tensors
-from mamba_sft.deltas import EMBEDDINGS, HEAD
+from mamba_sft.deltas import EMBEDDINGS, HEAD, WEIGHTS_NAME
 from mamba_sft.errors import ModelError, UsageError
 from mamba_sft.merge_files import MergedTensors
 from mamba_sft.merge_plan import REPORT_NAME, MergePlan, fit_adapter
