@@ -180,7 +180,9 @@ def test_nothing_is_claimed_that_was_not_recorded(tmp_path: Path) -> None:
     assert "# Training Details" not in read_card(plain)[1]
 
 
-def test_the_card_lists_gguf_files_with_size_and_quality(tmp_path: Path) -> None:
+def test_the_card_lists_gguf_files_with_size_and_quality(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     pytest.importorskip("xllamacpp")
     made = make_run(tmp_path)
     files = export(made.run, quantization=["Q8_0", "f32"]).files
@@ -197,6 +199,9 @@ def test_the_card_lists_gguf_files_with_size_and_quality(tmp_path: Path) -> None
     assert f"| `run.Q8_0.gguf` | Q8_0 | {size} | {quality.kl:.2g} | {quality.top1:.1%} |" in text
     assert "| `run.Q4_0.gguf` | Q4_0 |" in text
     assert text.count("not measured | not measured") == 2
+    assert "writes it anew" not in caplog.text
+    export(made.run, quantization="Q4_1", options=GGUFOptions(verify=False))
+    assert "writes it anew" in caplog.text
 
 
 def snippets(text: str) -> dict[str, str]:

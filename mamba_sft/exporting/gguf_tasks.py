@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,12 +18,15 @@ from mamba_sft.exporting.gguf import (
 )
 from mamba_sft.exporting.gguf_lora import write_adapter
 from mamba_sft.exporting.gguf_types import choose_methods
+from mamba_sft.exporting.hf import CARD_NAME, CHECKPOINT_NAME
 from mamba_sft.exporting.ollama import modelfile
 from mamba_sft.exporting.task import Exported, GGUFFile, Task, output_of
 from mamba_sft.exporting.weights import QUALITY_NAME, base_of, find_model
 from mamba_sft.merge_plan import fit_adapter
 from mamba_sft.reporting import write_report
 from mamba_sft.run import Run, write_atomically
+
+logger = logging.getLogger(__name__)
 
 
 def plan_model(task: Task) -> GGUFPlan:
@@ -85,10 +89,14 @@ def export_adapter(task: Task, *, ollama: bool) -> Exported:
 
 
 def _refresh_report(plan: GGUFPlan) -> None:
-    """Adds the files to the run's report, where there is one and they are the run's."""
+    """Adds the files to the run's report, if they are the run's, and tells of a card that lacks them."""
     run = plan.model.run
-    if run is not None and run.report.is_file() and plan.output.resolve() == run.export.resolve():
+    if run is None or plan.output.resolve() != run.export.resolve():
+        return
+    if run.report.is_file():
         write_report(run)
+    if (card := run.export / CHECKPOINT_NAME / CARD_NAME).is_file():
+        logger.warning("`%s` does not list these files yet; `export --format hf` writes it anew", card)
 
 
 def _write_modelfiles(output: Path, files: Sequence[GGUFFile], texts: Sequence[str]) -> list[Path]:

@@ -20,6 +20,8 @@ from mamba_sft.run import atomic_directory
 from mamba_sft.shards import one_thread, write_shard
 
 CARD_NAME = "README.md"
+CHECKPOINT_NAME = "hf"
+"""Where in a run's `export/` a checkpoint goes."""
 MARK = "mamba-sft"
 """A tag in the card's metadata; it also tells an earlier export from somebody else's directory."""
 

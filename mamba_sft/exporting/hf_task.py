@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mamba_sft.exporting.hf import write_checkpoint
+from mamba_sft.exporting.hf import CHECKPOINT_NAME, write_checkpoint
 from mamba_sft.exporting.hub import check_push, push
 from mamba_sft.exporting.model_card import write_card
 from mamba_sft.exporting.task import Exported, Task, output_of
@@ -16,7 +16,7 @@ def export_checkpoint(task: Task) -> Exported:
         check_push(repo)
     model = find_model(task.run)
     output = output_of(model, task.output)
-    directory = output if task.output is not None else output / "hf"
+    directory = output if task.output is not None else output / CHECKPOINT_NAME
     name = task.name or model.name
     write_checkpoint(
         model,
