@@ -20,7 +20,7 @@ pytest.importorskip("xllamacpp")
 
 from mamba_sft.checkpoint import read_tensors
 from mamba_sft.errors import ExportError, MambaSFTError, MergeError, ModelError
-from mamba_sft.exporting import export, gguf, gguf_tasks, hf
+from mamba_sft.exporting import export, gguf, gguf_probe, gguf_tasks, hf
 from mamba_sft.exporting.gguf_probe import Job, probe
 from mamba_sft.merging import merge
 from mamba_sft.run import Run
@@ -282,6 +282,16 @@ def test_a_wrong_adapter(made: Made, verb: str, fault: Callable[[Made], None], m
     with pytest.raises(MergeError, match=message):
         work(verb, made)
     assert final_files(made.run) == []
+
+
+def test_a_check_killed_for_its_memory_says_so(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    killed = [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"]
+    run = subprocess.run
+    monkeypatch.setattr(gguf_probe.subprocess, "run", lambda command, **options: run(killed, **options))
+    with pytest.raises(ExportError, match="when memory runs out") as caught:
+        work("gguf", made)
+    assert "--no-verify" in str(caught.value.hint)
+    assert not list(made.run.export.glob("*.gguf*"))
 
 
 def test_an_export_that_fails_keeps_what_was_there(made: Made) -> None:

@@ -473,6 +473,30 @@ def test_greedy_answers_are_compared_up_to_the_first_difference(tmp_path: Path) 
     assert [one.same_tokens for one in found] == [4, 2]
 
 
+LOADING = """
+import sys
+from pathlib import Path
+from mamba_sft.exporting import llama_cpp
+if sys.argv[2] == "copied":
+    llama_cpp._keep_weights_mapped = lambda library: None
+library = llama_cpp.load()
+keep = llama_cpp._LOG_CALLBACK(lambda level, text, data: sys.stdout.write(text.decode()))
+library.llama_log_set(keep, None)
+llama_cpp.LoadedModel(library, Path(sys.argv[1]), 1).close()
+"""
+
+
+def test_llama_cpp_uses_weights_as_they_lie_in_the_file(tmp_path: Path, wide: Path) -> None:
+    export(wide, quantization="Q4_0", output=tmp_path, options=GGUFOptions(verify=False))
+    seen = {}
+    for how in ("copied", "mapped"):
+        command = [sys.executable, "-c", LOADING, str(next(tmp_path.glob("*.gguf"))), how]
+        seen[how] = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    if "REPACK" not in seen["copied"]:
+        pytest.skip("llama.cpp rearranges nothing on this processor")
+    assert "REPACK" not in seen["mapped"]
+
+
 def test_the_probe_starts_without_torch() -> None:
     code = (
         "import sys, mamba_sft.exporting.gguf_probe; assert not {'torch', 'transformers'} & set(sys.modules)"

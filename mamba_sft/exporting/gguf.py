@@ -69,9 +69,7 @@ def plan_gguf(
     tensors = export_tensors(model.shapes, model.config, tied=model.tied, fix_epsilon=options.fix_epsilon)
     vocabulary = read_vocabulary(model)
     plans = [plan_file(method, tensors) for method in methods]
-    with (
-        tempfile.TemporaryDirectory() as directory
-    ):  # every header has the same length: only a number differs
+    with tempfile.TemporaryDirectory() as directory:  # headers differ in a number, not in length
         header = write_header(Path(directory) / "header", plans[0], model, vocabulary, tensors)
     files = [
         GGUFFile(output / f"{name}.{plan.method.name}.gguf", plan.method.name, header + plan.nbytes)
@@ -145,13 +143,14 @@ def _verify(
     verifier = Verifier(plan.model, lambda done, total: progress("reference", done, total))
     measured: dict[tuple[int, ...], tuple[Quality, list[int]]] = {}
     failures: dict[tuple[int, ...], ExportError] = {}
-    for number, (file_plan, partial) in enumerate(zip(plan.plans, partials, strict=True), 1):
+    for number, (file_plan, partial) in enumerate(zip(plan.plans, partials, strict=True)):
+        progress("verifying", number, len(partials))
         if file_plan.payload not in measured and file_plan.payload not in failures:
             try:
                 measured[file_plan.payload] = verifier.check(partial, file_plan.method)
             except ExportError as error:
                 failures[file_plan.payload] = error
-        progress("verifying", number, len(partials))
+    progress("verifying", len(partials), len(partials))
     qualities = {}
     if measured:
         qualities = dict(zip(measured, verifier.compare_answers(list(measured.values())), strict=True))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -73,7 +74,12 @@ def probe(job: Job) -> Seen:
         done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
         if done.returncode != 0:
             reason = " ".join(done.stderr.split("\n")[-4:]).strip() or f"exit code {done.returncode}"
-            raise ExportError(f"llama.cpp cannot use `{job.file}`: {reason}")
+            if done.returncode == -signal.SIGKILL:
+                reason = "it was killed, as the system does when memory runs out"
+            raise ExportError(
+                f"llama.cpp cannot use `{job.file}`: {reason}",
+                hint="`--no-verify` keeps a file that was not loaded" if done.returncode < 0 else None,
+            )
         with np.load(work / "result.npz") as result:
             words = json.loads(str(result["words"]))
             logits = [result[f"logits{i}"] for i in range(len(job.windows))]

@@ -83,11 +83,25 @@ def load() -> ctypes.CDLL:
         ) from error
     library.llama_log_set(_KEEP_LOG, None)
     library.llama_backend_init()
+    _keep_weights_mapped(library)
     rows = np.linspace(-1, 1, 64, dtype=np.float32).reshape(1, 64)
     packed = _quantize(library, GGMLQuantizationType.Q8_0, rows, None)
     if packed.nbytes != 68 or np.abs(dequantize(packed, GGMLQuantizationType.Q8_0) - rows).max() > 0.005:
         raise MambaSFTError("xllamacpp's library does not quantize as llama.cpp does", hint=INSTALL_HINT)
     return library
+
+
+def _keep_weights_mapped(library: ctypes.CDLL) -> None:
+    """Has 4-bit weights used as they lie in the mapped file, not in a rearranged copy of 4 GB for the 7B.
+
+    The switch for it is a field of a structure whose layout changes from build to build. The list of
+    arrangements to choose from is a plain vector, first and last pointer, and empty without harm.
+    """
+    find = getattr(library, "_Z39ggml_backend_cpu_get_extra_buffer_typesv", None)
+    if find is not None:  # where it goes by another name, a check takes more memory, and that is all
+        find.restype = ctypes.POINTER(ctypes.c_void_p * 2)
+        bounds = find().contents
+        bounds[1] = bounds[0]
 
 
 def _declare(library: ctypes.CDLL) -> None:
