@@ -105,6 +105,7 @@ def _show_plan(
     require_gguf()
     from mamba_sft.exporting.gguf_tasks import plan_model
     from mamba_sft.exporting.task import Task
+    from mamba_sft.reporting import file_size
 
     plan = plan_model(Task(where, quantization, output, name, lambda stage, done, total: None))
     if as_json:
@@ -116,17 +117,18 @@ def _show_plan(
     for title in ("file", "size"):
         table.add_column(title, justify="right" if title == "size" else "left")
     for file in plan.files:
-        table.add_row(file.path.name, _size(file.nbytes))
+        table.add_row(file.path.name, file_size(file.nbytes))
     out.print(table)
     minutes = plan.seconds / 60
     time_needed = f"{minutes:.0f} min" if minutes >= 2 else f"{max(1, plan.seconds):.0f} s"
-    out.print(
-        f"{_size(plan.nbytes)} of disk in {plan.output}; about {time_needed} of quantizing on this machine"
-    )
+    size = file_size(plan.nbytes)
+    out.print(f"{size} of disk in {plan.output}; about {time_needed} of quantizing on this machine")
 
 
 def _show_files(done: Exported, as_json: bool) -> None:
     from dataclasses import asdict
+
+    from mamba_sft.reporting import file_size
 
     files = done.files
     if as_json:
@@ -145,7 +147,7 @@ def _show_files(done: Exported, as_json: bool) -> None:
         measured = ["not checked"]
         if q is not None:
             measured = [f"{q.kl:.2g}", f"{q.top1:.1%}", f"{q.same_tokens} of {q.answer_tokens} tokens"]
-        table.add_row(file.path.name, _size(file.nbytes), *measured)
+        table.add_row(file.path.name, file_size(file.nbytes), *measured)
     if files:
         err.print(table)
     for file in files:
@@ -156,7 +158,3 @@ def _show_files(done: Exported, as_json: bool) -> None:
         out.print(str(path))
     if done.url is not None:
         out.print(done.url)
-
-
-def _size(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB" if count >= 2**29 else f"{count / 2**20:.2f} MiB"

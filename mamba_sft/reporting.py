@@ -141,10 +141,15 @@ def _gguf_table(run: Run) -> str:
     rows = ""
     for name, entry in sorted(files.items(), key=lambda item: int(item[1]["nbytes"])):
         measured = (f"{entry['kl']:.2g}", f"{entry['top1']:.1%}") if "kl" in entry else ("-", "-")
-        cells = (name, f"{entry['nbytes'] / 2**30:.3g} GiB", *measured)
+        cells = (name, file_size(entry["nbytes"]), *measured)
         rows += "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>"
     head = "<tr><th>file</th><th>size</th><th>KL, nats</th><th>same next token</th></tr>"
     return f"<h2>GGUF files</h2><table>{head}{rows}</table>"
+
+
+def file_size(count: int) -> str:
+    """Returns a file's size in the units of the published GGUF table."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**29 else f"{count / 2**20:.2f} MiB"
 
 
 def _duration(seconds: float) -> str:

@@ -187,6 +187,7 @@ def test_the_card_lists_gguf_files_with_size_and_quality(
     made = make_run(tmp_path)
     files = export(made.run, quantization=["Q8_0", "f32"]).files
     export(made.run, quantization="Q4_0", options=GGUFOptions(verify=False))
+    export(made.run, quantization="Q4_0", adapter_only=True, options=GGUFOptions(verify=False))
     made.run.report.write_text("as training left it")
     made.run.environment.write_text(json.dumps({"packages": {"mamba-sft": "0.1.0"}}))
     export(made.run, quantization="Q5_0", options=GGUFOptions(verify=False))
@@ -199,6 +200,8 @@ def test_the_card_lists_gguf_files_with_size_and_quality(
     assert f"| `run.Q8_0.gguf` | Q8_0 | {size} | {quality.kl:.2g} | {quality.top1:.1%} |" in text
     assert "| `run.Q4_0.gguf` | Q4_0 |" in text
     assert text.count("not measured | not measured") == 2
+    assert ".base." not in text  # what was measured of it is against the base
+    assert ".lora." not in text
     assert "writes it anew" not in caplog.text
     export(made.run, quantization="Q4_1", options=GGUFOptions(verify=False))
     assert "writes it anew" in caplog.text

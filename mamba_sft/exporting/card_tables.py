@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from mamba_sft.exporting.weights import QUALITY_NAME
+from mamba_sft.reporting import file_size
 from mamba_sft.run import Run
 
 RESULTS_NAME = "results.json"
@@ -20,15 +20,14 @@ def table(titles: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def quantization_table(run: Run) -> str:
-    """Returns the sizes and the quality of the run's GGUF files, empty if there are none."""
-    path = run.export / QUALITY_NAME
-    if not path.is_file():
+    """Returns the sizes and the quality of the model's GGUF files, empty if there are none."""
+    if not run.quality.is_file():
         return ""
-    files = json.loads(path.read_text(encoding="utf-8"))["files"]
+    files = json.loads(run.quality.read_text(encoding="utf-8"))["files"]
     rows = [
-        (f"`{name}`", entry["method"], _size(entry["nbytes"]), *_quality(entry))
+        (f"`{name}`", entry["method"], file_size(entry["nbytes"]), *_quality(entry))
         for name, entry in sorted(files.items(), key=lambda item: item[1]["nbytes"])
-        if entry["method"] != "LoRA" and (run.export / name).is_file()
+        if entry["method"] != "LoRA" and entry.get("of") != "base" and (run.export / name).is_file()
     ]
     if not rows:
         return ""
@@ -51,10 +50,6 @@ def evaluation_table(run: Run) -> str:
         if isinstance(value, float) and "stderr" not in metric
     ]
     return "## Results\n\n" + table(["task", "metric", "value"], rows) if rows else ""
-
-
-def _size(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB" if count >= 2**29 else f"{count / 2**20:.2f} MiB"
 
 
 def _quality(entry: dict[str, Any]) -> tuple[str, str]:

@@ -7,7 +7,7 @@ import os
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,9 @@ class GGUFPlan:
         vocabulary: The tokenizer.
         files: Path, size and method of each.
         plans: The same files' types and places.
+        scale: What `ssm_x` is multiplied with; see `gguf_tensors`.
         seconds: About how long writing them takes here; verifying comes on top.
+        of: What they hold: the run's `model`, or the `base` of an adapter that is a file of its own.
     """
 
     model: FullModel
@@ -49,7 +51,8 @@ class GGUFPlan:
     files: list[GGUFFile]
     plans: list[FilePlan]
     scale: float
-    seconds: float = field(default=0.0)
+    seconds: float = 0.0
+    of: str = "model"
 
     @property
     def nbytes(self) -> int:
@@ -117,7 +120,7 @@ def _publish(
 ) -> list[GGUFFile]:
     failures: list[ExportError] = []
     written = list(plan.files)
-    facts: dict[str, Any] = {"epsilon_scale": plan.scale, "imatrix": imatrix}
+    facts: dict[str, Any] = {"of": plan.of, "epsilon_scale": plan.scale, "imatrix": imatrix}
     if options.verify:
         qualities, text, failures = _verify(plan, partials, progress)
         written = [

@@ -69,6 +69,7 @@ def export_adapter(task: Task, *, ollama: bool) -> Exported:
     if task.quantization:
         base, methods = base_of(run, plan), choose_methods(list(task.quantization))
         base_plan = plan_gguf(base, methods, output, f"{name}.base", options)
+        base_plan.of = "base"
     bases = base_plan.files if base_plan and ollama else []
     texts = [modelfile(model, file.path.name, adapter=path.name) for file in bases]
     output.mkdir(parents=True, exist_ok=True)
