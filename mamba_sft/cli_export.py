@@ -79,7 +79,7 @@ def export(
     if dry_run and (format == "hf" or adapter_only):
         raise UsageError("`--dry-run` plans a model's GGUF files; a checkpoint is as large as its base")
     if dry_run:
-        _show_plan(where, quantization or [], output, name, as_json)
+        _show_plan(where, quantization or [], output, name, verify, as_json)
         return
     from mamba_sft.progress import StageBar
 
@@ -98,19 +98,26 @@ def export(
 
 
 def _show_plan(
-    where: str | Run, quantization: list[str], output: str | None, name: str | None, as_json: bool
+    where: str | Run,
+    quantization: list[str],
+    output: str | None,
+    name: str | None,
+    verify: bool,
+    as_json: bool,
 ) -> None:
     from mamba_sft.exporting.extra import require_gguf
 
     require_gguf()
     from mamba_sft.exporting.gguf_tasks import plan_model
+    from mamba_sft.exporting.gguf_time import checking_seconds, writing_seconds
     from mamba_sft.exporting.task import Task
     from mamba_sft.reporting import file_size
 
     plan = plan_model(Task(where, quantization, output, name, lambda stage, done, total: None))
+    seconds, check_seconds = writing_seconds(plan), checking_seconds(plan) if verify else None
     if as_json:
         files = [{"file": str(f.path), "method": f.method, "nbytes": f.nbytes} for f in plan.files]
-        content = {"files": files, "nbytes": plan.nbytes, "seconds": plan.seconds}
+        content = {"files": files, "nbytes": plan.nbytes, "seconds": seconds, "check_seconds": check_seconds}
         sys.stdout.write(json.dumps(content, indent=2) + "\n")
         return
     table = Table(box=None)
@@ -119,10 +126,13 @@ def _show_plan(
     for file in plan.files:
         table.add_row(file.path.name, file_size(file.nbytes))
     out.print(table)
-    minutes = plan.seconds / 60
-    time_needed = f"{minutes:.0f} min" if minutes >= 2 else f"{max(1, plan.seconds):.0f} s"
-    size = file_size(plan.nbytes)
-    out.print(f"{size} of disk in {plan.output}; about {time_needed} of quantizing on this machine")
+    check = f" and {_about(check_seconds)} to check" if check_seconds else ""
+    out.print(f"{file_size(plan.nbytes)} of disk in {plan.output}")
+    out.print(f"about {_about(seconds)} to write{check} on this machine")
+
+
+def _about(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{max(1, seconds):.0f} s"
 
 
 def _show_files(done: Exported, as_json: bool) -> None:

@@ -5,20 +5,17 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from mamba_sft.disk import disk_errors_explained, require_space
 from mamba_sft.errors import ExportError
 from mamba_sft.exporting import llama_cpp
 from mamba_sft.exporting.gguf_metadata import Vocabulary, read_vocabulary
 from mamba_sft.exporting.gguf_tensors import ExportTensor, epsilon_scale, export_tensors
-from mamba_sft.exporting.gguf_types import METHODS, Method, block_size
+from mamba_sft.exporting.gguf_types import METHODS, Method
 from mamba_sft.exporting.gguf_verify import Verifier
 from mamba_sft.exporting.gguf_write import FilePlan, GGUFFiles, Importance, plan_file, write_header
 from mamba_sft.exporting.imatrix import importance_matrix
@@ -40,7 +37,6 @@ class GGUFPlan:
         files: Path, size and method of each.
         plans: The same files' types and places.
         scale: What `ssm_x` is multiplied with; see `gguf_tensors`.
-        seconds: About how long writing them takes here; verifying comes on top.
         of: What they hold: the run's `model`, or the `base` of an adapter that is a file of its own.
     """
 
@@ -51,7 +47,6 @@ class GGUFPlan:
     files: list[GGUFFile]
     plans: list[FilePlan]
     scale: float
-    seconds: float = 0.0
     of: str = "model"
 
     @property
@@ -79,9 +74,7 @@ def plan_gguf(
         for plan in plans
     ]
     scale = epsilon_scale(model.config) if options.fix_epsilon else 1.0
-    plan = GGUFPlan(model, output, tensors, vocabulary, files, plans, scale)
-    plan.seconds = _estimate(plans, tensors)
-    return plan
+    return GGUFPlan(model, output, tensors, vocabulary, files, plans, scale)
 
 
 def write_gguf(plan: GGUFPlan, options: GGUFOptions, progress: Progress) -> list[GGUFFile]:
@@ -106,7 +99,7 @@ def write_gguf(plan: GGUFPlan, options: GGUFOptions, progress: Progress) -> list
     need = f"the files take {plan.nbytes / 1e9:.1f} GB"
     try:
         with disk_errors_explained(plan.output, need, ExportError):
-            total = sum(_values(tensor) for tensor in plan.tensors)
+            total = sum(tensor.values for tensor in plan.tensors)
             files = GGUFFiles(plan.model, plan.tensors, importance, lambda d: progress("writing", d, total))
             files.write(partials, plan.plans, plan.vocabulary)
         return _publish(plan, partials, options, origin, progress)
@@ -182,27 +175,3 @@ def verify_adapter(model: FullModel, base: GGUFFile, adapter: Path, progress: Pr
     verifier = Verifier(model, lambda done, total: progress("reference", done, total))
     found = verifier.check(base.path, METHODS[base.method], adapter)
     return verifier.compare_answers([found])[0]
-
-
-def _values(tensor: ExportTensor) -> int:
-    return int(torch.Size(tensor.shape).numel())
-
-
-def _estimate(plans: Sequence[FilePlan], tensors: Sequence[ExportTensor]) -> float:
-    """Seconds to quantize, from a sample of each type done here and now; reading and writing are not in."""
-    work: dict[Any, int] = {}
-    for tensor in tensors:
-        for kind in {plan.types[tensor.name] for plan in plans}:
-            work[kind] = work.get(kind, 0) + _values(tensor)
-    columns = 4096
-    sample = torch.randn(32, columns, generator=torch.Generator().manual_seed(0)).numpy()
-    seconds = 0.0
-    for kind, values in work.items():
-        if block_size(kind) > 1:
-            llama_cpp.quantize(kind, sample[:1])  # the first call makes tables
-            started = time.perf_counter()
-            llama_cpp.quantize(kind, sample)
-            seconds += (time.perf_counter() - started) * values / sample.size
-        else:
-            seconds += values * 2e-9
-    return seconds / (os.cpu_count() or 1)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +103,7 @@ def add_metadata(
     """Adds every key of a model's file to `writer`, which has added the architecture."""
     writer.add_type("model")
     writer.add_name(model.name)
-    writer.add_size_label(size_label(sum(prod(tensor.shape) for tensor in tensors), 0, 0, 0))
+    writer.add_size_label(size_label(sum(tensor.values for tensor in tensors), 0, 0, 0))
     if model.base_id is not None:
         owner, _, base = model.base_id.partition("/")
         writer.add_base_model_count(1)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -59,6 +60,11 @@ class ExportTensor:
     name: str
     shape: tuple[int, ...]
     scale: float = 1.0
+
+    @property
+    def values(self) -> int:
+        """How many numbers it has."""
+        return prod(self.shape)
 
     def transform(self, rows: torch.Tensor) -> torch.Tensor:
         """Returns rows of the checkpoint, (n, ...), as rows of the file, (n, ...), in float32."""
