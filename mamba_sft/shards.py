@@ -172,7 +172,7 @@ def write_shard(
             for block in blocks(tensor):
                 count += block.nbytes
                 pending.append(writer.submit(_write_all, file, as_bytes(block)))
-                if len(pending) >= _PENDING_BLOCKS:
+                while len(pending) >= _PENDING_BLOCKS:
                     pending.popleft().result()
             assert count == tensor.nbytes, f"wrote {count} of {tensor.nbytes} bytes of {tensor.name}"
             pending.append(writer.submit(_start_flush, file, count))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from mamba_sft import shards
 from mamba_sft.checkpoint import read_tensors
 from mamba_sft.errors import ModelError
 from mamba_sft.shards import Layout, StoredTensors, read_rows, row_blocks, write_shard
@@ -77,3 +80,25 @@ def test_a_file_cut_while_it_is_read_is_an_error(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[: entry.end - 10])
     with pytest.raises(ModelError, match="ended early"):
         read_rows(entry)
+
+
+def test_a_slow_disk_holds_the_computing_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    written: list[int] = []
+    most = 0
+    write = shards._write_all
+
+    def slow(file: Any, data: Any) -> int:
+        time.sleep(0.002)
+        written.append(len(data))
+        return write(file, data)
+
+    def blocks(layout: Layout) -> Iterator[torch.Tensor]:
+        nonlocal most
+        made.append(4)
+        most = max(most, len(made) - len(written))
+        yield torch.zeros(1)
+
+    monkeypatch.setattr(shards, "_write_all", slow)
+    shards.write_shard(tmp_path / "many", [Layout(f"t{i}", "F32", (1,)) for i in range(100)], blocks)
+    assert most <= shards._PENDING_BLOCKS
