@@ -31,7 +31,7 @@ def tensor_checksums(directory: Path) -> dict[str, str]:
         ModelError: The checkpoint is incomplete.
     """
     entries = read_tensors(directory)
-    return {name: _digest(entry) for name, entry in entries.items()}
+    return {name: file_checksum(entry.file, entry.start, entry.end) for name, entry in entries.items()}
 
 
 def base_record(directory: Path) -> dict[str, Any]:
@@ -39,12 +39,14 @@ def base_record(directory: Path) -> dict[str, Any]:
     return {"fingerprint": base_fingerprint(directory), "checksums": tensor_checksums(directory)}
 
 
-def file_checksum(path: Path) -> str:
-    """Returns the digest of a whole file."""
-    digest = new_digest()
+def file_checksum(path: Path, start: int = 0, end: int | None = None) -> str:
+    """Returns the digest of a file, or of its bytes [start, end)."""
+    digest, left = new_digest(), (path.stat().st_size if end is None else end) - start
     with path.open("rb") as file:
-        while data := file.read(_CHUNK):
+        file.seek(start)
+        while left and (data := file.read(min(_CHUNK, left))):
             digest.update(data)
+            left -= len(data)
     return str(digest.hexdigest())
 
 
@@ -59,13 +61,3 @@ def check_digest(name: str, entry: TensorEntry, found: str, expected: Mapping[st
             f"`{name}` in `{entry.file}` is damaged: its checksum is not the one that was recorded for it",
             hint="a disk or a copy changed it; download the model again, or merge again",
         )
-
-
-def _digest(entry: TensorEntry) -> str:
-    digest, left = new_digest(), entry.end - entry.start
-    with entry.file.open("rb") as file:
-        file.seek(entry.start)
-        while left and (data := file.read(min(_CHUNK, left))):
-            digest.update(data)
-            left -= len(data)
-    return str(digest.hexdigest())

@@ -95,6 +95,17 @@ class MergeReport:
         return json.dumps(asdict(self) | {"path": str(self.path)}, indent=2)
 
 
+def stock_block(config: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    """Returns one block of `transformers`, for inference, with the given tensors as its own."""
+    with torch.device("meta"):
+        block = FalconMambaBlock(config, layer_idx=0)
+    block.load_state_dict(tensors, assign=True)
+    for module in block.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.ones(buffer.shape))  # the weightless norms' place holders
+    return block.eval()
+
+
 class MergeCheck:
     """Compares a merged checkpoint with its base and adapter.
 
@@ -152,22 +163,13 @@ class MergeCheck:
         samples = {name: self._sample(prefix + name, tensor) for name, tensor in tensors.items()}
         whole = self.adapter.whole
         tensors |= {name: whole[prefix + name] for name in tensors if prefix + name in whole}
-        block = self._block(tensors)
+        block = install(stock_block(self.config, tensors), "reference")
         self.attach(block, layer)
         expected = block(expected)
         tensors = self.merged.layer(prefix, self._memory)
         for name, (start, rows, size) in samples.items():
             self._compare(prefix + name, rows, tensors[name][start : start + len(rows)], size)
-        return expected, self._block(tensors)(actual)
-
-    def _block(self, tensors: dict[str, torch.Tensor]) -> Any:
-        with torch.device("meta"):
-            block = FalconMambaBlock(self.config, layer_idx=0)
-        block.load_state_dict(tensors, assign=True)
-        for module in block.modules():
-            for name, buffer in module.named_buffers(recurse=False):
-                setattr(module, name, torch.ones(buffer.shape))  # the weightless norms' place holders
-        return install(block, "reference").eval()
+        return expected, install(stock_block(self.config, tensors), "reference")(actual)
 
     def _norm(self, source: StoredTensors, hidden: torch.Tensor) -> torch.Tensor:
         norm = FalconMambaRMSNorm(self.config.hidden_size, eps=self.config.layer_norm_epsilon)

@@ -24,7 +24,7 @@ from mamba_sft.exporting.gguf_metadata import Vocabulary, add_metadata
 from mamba_sft.exporting.gguf_tensors import ExportTensor
 from mamba_sft.exporting.gguf_types import BF16, F16, F32, Method, padded, stored_bytes
 from mamba_sft.exporting.weights import FullModel
-from mamba_sft.shards import one_thread
+from mamba_sft.shards import as_bytes, one_thread
 
 Importance = Mapping[str, llama_cpp.Floats]
 """How much each column of a tensor matters, by GGUF name."""
@@ -73,9 +73,7 @@ def write_header(
     for tensor in tensors:
         kind = plan.types[tensor.name]
         nbytes = stored_bytes(kind, tensor.shape)
-        values = np.dtype(
-            np.float32
-        )  # the shape counts values; with bytes here the writer would take it for bytes
+        values = np.dtype(np.float32)  # the shape counts values; of bytes the writer would take it for bytes
         writer.add_tensor_info(tensor.name, tensor.shape, values, nbytes, raw_dtype=kind)
     with closing(writer):
         writer.write_header_to_file()
@@ -180,20 +178,16 @@ class GGUFFiles:
 
     def _encode(self, name: str, kind: GGMLQuantizationType, values: torch.Tensor) -> memoryview:
         if kind == F32:
-            return _as_bytes(values)
+            return as_bytes(values)
         if kind == BF16:
-            return _as_bytes(values.to(torch.bfloat16))
+            return as_bytes(values.to(torch.bfloat16))
         if kind == F16:
             halves = values.to(torch.float16)
             if not torch.isfinite(halves).all():
                 raise ModelError(f"`{name}` has values beyond float16's range", hint="`-q bf16` keeps them")
-            return _as_bytes(halves)
+            return as_bytes(halves)
         packed = llama_cpp.quantize(kind, values.numpy(), self.importance.get(name))
         return packed.reshape(-1).data
-
-
-def _as_bytes(values: torch.Tensor) -> memoryview:
-    return memoryview(values.contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 def _write_at(descriptor: int, data: memoryview, offset: int) -> None:

@@ -15,6 +15,7 @@ import torch
 from mamba_sft.deltas import EMBEDDINGS, HEAD
 from mamba_sft.exporting.gguf_tensors import layers
 from mamba_sft.exporting.weights import FullModel
+from mamba_sft.merge_check import stock_block
 
 Watch = Callable[[str, torch.Tensor], None]
 """Called with the name of a weight in the checkpoint and the inputs it is multiplied with, (..., columns)."""
@@ -44,8 +45,9 @@ def logits_of(
     count = layers(model.shapes)
     memory: dict[str, torch.Tensor] = {}
     for layer in range(count):
-        block = _block(model, config, layer, memory).to(device)
-        handles = _watch_block(block, f"backbone.layers.{layer}.mixer.", watch) if watch else []
+        prefix = f"backbone.layers.{layer}."
+        block = stock_block(config, model.tensors.layer(prefix, memory)).to(device)
+        handles = _watch_block(block, f"{prefix}mixer.", watch) if watch else []
         hidden = [block(rows) for rows in hidden]
         for handle in handles:
             handle.remove()
@@ -62,18 +64,6 @@ def _embed(model: FullModel, windows: Sequence[Sequence[int]]) -> list[torch.Ten
             inside = (window >= start) & (window < start + len(rows))
             out[inside] = rows[window[inside] - start].float()
     return found
-
-
-def _block(model: FullModel, config: Any, layer: int, memory: dict[str, torch.Tensor]) -> Any:
-    from transformers.models.falcon_mamba.modeling_falcon_mamba import FalconMambaBlock
-
-    with torch.device("meta"):
-        block = FalconMambaBlock(config, layer_idx=0)
-    block.load_state_dict(model.tensors.layer(f"backbone.layers.{layer}.", memory), assign=True)
-    for module in block.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, torch.ones(buffer.shape))  # the weightless norms' place holders
-    return block.eval()
 
 
 def _watch_block(block: Any, prefix: str, watch: Watch) -> list[Any]:
