@@ -136,7 +136,7 @@ def _read_lines(path: Path) -> Iterator[Row]:
 def _parse_line(file: str, number: int, line: bytes) -> Row:
     where = f"{file}:{number}"
     try:
-        value = json.loads(line.decode("utf-8"))
+        value = json.loads(line.decode("utf-8").rstrip("\r\n"))
     except UnicodeDecodeError as error:
         shown = line.decode("utf-8", errors="backslashreplace").strip()
         return Row(file, where, shown, f"invalid UTF-8: byte 0x{line[error.start]:02x} at {error.start + 1}")

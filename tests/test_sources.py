@@ -47,6 +47,12 @@ def test_unreadable_lines_are_rows_with_a_problem(tmp_path: Path) -> None:
     assert problems["5"] == "not an object but str"
 
 
+def test_a_line_cut_short_is_said_to_end_where_it_ends(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", '{"text": "ok"}\n{"text": ["a"\r\n{"text": "ok"}\n')
+    problems = [row.problem for row in read(path)]
+    assert problems == [None, "not JSON: Expecting ',' delimiter, column 14", None]
+
+
 @pytest.mark.parametrize("value", ["[" * 100_000, "9" * 5000], ids=["nested too deep", "too many digits"])
 def test_json_that_python_refuses_is_a_bad_row_too(tmp_path: Path, value: str) -> None:
     rows = read(write(tmp_path / "a.jsonl", f'{{"text": {value}}}\n{{"text": "fine"}}'))
