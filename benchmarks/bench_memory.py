@@ -39,7 +39,7 @@ from mamba_sft.checkpointing import checkpoint_activations
 from mamba_sft.kernels.falcon_mamba import install
 from mamba_sft.model import load_model
 from mamba_sft.packing import Collator
-from mamba_sft.recipe import AdapterSection, ModelSection
+from mamba_sft.recipe.fields import AdapterSection, ModelSection
 from mamba_sft.streaming import backpropagate, split, sweep
 
 BASE = Path(__file__).parents[1] / "data" / "tiny-base"

@@ -41,7 +41,7 @@ from mamba_sft.model import resolve_dtype
 from mamba_sft.packing import Collator
 from mamba_sft.planning_memory import QUANTIZED, Work, memory, peak
 from mamba_sft.planning_time import estimate, model_flops
-from mamba_sft.recipe import Recipe
+from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.shape import Shape, find_shape
 from mamba_sft.streaming import backpropagate, split, sweep
 

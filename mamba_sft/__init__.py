@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from mamba_sft.errors import MambaSFTError
     from mamba_sft.exporting import export
     from mamba_sft.merging import merge
-    from mamba_sft.recipe import Recipe
+    from mamba_sft.recipe.recipe import Recipe
     from mamba_sft.run import Run
     from mamba_sft.training import train
 
@@ -23,7 +23,7 @@ __all__ = ["MambaSFTError", "Recipe", "Run", "export", "generate", "merge", "tra
 
 _HOMES = {
     "MambaSFTError": "errors",
-    "Recipe": "recipe",
+    "Recipe": "recipe.recipe",
     "Run": "run",
     "export": "exporting",
     "generate": "conversation",

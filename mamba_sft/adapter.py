@@ -40,7 +40,7 @@ from mamba_sft.lora import fuse_lora
 
 if TYPE_CHECKING:
     from mamba_sft.chat import TemplateSetup
-    from mamba_sft.recipe import AdapterSection, ModelSection
+    from mamba_sft.recipe.fields import AdapterSection, ModelSection
 
 TARGETS = ("in_proj", "x_proj", "dt_proj", "out_proj")
 BASE_FACTS_NAME = "base.json"

@@ -18,7 +18,7 @@ from mamba_sft.errors import DataError
 from mamba_sft.special_tokens import is_single, rename_tokens, settle_pad, unused_slots
 
 if TYPE_CHECKING:
-    from mamba_sft.recipe import ChatSection
+    from mamba_sft.recipe.fields import ChatSection
 
 Message = dict[str, Any]
 Tools = list[dict[str, Any]] | None
@@ -238,7 +238,7 @@ def _template_text(tokenizer: Any, template: str) -> tuple[str, str]:
                 hint="use `chat.template: chatml`, or the path of a .jinja file",
             )
         return template, tokenizer.get_chat_template()
-    from mamba_sft.recipe_files import find_path
+    from mamba_sft.recipe.builtin import find_path
 
     path = find_path(template)
     try:

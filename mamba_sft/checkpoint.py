@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mamba_sft.errors import ModelError
-from mamba_sft.recipe import bundled_root, find_path
+from mamba_sft.recipe.builtin import bundled_root, find_path
 
 MODEL_TYPE = "falcon_mamba"
 INDEX_NAME = "model.safetensors.index.json"

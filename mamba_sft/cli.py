@@ -123,7 +123,7 @@ def train(
     ] = False,
 ) -> None:
     """Fine-tune a base model as a recipe says: `mamba-sft train recipes/quickstart.yaml`."""
-    from mamba_sft.recipe import Recipe
+    from mamba_sft.recipe.recipe import Recipe
 
     loaded = Recipe.load(recipe, overrides=overrides or [])
     from mamba_sft.progress import TrainingBar
@@ -183,7 +183,7 @@ def data(
     as_json: Json = False,
 ) -> None:
     """Show what a recipe trains on: tokens, lengths, and what is dropped, truncated and packed."""
-    from mamba_sft.recipe import Recipe
+    from mamba_sft.recipe.recipe import Recipe
 
     loaded = Recipe.load(recipe, overrides=overrides or [])
     from mamba_sft import preview
@@ -257,7 +257,7 @@ def recipes(context: typer.Context) -> None:
     """List the built-in recipes."""
     if context.invoked_subcommand is not None:
         return
-    from mamba_sft.recipe_files import builtin_recipes
+    from mamba_sft.recipe.builtin import builtin_recipes
 
     for name, path in builtin_recipes().items():
         first = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
@@ -267,7 +267,7 @@ def recipes(context: typer.Context) -> None:
 @recipes_app.command("show")
 def recipes_show(name: Annotated[str, typer.Argument(help="The name of a built-in recipe.")]) -> None:
     """Print a built-in recipe: `mamba-sft recipes show quickstart > mine.yaml`."""
-    from mamba_sft.recipe_files import builtin_recipes
+    from mamba_sft.recipe.builtin import builtin_recipes
 
     found = builtin_recipes()
     if name not in found:
@@ -280,7 +280,7 @@ def recipes_show(name: Annotated[str, typer.Argument(help="The name of a built-i
 @recipes_app.command("schema")
 def recipes_schema() -> None:
     """Print the JSON schema of a recipe, for editors."""
-    from mamba_sft.recipe import recipe_schema
+    from mamba_sft.recipe.recipe import recipe_schema
 
     sys.stdout.write(json.dumps(recipe_schema(), indent=2) + "\n")
 

@@ -46,7 +46,7 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
 ) -> None:
     """Say what a recipe will take, before anything is downloaded: memory, time, disk, and whether it fits."""
-    from mamba_sft.recipe import Recipe
+    from mamba_sft.recipe.recipe import Recipe
 
     loaded = Recipe.load(recipe, overrides=overrides or [])
     from mamba_sft.planning import make_plan

@@ -13,7 +13,8 @@ from mamba_sft.packing import pack
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from mamba_sft.recipe import DataSection, Recipe
+    from mamba_sft.recipe.fields import DataSection
+    from mamba_sft.recipe.recipe import Recipe
 
 
 def read_corpus(recipe: Recipe, *, rejected: Path | None = None) -> tuple[TemplateSetup, PreparedData]:

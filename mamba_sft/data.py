@@ -32,7 +32,7 @@ from mamba_sft.turns import BadRowError, Chat
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from mamba_sft.recipe import DataSection, SourceSection
+    from mamba_sft.recipe.fields import DataSection, SourceSection
 
 logger = logging.getLogger(__name__)
 

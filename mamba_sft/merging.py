@@ -31,7 +31,8 @@ from mamba_sft.merge_files import MergedTensors, write_companions
 from mamba_sft.merge_plan import REPORT_NAME, MergePlan, plan_merge
 from mamba_sft.model import UNQUANTIZED, load_model
 from mamba_sft.packing import Collator
-from mamba_sft.recipe import ModelSection, Recipe
+from mamba_sft.recipe.fields import ModelSection
+from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.run import Run, atomic_directory
 from mamba_sft.shards import StoredTensors, one_thread, write_shard
 

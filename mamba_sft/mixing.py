@@ -13,7 +13,7 @@ from mamba_sft.errors import DataError
 from mamba_sft.rendering import Tokens
 
 if TYPE_CHECKING:
-    from mamba_sft.recipe import DataSection, SourceSection
+    from mamba_sft.recipe.fields import DataSection, SourceSection
 
 
 @dataclass

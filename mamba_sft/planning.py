@@ -12,7 +12,8 @@ from mamba_sft.errors import UsageError
 from mamba_sft.fitting import Fix, fixes, largest_length, largest_rows
 from mamba_sft.planning_memory import Part, Work, memory, peak
 from mamba_sft.planning_time import Rate, estimate, flops, measured
-from mamba_sft.recipe import Recipe, find_path
+from mamba_sft.recipe.builtin import find_path
+from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.schedule import count_steps
 from mamba_sft.shape import find_shape
 

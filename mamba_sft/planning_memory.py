@@ -12,7 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from mamba_sft.recipe import AdapterSection, Recipe
+from mamba_sft.recipe.fields import AdapterSection
+from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.shape import Shape
 
 CHUNK = 64

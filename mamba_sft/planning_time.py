@@ -21,7 +21,7 @@ from typing import Any
 from mamba_sft.cards import Accelerator
 from mamba_sft.errors import MambaSFTError
 from mamba_sft.planning_memory import Work
-from mamba_sft.recipe import Recipe
+from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.run import Run
 
 EFFICIENCY = 0.65

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mamba_sft.errors import RecipeError, TrainingError
-from mamba_sft.recipe import Recipe
+from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.run import Run
 
 CHANGEABLE = (

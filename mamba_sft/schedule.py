@@ -10,7 +10,7 @@ import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mamba_sft.recipe import Recipe
+    from mamba_sft.recipe.recipe import Recipe
 
 DECAY_SHARE = 0.2
 """Share of the run that `wsd` spends decaying (Hägele et al., arXiv 2405.18392, find 10-20% enough)."""

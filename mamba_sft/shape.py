@@ -10,7 +10,8 @@ from typing import Any
 
 from mamba_sft.checkpoint import read_config, resolve_base
 from mamba_sft.errors import ModelError
-from mamba_sft.recipe import ModelSection, find_path
+from mamba_sft.recipe.builtin import find_path
+from mamba_sft.recipe.fields import ModelSection
 
 KNOWN_7B = ("tiiuae/falcon-mamba-7b", "tiiuae/falcon-mamba-7b-instruct", "tiiuae/falcon-mamba-7b-pre-decay")
 _7B_CONFIG = {

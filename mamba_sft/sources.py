@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mamba_sft.errors import DataError
-from mamba_sft.recipe_files import find_path
+from mamba_sft.recipe.builtin import find_path
 
 if TYPE_CHECKING:
-    from mamba_sft.recipe import SourceSection
+    from mamba_sft.recipe.fields import SourceSection
 
 _BOM = b"\xef\xbb\xbf"
 _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")

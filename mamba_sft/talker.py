@@ -15,7 +15,8 @@ from mamba_sft.checkpoint import base_fingerprint, read_config
 from mamba_sft.errors import AdapterError, DataError, UsageError
 from mamba_sft.generation import stop_token_ids
 from mamba_sft.model import apply_setup, load_config, load_model, load_tokenizer, resolve_base
-from mamba_sft.recipe import ModelSection, Recipe
+from mamba_sft.recipe.fields import ModelSection
+from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.run import Run
 
 Quantization = Literal["none", "nf4", "int8"]

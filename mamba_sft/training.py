@@ -31,8 +31,8 @@ from mamba_sft.fitting import refuse_what_cannot_fit
 from mamba_sft.generation import answers, stop_token_ids
 from mamba_sft.model import apply_setup, load_model, recommend_sampling
 from mamba_sft.packing import Collator, row_lengths
-from mamba_sft.recipe import Recipe
-from mamba_sft.recipe_files import find_path
+from mamba_sft.recipe.builtin import find_path
+from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.reporting import write_report
 from mamba_sft.resuming import find_checkpoint, newest_checkpoint, refuse_to_overwrite
 from mamba_sft.run import Run, atomic_directory, write_atomically

@@ -28,7 +28,7 @@ from mamba_sft.checksums import file_checksum, tensor_checksums
 from mamba_sft.errors import AdapterError
 from mamba_sft.kernels.falcon_mamba import install
 from mamba_sft.model import apply_setup, load_model
-from mamba_sft.recipe import AdapterSection, ModelSection
+from mamba_sft.recipe.fields import AdapterSection, ModelSection
 from tests.conftest import build_model, build_tokenizer
 
 ALL = ["in_proj", "x_proj", "dt_proj", "out_proj"]

@@ -16,7 +16,8 @@ from mamba_sft.conversation import ChatSession, CompareSession, chat_loop, gener
 from mamba_sft.errors import AdapterError, DataError, MambaSFTError, ModelError, UsageError
 from mamba_sft.generation import State, prefill, stream
 from mamba_sft.model import apply_setup, load_model, load_tokenizer
-from mamba_sft.recipe import AdapterSection, ChatSection, Recipe
+from mamba_sft.recipe.fields import AdapterSection, ChatSection
+from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.run import Run
 from mamba_sft.sampling import Sampling
 from mamba_sft.session import UNDO_DEPTH, continuation

@@ -10,7 +10,7 @@ from mamba_sft.chat import TemplateSetup, prepare_tokenizer
 from mamba_sft.data import PreparedData, prepare_data
 from mamba_sft.errors import DataError
 from mamba_sft.packing import IGNORED
-from mamba_sft.recipe import ChatSection, DataSection, SourceSection
+from mamba_sft.recipe.fields import ChatSection, DataSection, SourceSection
 
 
 @pytest.fixture

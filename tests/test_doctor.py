@@ -18,7 +18,7 @@ from rich.console import Console
 from mamba_sft import cli, cli_system, doctor, doctor_hardware, doctor_software, environment, kernels
 from mamba_sft.doctor import Diagnosis, diagnose, recommended_recipe
 from mamba_sft.doctor_software import Finding
-from mamba_sft.recipe_files import builtin_recipes
+from mamba_sft.recipe.builtin import builtin_recipes
 
 PROCESSOR = {"type": "cpu", "name": "a CPU", "memory_bytes": 16e9}
 H100 = {"type": "cuda", "name": "NVIDIA H100", "compute_capability": "9.0", "memory_bytes": 85e9,

@@ -26,7 +26,7 @@ from mamba_sft.exporting.ollama import modelfile, stop_strings
 from mamba_sft.exporting.task import GGUFOptions
 from mamba_sft.exporting.weights import find_model
 from mamba_sft.merging import merge
-from mamba_sft.recipe import Recipe
+from mamba_sft.recipe.recipe import Recipe
 from tests.test_merging import ALL, PROMPT, Made, make_run
 
 WINDOW = PROMPT[0].tolist()

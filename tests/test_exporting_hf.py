@@ -24,7 +24,7 @@ from mamba_sft.exporting.card_usage import usage
 from mamba_sft.exporting.task import GGUFOptions, HubOptions
 from mamba_sft.exporting.weights import find_model
 from mamba_sft.merging import merge
-from mamba_sft.recipe import Recipe
+from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.samples import Prompt, Sample, write_samples
 from tests.test_merging import PROMPT, Made, make_run, merged_logits, relative, weights
 

@@ -12,7 +12,7 @@ from mamba_sft.adapter import attach_adapter
 from mamba_sft.errors import DataError
 from mamba_sft.heldout import heldout_loss
 from mamba_sft.kernels.falcon_mamba import install
-from mamba_sft.recipe import AdapterSection
+from mamba_sft.recipe.fields import AdapterSection
 
 Rows = list[dict[str, list[int]]]
 

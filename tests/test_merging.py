@@ -30,7 +30,8 @@ from mamba_sft.errors import MambaSFTError, MergeError, ModelError, UsageError
 from mamba_sft.heldout import heldout_loss
 from mamba_sft.merging import DequantizedTensors, merge, quantizes
 from mamba_sft.model import apply_setup, load_model
-from mamba_sft.recipe import AdapterSection, ChatSection, ModelSection, Recipe
+from mamba_sft.recipe.fields import AdapterSection, ChatSection, ModelSection
+from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.run import Run
 from tests.conftest import build_model, build_tokenizer
 

@@ -19,7 +19,7 @@ from mamba_sft.model import (
     recommend_sampling,
     resolve_dtype,
 )
-from mamba_sft.recipe import ChatSection, ModelSection
+from mamba_sft.recipe.fields import ChatSection, ModelSection
 from tests.conftest import build_model, build_tokenizer
 
 IDS = torch.arange(12, 44).view(2, 16)

@@ -17,7 +17,8 @@ from mamba_sft.fitting import fixes, refuse_what_cannot_fit
 from mamba_sft.planning import make_plan
 from mamba_sft.planning_memory import memory, peak
 from mamba_sft.planning_time import estimate, flops, measured, model_flops
-from mamba_sft.recipe import Recipe, builtin_recipes
+from mamba_sft.recipe.builtin import builtin_recipes
+from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.run import Run
 from mamba_sft.training import prepare
 

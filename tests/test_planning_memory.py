@@ -16,7 +16,7 @@ from mamba_sft.kernels import cpu, cpu_loops
 from mamba_sft.kernels.falcon_mamba import install
 from mamba_sft.packing import Collator
 from mamba_sft.planning_memory import Work, memory, peak, weights, with_length
-from mamba_sft.recipe import AdapterSection
+from mamba_sft.recipe.fields import AdapterSection
 from mamba_sft.shape import Shape
 from mamba_sft.streaming import backpropagate, split, sweep
 from tests.conftest import build_model

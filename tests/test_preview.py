@@ -12,7 +12,7 @@ from mamba_sft.chat import TemplateSetup, prepare_tokenizer
 from mamba_sft.data import PreparedData, prepare_data
 from mamba_sft.data_report import DataReport
 from mamba_sft.packing import IGNORED, pack
-from mamba_sft.recipe import ChatSection, DataSection, SourceSection
+from mamba_sft.recipe.fields import ChatSection, DataSection, SourceSection
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from mamba_sft.errors import DataError
-from mamba_sft.recipe import SourceSection
+from mamba_sft.recipe.fields import SourceSection
 from mamba_sft.sources import Row, read_source
 
 

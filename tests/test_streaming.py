@@ -15,7 +15,7 @@ from mamba_sft.kernels.carry import Carry
 from mamba_sft.kernels.falcon_mamba import install
 from mamba_sft.model import load_model
 from mamba_sft.packing import IGNORED, Collator
-from mamba_sft.recipe import AdapterSection, ModelSection
+from mamba_sft.recipe.fields import AdapterSection, ModelSection
 from mamba_sft.streaming import backpropagate, split, sweep
 from tests.conftest import build_model
 

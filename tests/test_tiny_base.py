@@ -160,7 +160,7 @@ def test_the_scripts_make_the_committed_files(tmp_path: Path) -> None:
 
 
 def test_the_quickstart_recipe_names_files_that_exist() -> None:
-    from mamba_sft.recipe import Recipe
+    from mamba_sft.recipe.recipe import Recipe
 
     recipe = Recipe.load(DATA.parent / "recipes" / "quickstart.yaml")
     paths = [recipe.model.base, recipe.eval.prompts, *(source.path for source in recipe.data.sources)]

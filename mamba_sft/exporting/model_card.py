@@ -21,7 +21,8 @@ from mamba_sft.exporting.hf import CARD_NAME, MARK
 from mamba_sft.exporting.task import HubOptions
 from mamba_sft.exporting.texts import prompt_of
 from mamba_sft.exporting.weights import FullModel
-from mamba_sft.recipe import Recipe, find_path
+from mamba_sft.recipe.builtin import find_path
+from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.reporting import loss_figure, read_metrics
 from mamba_sft.run import Run
 from mamba_sft.samples import exact_match, read_samples

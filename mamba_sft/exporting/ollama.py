@@ -12,7 +12,7 @@ from mamba_sft.chat import split_rendered
 from mamba_sft.errors import ExportError
 from mamba_sft.exporting.go_template import Chat, to_go_template
 from mamba_sft.exporting.weights import FullModel
-from mamba_sft.recipe import Recipe
+from mamba_sft.recipe.recipe import Recipe
 
 CONTEXT = 4096
 _SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty")

@@ -18,7 +18,7 @@ from mamba_sft.deltas import EMBEDDINGS, HEAD, WEIGHTS_NAME
 from mamba_sft.errors import ModelError, UsageError
 from mamba_sft.merge_files import MergedTensors
 from mamba_sft.merge_plan import REPORT_NAME, MergePlan, fit_adapter
-from mamba_sft.recipe import find_path
+from mamba_sft.recipe.builtin import find_path
 from mamba_sft.run import Run
 from mamba_sft.shards import DTYPES, StoredTensors
 

@@ -182,7 +182,7 @@ def test_expected_failures_are_one_message(
 
 
 def test_a_bug_keeps_its_traceback(mamba_sft: Command, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mamba_sft.recipe.Recipe.load", lambda *args, **kwargs: 1 / 0)
+    monkeypatch.setattr("mamba_sft.recipe.recipe.Recipe.load", lambda *args, **kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         mamba_sft("train", str(recipe))
 

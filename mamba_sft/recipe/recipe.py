@@ -1,7 +1,7 @@
 """The recipe: every setting of a run. Imports no torch.
 
 A recipe is a frozen tree of sections. Code below takes the section it needs (`load_model(recipe.model)`),
-never the whole recipe. `recipe_sections` holds the fields.
+never the whole recipe. `fields` holds the fields.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from mamba_sft import recipe_checks, recipe_yaml
-from mamba_sft.recipe_files import builtin_recipes, bundled_root, find_path, find_recipe
-from mamba_sft.recipe_sections import (
+from mamba_sft.recipe import conflicts, yaml_text
+from mamba_sft.recipe.builtin import find_recipe
+from mamba_sft.recipe.fields import (
     ORDINARY,
     AdapterSection,
     ChatSection,
@@ -22,15 +22,9 @@ from mamba_sft.recipe_sections import (
     EvalSection,
     ModelSection,
     Section,
-    SourceSection,
     Text,
     TrainSection,
 )
-
-__all__ = [
-    "AdapterSection", "ChatSection", "DataSection", "EvalSection", "ModelSection", "Recipe", "SourceSection",
-    "TrainSection", "builtin_recipes", "bundled_root", "find_path", "recipe_schema",
-]  # fmt: skip
 
 
 class Recipe(Section):
@@ -50,11 +44,11 @@ class Recipe(Section):
     @model_validator(mode="before")
     @classmethod
     def _derive_defaults(cls, values: Any) -> Any:
-        return recipe_checks.derive_defaults(values)
+        return conflicts.derive_defaults(values)
 
     @model_validator(mode="after")
     def _refuse_conflicts(self) -> Recipe:
-        recipe_checks.refuse_conflicts(self.data, self.adapter, self.train, self.eval)
+        conflicts.refuse_conflicts(self.data, self.adapter, self.train, self.eval)
         return self
 
     @classmethod
@@ -69,7 +63,7 @@ class Recipe(Section):
             RecipeError: No such recipe, not readable, or with problems: all of them, by line.
         """
         where = find_recipe(str(path))
-        return cls.from_text(recipe_yaml.read_text(where), recipe_yaml.shown(where), overrides)
+        return cls.from_text(yaml_text.read_text(where), yaml_text.shown(where), overrides)
 
     @classmethod
     def from_text(cls, text: str, name: str = "recipe", overrides: Sequence[str] = ()) -> Recipe:
@@ -78,7 +72,7 @@ class Recipe(Section):
         Raises:
             RecipeError: The text has problems: all of them, by line.
         """
-        return recipe_yaml.load(cls, text, name, overrides)
+        return yaml_text.load(cls, text, name, overrides)
 
     @classmethod
     def build(cls, **values: Any) -> Recipe:
@@ -87,11 +81,11 @@ class Recipe(Section):
         Raises:
             RecipeError: The values have problems: all of them.
         """
-        return recipe_yaml.build(cls, values)
+        return yaml_text.build(cls, values)
 
     def to_yaml(self) -> str:
         """The whole recipe, every value written out; reading it back gives an equal recipe."""
-        return recipe_yaml.dump(self.model_dump())
+        return yaml_text.dump(self.model_dump())
 
 
 def recipe_schema() -> dict[str, Any]:
@@ -100,5 +94,5 @@ def recipe_schema() -> dict[str, Any]:
     for section in (schema, *schema["$defs"].values()):
         for field in section.get("properties", {}).values():
             if field.get("type") == "number":  # YAML 1.1 tools hand `1e-5` over as text
-                field |= {"type": ["number", "string"], "pattern": recipe_yaml.EXPONENT}
+                field |= {"type": ["number", "string"], "pattern": yaml_text.EXPONENT}
     return schema

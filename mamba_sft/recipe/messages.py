@@ -11,8 +11,8 @@ from typing import Any, NamedTuple, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from mamba_sft.recipe_checks import ConflictError, Keys
-from mamba_sft.recipe_foreign import FOREIGN_KEYS, FOREIGN_VALUES, UNWANTED_KEYS
+from mamba_sft.recipe.conflicts import ConflictError, Keys
+from mamba_sft.recipe.other_tools import FOREIGN_KEYS, FOREIGN_VALUES, UNWANTED_KEYS
 
 
 class Place(NamedTuple):

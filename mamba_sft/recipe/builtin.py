@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mamba_sft.errors import RecipeError
 
-PACKAGE = Path(__file__).parent
+PACKAGE = Path(__file__).parents[1]
 
 
 def bundled_root() -> Path:

@@ -12,8 +12,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mamba_sft.errors import RecipeError
-from mamba_sft.recipe import Recipe, recipe_schema
-from mamba_sft.recipe_yaml import EXPONENT
+from mamba_sft.recipe.recipe import Recipe, recipe_schema
+from mamba_sft.recipe.yaml_text import EXPONENT
 
 MINIMAL = """\
 output_dir: runs/x

@@ -13,19 +13,11 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from mamba_sft.errors import RecipeError, UsageError
-from mamba_sft.recipe import (
-    AdapterSection,
-    EvalSection,
-    ModelSection,
-    Recipe,
-    TrainSection,
-    builtin_recipes,
-    bundled_root,
-    find_path,
-    recipe_schema,
-)
-from mamba_sft.recipe_checks import FIXED_ARGUMENTS, NOT_OF_TRL, OWNED_ARGUMENTS, WHOLE_ROW_ARGUMENTS
-from mamba_sft.recipe_foreign import FOREIGN_KEYS, FOREIGN_VALUES, UNWANTED_KEYS
+from mamba_sft.recipe.builtin import builtin_recipes, bundled_root, find_path
+from mamba_sft.recipe.conflicts import FIXED_ARGUMENTS, NOT_OF_TRL, OWNED_ARGUMENTS, WHOLE_ROW_ARGUMENTS
+from mamba_sft.recipe.fields import AdapterSection, EvalSection, ModelSection, TrainSection
+from mamba_sft.recipe.other_tools import FOREIGN_KEYS, FOREIGN_VALUES, UNWANTED_KEYS
+from mamba_sft.recipe.recipe import Recipe, recipe_schema
 
 MINIMAL = """\
 output_dir: runs/x
@@ -102,7 +94,7 @@ def test_recipe_is_frozen() -> None:
 
 def test_import_is_light() -> None:
     code = (
-        "import sys, mamba_sft.recipe; "
+        "import sys, mamba_sft.recipe.recipe; "
         "print(sorted({'torch', 'transformers', 'datasets', 'numpy', 'rich', 'typer'} & set(sys.modules)))"
     )
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from mamba_sft.recipe import Recipe, builtin_recipes
+from mamba_sft.recipe.builtin import builtin_recipes
+from mamba_sft.recipe.recipe import Recipe
 
-RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 
 
 def test_builtin_recipes_are_the_files() -> None:

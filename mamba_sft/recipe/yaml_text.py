@@ -16,8 +16,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from mamba_sft.errors import RecipeError
-from mamba_sft.recipe_checks import Keys
-from mamba_sft.recipe_problems import Finding, Place, dotted, find_problems, shown_value
+from mamba_sft.recipe.conflicts import Keys
+from mamba_sft.recipe.messages import Finding, Place, dotted, find_problems, shown_value
 
 Model = TypeVar("Model", bound=BaseModel)
 

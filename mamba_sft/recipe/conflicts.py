@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
-from mamba_sft.recipe_sections import AdapterSection, DataSection, EvalSection, TrainSection
+from mamba_sft.recipe.fields import AdapterSection, DataSection, EvalSection, TrainSection
 
 Keys = tuple[str | int, ...]
 
