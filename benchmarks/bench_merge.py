@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from mamba_sft.checkpoint import read_tensors
-from mamba_sft.checksums import base_record
+from mamba_sft.model.checkpoint import read_tensors
+from mamba_sft.model.checksums import base_record
 
 _MERGE = """
 import json, sys

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from transformers import FalconMambaConfig, FalconMambaForCausalLM
 
-from mamba_sft.shards import DTYPES, Layout, row_blocks, write_shard
+from mamba_sft.model.tensor_files import DTYPES, Layout, row_blocks, write_shard
 
 _POOL = torch.Generator().manual_seed(0)
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from mamba_sft.adapter import dead_adapters
 from mamba_sft.errors import AdapterError
+from mamba_sft.model.adapter import dead_adapters
 
 logger = logging.getLogger(__name__)
 

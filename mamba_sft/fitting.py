@@ -10,10 +10,10 @@ from itertools import product
 from mamba_sft.cards import Accelerator, recognized
 from mamba_sft.environment import describe_device
 from mamba_sft.errors import TrainingError
+from mamba_sft.model.shape import find_shape
 from mamba_sft.planning_memory import Policy, Work, memory, peak, with_length
 from mamba_sft.planning_time import estimate
 from mamba_sft.recipe.recipe import Recipe
-from mamba_sft.shape import find_shape
 
 logger = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from transformers.models.falcon_mamba.modeling_falcon_mamba import FalconMambaBl
 from mamba_sft.deltas import EMBEDDINGS, HEAD, SavedAdapter
 from mamba_sft.errors import MergeError
 from mamba_sft.kernels.falcon_mamba import install
-from mamba_sft.shards import DTYPES, StoredTensors, read_rows
+from mamba_sft.model.tensor_files import DTYPES, StoredTensors, read_rows
 
 # Largest relative difference of the logits that rounding the merged weights to a dtype explains.
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}

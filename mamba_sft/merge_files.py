@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from mamba_sft.checksums import new_digest
 from mamba_sft.merge_plan import REPORT_NAME, MergePlan
-from mamba_sft.shards import DTYPES, Layout, StoredTensors, as_bytes
+from mamba_sft.model.checksums import new_digest
+from mamba_sft.model.tensor_files import DTYPES, Layout, StoredTensors, as_bytes
 
 INDEX_NAME = "model.safetensors.index.json"
 _TOKENIZER_FILES = (

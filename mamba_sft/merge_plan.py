@@ -11,15 +11,15 @@ from typing import Any
 
 import torch
 
-from mamba_sft.adapter import BASE_FACTS_NAME
-from mamba_sft.checkpoint import TensorEntry, base_fingerprint, read_config, read_tensors
-from mamba_sft.checksums import file_checksum
 from mamba_sft.deltas import EMBEDDINGS, HEAD, WEIGHTS_NAME, SavedAdapter, read_adapter
 from mamba_sft.disk import require_space
 from mamba_sft.errors import MergeError, ModelError, UsageError
-from mamba_sft.model import resolve_base
+from mamba_sft.model.adapter import BASE_FACTS_NAME
+from mamba_sft.model.checkpoint import TensorEntry, base_fingerprint, read_config, read_tensors
+from mamba_sft.model.checksums import file_checksum
+from mamba_sft.model.loading import resolve_base
+from mamba_sft.model.tensor_files import DTYPES, Layout, StoredTensors
 from mamba_sft.run import Run
-from mamba_sft.shards import DTYPES, Layout, StoredTensors
 
 REPORT_NAME = "merge.json"
 VOCABULARY = (EMBEDDINGS, HEAD)

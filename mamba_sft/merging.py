@@ -18,9 +18,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mamba_sft.adapter import adapter_allowed
-from mamba_sft.chat import render
-from mamba_sft.checkpoint import TensorEntry, read_tensors
 from mamba_sft.corpus import as_trained, read_corpus
 from mamba_sft.deltas import WEIGHTS_NAME, SavedAdapter
 from mamba_sft.disk import disk_errors_explained
@@ -29,12 +26,15 @@ from mamba_sft.heldout import heldout_loss
 from mamba_sft.merge_check import CheckResult, MergeCheck, MergeReport
 from mamba_sft.merge_files import MergedTensors, write_companions
 from mamba_sft.merge_plan import REPORT_NAME, MergePlan, plan_merge
-from mamba_sft.model import UNQUANTIZED, load_model
+from mamba_sft.model.adapter import adapter_allowed
+from mamba_sft.model.chat_template import render
+from mamba_sft.model.checkpoint import TensorEntry, read_tensors
+from mamba_sft.model.loading import UNQUANTIZED, load_model
+from mamba_sft.model.tensor_files import StoredTensors, one_thread, write_shard
 from mamba_sft.packing import Collator
 from mamba_sft.recipe.fields import ModelSection
 from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.run import Run, atomic_directory
-from mamba_sft.shards import StoredTensors, one_thread, write_shard
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -10,12 +10,12 @@ from mamba_sft.cards import Accelerator, find_card, recognized
 from mamba_sft.environment import describe_device
 from mamba_sft.errors import UsageError
 from mamba_sft.fitting import Fix, fixes, largest_length, largest_rows
+from mamba_sft.model.shape import find_shape
 from mamba_sft.planning_memory import Part, Work, memory, peak
 from mamba_sft.planning_time import Rate, estimate, flops, measured
 from mamba_sft.recipe.builtin import find_path
 from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.schedule import count_steps
-from mamba_sft.shape import find_shape
 
 TEMPLATE_TOKENS = 2
 """Rows of the vocabulary that the chat templates need and a base does not have: turn start and turn end."""

@@ -12,9 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from mamba_sft.model.shape import Shape
 from mamba_sft.recipe.fields import AdapterSection
 from mamba_sft.recipe.recipe import Recipe
-from mamba_sft.shape import Shape
 
 CHUNK = 64
 """Steps between two states that the scan saves (`cpu_loops.CHUNK`, `triton_scan.CHUNK`)."""

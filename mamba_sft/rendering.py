@@ -9,7 +9,9 @@ from itertools import islice
 
 import numpy as np
 
-from mamba_sft.chat import (
+from mamba_sft.errors import DataError
+from mamba_sft.formats import Passage
+from mamba_sft.model.chat_template import (
     TemplateSetup,
     check_generation_marks,
     encode_batch,
@@ -17,8 +19,6 @@ from mamba_sft.chat import (
     split_rendered,
     with_system,
 )
-from mamba_sft.errors import DataError
-from mamba_sft.formats import Passage
 from mamba_sft.sources import Row
 from mamba_sft.turns import BadRowError, Chat
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from mamba_sft.chat import render, with_system
 from mamba_sft.errors import UsageError
 from mamba_sft.generation import State, TextStream, finish_reason, stream
+from mamba_sft.model.chat_template import render, with_system
 from mamba_sft.sampling import Sampling
 from mamba_sft.talker import Talker, require_template
 

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from mamba_sft.adapter import BASE_FACTS_NAME, load_adapter
-from mamba_sft.chat import TemplateSetup, find_stop_token, prepare_tokenizer
-from mamba_sft.checkpoint import base_fingerprint, read_config
 from mamba_sft.errors import AdapterError, DataError, UsageError
 from mamba_sft.generation import stop_token_ids
-from mamba_sft.model import apply_setup, load_config, load_model, load_tokenizer, resolve_base
+from mamba_sft.model.adapter import BASE_FACTS_NAME, load_adapter
+from mamba_sft.model.chat_template import TemplateSetup, find_stop_token, prepare_tokenizer
+from mamba_sft.model.checkpoint import base_fingerprint, read_config
+from mamba_sft.model.loading import apply_setup, load_config, load_model, load_tokenizer, resolve_base
 from mamba_sft.recipe.fields import ModelSection
 from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.run import Run

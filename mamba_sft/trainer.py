@@ -14,10 +14,10 @@ import torch
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from mamba_sft.adapter import keep_float32
 from mamba_sft.chunked_steps import ChunkedSteps, Figures
 from mamba_sft.errors import RecipeError, TrainingError
-from mamba_sft.model import resolve_dtype
+from mamba_sft.model.adapter import keep_float32
+from mamba_sft.model.loading import resolve_dtype
 from mamba_sft.recipe.fields import TrainSection
 from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.resuming import newest_checkpoint

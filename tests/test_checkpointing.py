@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mamba_sft.checkpointing import Policy, checkpoint_activations
 from mamba_sft.kernels.falcon_mamba import install
-from mamba_sft.model import load_model
+from mamba_sft.model.loading import load_model
 from mamba_sft.recipe.fields import ModelSection
 from tests.conftest import build_model
 from tests.test_streaming import assert_same, batch, whole, with_adapter

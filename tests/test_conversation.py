@@ -10,12 +10,12 @@ import pytest
 import torch
 from rich.console import Console
 
-from mamba_sft.adapter import adapter_tensors, attach_adapter, save_adapter
-from mamba_sft.chat import prepare_tokenizer, render
 from mamba_sft.conversation import ChatSession, CompareSession, chat_loop, generate, load_talker, open_session
 from mamba_sft.errors import AdapterError, DataError, MambaSFTError, ModelError, UsageError
 from mamba_sft.generation import State, prefill, stream
-from mamba_sft.model import apply_setup, load_model, load_tokenizer
+from mamba_sft.model.adapter import adapter_tensors, attach_adapter, save_adapter
+from mamba_sft.model.chat_template import prepare_tokenizer, render
+from mamba_sft.model.loading import apply_setup, load_model, load_tokenizer
 from mamba_sft.recipe.fields import AdapterSection, ChatSection
 from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.run import Run

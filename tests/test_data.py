@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from mamba_sft.chat import TemplateSetup, prepare_tokenizer
 from mamba_sft.data import PreparedData, prepare_data
 from mamba_sft.errors import DataError
+from mamba_sft.model.chat_template import TemplateSetup, prepare_tokenizer
 from mamba_sft.packing import IGNORED
 from mamba_sft.recipe.fields import ChatSection, DataSection, SourceSection
 

@@ -18,11 +18,11 @@ from safetensors.torch import load_file, save_file
 pytest.importorskip("gguf")
 pytest.importorskip("xllamacpp")
 
-from mamba_sft.checkpoint import read_tensors
 from mamba_sft.errors import ExportError, MambaSFTError, MergeError, ModelError
 from mamba_sft.exporting import export, gguf, gguf_probe, gguf_tasks, hf
 from mamba_sft.exporting.gguf_probe import Job, probe
 from mamba_sft.merging import merge
+from mamba_sft.model.checkpoint import read_tensors
 from mamba_sft.run import Run
 from tests.conftest import build_model
 from tests.test_merging import Made, make_run, merged_logits, relative

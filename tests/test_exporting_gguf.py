@@ -22,7 +22,6 @@ from gguf.quants import dequantize
 from transformers import AutoModelForCausalLM, FalconMambaConfig, FalconMambaForCausalLM
 from typer.testing import CliRunner
 
-from mamba_sft.checkpoint import TensorEntry
 from mamba_sft.cli import app
 from mamba_sft.errors import ExportError, MambaSFTError, ModelError, UsageError
 from mamba_sft.exporting import export as export_run
@@ -40,7 +39,8 @@ from mamba_sft.exporting.imatrix import importance_matrix
 from mamba_sft.exporting.task import GGUFOptions
 from mamba_sft.exporting.weights import FullModel, find_model
 from mamba_sft.merging import merge
-from mamba_sft.shards import StoredTensors
+from mamba_sft.model.checkpoint import TensorEntry
+from mamba_sft.model.tensor_files import StoredTensors
 from tests.conftest import SHARED_FALCON, build_model, build_tokenizer
 from tests.test_merging import make_run
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from mamba_sft import heldout
-from mamba_sft.adapter import attach_adapter
 from mamba_sft.errors import DataError
 from mamba_sft.heldout import heldout_loss
 from mamba_sft.kernels.falcon_mamba import install
+from mamba_sft.model.adapter import attach_adapter
 from mamba_sft.recipe.fields import AdapterSection
 
 Rows = list[dict[str, list[int]]]

@@ -20,16 +20,17 @@ from peft.utils.integrations import dequantize_module_weight
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mamba_sft import merge_plan, merging, shards
-from mamba_sft.adapter import attach_adapter, save_adapter
-from mamba_sft.chat import prepare_tokenizer
-from mamba_sft.checkpoint import read_tensors
-from mamba_sft.checksums import base_record, file_checksum
+from mamba_sft import merge_plan, merging
 from mamba_sft.deltas import SavedAdapter
 from mamba_sft.errors import MambaSFTError, MergeError, ModelError, UsageError
 from mamba_sft.heldout import heldout_loss
 from mamba_sft.merging import DequantizedTensors, merge, quantizes
-from mamba_sft.model import apply_setup, load_model
+from mamba_sft.model import tensor_files
+from mamba_sft.model.adapter import attach_adapter, save_adapter
+from mamba_sft.model.chat_template import prepare_tokenizer
+from mamba_sft.model.checkpoint import read_tensors
+from mamba_sft.model.checksums import base_record, file_checksum
+from mamba_sft.model.loading import apply_setup, load_model
 from mamba_sft.recipe.fields import AdapterSection, ChatSection, ModelSection
 from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.run import Run
@@ -639,7 +640,7 @@ def test_a_disk_that_fills_up_is_a_clear_error(
     def full(descriptor: int) -> None:
         raise OSError(code, "no room")
 
-    monkeypatch.setattr(shards.os, "fsync", full)
+    monkeypatch.setattr(tensor_files.os, "fsync", full)
     with pytest.raises(MergeError, match="is full"):
         merge(made.run)
     assert not list(made.run.path.glob("merged*"))
@@ -713,9 +714,9 @@ def test_an_adapter_read_wrongly_is_found_by_the_logits(
 def test_blocks_of_rows_meet_without_a_seam(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = make_run(tmp_path, use_dora=True, target_modules=ALL)
     merge(made.run, output=tmp_path / "whole")
-    monkeypatch.setattr(shards, "_BLOCK_ELEMENTS", 1)
-    assert list(shards.row_blocks((130, 8))) == [(0, 64), (64, 128), (128, 130)]
-    assert list(shards.row_blocks(())) == [(0, 1)]
+    monkeypatch.setattr(tensor_files, "_BLOCK_ELEMENTS", 1)
+    assert list(tensor_files.row_blocks((130, 8))) == [(0, 64), (64, 128), (128, 130)]
+    assert list(tensor_files.row_blocks(())) == [(0, 1)]
     merge(made.run, output=tmp_path / "pieces")
     whole, pieces = weights(tmp_path / "whole"), weights(tmp_path / "pieces")
     for name, value in whole.items():

@@ -28,7 +28,7 @@ CARDS_OF = {"instruct": "a100-80", "instruct-qlora": "4090", "instruct-t4": "t4"
 @pytest.fixture(autouse=True)
 def _no_hub_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     """The 7B is known by name; nothing is downloaded, or found by accident."""
-    monkeypatch.setattr("mamba_sft.shape._cached_config", lambda section: None)
+    monkeypatch.setattr("mamba_sft.model.shape._cached_config", lambda section: None)
 
 
 @pytest.mark.parametrize("name", builtin_recipes())

@@ -25,7 +25,7 @@ from mamba_sft.errors import ExportError
 from mamba_sft.exporting.gguf_tensors import epsilon_scale, gguf_name
 from mamba_sft.exporting.gguf_types import padded
 from mamba_sft.merge_plan import MergePlan
-from mamba_sft.shards import read_rows
+from mamba_sft.model.tensor_files import read_rows
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 _MERGE_HINT = "export the whole model instead: leave `--adapter-only` out"

@@ -14,7 +14,7 @@ from mamba_sft.exporting import llama_cpp
 from mamba_sft.exporting.gguf import GGUFPlan
 from mamba_sft.exporting.gguf_types import block_size
 from mamba_sft.exporting.gguf_verify import HELDOUT_TOKENS
-from mamba_sft.shards import one_thread
+from mamba_sft.model.tensor_files import one_thread
 
 _SAMPLED_BLOCKS = 8
 # Measured on two cores with 7.27B parameters, where what follows from them was within a quarter of the truth:

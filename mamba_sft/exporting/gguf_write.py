@@ -24,7 +24,7 @@ from mamba_sft.exporting.gguf_metadata import Vocabulary, add_metadata
 from mamba_sft.exporting.gguf_tensors import ExportTensor
 from mamba_sft.exporting.gguf_types import BF16, F16, F32, Method, padded, stored_bytes
 from mamba_sft.exporting.weights import FullModel
-from mamba_sft.shards import as_bytes, one_thread
+from mamba_sft.model.tensor_files import as_bytes, one_thread
 
 Importance = Mapping[str, llama_cpp.Floats]
 """How much each column of a tensor matters, by GGUF name."""

@@ -16,8 +16,8 @@ from mamba_sft.exporting.texts import prompt_of
 from mamba_sft.exporting.weights import FullModel, find_model
 from mamba_sft.merge_files import MergedTensors, write_companions
 from mamba_sft.merge_plan import REPORT_NAME
+from mamba_sft.model.tensor_files import one_thread, write_shard
 from mamba_sft.run import atomic_directory
-from mamba_sft.shards import one_thread, write_shard
 
 CARD_NAME = "README.md"
 CHECKPOINT_NAME = "hf"

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from mamba_sft.chat import split_rendered
 from mamba_sft.errors import ExportError
 from mamba_sft.exporting.go_template import Chat, to_go_template
 from mamba_sft.exporting.weights import FullModel
+from mamba_sft.model.chat_template import split_rendered
 from mamba_sft.recipe.recipe import Recipe
 
 CONTEXT = 4096

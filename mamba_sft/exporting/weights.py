@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 
-from mamba_sft.checkpoint import read_config, read_tensors
 from mamba_sft.deltas import EMBEDDINGS, HEAD, WEIGHTS_NAME
 from mamba_sft.errors import ModelError, UsageError
 from mamba_sft.merge_files import MergedTensors
 from mamba_sft.merge_plan import REPORT_NAME, MergePlan, fit_adapter
+from mamba_sft.model.checkpoint import read_config, read_tensors
+from mamba_sft.model.tensor_files import DTYPES, StoredTensors
 from mamba_sft.recipe.builtin import find_path
 from mamba_sft.run import Run
-from mamba_sft.shards import DTYPES, StoredTensors
 
 QUALITY_NAME = "quality.json"
 """Beside exported GGUF files: what was measured of each."""

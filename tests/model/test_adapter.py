@@ -12,7 +12,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from mamba_sft.adapter import (
+from mamba_sft.errors import AdapterError
+from mamba_sft.kernels.falcon_mamba import install
+from mamba_sft.model.adapter import (
     BASE_FACTS_NAME,
     WEIGHTS_NAME,
     adapter_allowed,
@@ -23,11 +25,9 @@ from mamba_sft.adapter import (
     load_adapter,
     save_adapter,
 )
-from mamba_sft.checkpoint import base_fingerprint
-from mamba_sft.checksums import file_checksum, tensor_checksums
-from mamba_sft.errors import AdapterError
-from mamba_sft.kernels.falcon_mamba import install
-from mamba_sft.model import apply_setup, load_model
+from mamba_sft.model.checkpoint import base_fingerprint
+from mamba_sft.model.checksums import file_checksum, tensor_checksums
+from mamba_sft.model.loading import apply_setup, load_model
 from mamba_sft.recipe.fields import AdapterSection, ModelSection
 from tests.conftest import build_model, build_tokenizer
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mamba_sft.checkpoint import read_config, resolve_base
 from mamba_sft.errors import ModelError
+from mamba_sft.model.checkpoint import read_config, resolve_base
 from mamba_sft.recipe.builtin import find_path
 from mamba_sft.recipe.fields import ModelSection
 

@@ -12,10 +12,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from mamba_sft import shards
-from mamba_sft.checkpoint import read_tensors
 from mamba_sft.errors import ModelError
-from mamba_sft.shards import Layout, StoredTensors, read_rows, row_blocks, write_shard
+from mamba_sft.model import tensor_files
+from mamba_sft.model.checkpoint import read_tensors
+from mamba_sft.model.tensor_files import Layout, StoredTensors, read_rows, row_blocks, write_shard
 
 TENSORS = {
     "wide": torch.randn(3, 70_000).bfloat16(),
@@ -86,7 +86,7 @@ def test_a_slow_disk_holds_the_computing_back(tmp_path: Path, monkeypatch: pytes
     made: list[int] = []
     written: list[int] = []
     most = 0
-    write = shards._write_all
+    write = tensor_files._write_all
 
     def slow(file: Any, data: Any) -> int:
         time.sleep(0.002)
@@ -99,6 +99,6 @@ def test_a_slow_disk_holds_the_computing_back(tmp_path: Path, monkeypatch: pytes
         most = max(most, len(made) - len(written))
         yield torch.zeros(1)
 
-    monkeypatch.setattr(shards, "_write_all", slow)
-    shards.write_shard(tmp_path / "many", [Layout(f"t{i}", "F32", (1,)) for i in range(100)], blocks)
-    assert most <= shards._PENDING_BLOCKS
+    monkeypatch.setattr(tensor_files, "_write_all", slow)
+    tensor_files.write_shard(tmp_path / "many", [Layout(f"t{i}", "F32", (1,)) for i in range(100)], blocks)
+    assert most <= tensor_files._PENDING_BLOCKS

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mamba_sft.checkpoint import INDEX_NAME, base_fingerprint, read_tensors, resolve_base
 from mamba_sft.errors import ModelError
+from mamba_sft.model.checkpoint import INDEX_NAME, base_fingerprint, read_tensors, resolve_base
 from tests.conftest import build_model
 
 WEIGHTS = "model.safetensors"
@@ -157,7 +157,7 @@ def test_fingerprint_of_another_model(tiny_base: Path) -> None:
 
 
 def test_a_misspelt_bundled_path_is_no_hub_id(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from mamba_sft import checkpoint
+    from mamba_sft.model import checkpoint
 
     (tmp_path / "data" / "tiny-base").mkdir(parents=True)
     monkeypatch.setattr(checkpoint, "bundled_root", lambda: tmp_path)

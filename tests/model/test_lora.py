@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import Linear
 
-from mamba_sft.lora import FusedLinear, fuse_lora
+from mamba_sft.model.lora import FusedLinear, fuse_lora
 
 
 def layer(fused: bool, **config: Any) -> Any:

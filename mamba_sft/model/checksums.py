@@ -13,8 +13,8 @@ from typing import Any
 
 import xxhash
 
-from mamba_sft.checkpoint import TensorEntry, base_fingerprint, read_tensors
 from mamba_sft.errors import ModelError
+from mamba_sft.model.checkpoint import TensorEntry, base_fingerprint, read_tensors
 
 _CHUNK = 1 << 20
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from mamba_sft.chat import check_generation_marks, prepare_tokenizer, render, with_system
 from mamba_sft.errors import DataError
+from mamba_sft.model.chat_template import check_generation_marks, prepare_tokenizer, render, with_system
 from mamba_sft.recipe.fields import ChatSection
 
 USER, ANSWER = {"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}

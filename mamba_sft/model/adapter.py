@@ -31,15 +31,15 @@ from peft import (
 from peft.tuners import tuners_utils
 from peft.utils.other import TrainableTokensWrapper
 
-from mamba_sft.checkpoint import resolve_base
-from mamba_sft.checksums import base_record, file_checksum
 from mamba_sft.deltas import WEIGHTS_NAME
 from mamba_sft.errors import AdapterError
 from mamba_sft.kernels.falcon_mamba import FalconMambaMixer
-from mamba_sft.lora import fuse_lora
+from mamba_sft.model.checkpoint import resolve_base
+from mamba_sft.model.checksums import base_record, file_checksum
+from mamba_sft.model.lora import fuse_lora
 
 if TYPE_CHECKING:
-    from mamba_sft.chat import TemplateSetup
+    from mamba_sft.model.chat_template import TemplateSetup
     from mamba_sft.recipe.fields import AdapterSection, ModelSection
 
 TARGETS = ("in_proj", "x_proj", "dt_proj", "out_proj")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mamba_sft.errors import DataError
-from mamba_sft.special_tokens import is_single, rename_tokens, settle_pad, unused_slots
+from mamba_sft.model.special_tokens import is_single, rename_tokens, settle_pad, unused_slots
 
 if TYPE_CHECKING:
     from mamba_sft.recipe.fields import ChatSection
@@ -25,7 +25,7 @@ Tools = list[dict[str, Any]] | None
 
 TURN_START = "<|im_start|>"
 TURN_END = "<|im_end|>"
-BUILT_IN_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
+BUILT_IN_TEMPLATE = Path(__file__).with_name("chatml.jinja")
 
 _PROBE: list[Message] = [
     {"role": "user", "content": "first question"},

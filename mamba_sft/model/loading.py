@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mamba_sft.checkpoint import base_fingerprint, read_tensors, resolve_base
 from mamba_sft.errors import ModelError
 from mamba_sft.kernels.falcon_mamba import install
+from mamba_sft.model.checkpoint import base_fingerprint, read_tensors, resolve_base
 from mamba_sft.recipe.builtin import find_path
 from mamba_sft.recipe.fields import ChatSection, ModelSection
 
 if TYPE_CHECKING:
-    from mamba_sft.chat import TemplateSetup
+    from mamba_sft.model.chat_template import TemplateSetup
 
 __all__ = [
     "apply_setup",

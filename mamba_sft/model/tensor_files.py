@@ -21,9 +21,9 @@ from typing import cast
 
 import torch
 
-from mamba_sft.checkpoint import TensorEntry
-from mamba_sft.checksums import check_digest, new_digest
 from mamba_sft.errors import ModelError
+from mamba_sft.model.checkpoint import TensorEntry
+from mamba_sft.model.checksums import check_digest, new_digest
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _PENDING_BLOCKS = 16

@@ -12,7 +12,7 @@ import torch
 
 from mamba_sft.errors import ModelError
 from mamba_sft.kernels.falcon_mamba import FalconMambaMixer
-from mamba_sft.model import (
+from mamba_sft.model.loading import (
     apply_setup,
     load_model,
     load_tokenizer,
