@@ -35,10 +35,10 @@ from transformers import FalconMambaConfig, FalconMambaForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
 from mamba_sft.checkpointing import checkpoint_activations
+from mamba_sft.data.packing import Collator
 from mamba_sft.kernels.falcon_mamba import install
 from mamba_sft.model.adapter import attach_adapter
 from mamba_sft.model.loading import load_model
-from mamba_sft.packing import Collator
 from mamba_sft.recipe.fields import AdapterSection, ModelSection
 from mamba_sft.streaming import backpropagate, split, sweep
 

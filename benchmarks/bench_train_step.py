@@ -34,12 +34,12 @@ from trl.trainer.utils import add_fused_lm_head
 
 from mamba_sft.cards import recognized
 from mamba_sft.checkpointing import checkpoint_activations
+from mamba_sft.data.packing import Collator
 from mamba_sft.environment import describe_device
 from mamba_sft.kernels.falcon_mamba import install
 from mamba_sft.model.adapter import attach_adapter
 from mamba_sft.model.loading import resolve_dtype
 from mamba_sft.model.shape import Shape, find_shape
-from mamba_sft.packing import Collator
 from mamba_sft.planning_memory import QUANTIZED, Work, memory, peak
 from mamba_sft.planning_time import estimate, model_flops
 from mamba_sft.recipe.recipe import Recipe

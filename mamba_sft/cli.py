@@ -187,7 +187,7 @@ def data(
 
     loaded = Recipe.load(recipe, overrides=overrides or [])
     from mamba_sft import preview
-    from mamba_sft.corpus import read_corpus
+    from mamba_sft.data.corpus import read_corpus
 
     setup, prepared = read_corpus(loaded)
     packing = None

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mamba_sft.corpus import as_trained, read_corpus
+from mamba_sft.data.corpus import as_trained, read_corpus
+from mamba_sft.data.packing import Collator
 from mamba_sft.deltas import WEIGHTS_NAME, SavedAdapter
 from mamba_sft.disk import disk_errors_explained
 from mamba_sft.errors import MambaSFTError, MergeError, UsageError
@@ -31,7 +32,6 @@ from mamba_sft.model.chat_template import render
 from mamba_sft.model.checkpoint import TensorEntry, read_tensors
 from mamba_sft.model.loading import UNQUANTIZED, load_model
 from mamba_sft.model.tensor_files import StoredTensors, one_thread, write_shard
-from mamba_sft.packing import Collator
 from mamba_sft.recipe.fields import ModelSection
 from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.run import Run, atomic_directory

@@ -18,9 +18,9 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from mamba_sft.data import PreparedData
-from mamba_sft.data_report import DataReport
-from mamba_sft.packing import IGNORED, assign_bins
+from mamba_sft.data.packing import IGNORED, assign_bins
+from mamba_sft.data.preparing import PreparedData
+from mamba_sft.data.report import DataReport
 
 TRAINED = ("black on #9fd6ad", "black on #cfeccb")
 """Two shades in turn, so that the borders between tokens show."""

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from mamba_sft.data.packing import IGNORED
 from mamba_sft.kernels.carry import Carry, LayerState
-from mamba_sft.packing import IGNORED
 from mamba_sft.randomness import random_state, set_random_state
 
 States = list[LayerState]

@@ -279,7 +279,7 @@ def _setup(source: _Source, adapter: Path) -> TemplateSetup:
 
 def _setup_of(recipe: Recipe) -> TemplateSetup:
     """Settles the template as the run's training did."""
-    from mamba_sft.corpus import named_ids
+    from mamba_sft.data.corpus import named_ids
 
     config = load_config(recipe.model)
     tokenizer = load_tokenizer(recipe.model)

@@ -21,8 +21,9 @@ from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 
 from mamba_sft.callbacks import AdapterWatch, Interruption, MetricsLog
 from mamba_sft.checkpointing import checkpoint_activations
-from mamba_sft.corpus import as_trained, read_corpus
-from mamba_sft.data import PreparedData
+from mamba_sft.data.corpus import as_trained, read_corpus
+from mamba_sft.data.packing import Collator, row_lengths
+from mamba_sft.data.preparing import PreparedData
 from mamba_sft.environment import describe_environment
 from mamba_sft.errors import TrainingError
 from mamba_sft.fitting import refuse_what_cannot_fit
@@ -30,7 +31,6 @@ from mamba_sft.generation import answers, stop_token_ids
 from mamba_sft.model.adapter import adapter_allowed, attach_adapter, save_adapter
 from mamba_sft.model.chat_template import TemplateSetup, render
 from mamba_sft.model.loading import apply_setup, load_model, recommend_sampling
-from mamba_sft.packing import Collator, row_lengths
 from mamba_sft.recipe.builtin import find_path
 from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.reporting import write_report

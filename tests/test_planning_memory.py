@@ -11,11 +11,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from mamba_sft import planning_memory
 from mamba_sft.checkpointing import checkpoint_activations
+from mamba_sft.data.packing import Collator
 from mamba_sft.kernels import cpu, cpu_loops
 from mamba_sft.kernels.falcon_mamba import install
 from mamba_sft.model.adapter import attach_adapter
 from mamba_sft.model.shape import Shape
-from mamba_sft.packing import Collator
 from mamba_sft.planning_memory import Work, memory, peak, weights, with_length
 from mamba_sft.recipe.fields import AdapterSection
 from mamba_sft.streaming import backpropagate, split, sweep

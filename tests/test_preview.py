@@ -8,10 +8,10 @@ import pytest
 from rich.console import Console, RenderableType
 
 from mamba_sft import preview
-from mamba_sft.data import PreparedData, prepare_data
-from mamba_sft.data_report import DataReport
+from mamba_sft.data.packing import IGNORED, pack
+from mamba_sft.data.preparing import PreparedData, prepare_data
+from mamba_sft.data.report import DataReport
 from mamba_sft.model.chat_template import TemplateSetup, prepare_tokenizer
-from mamba_sft.packing import IGNORED, pack
 from mamba_sft.recipe.fields import ChatSection, DataSection, SourceSection
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mamba_sft.corpus import read_corpus
+from mamba_sft.data.corpus import read_corpus
 from mamba_sft.errors import MambaSFTError
 from mamba_sft.exporting.weights import FullModel
 from mamba_sft.model.chat_template import render

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mamba_sft.rendering import Tokens
+    from mamba_sft.data.tokenizing import Tokens
 
 
 @dataclass

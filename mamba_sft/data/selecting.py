@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mamba_sft.data_report import DataReport, SourceReport
+from mamba_sft.data.report import DataReport, SourceReport
+from mamba_sft.data.tokenizing import Tokens
 from mamba_sft.errors import DataError
-from mamba_sft.rendering import Tokens
 
 if TYPE_CHECKING:
     from mamba_sft.recipe.fields import DataSection, SourceSection

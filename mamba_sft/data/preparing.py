@@ -18,16 +18,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mamba_sft import formats
-from mamba_sft.data_report import DataReport, SourceReport
+from mamba_sft.data import formats
+from mamba_sft.data.chats import BadRowError, Chat
+from mamba_sft.data.packing import IGNORED, list_table
+from mamba_sft.data.report import DataReport, SourceReport
+from mamba_sft.data.selecting import SourceRows, fit, take_validation, weighted
+from mamba_sft.data.sources import Row, read_source
+from mamba_sft.data.tokenizing import Example, Renderer, Tokens
 from mamba_sft.errors import DataError
-from mamba_sft.mixing import SourceRows, fit, take_validation, weighted
 from mamba_sft.model.chat_template import TemplateSetup
-from mamba_sft.packing import IGNORED, list_table
-from mamba_sft.rendering import Example, Renderer, Tokens
 from mamba_sft.run import write_atomically
-from mamba_sft.sources import Row, read_source
-from mamba_sft.turns import BadRowError, Chat
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from mamba_sft.data import PreparedData, prepare_data
+from mamba_sft.data.packing import IGNORED
+from mamba_sft.data.preparing import PreparedData, prepare_data
 from mamba_sft.errors import DataError
 from mamba_sft.model.chat_template import TemplateSetup, prepare_tokenizer
-from mamba_sft.packing import IGNORED
 from mamba_sft.recipe.fields import ChatSection, DataSection, SourceSection
 
 
@@ -311,7 +311,7 @@ def test_the_report_counts_tokens(setup: TemplateSetup, tmp_path: Path) -> None:
 def test_several_batches_keep_their_order(
     setup: TemplateSetup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mamba_sft.rendering._BATCH", 7)
+    monkeypatch.setattr("mamba_sft.data.tokenizing._BATCH", 7)
     rows: list[Any] = [chat(f"q {i}", f"a {i}") for i in range(30)]
     rows[11] = "not json"
     prepared = prepare(setup, write(tmp_path / "a.jsonl", rows), on_bad_row="skip")

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from mamba_sft.data.chats import BadRowError, Chat
+from mamba_sft.data.formats import Passage, detect, detect_file, parse
 from mamba_sft.errors import DataError
-from mamba_sft.formats import Passage, detect, detect_file, parse
-from mamba_sft.turns import BadRowError, Chat
 
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 SYSTEM = {"role": "system", "content": "s"}

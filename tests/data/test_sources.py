@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from mamba_sft.data.sources import Row, read_source
 from mamba_sft.errors import DataError
 from mamba_sft.recipe.fields import SourceSection
-from mamba_sft.sources import Row, read_source
 
 
 def read(path: Path | str, **fields: Any) -> list[Row]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mamba_sft.data import PreparedData, prepare_data
+from mamba_sft.data.packing import pack
+from mamba_sft.data.preparing import PreparedData, prepare_data
 from mamba_sft.model.chat_template import TemplateSetup, prepare_tokenizer
 from mamba_sft.model.loading import load_config, load_tokenizer
-from mamba_sft.packing import pack
 
 if TYPE_CHECKING:
     from datasets import Dataset

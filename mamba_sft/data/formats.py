@@ -12,8 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mamba_sft.errors import DataError
-from mamba_sft.turns import (
+from mamba_sft.data.chats import (
     OPENAI_ROLES,
     SHAREGPT_ROLES,
     BadRowError,
@@ -26,6 +25,7 @@ from mamba_sft.turns import (
     read_tools,
     read_turns,
 )
+from mamba_sft.errors import DataError
 
 LOOKED_AT = 50
 """Rows of a file that are looked at to recognise its format."""

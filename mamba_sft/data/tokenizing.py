@@ -9,8 +9,10 @@ from itertools import islice
 
 import numpy as np
 
+from mamba_sft.data.chats import BadRowError, Chat
+from mamba_sft.data.formats import Passage
+from mamba_sft.data.sources import Row
 from mamba_sft.errors import DataError
-from mamba_sft.formats import Passage
 from mamba_sft.model.chat_template import (
     TemplateSetup,
     check_generation_marks,
@@ -19,8 +21,6 @@ from mamba_sft.model.chat_template import (
     split_rendered,
     with_system,
 )
-from mamba_sft.sources import Row
-from mamba_sft.turns import BadRowError, Chat
 
 _BATCH = 1000  # rows tokenized in one call, which the tokenizer spreads over the cores
 Example = Chat | Passage
