@@ -10,9 +10,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mamba_sft.conversation import generate
     from mamba_sft.errors import MambaSFTError
     from mamba_sft.exporting import export
+    from mamba_sft.inference.answering import generate
     from mamba_sft.merging import merge
     from mamba_sft.recipe.recipe import Recipe
     from mamba_sft.run import Run
@@ -26,7 +26,7 @@ _HOMES = {
     "Recipe": "recipe.recipe",
     "Run": "run",
     "export": "exporting",
-    "generate": "conversation",
+    "generate": "inference.answering",
     "merge": "merging",
     "train": "training",
 }

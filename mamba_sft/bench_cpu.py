@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from transformers import FalconMambaConfig, FalconMambaForCausalLM
 
-from mamba_sft.generation import State, stream
+from mamba_sft.inference.generation import State, stream
+from mamba_sft.inference.sampling import Sampling
 from mamba_sft.kernels import cpu_loops, selective_scan
 from mamba_sft.kernels.falcon_mamba import install
-from mamba_sft.sampling import Sampling
 
 logger = logging.getLogger(__name__)
 

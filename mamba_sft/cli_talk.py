@@ -46,11 +46,11 @@ def chat(
     seed: Seed = None,
 ) -> None:
     """Talk to a run, a model directory or a hub model; `/help` lists what else it understands."""
-    from mamba_sft.sampling import Sampling
+    from mamba_sft.inference.sampling import Sampling
 
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
     where = _model_or_newest(model)
-    from mamba_sft.conversation import chat_loop, open_session
+    from mamba_sft.inference.answering import chat_loop, open_session
 
     quiet_loading()
     session = open_session(where, compare=compare, merged=merged, sampling=sampling, system=system)
@@ -81,7 +81,7 @@ def generate(
     seed: Seed = None,
 ) -> None:
     """Answer prompts: `mamba-sft generate RUN --prompt "..."`, or a file of them."""
-    from mamba_sft.sampling import Sampling
+    from mamba_sft.inference.sampling import Sampling
 
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
     if (input_file is None) == (not prompt):
@@ -89,7 +89,7 @@ def generate(
             "give either `--prompt` or `--input`", hint='for example --prompt "What is a haiku?"'
         )
     where = _model_or_newest(model)
-    from mamba_sft.conversation import generate as answer
+    from mamba_sft.inference.answering import generate as answer
     from mamba_sft.progress import StageBar
     from mamba_sft.terminal import printable
 

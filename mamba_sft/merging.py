@@ -23,7 +23,7 @@ from mamba_sft.data.packing import Collator
 from mamba_sft.deltas import WEIGHTS_NAME, SavedAdapter
 from mamba_sft.disk import disk_errors_explained
 from mamba_sft.errors import MambaSFTError, MergeError, UsageError
-from mamba_sft.heldout import heldout_loss
+from mamba_sft.inference.scoring import heldout_loss
 from mamba_sft.merge_check import CheckResult, MergeCheck, MergeReport
 from mamba_sft.merge_files import MergedTensors, write_companions
 from mamba_sft.merge_plan import REPORT_NAME, MergePlan, plan_merge

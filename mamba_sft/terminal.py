@@ -13,9 +13,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from mamba_sft.comparison import CompareSession
 from mamba_sft.errors import MambaSFTError, UsageError
-from mamba_sft.session import ChatSession, Turn
+from mamba_sft.inference.comparison import CompareSession
+from mamba_sft.inference.sessions import ChatSession, Turn
 
 Session = ChatSession | CompareSession
 

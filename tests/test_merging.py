@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mamba_sft import merge_plan, merging
 from mamba_sft.deltas import SavedAdapter
 from mamba_sft.errors import MambaSFTError, MergeError, ModelError, UsageError
-from mamba_sft.heldout import heldout_loss
+from mamba_sft.inference.scoring import heldout_loss
 from mamba_sft.merging import DequantizedTensors, merge, quantizes
 from mamba_sft.model import tensor_files
 from mamba_sft.model.adapter import attach_adapter, save_adapter

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 
 from mamba_sft.errors import UsageError
-from mamba_sft.sampling import Sampling, choose
+from mamba_sft.inference.sampling import Sampling, choose
 
 PREFILL_CHUNK = 2048
 """Tokens read at once, so that the memory a long prompt takes does not grow with its length."""

@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mamba_sft.comparison import CompareSession
 from mamba_sft.errors import DataError, UsageError
-from mamba_sft.generation import Answer, answers
+from mamba_sft.inference.chat_model import Talker, load_talker, require_template, split_talker
+from mamba_sft.inference.comparison import CompareSession
+from mamba_sft.inference.generation import Answer, answers
+from mamba_sft.inference.sampling import Sampling
+from mamba_sft.inference.sessions import ChatSession
 from mamba_sft.model.chat_template import encode_batch, render, with_system
 from mamba_sft.run import Run, write_atomically
-from mamba_sft.sampling import Sampling
-from mamba_sft.session import ChatSession
-from mamba_sft.talker import Talker, load_talker, require_template, split_talker
 from mamba_sft.terminal import Session, chat_loop
 
 __all__ = [

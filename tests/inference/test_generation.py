@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mamba_sft.errors import UsageError
-from mamba_sft.generation import (
+from mamba_sft.inference.generation import (
     PREFILL_CHUNK,
     State,
     TextStream,
@@ -17,8 +17,8 @@ from mamba_sft.generation import (
     stop_token_ids,
     stream,
 )
+from mamba_sft.inference.sampling import Sampling, choose
 from mamba_sft.kernels.falcon_mamba import install
-from mamba_sft.sampling import Sampling, choose
 
 PROMPTS = ["hello world", "the quick brown fox jumps over the lazy dog 12", "a", "what number is 7 and 21"]
 NEVER: frozenset[int] = frozenset()
@@ -132,7 +132,7 @@ def test_a_long_prompt_is_read_in_chunks(tiny_model, monkeypatch):
     whole = State()
     prefill(tiny_model, ids, whole)
     expected = answers(tiny_model, _Numbers(), prompts, sampling=Sampling(5), stop_ids=NEVER)
-    monkeypatch.setattr("mamba_sft.generation.PREFILL_CHUNK", 16)
+    monkeypatch.setattr("mamba_sft.inference.generation.PREFILL_CHUNK", 16)
     chunked = State()
     prefill(tiny_model, ids, chunked)
     assert PREFILL_CHUNK > 16

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from mamba_sft import heldout
 from mamba_sft.errors import DataError
-from mamba_sft.heldout import heldout_loss
+from mamba_sft.inference import scoring
+from mamba_sft.inference.scoring import heldout_loss
 from mamba_sft.kernels.falcon_mamba import install
 from mamba_sft.model.adapter import attach_adapter
 from mamba_sft.recipe.fields import AdapterSection
@@ -53,7 +53,7 @@ def plain_loss(model: Any, rows: Rows) -> float:
 def test_equals_the_plain_loss(
     tiny_model: Any, monkeypatch: pytest.MonkeyPatch, batch_size: int, positions: int
 ) -> None:
-    monkeypatch.setattr(heldout, "_POSITIONS", positions)
+    monkeypatch.setattr(scoring, "_POSITIONS", positions)
     model, rows = install(tiny_model), make_rows()
     assert heldout_loss(model, rows, collate, batch_size) == pytest.approx(plain_loss(model, rows), rel=1e-5)
 

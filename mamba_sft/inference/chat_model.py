@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mamba_sft.errors import AdapterError, DataError, UsageError
-from mamba_sft.generation import stop_token_ids
+from mamba_sft.inference.generation import stop_token_ids
 from mamba_sft.model.adapter import BASE_FACTS_NAME, load_adapter
 from mamba_sft.model.chat_template import TemplateSetup, find_stop_token, prepare_tokenizer
 from mamba_sft.model.checkpoint import base_fingerprint, read_config

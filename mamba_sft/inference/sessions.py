@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mamba_sft.errors import UsageError
-from mamba_sft.generation import State, TextStream, finish_reason, stream
+from mamba_sft.inference.chat_model import Talker, require_template
+from mamba_sft.inference.generation import State, TextStream, finish_reason, stream
+from mamba_sft.inference.sampling import Sampling
 from mamba_sft.model.chat_template import render, with_system
-from mamba_sft.sampling import Sampling
-from mamba_sft.talker import Talker, require_template
 
 UNDO_DEPTH = 8
 """Turns whose starting state is kept; undoing more than these reads the conversation again."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mamba_sft.session import ChatSession
+from mamba_sft.inference.sessions import ChatSession
 
 
 class CompareSession:

@@ -10,18 +10,25 @@ import pytest
 import torch
 from rich.console import Console
 
-from mamba_sft.conversation import ChatSession, CompareSession, chat_loop, generate, load_talker, open_session
 from mamba_sft.errors import AdapterError, DataError, MambaSFTError, ModelError, UsageError
-from mamba_sft.generation import State, prefill, stream
+from mamba_sft.inference.answering import (
+    ChatSession,
+    CompareSession,
+    chat_loop,
+    generate,
+    load_talker,
+    open_session,
+)
+from mamba_sft.inference.chat_model import Talker, split_talker
+from mamba_sft.inference.generation import State, prefill, stream
+from mamba_sft.inference.sampling import Sampling
+from mamba_sft.inference.sessions import UNDO_DEPTH, continuation
 from mamba_sft.model.adapter import adapter_tensors, attach_adapter, save_adapter
 from mamba_sft.model.chat_template import prepare_tokenizer, render
 from mamba_sft.model.loading import apply_setup, load_model, load_tokenizer
 from mamba_sft.recipe.fields import AdapterSection, ChatSection
 from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.run import Run
-from mamba_sft.sampling import Sampling
-from mamba_sft.session import UNDO_DEPTH, continuation
-from mamba_sft.talker import Talker, split_talker
 from mamba_sft.terminal import _Columns
 from tests.conftest import build_model, build_tokenizer
 
@@ -359,7 +366,9 @@ def test_loading_errors_say_what_to_do(tmp_path, base):
 
 
 def test_what_can_be_refused_is_refused_before_the_weights_are_read(base, run, tmp_path, monkeypatch):
-    monkeypatch.setattr("mamba_sft.talker.load_model", lambda _: pytest.fail("the weights were read"))
+    monkeypatch.setattr(
+        "mamba_sft.inference.chat_model.load_model", lambda _: pytest.fail("the weights were read")
+    )
     for call in (open_session, load_talker, lambda where: generate(where, "hello")):
         with pytest.raises(DataError, match="no chat template") as caught:
             call(base)
