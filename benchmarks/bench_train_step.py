@@ -32,16 +32,16 @@ import torch
 from transformers import FalconMambaConfig, FalconMambaForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
-from mamba_sft.cards import recognized
 from mamba_sft.checkpointing import checkpoint_activations
 from mamba_sft.data.packing import Collator
-from mamba_sft.environment import describe_device
 from mamba_sft.kernels.falcon_mamba import install
 from mamba_sft.model.adapter import attach_adapter
 from mamba_sft.model.loading import resolve_dtype
 from mamba_sft.model.shape import Shape, find_shape
-from mamba_sft.planning_memory import QUANTIZED, Work, memory, peak
-from mamba_sft.planning_time import estimate, model_flops
+from mamba_sft.planning.environment import describe_device
+from mamba_sft.planning.gpus import recognized
+from mamba_sft.planning.memory import QUANTIZED, Work, peak, planned_parts
+from mamba_sft.planning.speed import estimate, model_flops
 from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.streaming import backpropagate, split, sweep
 
@@ -206,7 +206,7 @@ def measure(words: tuple[str, ...], repeats: int, against_stock: bool) -> dict[s
     tokens = sum(len(row["input_ids"]) for row in rows)
     accelerator = recognized(describe_device())
     work = Work.of(recipe, shape, DEVICE, length=len(rows[0]["input_ids"]), trained_rows=len(TRAINED))
-    parts, rate = memory(work), estimate(work, accelerator)
+    parts, rate = planned_parts(work), estimate(work, accelerator)
     if DEVICE == "cuda":  # what the counter does not see
         parts["overhead"] = 0
     model = build(recipe, shape, dtype)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mamba_sft.environment import nvidia_smi
+from mamba_sft.planning.environment import nvidia_smi
 
 LANES_ISSUED, LANES_MUFU = 128, 16
 """Per SM and clock: four warps issued; results of the special function unit (ex2, lg2, rcp). CUDA C++

@@ -13,8 +13,8 @@ import torch
 from rich.table import Table
 
 from mamba_sft import bench_card, bench_gpu, kernels
-from mamba_sft.environment import describe_device, package_versions, processor_name
 from mamba_sft.errors import MambaSFTError, UsageError
+from mamba_sft.planning.environment import describe_device, package_versions, processor_name
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from rich.text import Text
 from mamba_sft.cli_talk import err, out
 
 if TYPE_CHECKING:
-    from mamba_sft.planning import Plan
+    from mamba_sft.planning.plan import Plan
 
 INDENT, LABEL, FIGURE = 11, 28, 8
 WIDEST_BAR = 40
@@ -49,7 +49,7 @@ def plan(
     from mamba_sft.recipe.recipe import Recipe
 
     loaded = Recipe.load(recipe, overrides=overrides or [])
-    from mamba_sft.planning import make_plan
+    from mamba_sft.planning.plan import make_plan
 
     with err.status("planning"):
         made = make_plan(loaded, card)

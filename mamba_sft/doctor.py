@@ -9,8 +9,8 @@ from typing import Any
 
 from mamba_sft import __version__
 from mamba_sft.doctor_software import Finding, Status, software, storage
-from mamba_sft.environment import describe_environment
 from mamba_sft.errors import MambaSFTError
+from mamba_sft.planning.environment import describe_environment
 from mamba_sft.recipe.builtin import builtin_recipes
 
 ADVICE = (

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mamba_sft import kernels
 from mamba_sft.doctor_software import Finding
-from mamba_sft.environment import nvidia_smi
+from mamba_sft.planning.environment import nvidia_smi
 
 OPERATIONS = {"scan": "selective_scan", "convolution": "causal_conv1d"}
 ELSEWHERE = {

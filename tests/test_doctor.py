@@ -15,9 +15,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from mamba_sft import cli, cli_system, doctor, doctor_hardware, doctor_software, environment, kernels
+from mamba_sft import cli, cli_system, doctor, doctor_hardware, doctor_software, kernels
 from mamba_sft.doctor import Diagnosis, diagnose, recommended_recipe
 from mamba_sft.doctor_software import Finding
+from mamba_sft.planning import environment
 from mamba_sft.recipe.builtin import builtin_recipes
 
 PROCESSOR = {"type": "cpu", "name": "a CPU", "memory_bytes": 16e9}

@@ -14,8 +14,8 @@ from transformers import TrainerCallback
 
 from mamba_sft import Recipe, Run
 from mamba_sft.errors import AdapterError, MambaSFTError, RecipeError, TrainingError
+from mamba_sft.planning.schedule import count_steps
 from mamba_sft.resuming import differences, newest_checkpoint
-from mamba_sft.schedule import count_steps
 from mamba_sft.training import RunInterruptedError, fit, prepare, train
 
 

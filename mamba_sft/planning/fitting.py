@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 
-from mamba_sft.cards import Accelerator, recognized
-from mamba_sft.environment import describe_device
 from mamba_sft.errors import TrainingError
 from mamba_sft.model.shape import find_shape
-from mamba_sft.planning_memory import Policy, Work, memory, peak, with_length
-from mamba_sft.planning_time import estimate
+from mamba_sft.planning.environment import describe_device
+from mamba_sft.planning.gpus import Accelerator, recognized
+from mamba_sft.planning.memory import Policy, Work, peak, planned_parts, with_length
+from mamba_sft.planning.speed import estimate
 from mamba_sft.recipe.recipe import Recipe
 
 logger = logging.getLogger(__name__)
@@ -44,12 +44,12 @@ class Fix:
 
 def largest_rows(work: Work, usable: int) -> int:
     """Returns the largest micro-batch that fits, 0 if none does."""
-    return _largest(lambda rows: peak(memory(replace(work, rows=rows))) <= usable, MOST_ROWS)
+    return _largest(lambda rows: peak(planned_parts(replace(work, rows=rows))) <= usable, MOST_ROWS)
 
 
 def largest_length(work: Work, usable: int) -> int:
     """Returns the longest row that fits at the work's micro-batch, up to the longest a recipe allows."""
-    return _largest(lambda length: peak(memory(with_length(work, length))) <= usable, MOST_LENGTH)
+    return _largest(lambda length: peak(planned_parts(with_length(work, length))) <= usable, MOST_LENGTH)
 
 
 def _largest(fits: Callable[[int], bool], most: int) -> int:
@@ -104,7 +104,7 @@ def _fitting(work: Work, accumulation: int, accelerator: Accelerator) -> Iterato
         if stream is not None:
             overrides.append(f"train.stream_tokens={stream}")
         changed = replace(work, rows=work.rows // divisor, policy=policy, chunk=chunk)
-        size, after = peak(memory(changed)), estimate(changed, accelerator)
+        size, after = peak(planned_parts(changed)), estimate(changed, accelerator)
         if size <= ROOM * accelerator.usable_bytes:
             slowdown = before.tokens_per_second / after.tokens_per_second if before and after else 1.0
             yield Fix(tuple(overrides), size, slowdown)
@@ -139,7 +139,7 @@ def refuse_what_cannot_fit(recipe: Recipe, *, longest: int, trained_rows: int) -
     shape, _ = find_shape(recipe.model)
     work = Work.of(recipe, shape, accelerator.type, length=longest, trained_rows=trained_rows)
     least = replace(work, rows=1) if recipe.train.auto_batch else work
-    planned = peak(memory(least))
+    planned = peak(planned_parts(least))
     if planned <= usable:
         return
     what = f"this run needs {planned / 1e9:.1f} GB by plan, and {accelerator.name} has {usable / 1e9:.1f} GB"

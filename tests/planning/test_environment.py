@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from mamba_sft.environment import describe_environment, package_versions
+from mamba_sft.planning.environment import describe_environment, package_versions
 
 
 def test_the_environment_is_json_and_names_what_matters() -> None:

@@ -3,7 +3,7 @@
 The peak is `weights + adapter + gradients + optimizer + states + kept + max(block, loss)`: what the forward
 keeps of all layers, and on top of it either the loss with its gradient, or the backward of one block, which
 peaks inside the scan. Every term is a count of tensors that can be found in the code it names; the counts are
-compared with measured peaks in tests/test_planning_memory.py. Bytes throughout; D, d, N, R, r as in
+compared with measured peaks in tests/planning/test_memory.py. Bytes throughout; D, d, N, R, r as in
 `kernels/README.md`, `e` the bytes of a number of the base, 2 or 4.
 """
 
@@ -131,7 +131,7 @@ class Work:
         return (-(-self.length // self.chunk) - 1) * self.rows * self.shape.state_bytes(self.itemsize)
 
 
-def memory(work: Work) -> dict[Part, int]:
+def planned_parts(work: Work) -> dict[Part, int]:
     """Returns the bytes of each part of a training step's memory on the device.
 
     All but the last of `block` (with `dequantized`), `loss` and `rows` are there at the same time; of these

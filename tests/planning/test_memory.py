@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from mamba_sft import planning_memory
 from mamba_sft.checkpointing import checkpoint_activations
 from mamba_sft.data.packing import Collator
 from mamba_sft.kernels import cpu, cpu_loops
 from mamba_sft.kernels.falcon_mamba import install
 from mamba_sft.model.adapter import attach_adapter
 from mamba_sft.model.shape import Shape
-from mamba_sft.planning_memory import Work, memory, peak, weights, with_length
+from mamba_sft.planning import memory
+from mamba_sft.planning.memory import Work, peak, planned_parts, weights, with_length
 from mamba_sft.recipe.fields import AdapterSection
 from mamba_sft.streaming import backpropagate, split, sweep
 from tests.conftest import build_model
@@ -137,14 +137,14 @@ def measured_peak(case: Case) -> int:
 def planned_peak(work: Work) -> int:
     """The plan's peak without what was there before the step."""
     still = ("weights", "adapter", "gradients", "optimizer", "overhead")
-    return peak({name: 0 if name in still else size for name, size in memory(work).items()})
+    return peak({name: 0 if name in still else size for name, size in planned_parts(work).items()})
 
 
 @pytest.fixture
 def small_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets the blocks be what the peak consists of: TRL's tile of logits would hide them in small models."""
     monkeypatch.setattr("trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE", 64)
-    monkeypatch.setattr(planning_memory, "TILE_COLUMNS", 64)
+    monkeypatch.setattr(memory, "TILE_COLUMNS", 64)
 
 
 @pytest.mark.usefixtures("small_tile")
@@ -192,9 +192,9 @@ def test_sizes_are_those_of_the_libraries() -> None:
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
     triton_ops = pytest.importorskip("mamba_sft.kernels.triton_ops")
-    assert planning_memory.CHUNK == cpu_loops.CHUNK == triton_ops.CHUNK.value
-    assert (planning_memory.GROUPS, planning_memory.CHANNELS) == (cpu.GROUPS, triton_ops.BACKWARD_CHANNELS)
-    assert (planning_memory.TILE_TOKENS, planning_memory.TILE_COLUMNS) == (
+    assert memory.CHUNK == cpu_loops.CHUNK == triton_ops.CHUNK.value
+    assert (memory.GROUPS, memory.CHANNELS) == (cpu.GROUPS, triton_ops.BACKWARD_CHANNELS)
+    assert (memory.TILE_TOKENS, memory.TILE_COLUMNS) == (
         TOKEN_CHUNK_SIZE,
         _CHUNKED_LOGPROB_CHUNK_SIZE,
     )
@@ -215,7 +215,7 @@ def test_parameters_are_counted_exactly() -> None:
 def plan_7b(**settings: Any) -> int:
     settings = {"rows": 1, "length": 8192, "trained_rows": 2, "chunk": 0} | settings
     settings["chunk"] = settings["chunk"] or settings["length"]
-    return peak(memory(Work(SEVEN_B, **settings)))
+    return peak(planned_parts(Work(SEVEN_B, **settings)))
 
 
 def test_7b_nf4_streams_any_length_under_12_gb() -> None:
@@ -237,9 +237,9 @@ def test_7b_bf16_trains_packed_rows_of_8k_under_80_gb_without_streaming() -> Non
 
 def test_whole_rows_grow_with_their_length_and_streamed_ones_do_not() -> None:
     whole = Work(SEVEN_B, 1, 2048, 2048)
-    assert peak(memory(with_length(whole, 8192))) > peak(memory(whole)) + 4e9
+    assert peak(planned_parts(with_length(whole, 8192))) > peak(planned_parts(whole)) + 4e9
     streamed = Work(SEVEN_B, 1, 2048, 1024)
-    assert memory(with_length(streamed, 8192)) == memory(streamed)
+    assert planned_parts(with_length(streamed, 8192)) == planned_parts(streamed)
     assert with_length(streamed, 8192).boundaries == 7 * SEVEN_B.state_bytes(2)
 
 

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mamba_sft.cards import Accelerator
 from mamba_sft.errors import MambaSFTError
-from mamba_sft.planning_memory import Work
+from mamba_sft.planning.gpus import Accelerator
+from mamba_sft.planning.memory import Work
 from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.run import Run
 

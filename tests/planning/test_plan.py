@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from mamba_sft import fitting
-from mamba_sft.cards import CARDS, Accelerator, find_card, recognized
 from mamba_sft.cli import app
 from mamba_sft.errors import TrainingError, UsageError
-from mamba_sft.fitting import fixes, refuse_what_cannot_fit
-from mamba_sft.planning import make_plan
-from mamba_sft.planning_memory import memory, peak
-from mamba_sft.planning_time import estimate, flops, measured, model_flops
+from mamba_sft.planning import fitting
+from mamba_sft.planning.fitting import fixes, refuse_what_cannot_fit
+from mamba_sft.planning.gpus import CARDS, Accelerator, find_card, recognized
+from mamba_sft.planning.memory import peak, planned_parts
+from mamba_sft.planning.plan import make_plan
+from mamba_sft.planning.speed import estimate, flops, measured, model_flops
 from mamba_sft.recipe.builtin import builtin_recipes
 from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.run import Run
@@ -142,7 +142,7 @@ def test_auto_batch_needs_one_row_to_fit(recipe: Any, monkeypatch: pytest.Monkey
 def test_a_model_too_large_for_a_device_has_no_fix() -> None:
     work = make_plan(Recipe.load("instruct"), "h100").work
     assert fixes(work, 1, Accelerator("tiny", 4 * 10**9, 4 * 10**9)) == []
-    assert peak(memory(work)) > 4e9
+    assert peak(planned_parts(work)) > 4e9
 
 
 def test_cards_by_name() -> None:
@@ -186,6 +186,6 @@ def test_the_verb_prints_json() -> None:
 def test_the_readme_shows_the_plans(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mamba_sft.cli_plan.out.width", 90, raising=False)
     shown = CliRunner().invoke(app, ["plan", *words]).stdout
-    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     command = f"$ mamba-sft plan {' '.join(words)}"
     assert "\n".join([command, *(line.rstrip() for line in shown.splitlines())]) in readme

@@ -6,16 +6,16 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mamba_sft.cards import Accelerator, find_card, recognized
-from mamba_sft.environment import describe_device
 from mamba_sft.errors import UsageError
-from mamba_sft.fitting import Fix, fixes, largest_length, largest_rows
 from mamba_sft.model.shape import find_shape
-from mamba_sft.planning_memory import Part, Work, memory, peak
-from mamba_sft.planning_time import Rate, estimate, flops, measured
+from mamba_sft.planning.environment import describe_device
+from mamba_sft.planning.fitting import Fix, fixes, largest_length, largest_rows
+from mamba_sft.planning.gpus import Accelerator, find_card, recognized
+from mamba_sft.planning.memory import Part, Work, peak, planned_parts
+from mamba_sft.planning.schedule import count_steps
+from mamba_sft.planning.speed import Rate, estimate, flops, measured
 from mamba_sft.recipe.builtin import find_path
 from mamba_sft.recipe.recipe import Recipe
-from mamba_sft.schedule import count_steps
 
 TEMPLATE_TOKENS = 2
 """Rows of the vocabulary that the chat templates need and a base does not have: turn start and turn end."""
@@ -129,7 +129,7 @@ def make_plan(recipe: Recipe, card: str | None = None) -> Plan:
         )
     trained = 0 if recipe.chat.template == "tokenizer" else TEMPLATE_TOKENS
     work = Work.of(recipe, shape, accelerator.type, length=length, trained_rows=trained)
-    parts = memory(work)
+    parts = planned_parts(work)
     accumulation = recipe.train.gradient_accumulation_steps
     per_step = work.rows * length * accumulation
     steps, most_tokens = _extent(recipe, rows, per_step)
