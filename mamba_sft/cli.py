@@ -151,7 +151,7 @@ def train(
 
 
 def _show_samples(run: Run, rows: int = 6) -> None:
-    from mamba_sft.samples import exact_match, read_samples
+    from mamba_sft.evaluation.prompts import exact_match, read_samples
 
     if not run.samples.exists():
         return

@@ -108,10 +108,10 @@ def _show_plan(
     from mamba_sft.exporting.extra import require_gguf
 
     require_gguf()
+    from mamba_sft.evaluation.report import file_size
     from mamba_sft.exporting.gguf_tasks import plan_model
     from mamba_sft.exporting.gguf_time import checking_seconds, writing_seconds
     from mamba_sft.exporting.task import Task
-    from mamba_sft.reporting import file_size
 
     plan = plan_model(Task(where, quantization, output, name, lambda stage, done, total: None))
     seconds, check_seconds = writing_seconds(plan), checking_seconds(plan) if verify else None
@@ -138,7 +138,7 @@ def _about(seconds: float) -> str:
 def _show_files(done: Exported, as_json: bool) -> None:
     from dataclasses import asdict
 
-    from mamba_sft.reporting import file_size
+    from mamba_sft.evaluation.report import file_size
 
     files = done.files
     if as_json:

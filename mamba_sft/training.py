@@ -25,6 +25,8 @@ from mamba_sft.data.corpus import as_trained, read_corpus
 from mamba_sft.data.packing import Collator, row_lengths
 from mamba_sft.data.preparing import PreparedData
 from mamba_sft.errors import TrainingError
+from mamba_sft.evaluation.prompts import Prompt, load_prompts, pair, write_samples
+from mamba_sft.evaluation.report import write_report
 from mamba_sft.inference.generation import answers, stop_token_ids
 from mamba_sft.inference.sampling import Sampling
 from mamba_sft.model.adapter import adapter_allowed, attach_adapter, save_adapter
@@ -35,10 +37,8 @@ from mamba_sft.planning.fitting import refuse_what_cannot_fit
 from mamba_sft.planning.schedule import count_steps
 from mamba_sft.recipe.builtin import find_path
 from mamba_sft.recipe.recipe import Recipe
-from mamba_sft.reporting import write_report
 from mamba_sft.resuming import find_checkpoint, newest_checkpoint, refuse_to_overwrite
 from mamba_sft.run import Run, atomic_directory, write_atomically
-from mamba_sft.samples import Prompt, load_prompts, pair, write_samples
 from mamba_sft.trainer import Trainer, trainer_arguments
 
 if TYPE_CHECKING:

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 
 from mamba_sft.cli import app
 from mamba_sft.errors import ExportError, UsageError
+from mamba_sft.evaluation.prompts import Prompt, Sample, write_samples
 from mamba_sft.exporting import export, hf, model_card
 from mamba_sft.exporting.card_tables import table
 from mamba_sft.exporting.card_usage import usage
@@ -25,7 +26,6 @@ from mamba_sft.exporting.task import GGUFOptions, HubOptions
 from mamba_sft.exporting.weights import find_model
 from mamba_sft.merging import merge
 from mamba_sft.recipe.recipe import Recipe
-from mamba_sft.samples import Prompt, Sample, write_samples
 from tests.test_merging import PROMPT, Made, make_run, merged_logits, relative, weights
 
 TOKEN = "hf_SecretSecretSecret"

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from mamba_sft.reporting import file_size
+from mamba_sft.evaluation.report import file_size
 from mamba_sft.run import Run
 
 RESULTS_NAME = "results.json"

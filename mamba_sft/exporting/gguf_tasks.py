@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mamba_sft.disk import disk_errors_explained
 from mamba_sft.errors import ExportError, UsageError
+from mamba_sft.evaluation.report import write_report
 from mamba_sft.exporting.gguf import (
     GGUFPlan,
     plan_gguf,
@@ -23,7 +24,6 @@ from mamba_sft.exporting.ollama import modelfile
 from mamba_sft.exporting.task import Exported, GGUFFile, Task, output_of
 from mamba_sft.exporting.weights import QUALITY_NAME, base_of, find_model
 from mamba_sft.merge_plan import fit_adapter
-from mamba_sft.reporting import write_report
 from mamba_sft.run import Run, write_atomically
 
 logger = logging.getLogger(__name__)

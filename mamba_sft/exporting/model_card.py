@@ -14,6 +14,8 @@ from typing import Any
 
 from mamba_sft import __version__
 from mamba_sft.deltas import EMBEDDINGS
+from mamba_sft.evaluation.prompts import exact_match, read_samples
+from mamba_sft.evaluation.report import loss_figure, read_metrics
 from mamba_sft.exporting.card_tables import evaluation_table, quantization_table, table
 from mamba_sft.exporting.card_usage import usage
 from mamba_sft.exporting.gguf_tensors import layers
@@ -23,9 +25,7 @@ from mamba_sft.exporting.texts import prompt_of
 from mamba_sft.exporting.weights import FullModel
 from mamba_sft.recipe.builtin import find_path
 from mamba_sft.recipe.recipe import Recipe
-from mamba_sft.reporting import loss_figure, read_metrics
 from mamba_sft.run import Run
-from mamba_sft.samples import exact_match, read_samples
 
 PLOT_NAME = "loss.png"
 # The hub's own words for the licences of the bases that this package is for.

@@ -9,10 +9,10 @@ from typing import Any
 
 from mamba_sft.data.corpus import read_corpus
 from mamba_sft.errors import MambaSFTError
+from mamba_sft.evaluation.prompts import read_samples
 from mamba_sft.exporting.weights import FullModel
 from mamba_sft.model.chat_template import render
 from mamba_sft.recipe.recipe import Recipe
-from mamba_sft.samples import read_samples
 
 WINDOW = 256
 """Tokens a window: llama.cpp's default context has room for 512."""

@@ -7,8 +7,8 @@ import json
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from mamba_sft.evaluation.prompts import Sample, exact_match, read_samples
 from mamba_sft.run import Run, write_atomically
-from mamba_sft.samples import Sample, exact_match, read_samples
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from mamba_sft.reporting import loss_plot, read_metrics, write_report
+from mamba_sft.evaluation.prompts import Prompt, pair, write_samples
+from mamba_sft.evaluation.report import loss_plot, read_metrics, write_report
 from mamba_sft.run import Run
-from mamba_sft.samples import Prompt, pair, write_samples
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mamba_sft.errors import DataError
-from mamba_sft.samples import Prompt, exact_match, load_prompts, pair, read_samples, write_samples
+from mamba_sft.evaluation.prompts import Prompt, exact_match, load_prompts, pair, read_samples, write_samples
 
 
 def test_prompts_are_read(tmp_path: Path) -> None:
