@@ -26,7 +26,7 @@ from mamba_sft.model.checksums import base_record
 
 _MERGE = """
 import json, sys
-from mamba_sft.merging import merge
+from mamba_sft.merging.merge_run import merge
 report = merge(sys.argv[1], dtype=sys.argv[2] or None, onto=sys.argv[3])
 print(report.to_json().replace("\\n", " "))
 """

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from mamba_sft.errors import MambaSFTError
     from mamba_sft.exporting import export
     from mamba_sft.inference.answering import generate
-    from mamba_sft.merging import merge
+    from mamba_sft.merging.merge_run import merge
     from mamba_sft.recipe.recipe import Recipe
     from mamba_sft.run import Run
     from mamba_sft.training import train
@@ -27,7 +27,7 @@ _HOMES = {
     "Run": "run",
     "export": "exporting",
     "generate": "inference.answering",
-    "merge": "merging",
+    "merge": "merging.merge_run",
     "train": "training",
 }
 

@@ -21,7 +21,7 @@ from mamba_sft.cli_talk import err, out, quiet_loading, run_or_newest
 from mamba_sft.errors import MambaSFTError, UsageError
 
 if TYPE_CHECKING:
-    from mamba_sft.merge_check import MergeReport
+    from mamba_sft.merging.check import MergeReport
     from mamba_sft.run import Run
 
 app = typer.Typer(
@@ -215,7 +215,7 @@ def merge(
 ) -> None:
     """Merge a run's adapter into its base: a checkpoint that transformers loads by itself."""
     chosen = run_or_newest(run)
-    from mamba_sft.merging import merge as merge_run
+    from mamba_sft.merging.merge_run import merge as merge_run
     from mamba_sft.progress import StageBar
 
     quiet_loading()

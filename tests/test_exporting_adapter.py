@@ -25,9 +25,9 @@ from mamba_sft.exporting.go_template import _CHATS, learn_turns, render_go, to_g
 from mamba_sft.exporting.ollama import modelfile, stop_strings
 from mamba_sft.exporting.task import GGUFOptions
 from mamba_sft.exporting.weights import find_model
-from mamba_sft.merging import merge
+from mamba_sft.merging.merge_run import merge
 from mamba_sft.recipe.recipe import Recipe
-from tests.test_merging import ALL, PROMPT, Made, make_run
+from tests.merging.test_merge_run import ALL, PROMPT, Made, make_run
 
 WINDOW = PROMPT[0].tolist()
 

@@ -21,11 +21,11 @@ pytest.importorskip("xllamacpp")
 from mamba_sft.errors import ExportError, MambaSFTError, MergeError, ModelError
 from mamba_sft.exporting import export, gguf, gguf_probe, gguf_tasks, hf
 from mamba_sft.exporting.gguf_probe import Job, probe
-from mamba_sft.merging import merge
+from mamba_sft.merging.merge_run import merge
 from mamba_sft.model.checkpoint import read_tensors
 from mamba_sft.run import Run
 from tests.conftest import build_model
-from tests.test_merging import Made, make_run, merged_logits, relative
+from tests.merging.test_merge_run import Made, make_run, merged_logits, relative
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def check_outcome(verb: str, made: Made) -> None:
 KILLED = """
 import os, signal, sys
 from mamba_sft.exporting import export
-from mamba_sft.merging import merge
+from mamba_sft.merging.merge_run import merge
 
 verb, run, stage, share = sys.argv[1], sys.argv[2], sys.argv[3], float(sys.argv[4])
 

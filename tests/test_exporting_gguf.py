@@ -38,11 +38,11 @@ from mamba_sft.exporting.hf_logits import logits_of
 from mamba_sft.exporting.imatrix import importance_matrix
 from mamba_sft.exporting.task import GGUFOptions
 from mamba_sft.exporting.weights import FullModel, find_model
-from mamba_sft.merging import merge
+from mamba_sft.merging.merge_run import merge
 from mamba_sft.model.checkpoint import TensorEntry
 from mamba_sft.model.tensor_files import StoredTensors
 from tests.conftest import SHARED_FALCON, build_model, build_tokenizer
-from tests.test_merging import make_run
+from tests.merging.test_merge_run import make_run
 
 TINY_BASE = Path(__file__).parents[1] / "data" / "tiny-base"
 GOLDEN = Path(__file__).parent / "golden" / "llama_cpp_converter.json"

@@ -24,9 +24,9 @@ from mamba_sft.exporting.card_tables import table
 from mamba_sft.exporting.card_usage import usage
 from mamba_sft.exporting.task import GGUFOptions, HubOptions
 from mamba_sft.exporting.weights import find_model
-from mamba_sft.merging import merge
+from mamba_sft.merging.merge_run import merge
 from mamba_sft.recipe.recipe import Recipe
-from tests.test_merging import PROMPT, Made, make_run, merged_logits, relative, weights
+from tests.merging.test_merge_run import PROMPT, Made, make_run, merged_logits, relative, weights
 
 TOKEN = "hf_SecretSecretSecret"
 

@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mamba_sft.disk import disk_errors_explained, require_space
 from mamba_sft.errors import ExportError
 from mamba_sft.exporting import llama_cpp
 from mamba_sft.exporting.gguf_metadata import Vocabulary, read_vocabulary
@@ -22,6 +21,7 @@ from mamba_sft.exporting.imatrix import importance_matrix
 from mamba_sft.exporting.task import GGUFFile, GGUFOptions, Progress, Quality
 from mamba_sft.exporting.texts import calibration_text
 from mamba_sft.exporting.weights import QUALITY_NAME, FullModel
+from mamba_sft.merging.disk import disk_errors_explained, require_space
 from mamba_sft.run import write_atomically
 
 

@@ -7,7 +7,6 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from mamba_sft.disk import disk_errors_explained
 from mamba_sft.errors import ExportError, UsageError
 from mamba_sft.evaluation.report import write_report
 from mamba_sft.exporting.gguf import (
@@ -23,7 +22,8 @@ from mamba_sft.exporting.hf import CARD_NAME, CHECKPOINT_NAME
 from mamba_sft.exporting.ollama import modelfile
 from mamba_sft.exporting.task import Exported, GGUFFile, Task, output_of
 from mamba_sft.exporting.weights import QUALITY_NAME, base_of, find_model
-from mamba_sft.merge_plan import fit_adapter
+from mamba_sft.merging.disk import disk_errors_explained
+from mamba_sft.merging.plan import fit_adapter
 from mamba_sft.run import Run, write_atomically
 
 logger = logging.getLogger(__name__)

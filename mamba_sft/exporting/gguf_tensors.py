@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 
-from mamba_sft.deltas import EMBEDDINGS, HEAD
 from mamba_sft.errors import ModelError
+from mamba_sft.merging.saved_adapter import EMBEDDINGS, HEAD
 
 DEFAULT_NORM_EPS, DEFAULT_MIXER_EPS = 1e-5, 1e-6
 _LAYER = re.compile(r"backbone\.layers\.(\d+)\.(.+)")

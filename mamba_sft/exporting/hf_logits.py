@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from mamba_sft.deltas import EMBEDDINGS, HEAD
 from mamba_sft.exporting.gguf_tensors import layers
 from mamba_sft.exporting.weights import FullModel
-from mamba_sft.merge_check import stock_block
+from mamba_sft.merging.check import stock_block
+from mamba_sft.merging.saved_adapter import EMBEDDINGS, HEAD
 
 Watch = Callable[[str, torch.Tensor], None]
 """Called with the name of a weight in the checkpoint and the inputs it is multiplied with, (..., columns)."""

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from mamba_sft import __version__
-from mamba_sft.deltas import EMBEDDINGS
 from mamba_sft.evaluation.prompts import exact_match, read_samples
 from mamba_sft.evaluation.report import loss_figure, read_metrics
 from mamba_sft.exporting.card_tables import evaluation_table, quantization_table, table
@@ -23,6 +22,7 @@ from mamba_sft.exporting.hf import CARD_NAME, MARK
 from mamba_sft.exporting.task import HubOptions
 from mamba_sft.exporting.texts import prompt_of
 from mamba_sft.exporting.weights import FullModel
+from mamba_sft.merging.saved_adapter import EMBEDDINGS
 from mamba_sft.recipe.builtin import find_path
 from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.run import Run

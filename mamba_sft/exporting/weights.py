@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from mamba_sft.deltas import EMBEDDINGS, HEAD, WEIGHTS_NAME
 from mamba_sft.errors import ModelError, UsageError
-from mamba_sft.merge_files import MergedTensors
-from mamba_sft.merge_plan import REPORT_NAME, MergePlan, fit_adapter
+from mamba_sft.merging.plan import REPORT_NAME, MergePlan, fit_adapter
+from mamba_sft.merging.saved_adapter import EMBEDDINGS, HEAD, WEIGHTS_NAME
+from mamba_sft.merging.summed import MergedTensors
 from mamba_sft.model.checkpoint import read_config, read_tensors
 from mamba_sft.model.tensor_files import DTYPES, StoredTensors
 from mamba_sft.recipe.builtin import find_path

@@ -31,9 +31,9 @@ from peft import (
 from peft.tuners import tuners_utils
 from peft.utils.other import TrainableTokensWrapper
 
-from mamba_sft.deltas import WEIGHTS_NAME
 from mamba_sft.errors import AdapterError
 from mamba_sft.kernels.falcon_mamba import FalconMambaMixer
+from mamba_sft.merging.saved_adapter import WEIGHTS_NAME
 from mamba_sft.model.checkpoint import resolve_base
 from mamba_sft.model.checksums import base_record, file_checksum
 from mamba_sft.model.lora import fuse_lora

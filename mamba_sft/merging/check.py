@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from transformers.models.falcon_mamba.modeling_falcon_mamba import FalconMambaBlock, FalconMambaRMSNorm
 
-from mamba_sft.deltas import EMBEDDINGS, HEAD, SavedAdapter
 from mamba_sft.errors import MergeError
 from mamba_sft.kernels.falcon_mamba import install
+from mamba_sft.merging.saved_adapter import EMBEDDINGS, HEAD, SavedAdapter
 from mamba_sft.model.tensor_files import DTYPES, StoredTensors, read_rows
 
 # Largest relative difference of the logits that rounding the merged weights to a dtype explains.

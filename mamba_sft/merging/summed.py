@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from mamba_sft.merge_plan import REPORT_NAME, MergePlan
+from mamba_sft.merging.plan import REPORT_NAME, MergePlan
 from mamba_sft.model.checksums import new_digest
 from mamba_sft.model.tensor_files import DTYPES, Layout, StoredTensors, as_bytes
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from mamba_sft.deltas import EMBEDDINGS, HEAD, WEIGHTS_NAME, SavedAdapter, read_adapter
-from mamba_sft.disk import require_space
 from mamba_sft.errors import MergeError, ModelError, UsageError
+from mamba_sft.merging.disk import require_space
+from mamba_sft.merging.saved_adapter import EMBEDDINGS, HEAD, WEIGHTS_NAME, SavedAdapter, read_adapter
 from mamba_sft.model.adapter import BASE_FACTS_NAME
 from mamba_sft.model.checkpoint import TensorEntry, base_fingerprint, read_config, read_tensors
 from mamba_sft.model.checksums import file_checksum

@@ -20,13 +20,13 @@ import torch
 
 from mamba_sft.data.corpus import as_trained, read_corpus
 from mamba_sft.data.packing import Collator
-from mamba_sft.deltas import WEIGHTS_NAME, SavedAdapter
-from mamba_sft.disk import disk_errors_explained
 from mamba_sft.errors import MambaSFTError, MergeError, UsageError
 from mamba_sft.inference.scoring import heldout_loss
-from mamba_sft.merge_check import CheckResult, MergeCheck, MergeReport
-from mamba_sft.merge_files import MergedTensors, write_companions
-from mamba_sft.merge_plan import REPORT_NAME, MergePlan, plan_merge
+from mamba_sft.merging.check import CheckResult, MergeCheck, MergeReport
+from mamba_sft.merging.disk import disk_errors_explained
+from mamba_sft.merging.plan import REPORT_NAME, MergePlan, plan_merge
+from mamba_sft.merging.saved_adapter import WEIGHTS_NAME, SavedAdapter
+from mamba_sft.merging.summed import MergedTensors, write_companions
 from mamba_sft.model.adapter import adapter_allowed
 from mamba_sft.model.chat_template import render
 from mamba_sft.model.checkpoint import TensorEntry, read_tensors

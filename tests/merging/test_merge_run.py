@@ -20,11 +20,11 @@ from peft.utils.integrations import dequantize_module_weight
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mamba_sft import merge_plan, merging
-from mamba_sft.deltas import SavedAdapter
 from mamba_sft.errors import MambaSFTError, MergeError, ModelError, UsageError
 from mamba_sft.inference.scoring import heldout_loss
-from mamba_sft.merging import DequantizedTensors, merge, quantizes
+from mamba_sft.merging import merge_run, plan
+from mamba_sft.merging.merge_run import DequantizedTensors, merge, quantizes
+from mamba_sft.merging.saved_adapter import SavedAdapter
 from mamba_sft.model import tensor_files
 from mamba_sft.model.adapter import attach_adapter, save_adapter
 from mamba_sft.model.chat_template import prepare_tokenizer
@@ -403,7 +403,7 @@ def test_a_quantized_run_merges_either_way_and_reports_both_losses(
     for kind, loss in onto_base.losses.items():
         assert dequantized.losses[kind] == pytest.approx(loss, rel=1e-5), kind
     assert onto_base.losses["base"] != pytest.approx(onto_base.losses["dequantized"], rel=1e-6)
-    rows, collator = merging._validation(Recipe.load(str(made.run.recipe)))
+    rows, collator = merge_run._validation(Recipe.load(str(made.run.recipe)))
     trained = heldout_loss(made.model, rows, collator, 1)
     assert onto_base.losses["dequantized"] == pytest.approx(trained, rel=bound)
 
@@ -594,7 +594,7 @@ def test_an_earlier_merge_is_replaced_only_when_the_new_one_is_done(
     made = make_run(tmp_path)
     merge(made.run, dtype="bfloat16")
     with monkeypatch.context() as patch:
-        patch.setattr(merging, "_check", interrupt)
+        patch.setattr(merge_run, "_check", interrupt)
         with pytest.raises(KeyboardInterrupt):
             merge(made.run)
     assert {value.dtype for value in weights(made.run.merged).values()} == {torch.bfloat16}
@@ -655,7 +655,7 @@ def test_a_disk_that_is_really_full(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     if subprocess.run(command, check=False, capture_output=True).returncode != 0:
         pytest.skip("mounting is not allowed here")
     try:
-        monkeypatch.setattr(merge_plan, "require_space", lambda *_: None)
+        monkeypatch.setattr(plan, "require_space", lambda *_: None)
         with pytest.raises(MergeError, match="is full"):
             merge(made.run, output=disk / "merged")
         assert not list(disk.iterdir())
@@ -665,7 +665,7 @@ def test_a_disk_that_is_really_full(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_a_flipped_bit_on_disk_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = make_run(tmp_path)
-    write = merging.write_companions
+    write = merge_run.write_companions
 
     def corrupt(plan: Any, directory: Path) -> None:
         write(plan, directory)
@@ -676,7 +676,7 @@ def test_a_flipped_bit_on_disk_is_found(tmp_path: Path, monkeypatch: pytest.Monk
                     value.add_(value.abs().mean() * 1e-3)
             save_file(tensors, path, metadata={"format": "pt"})
 
-    monkeypatch.setattr(merging, "write_companions", corrupt)
+    monkeypatch.setattr(merge_run, "write_companions", corrupt)
     with pytest.raises(ModelError, match=r"out_proj\.weight` in .* is damaged"):
         merge(made.run)
     assert not list(made.run.path.glob("merged*"))
@@ -684,13 +684,13 @@ def test_a_flipped_bit_on_disk_is_found(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_sums_that_went_wrong_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = make_run(tmp_path)
-    rounded = merging.MergedTensors._rounded
+    rounded = merge_run.MergedTensors._rounded
 
     def wrong(self: Any, rows: torch.Tensor, layout: Any) -> torch.Tensor:
         factor = 1.001 if layout.name.endswith("1.mixer.out_proj.weight") else 1.0
         return rounded(self, rows * factor, layout)
 
-    monkeypatch.setattr(merging.MergedTensors, "_rounded", wrong)
+    monkeypatch.setattr(merge_run.MergedTensors, "_rounded", wrong)
     with pytest.raises(MergeError, match=r"out_proj\.weight` in the merged files is not base"):
         merge(made.run)
     assert not list(made.run.path.glob("merged*"))
@@ -728,7 +728,7 @@ def test_memory_stays_below_the_largest_tensor(tmp_path: Path) -> None:
     made = make_run(tmp_path, base_dtype=torch.bfloat16, config={"hidden_size": 512, "vocab_size": 65_536})
     measure = (
         "import sys, bitsandbytes, transformers.models.falcon_mamba, peft.mapping\n"
-        "from mamba_sft.merging import _peak_rss, merge\n"
+        "from mamba_sft.merging.merge_run import _peak_rss, merge\n"
         "before = _peak_rss(); print(merge(sys.argv[1]).peak_rss - before)\n"
     )
     done = subprocess.run(
