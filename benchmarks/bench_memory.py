@@ -34,13 +34,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import FalconMambaConfig, FalconMambaForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
-from mamba_sft.checkpointing import checkpoint_activations
 from mamba_sft.data.packing import Collator
 from mamba_sft.kernels.falcon_mamba import install
 from mamba_sft.model.adapter import attach_adapter
 from mamba_sft.model.loading import load_model
 from mamba_sft.recipe.fields import AdapterSection, ModelSection
-from mamba_sft.streaming import backpropagate, split, sweep
+from mamba_sft.training.activations import checkpoint_activations
+from mamba_sft.training.streaming import backpropagate, split, sweep
 
 BASE = Path(__file__).parents[1] / "data" / "tiny-base"
 LENGTHS = (2_048, 8_192, 32_768, 131_072, 524_288, 1_000_000)

@@ -32,7 +32,6 @@ import torch
 from transformers import FalconMambaConfig, FalconMambaForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
-from mamba_sft.checkpointing import checkpoint_activations
 from mamba_sft.data.packing import Collator
 from mamba_sft.kernels.falcon_mamba import install
 from mamba_sft.model.adapter import attach_adapter
@@ -43,7 +42,8 @@ from mamba_sft.planning.gpus import recognized
 from mamba_sft.planning.memory import QUANTIZED, Work, peak, planned_parts
 from mamba_sft.planning.speed import estimate, model_flops
 from mamba_sft.recipe.recipe import Recipe
-from mamba_sft.streaming import backpropagate, split, sweep
+from mamba_sft.training.activations import checkpoint_activations
+from mamba_sft.training.streaming import backpropagate, split, sweep
 
 ROWS_OF_8K = ("data.max_length=8192", "train.per_device_train_batch_size=1", "train.checkpointing=mamba")
 ON_A_GPU = {

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mamba_sft.merging.merge_run import merge
     from mamba_sft.recipe.recipe import Recipe
     from mamba_sft.run import Run
-    from mamba_sft.training import train
+    from mamba_sft.training.fine_tuning import train
 
 __version__ = "0.1.0"
 __all__ = ["MambaSFTError", "Recipe", "Run", "export", "generate", "merge", "train"]
@@ -28,7 +28,7 @@ _HOMES = {
     "export": "exporting",
     "generate": "inference.answering",
     "merge": "merging.merge_run",
-    "train": "training",
+    "train": "training.fine_tuning",
 }
 
 

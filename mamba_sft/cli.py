@@ -127,7 +127,7 @@ def train(
 
     loaded = Recipe.load(recipe, overrides=overrides or [])
     from mamba_sft.progress import TrainingBar
-    from mamba_sft.training import fit, prepare
+    from mamba_sft.training.fine_tuning import fit, prepare
 
     preparation = prepare(loaded, resume=resume, overwrite=overwrite or dry_run)
     if dry_run:

@@ -115,7 +115,7 @@ def test_loss_and_gradients_of_a_packed_batch_are_those_of_its_rows() -> None:
     """And also when the packed rows come one after the other, as under accumulation."""
     from mamba_sft.kernels.falcon_mamba import install
     from tests.conftest import build_model
-    from tests.test_streaming import assert_same, gradients, with_adapter
+    from tests.training.test_streaming import assert_same, gradients, with_adapter
 
     model = with_adapter(install(build_model()))
     numbers = torch.Generator().manual_seed(0)

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from mamba_sft.checkpointing import checkpoint_activations
 from mamba_sft.data.packing import Collator
 from mamba_sft.kernels import cpu, cpu_loops
 from mamba_sft.kernels.falcon_mamba import install
@@ -18,7 +17,8 @@ from mamba_sft.model.shape import Shape
 from mamba_sft.planning import memory
 from mamba_sft.planning.memory import Work, peak, planned_parts, weights, with_length
 from mamba_sft.recipe.fields import AdapterSection
-from mamba_sft.streaming import backpropagate, split, sweep
+from mamba_sft.training.activations import checkpoint_activations
+from mamba_sft.training.streaming import backpropagate, split, sweep
 from tests.conftest import build_model
 
 TOLERANCE = 0.1

@@ -20,7 +20,7 @@ from mamba_sft.planning.speed import estimate, flops, measured, model_flops
 from mamba_sft.recipe.builtin import builtin_recipes
 from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.run import Run
-from mamba_sft.training import prepare
+from mamba_sft.training.fine_tuning import prepare
 
 CARDS_OF = {"instruct": "a100-80", "instruct-qlora": "4090", "instruct-t4": "t4", "long-context": "4090"}
 

@@ -15,8 +15,8 @@ from transformers import TrainerCallback
 from mamba_sft import Recipe, Run
 from mamba_sft.errors import AdapterError, MambaSFTError, RecipeError, TrainingError
 from mamba_sft.planning.schedule import count_steps
-from mamba_sft.resuming import differences, newest_checkpoint
-from mamba_sft.training import RunInterruptedError, fit, prepare, train
+from mamba_sft.training.fine_tuning import RunInterruptedError, fit, prepare, train
+from mamba_sft.training.resuming import differences, newest_checkpoint
 
 
 def losses(run: Run) -> list[float]:
@@ -265,7 +265,7 @@ def test_trainer_arguments_are_checked(recipe: Any) -> None:
 
 
 def test_a_logger_that_is_not_installed_is_named(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mamba_sft.trainer.find_spec", lambda name: None)
+    monkeypatch.setattr("mamba_sft.training.trainer.find_spec", lambda name: None)
     with pytest.raises(
         TrainingError, match=r"`train\.report_to` names `trackio`, which is not installed"
     ) as caught:

@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 
 from mamba_sft.data.packing import IGNORED
 from mamba_sft.kernels.carry import Carry, LayerState
-from mamba_sft.randomness import random_state, set_random_state
+from mamba_sft.training.random_state import random_state, set_random_state
 
 States = list[LayerState]
 """A state for each layer."""

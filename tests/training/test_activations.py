@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mamba_sft.checkpointing import Policy, checkpoint_activations
 from mamba_sft.kernels.falcon_mamba import install
 from mamba_sft.model.loading import load_model
 from mamba_sft.recipe.fields import ModelSection
+from mamba_sft.training.activations import Policy, checkpoint_activations
 from tests.conftest import build_model
-from tests.test_streaming import assert_same, batch, whole, with_adapter
+from tests.training.test_streaming import assert_same, batch, whole, with_adapter
 
 POLICIES: list[Policy] = ["block", "mamba"]
 

@@ -19,8 +19,6 @@ import torch
 from accelerate import PartialState
 from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 
-from mamba_sft.callbacks import AdapterWatch, Interruption, MetricsLog
-from mamba_sft.checkpointing import checkpoint_activations
 from mamba_sft.data.corpus import as_trained, read_corpus
 from mamba_sft.data.packing import Collator, row_lengths
 from mamba_sft.data.preparing import PreparedData
@@ -37,9 +35,11 @@ from mamba_sft.planning.fitting import refuse_what_cannot_fit
 from mamba_sft.planning.schedule import count_steps
 from mamba_sft.recipe.builtin import find_path
 from mamba_sft.recipe.recipe import Recipe
-from mamba_sft.resuming import find_checkpoint, newest_checkpoint, refuse_to_overwrite
 from mamba_sft.run import Run, atomic_directory, write_atomically
-from mamba_sft.trainer import Trainer, trainer_arguments
+from mamba_sft.training.activations import checkpoint_activations
+from mamba_sft.training.callbacks import AdapterWatch, Interruption, MetricsLog
+from mamba_sft.training.resuming import find_checkpoint, newest_checkpoint, refuse_to_overwrite
+from mamba_sft.training.trainer import Trainer, trainer_arguments
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -7,8 +7,8 @@ import logging
 import pytest
 import torch
 
-from mamba_sft.auto_batch import AutoBatch, Batch
 from mamba_sft.errors import TrainingError
+from mamba_sft.training.out_of_memory import AutoBatch, Batch
 
 
 class Card:

@@ -18,12 +18,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mamba_sft.auto_batch import AutoBatch
 from mamba_sft.data.packing import IGNORED, row_lengths
 from mamba_sft.errors import TrainingError
 from mamba_sft.kernels.carry import Carry
 from mamba_sft.recipe.fields import TrainSection
-from mamba_sft.streaming import Chunk, States, backpropagate, split, sweep
+from mamba_sft.training.out_of_memory import AutoBatch
+from mamba_sft.training.streaming import Chunk, States, backpropagate, split, sweep
 
 
 class Figures(NamedTuple):

@@ -14,15 +14,15 @@ import torch
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from mamba_sft.chunked_steps import ChunkedSteps, Figures
 from mamba_sft.errors import RecipeError, TrainingError
 from mamba_sft.model.adapter import keep_float32
 from mamba_sft.model.loading import resolve_dtype
 from mamba_sft.planning.schedule import TRAINER_NAMES, scheduler_arguments
 from mamba_sft.recipe.fields import TrainSection
 from mamba_sft.recipe.recipe import Recipe
-from mamba_sft.resuming import newest_checkpoint
 from mamba_sft.run import Run, write_atomically
+from mamba_sft.training.resuming import newest_checkpoint
+from mamba_sft.training.steps import ChunkedSteps, Figures
 
 
 class Trainer(SFTTrainer):  # type: ignore[misc]

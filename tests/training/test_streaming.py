@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 from trl.trainer.utils import add_fused_lm_head
 
-from mamba_sft.checkpointing import Policy, checkpoint_activations
 from mamba_sft.data.packing import IGNORED, Collator
 from mamba_sft.kernels.carry import Carry
 from mamba_sft.kernels.falcon_mamba import install
 from mamba_sft.model.adapter import adapter_tensors, attach_adapter
 from mamba_sft.model.loading import load_model
 from mamba_sft.recipe.fields import AdapterSection, ModelSection
-from mamba_sft.streaming import backpropagate, split, sweep
+from mamba_sft.training.activations import Policy, checkpoint_activations
+from mamba_sft.training.streaming import backpropagate, split, sweep
 from tests.conftest import build_model
 
 SIZES = [1, 5, 8, 16, 37, 100]  # sequences begin at 10 and 16: inside a chunk, and exactly at a boundary

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from mamba_sft.callbacks import AdapterWatch, MetricsLog
 from mamba_sft.errors import AdapterError
+from mamba_sft.training.callbacks import AdapterWatch, MetricsLog
 
 
 def state(step: int) -> Any:

@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 
 from mamba_sft.errors import TrainingError
-from mamba_sft.randomness import random_state, set_random_state
+from mamba_sft.training.random_state import random_state, set_random_state
 
 logger = logging.getLogger(__name__)
 

@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from mamba_sft import Run
-from mamba_sft.chunked_steps import ChunkedSteps
 from mamba_sft.errors import TrainingError
-from mamba_sft.training import RunInterruptedError, fit, prepare, train
-from tests.test_training import SignalAt, adapter, assert_same_adapter, losses
+from mamba_sft.training.fine_tuning import RunInterruptedError, fit, prepare, train
+from mamba_sft.training.steps import ChunkedSteps
+from tests.training.test_fine_tuning import SignalAt, adapter, assert_same_adapter, losses
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 METRICS = ("loss", "grad_norm", "entropy", "mean_token_accuracy", "num_tokens", "eval_loss", "eval_entropy",
            "eval_mean_token_accuracy", "eval_num_tokens")  # fmt: skip
 
@@ -144,9 +144,9 @@ class Narrow:
     """Makes the model run out of memory at more than `tokens` positions, at any call or from one on."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, tokens: int, after: int = 0):
-        from mamba_sft import chunked_steps
+        from mamba_sft.training import steps
 
-        self.calls, forward = 0, chunked_steps._forward
+        self.calls, forward = 0, steps._forward
 
         def narrow(model: Any, chunk: Any, carry: Any) -> Any:
             self.calls += 1
@@ -156,7 +156,7 @@ class Narrow:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB")
             return figures
 
-        monkeypatch.setattr(chunked_steps, "_forward", narrow)
+        monkeypatch.setattr(steps, "_forward", narrow)
 
 
 @pytest.mark.parametrize("after", [0, 5])
@@ -171,10 +171,10 @@ def test_out_of_memory_is_survived(
     )
     theirs = train(recipe(*wide, name="theirs"))
     Narrow(monkeypatch, tokens=2 * 40, after=after)
-    with caplog.at_level(logging.WARNING, "mamba_sft.auto_batch"):
+    with caplog.at_level(logging.WARNING, "mamba_sft.training.out_of_memory"):
         ours = train(recipe(*wide, "train.auto_batch=true", name="ours"))
     assert_same_run(ours, theirs)
-    said = [r.getMessage() for r in caplog.records if r.name == "mamba_sft.auto_batch"]
+    said = [r.getMessage() for r in caplog.records if r.name == "mamba_sft.training.out_of_memory"]
     assert len(said) == 1
     assert "4 rows of" in said[0]
     assert said[0].endswith("at once: going on with 2; an optimizer step still has 8")
@@ -217,7 +217,7 @@ import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 from mamba_sft import Recipe
-from mamba_sft.training import train
+from mamba_sft.training.fine_tuning import train
 
 counts, make = [], DistributedDataParallel.__init__
 

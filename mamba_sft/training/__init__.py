@@ -1,0 +1,14 @@
+"""From a recipe to a run directory.
+
+    fine_tuning:  prepare  ->  load, attach  ->  answers before  ->  train  ->  answers after  ->  save
+                  (all checks                                        |
+                  before weights)      trainer (TRL's, as configured)
+                                         +- steps          ours, when rows are streamed or split:
+                                         |    streaming      exact gradients, a chunk at a time
+                                         |    out_of_memory  a micro-batch in parts
+                                         +- activations    what is kept for the backward
+                                         +- callbacks      metrics on disk, Ctrl-C, an adapter that learns
+                                         +- random_state, resuming
+
+Read `fine_tuning` first, then `trainer`, then what it uses.
+"""
