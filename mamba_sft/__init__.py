@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mamba_sft.errors import MambaSFTError
-    from mamba_sft.exporting import export
+    from mamba_sft.exporting.export_run import export
     from mamba_sft.inference.answering import generate
     from mamba_sft.merging.merge_run import merge
     from mamba_sft.recipe.recipe import Recipe
@@ -25,7 +25,7 @@ _HOMES = {
     "MambaSFTError": "errors",
     "Recipe": "recipe.recipe",
     "Run": "run",
-    "export": "exporting",
+    "export": "exporting.export_run",
     "generate": "inference.answering",
     "merge": "merging.merge_run",
     "train": "training.fine_tuning",

@@ -68,7 +68,7 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Export a run: GGUF files for llama.cpp, Ollama, a checkpoint for the hub."""
-    from mamba_sft.exporting import export as export_run
+    from mamba_sft.exporting.export_run import export as export_run
     from mamba_sft.exporting.task import GGUFOptions, HubOptions
 
     quiet_loading()
@@ -105,12 +105,12 @@ def _show_plan(
     verify: bool,
     as_json: bool,
 ) -> None:
-    from mamba_sft.exporting.extra import require_gguf
+    from mamba_sft.exporting.gguf.installed import require_gguf
 
     require_gguf()
     from mamba_sft.evaluation.report import file_size
-    from mamba_sft.exporting.gguf_tasks import plan_model
-    from mamba_sft.exporting.gguf_time import checking_seconds, writing_seconds
+    from mamba_sft.exporting.gguf.export import plan_model
+    from mamba_sft.exporting.gguf.timing import checking_seconds, writing_seconds
     from mamba_sft.exporting.task import Task
 
     plan = plan_model(Task(where, quantization, output, name, lambda stage, done, total: None))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mamba_sft.errors import UsageError
-from mamba_sft.exporting.weights import FullModel, check_output
+from mamba_sft.exporting.full_model import FullModel, check_output
 
 if TYPE_CHECKING:
     from mamba_sft.run import Run

@@ -10,7 +10,7 @@ from typing import Any
 from mamba_sft.data.corpus import read_corpus
 from mamba_sft.errors import MambaSFTError
 from mamba_sft.evaluation.prompts import read_samples
-from mamba_sft.exporting.weights import FullModel
+from mamba_sft.exporting.full_model import FullModel
 from mamba_sft.model.chat_template import render
 from mamba_sft.recipe.recipe import Recipe
 

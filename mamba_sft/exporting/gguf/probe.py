@@ -1,7 +1,7 @@
 """Loads one GGUF file through llama.cpp in a process of its own, and writes down what it sees.
 
 A file that llama.cpp takes exception to can end the whole process, so the exporting one does not load it
-itself. Run as `python -m mamba_sft.exporting.gguf_probe JOB.json RESULT.npz`.
+itself. Run as `python -m mamba_sft.exporting.gguf.probe JOB.json RESULT.npz`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from mamba_sft.errors import ExportError, MambaSFTError
-from mamba_sft.exporting import llama_cpp
+from mamba_sft.exporting.gguf import llama_cpp
 
 Tokens = list[int]
 
@@ -60,7 +60,7 @@ class Seen:
     answer: Tokens
 
 
-def probe(job: Job) -> Seen:
+def run_probe(job: Job) -> Seen:
     """Does the job in a fresh process.
 
     Raises:

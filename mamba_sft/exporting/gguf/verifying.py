@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from mamba_sft.errors import ExportError
-from mamba_sft.exporting.gguf_probe import Job, Seen, probe
-from mamba_sft.exporting.gguf_types import Method
-from mamba_sft.exporting.hf_logits import logits_of
+from mamba_sft.exporting.full_model import FullModel
+from mamba_sft.exporting.gguf.probe import Job, Seen, run_probe
+from mamba_sft.exporting.gguf.types import Method
+from mamba_sft.exporting.logits import logits_of
 from mamba_sft.exporting.task import Quality
 from mamba_sft.exporting.texts import Text, heldout_text, prompt_of
-from mamba_sft.exporting.weights import FullModel
 
 HELDOUT_TOKENS = 512
 ANSWER_TOKENS = 24
@@ -71,7 +71,7 @@ class Verifier:
             ExportError: It does not load, cuts text into other tokens, or is off by more than rounding.
         """
         texts = [*PROBES, self.model.tokenizer.decode(self.text.windows[0])]
-        seen = probe(
+        seen = run_probe(
             Job(
                 str(file),
                 texts,

@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from mamba_sft.errors import ExportError
-from mamba_sft.exporting import llama_cpp
-from mamba_sft.exporting.gguf_metadata import Vocabulary, read_vocabulary
-from mamba_sft.exporting.gguf_tensors import ExportTensor, epsilon_scale, export_tensors
-from mamba_sft.exporting.gguf_types import METHODS, Method
-from mamba_sft.exporting.gguf_verify import Verifier
-from mamba_sft.exporting.gguf_write import FilePlan, GGUFFiles, Importance, plan_file, write_header
-from mamba_sft.exporting.imatrix import importance_matrix
+from mamba_sft.exporting.full_model import QUALITY_NAME, FullModel
+from mamba_sft.exporting.gguf import llama_cpp
+from mamba_sft.exporting.gguf.importance import importance_matrix
+from mamba_sft.exporting.gguf.metadata import Vocabulary, read_vocabulary
+from mamba_sft.exporting.gguf.tensors import ExportTensor, epsilon_scale, export_tensors
+from mamba_sft.exporting.gguf.types import METHODS, Method
+from mamba_sft.exporting.gguf.verifying import Verifier
+from mamba_sft.exporting.gguf.writing import FilePlan, GGUFFiles, Importance, plan_file, write_header
 from mamba_sft.exporting.task import GGUFFile, GGUFOptions, Progress, Quality
 from mamba_sft.exporting.texts import calibration_text
-from mamba_sft.exporting.weights import QUALITY_NAME, FullModel
 from mamba_sft.merging.disk import disk_errors_explained, require_space
 from mamba_sft.run import write_atomically
 

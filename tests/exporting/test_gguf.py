@@ -17,34 +17,35 @@ import torch
 pytest.importorskip("gguf")
 pytest.importorskip("xllamacpp")
 
+from files.quants import dequantize
 from gguf import GGUFReader, GGUFWriter
-from gguf.quants import dequantize
 from transformers import AutoModelForCausalLM, FalconMambaConfig, FalconMambaForCausalLM
 from typer.testing import CliRunner
 
 from mamba_sft.cli import app
 from mamba_sft.errors import ExportError, MambaSFTError, ModelError, UsageError
-from mamba_sft.exporting import export as export_run
-from mamba_sft.exporting import extra, gguf, gguf_metadata, gguf_verify, llama_cpp, task
-from mamba_sft.exporting.gguf import plan_gguf
-from mamba_sft.exporting.gguf_metadata import plain_template, read_vocabulary
-from mamba_sft.exporting.gguf_probe import Job, probe
-from mamba_sft.exporting.gguf_tensors import epsilon_scale, export_tensors
-from mamba_sft.exporting.gguf_time import writing_seconds
-from mamba_sft.exporting.gguf_types import METHODS, choose_methods
-from mamba_sft.exporting.gguf_verify import compare_logits
-from mamba_sft.exporting.gguf_write import plan_file
-from mamba_sft.exporting.hf_logits import logits_of
-from mamba_sft.exporting.imatrix import importance_matrix
+from mamba_sft.exporting import task
+from mamba_sft.exporting.export_run import export as export_run
+from mamba_sft.exporting.full_model import FullModel, find_model
+from mamba_sft.exporting.gguf import files, installed, llama_cpp, metadata, verifying
+from mamba_sft.exporting.gguf.files import plan_gguf
+from mamba_sft.exporting.gguf.importance import importance_matrix
+from mamba_sft.exporting.gguf.metadata import plain_template, read_vocabulary
+from mamba_sft.exporting.gguf.probe import Job, run_probe
+from mamba_sft.exporting.gguf.tensors import epsilon_scale, export_tensors
+from mamba_sft.exporting.gguf.timing import writing_seconds
+from mamba_sft.exporting.gguf.types import METHODS, choose_methods
+from mamba_sft.exporting.gguf.verifying import compare_logits
+from mamba_sft.exporting.gguf.writing import plan_file
+from mamba_sft.exporting.logits import logits_of
 from mamba_sft.exporting.task import GGUFOptions
-from mamba_sft.exporting.weights import FullModel, find_model
 from mamba_sft.merging.merge_run import merge
 from mamba_sft.model.checkpoint import TensorEntry
 from mamba_sft.model.tensor_files import StoredTensors
 from tests.conftest import SHARED_FALCON, build_model, build_tokenizer
 from tests.merging.test_merge_run import make_run
 
-TINY_BASE = Path(__file__).parents[1] / "data" / "tiny-base"
+TINY_BASE = Path(__file__).parents[2] / "data" / "tiny-base"
 GOLDEN = Path(__file__).parent / "golden" / "llama_cpp_converter.json"
 # The published table of falcon-mamba-7b GGUF files; its unit is 2**30 bytes.
 PUBLISHED = {
@@ -222,7 +223,7 @@ def test_the_epsilon_fix_makes_llama_cpp_compute_the_same(tmp_path: Path) -> Non
     for fixed in (True, False):
         options = GGUFOptions(fix_epsilon=fixed, verify=False)
         (file,) = export(base, quantization="f32", output=tmp_path / str(fixed), options=options)
-        seen = probe(Job(str(file.path), [], [WINDOW], [], 0))
+        seen = run_probe(Job(str(file.path), [], [WINDOW], [], 0))
         differences[fixed] = np.abs(seen.logits[0] - reference[0].numpy()).max()
     assert differences[True] < 1e-4
     assert differences[False] > 100 * differences[True]
@@ -271,7 +272,7 @@ def test_an_importance_matrix_is_used(wide: Path, tmp_path: Path) -> None:
     options = GGUFOptions(verify=False, imatrix=True, imatrix_tokens=64)
     (weighed,) = export(wide, quantization="Q2_K", output=tmp_path / "weighed", options=options)
     (plain,) = export(wide, quantization="Q2_K", output=tmp_path / "plain", options=UNVERIFIED)
-    importance = importance_matrix(model, gguf.calibration_text(model, 64).windows)
+    importance = importance_matrix(model, files.calibration_text(model, 64).windows)
     left, right = tensors_of(weighed.path), tensors_of(plain.path)
     name = "blk.0.ssm_in.weight"
     rows = model.tensors.whole("backbone.layers.0.mixer.in_proj.weight").numpy()
@@ -317,22 +318,22 @@ def without_norms(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def wrong_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gguf_metadata, "_pre_tokenizer", lambda content, path: "gpt-2")
+    monkeypatch.setattr(metadata, "_pre_tokenizer", lambda content, path: "gpt-2")
 
 
 def too_few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    read = gguf_metadata.read_vocabulary
+    read = metadata.read_vocabulary
 
     def shortened(model: FullModel) -> Any:
         vocabulary = read(model)
         del vocabulary.tokens[-1], vocabulary.types[-1]
         return vocabulary
 
-    monkeypatch.setattr(gguf, "read_vocabulary", shortened)
+    monkeypatch.setattr(files, "read_vocabulary", shortened)
 
 
 def log_of_a(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mamba_sft.exporting.gguf_tensors import ExportTensor
+    from mamba_sft.exporting.gguf.tensors import ExportTensor
 
     monkeypatch.setattr(
         ExportTensor, "transform", lambda self, rows: rows.float().reshape(len(rows), *self.shape[1:])
@@ -449,7 +450,7 @@ def test_what_cannot_be_exported_is_a_clear_error(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 64 << 20})())
     with pytest.raises(ExportError, match=r"take 0\.1 GB"):
         export(base, quantization="all", output=tmp_path / "out")
-    monkeypatch.setattr(extra.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(installed.importlib.util, "find_spec", lambda name: None)
     llama_cpp.load.cache_clear()
     with pytest.raises(MambaSFTError, match="needs `gguf`") as caught:
         export(base, output=tmp_path / "out")
@@ -461,7 +462,7 @@ def test_what_cannot_be_exported_is_a_clear_error(tmp_path: Path, monkeypatch: p
 
 def test_greedy_answers_are_compared_up_to_the_first_difference(tmp_path: Path) -> None:
     base = save(build_model(), tmp_path / "model")
-    verifier = gguf_verify.Verifier(find_model(base))
+    verifier = verifying.Verifier(find_model(base))
     with torch.no_grad():
         ids = list(verifier.prompt)
         for _ in range(4):
@@ -476,7 +477,7 @@ def test_greedy_answers_are_compared_up_to_the_first_difference(tmp_path: Path) 
 LOADING = """
 import sys
 from pathlib import Path
-from mamba_sft.exporting import llama_cpp
+from mamba_sft.exporting.gguf import llama_cpp
 if sys.argv[2] == "copied":
     llama_cpp._keep_weights_mapped = lambda library: None
 library = llama_cpp.load()
@@ -499,7 +500,7 @@ def test_llama_cpp_uses_weights_as_they_lie_in_the_file(tmp_path: Path, wide: Pa
 
 def test_the_probe_starts_without_torch() -> None:
     code = (
-        "import sys, mamba_sft.exporting.gguf_probe; assert not {'torch', 'transformers'} & set(sys.modules)"
+        "import sys, mamba_sft.exporting.gguf.probe; assert not {'torch', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -10,10 +10,10 @@ from itertools import islice
 import torch
 from gguf import GGMLQuantizationType
 
-from mamba_sft.exporting import llama_cpp
-from mamba_sft.exporting.gguf import GGUFPlan
-from mamba_sft.exporting.gguf_types import block_size
-from mamba_sft.exporting.gguf_verify import HELDOUT_TOKENS
+from mamba_sft.exporting.gguf import llama_cpp
+from mamba_sft.exporting.gguf.files import GGUFPlan
+from mamba_sft.exporting.gguf.types import block_size
+from mamba_sft.exporting.gguf.verifying import HELDOUT_TOKENS
 from mamba_sft.model.tensor_files import one_thread
 
 _SAMPLED_BLOCKS = 8

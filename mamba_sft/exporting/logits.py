@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from mamba_sft.exporting.gguf_tensors import layers
-from mamba_sft.exporting.weights import FullModel
+from mamba_sft.exporting.full_model import FullModel
+from mamba_sft.exporting.gguf.tensors import layers
 from mamba_sft.merging.check import stock_block
 from mamba_sft.merging.saved_adapter import EMBEDDINGS, HEAD
 

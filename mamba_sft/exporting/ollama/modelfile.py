@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from mamba_sft.errors import ExportError
-from mamba_sft.exporting.go_template import Chat, to_go_template
-from mamba_sft.exporting.weights import FullModel
+from mamba_sft.exporting.full_model import FullModel
+from mamba_sft.exporting.ollama.go_template import Chat, to_go_template
 from mamba_sft.model.chat_template import split_rendered
 from mamba_sft.recipe.recipe import Recipe
 
@@ -19,7 +19,7 @@ _SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty")
 _PARAMETERS = {"repetition_penalty": "repeat_penalty"}
 
 
-def modelfile(model: FullModel, gguf: str, *, adapter: str | None = None) -> str:
+def modelfile_text(model: FullModel, gguf: str, *, adapter: str | None = None) -> str:
     """Returns the Modelfile of a model.
 
     Args:

@@ -19,8 +19,11 @@ pytest.importorskip("gguf")
 pytest.importorskip("xllamacpp")
 
 from mamba_sft.errors import ExportError, MambaSFTError, MergeError, ModelError
-from mamba_sft.exporting import export, gguf, gguf_probe, gguf_tasks, hf
-from mamba_sft.exporting.gguf_probe import Job, probe
+from mamba_sft.exporting.export_run import export
+from mamba_sft.exporting.gguf import export as gguf_export
+from mamba_sft.exporting.gguf import files, probe
+from mamba_sft.exporting.gguf.probe import Job, run_probe
+from mamba_sft.exporting.hub import checkpoint
 from mamba_sft.merging.merge_run import merge
 from mamba_sft.model.checkpoint import read_tensors
 from mamba_sft.run import Run
@@ -60,7 +63,7 @@ def check_outcome(verb: str, made: Made) -> None:
         assert relative(merged_logits(directory), made.logits()) < 2e-6
     elif verb != "adapter":
         window = list(range(5, 25))
-        seen = probe(Job(str(made.run.export / "run.F32.gguf"), [], [window], [], 0)).logits[0]
+        seen = run_probe(Job(str(made.run.export / "run.F32.gguf"), [], [window], [], 0)).logits[0]
         with torch.no_grad():
             expected = made.model(torch.tensor([window])).logits[0]
         assert (torch.from_numpy(seen) - expected).abs().max() < 1e-4
@@ -69,7 +72,7 @@ def check_outcome(verb: str, made: Made) -> None:
 # A process that kills itself, as a power cut would, when the work has come to a point.
 KILLED = """
 import os, signal, sys
-from mamba_sft.exporting import export
+from mamba_sft.exporting.export_run import export
 from mamba_sft.merging.merge_run import merge
 
 verb, run, stage, share = sys.argv[1], sys.argv[2], sys.argv[3], float(sys.argv[4])
@@ -125,7 +128,7 @@ def test_killed_at_any_moment_leaves_a_whole_result_or_none(made: Made, verb: st
                 directory = made.run.merged if verb == "merge" else made.run.export / "hf"
                 assert relative(merged_logits(directory), made.logits()) < 2e-6
             for path in made.run.export.glob("*.gguf"):
-                probe(Job(str(path), [], [[1, 2, 3]], [], 0))
+                run_probe(Job(str(path), [], [[1, 2, 3]], [], 0))
     work(verb, made)
     check_outcome(verb, made)
 
@@ -157,8 +160,8 @@ def test_a_disk_that_is_really_full(
     made: Made, small_disk: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, verb: str
 ) -> None:
     disk = small_disk("16k" if verb == "adapter" else "256k")
-    monkeypatch.setattr(gguf, "require_space", lambda *_: None)
-    monkeypatch.setattr(hf, "require_space", lambda *_: None)
+    monkeypatch.setattr(files, "require_space", lambda *_: None)
+    monkeypatch.setattr(checkpoint, "require_space", lambda *_: None)
     wanted = ["f32"] if verb == "gguf" else []
     form, place = ("hf", disk / "hf") if verb == "hf" else ("gguf", disk)
     with pytest.raises(ExportError, match="is full"):
@@ -170,7 +173,7 @@ def test_a_disk_that_fills_up_while_headers_are_written(
     made: Made, small_disk: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     disk = small_disk("4k")
-    monkeypatch.setattr(gguf, "require_space", lambda *_: None)
+    monkeypatch.setattr(files, "require_space", lambda *_: None)
     with pytest.raises(ExportError, match="is full"):
         export(made.run, quantization=["Q8_0", "f32"], output=disk)
     assert not list(disk.iterdir())
@@ -233,7 +236,7 @@ def test_a_truncated_base_shard(made: Made, verb: str) -> None:
 
 
 def test_a_shard_cut_short_while_it_is_read(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = gguf_tasks.plan_gguf
+    plan = gguf_export.plan_gguf
 
     def cut(*arguments: object) -> object:
         planned = plan(*arguments)  # type: ignore[arg-type]
@@ -241,7 +244,7 @@ def test_a_shard_cut_short_while_it_is_read(made: Made, monkeypatch: pytest.Monk
         os.truncate(path, path.stat().st_size // 2)
         return planned
 
-    monkeypatch.setattr(gguf_tasks, "plan_gguf", cut)
+    monkeypatch.setattr(gguf_export, "plan_gguf", cut)
     with pytest.raises(ModelError, match="ended early"):
         work("gguf", made)
     assert final_files(made.run) == []
@@ -287,7 +290,7 @@ def test_a_wrong_adapter(made: Made, verb: str, fault: Callable[[Made], None], m
 def test_a_check_killed_for_its_memory_says_so(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     killed = [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"]
     run = subprocess.run
-    monkeypatch.setattr(gguf_probe.subprocess, "run", lambda command, **options: run(killed, **options))
+    monkeypatch.setattr(probe.subprocess, "run", lambda command, **options: run(killed, **options))
     with pytest.raises(ExportError, match="when memory runs out") as caught:
         work("gguf", made)
     assert "--no-verify" in str(caught.value.hint)

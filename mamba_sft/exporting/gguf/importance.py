@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from mamba_sft.exporting.gguf_tensors import gguf_name
-from mamba_sft.exporting.hf_logits import logits_of
-from mamba_sft.exporting.weights import FullModel
+from mamba_sft.exporting.full_model import FullModel
+from mamba_sft.exporting.gguf.tensors import gguf_name
+from mamba_sft.exporting.logits import logits_of
 
 
 def importance_matrix(

@@ -21,8 +21,8 @@ import torch
 from gguf import GGUFReader, GGUFWriter
 
 from mamba_sft.errors import ExportError
-from mamba_sft.exporting.gguf_tensors import epsilon_scale, gguf_name
-from mamba_sft.exporting.gguf_types import padded
+from mamba_sft.exporting.gguf.tensors import epsilon_scale, gguf_name
+from mamba_sft.exporting.gguf.types import padded
 from mamba_sft.merging.plan import MergePlan
 from mamba_sft.merging.saved_adapter import EMBEDDINGS, HEAD, SavedAdapter
 from mamba_sft.model.tensor_files import read_rows

@@ -19,12 +19,13 @@ from gguf import GGUFReader
 from safetensors.torch import load_file, save_file
 
 from mamba_sft.errors import ExportError, UsageError
-from mamba_sft.exporting import export, gguf_lora
-from mamba_sft.exporting.gguf_probe import Job, probe
-from mamba_sft.exporting.go_template import _CHATS, learn_turns, render_go, to_go_template
-from mamba_sft.exporting.ollama import modelfile, stop_strings
+from mamba_sft.exporting.export_run import export
+from mamba_sft.exporting.full_model import find_model
+from mamba_sft.exporting.gguf import lora
+from mamba_sft.exporting.gguf.probe import Job
+from mamba_sft.exporting.ollama.go_template import _CHATS, learn_turns, render_go, to_go_template
+from mamba_sft.exporting.ollama.modelfile import modelfile_text, stop_strings
 from mamba_sft.exporting.task import GGUFOptions
-from mamba_sft.exporting.weights import find_model
 from mamba_sft.merging.merge_run import merge
 from mamba_sft.recipe.recipe import Recipe
 from tests.merging.test_merge_run import ALL, PROMPT, Made, make_run
@@ -131,13 +132,13 @@ def test_an_adapter_scaled_wrongly_is_found_by_its_check(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = make_run(tmp_path)
-    monkeypatch.setattr(gguf_lora, "adapter_alpha", lambda adapter: 1.0)
-    pair = gguf_lora._module
+    monkeypatch.setattr(lora, "adapter_alpha", lambda adapter: 1.0)
+    pair = lora._module
 
     def unscaled(adapter: Any, module: str, name: str, alpha: float, epsilon: float) -> Any:
         return pair(adapter, module, name, 8.0, epsilon)
 
-    monkeypatch.setattr(gguf_lora, "_module", unscaled)
+    monkeypatch.setattr(lora, "_module", unscaled)
     with pytest.raises(ExportError, match=r"run\.lora\.gguf. is not the model"):
         export(made.run, quantization="f32", adapter_only=True)
     assert not list(made.run.export.glob("*.lora.gguf*"))
@@ -268,7 +269,7 @@ def test_sampling_of_the_generation_config_is_taken_over(tmp_path: Path) -> None
     path = made.run.adapter / "generation_config.json"
     config = json.loads(path.read_text()) | {"do_sample": True, "temperature": 0.6, "repetition_penalty": 1.1}
     path.write_text(json.dumps(config))
-    text = modelfile(find_model(made.run), "m.gguf")
+    text = modelfile_text(find_model(made.run), "m.gguf")
     assert "PARAMETER temperature 0.6\n" in text
     assert "PARAMETER repeat_penalty 1.1\n" in text
 
@@ -283,4 +284,4 @@ def test_a_base_without_a_template_is_no_chat_model(tmp_path: Path) -> None:
 def test_the_recipe_is_read_for_its_system_message(tmp_path: Path) -> None:
     made = make_run(tmp_path)
     assert Recipe.load(str(made.run.recipe)).chat.system is None
-    assert "SYSTEM" not in modelfile(find_model(made.run), "m.gguf")
+    assert "SYSTEM" not in modelfile_text(find_model(made.run), "m.gguf")

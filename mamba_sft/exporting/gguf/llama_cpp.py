@@ -24,7 +24,7 @@ from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 
 from mamba_sft.errors import MambaSFTError
-from mamba_sft.exporting.extra import INSTALL_HINT, require_gguf
+from mamba_sft.exporting.gguf.installed import INSTALL_HINT, require_gguf
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]

@@ -9,19 +9,19 @@ from pathlib import Path
 
 from mamba_sft.errors import ExportError, UsageError
 from mamba_sft.evaluation.report import write_report
-from mamba_sft.exporting.gguf import (
+from mamba_sft.exporting.full_model import QUALITY_NAME, base_of, find_model
+from mamba_sft.exporting.gguf.files import (
     GGUFPlan,
     plan_gguf,
     record_quality,
     verify_adapter,
     write_gguf,
 )
-from mamba_sft.exporting.gguf_lora import write_adapter
-from mamba_sft.exporting.gguf_types import choose_methods
-from mamba_sft.exporting.hf import CARD_NAME, CHECKPOINT_NAME
-from mamba_sft.exporting.ollama import modelfile
+from mamba_sft.exporting.gguf.lora import write_adapter
+from mamba_sft.exporting.gguf.types import choose_methods
+from mamba_sft.exporting.hub.checkpoint import CARD_NAME, CHECKPOINT_NAME
+from mamba_sft.exporting.ollama.modelfile import modelfile_text
 from mamba_sft.exporting.task import Exported, GGUFFile, Task, output_of
-from mamba_sft.exporting.weights import QUALITY_NAME, base_of, find_model
 from mamba_sft.merging.disk import disk_errors_explained
 from mamba_sft.merging.plan import fit_adapter
 from mamba_sft.run import Run, write_atomically
@@ -40,7 +40,7 @@ def plan_model(task: Task) -> GGUFPlan:
 def export_model(task: Task, *, ollama: bool) -> Exported:
     """Writes a model's GGUF files and, for Ollama, a Modelfile for each."""
     plan = plan_model(task)
-    texts = [modelfile(plan.model, file.path.name) for file in plan.files] if ollama else []
+    texts = [modelfile_text(plan.model, file.path.name) for file in plan.files] if ollama else []
     files = write_gguf(plan, task.gguf, task.progress)
     _refresh_report(plan)
     return Exported(plan.output, files, _write_modelfiles(plan.output, files, texts))
@@ -71,7 +71,7 @@ def export_adapter(task: Task, *, ollama: bool) -> Exported:
         base_plan = plan_gguf(base, methods, output, f"{name}.base", options)
         base_plan.of = "base"
     bases = base_plan.files if base_plan and ollama else []
-    texts = [modelfile(model, file.path.name, adapter=path.name) for file in bases]
+    texts = [modelfile_text(model, file.path.name, adapter=path.name) for file in bases]
     output.mkdir(parents=True, exist_ok=True)
     try:
         with disk_errors_explained(output, "the adapter does not fit", ExportError):

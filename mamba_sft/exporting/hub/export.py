@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from mamba_sft.exporting.hf import CHECKPOINT_NAME, write_checkpoint
-from mamba_sft.exporting.hub import check_push, push
-from mamba_sft.exporting.model_card import write_card
+from mamba_sft.exporting.full_model import find_model
+from mamba_sft.exporting.hub.card import write_card
+from mamba_sft.exporting.hub.checkpoint import CHECKPOINT_NAME, write_checkpoint
+from mamba_sft.exporting.hub.push import check_push, push
 from mamba_sft.exporting.task import Exported, Task, output_of
-from mamba_sft.exporting.weights import find_model
 
 
 def export_checkpoint(task: Task) -> Exported:

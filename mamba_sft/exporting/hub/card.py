@@ -15,13 +15,13 @@ from typing import Any
 from mamba_sft import __version__
 from mamba_sft.evaluation.prompts import exact_match, read_samples
 from mamba_sft.evaluation.report import loss_figure, read_metrics
-from mamba_sft.exporting.card_tables import evaluation_table, quantization_table, table
-from mamba_sft.exporting.card_usage import usage
-from mamba_sft.exporting.gguf_tensors import layers
-from mamba_sft.exporting.hf import CARD_NAME, MARK
+from mamba_sft.exporting.full_model import FullModel
+from mamba_sft.exporting.gguf.tensors import layers
+from mamba_sft.exporting.hub.card_tables import evaluation_table, quantization_table, table
+from mamba_sft.exporting.hub.card_usage import usage
+from mamba_sft.exporting.hub.checkpoint import CARD_NAME, MARK
 from mamba_sft.exporting.task import HubOptions
 from mamba_sft.exporting.texts import prompt_of
-from mamba_sft.exporting.weights import FullModel
 from mamba_sft.merging.saved_adapter import EMBEDDINGS
 from mamba_sft.recipe.builtin import find_path
 from mamba_sft.recipe.recipe import Recipe

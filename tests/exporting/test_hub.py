@@ -19,11 +19,12 @@ from transformers import AutoTokenizer
 from mamba_sft.cli import app
 from mamba_sft.errors import ExportError, UsageError
 from mamba_sft.evaluation.prompts import Prompt, Sample, write_samples
-from mamba_sft.exporting import export, hf, model_card
-from mamba_sft.exporting.card_tables import table
-from mamba_sft.exporting.card_usage import usage
+from mamba_sft.exporting.export_run import export
+from mamba_sft.exporting.full_model import find_model
+from mamba_sft.exporting.hub import card, checkpoint
+from mamba_sft.exporting.hub.card_tables import table
+from mamba_sft.exporting.hub.card_usage import usage
 from mamba_sft.exporting.task import GGUFOptions, HubOptions
-from mamba_sft.exporting.weights import find_model
 from mamba_sft.merging.merge_run import merge
 from mamba_sft.recipe.recipe import Recipe
 from tests.merging.test_merge_run import PROMPT, Made, make_run, merged_logits, relative, weights
@@ -103,7 +104,7 @@ def test_a_merge_older_than_the_adapter_is_not_published(
 
 def test_files_that_are_not_the_model_get_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = make_run(tmp_path)
-    write = hf.write_companions
+    write = checkpoint.write_companions
 
     def corrupt(plan: Any, directory: Path) -> None:
         write(plan, directory)
@@ -112,7 +113,7 @@ def test_files_that_are_not_the_model_get_no_name(tmp_path: Path, monkeypatch: p
         data[-3] ^= 0x40
         path.write_bytes(data)
 
-    monkeypatch.setattr(hf, "write_companions", corrupt)
+    monkeypatch.setattr(checkpoint, "write_companions", corrupt)
     with pytest.raises(ExportError, match=r"not base \+ adapter"):
         export(made.run, format="hf")
     assert not list(made.run.export.glob("*"))
@@ -334,9 +335,9 @@ def test_a_hub_that_refuses_leaves_the_export_and_no_token(tmp_path: Path, hub: 
 def test_hub_datasets_are_told_from_files(tmp_path: Path) -> None:
     made = make_run(tmp_path)
     recipe = Recipe.load(str(made.run.recipe))
-    assert model_card.hub_datasets(recipe) == []
+    assert card.hub_datasets(recipe) == []
     for path, on_hub in (("gsm8k", True), ("owner/set", True), ("data/*.jsonl", False), ("chats.csv", False)):
-        assert model_card._on_hub(path) is on_hub, path
+        assert card._on_hub(path) is on_hub, path
 
 
 def test_a_tables_cells_stay_cells() -> None:
@@ -346,7 +347,7 @@ def test_a_tables_cells_stay_cells() -> None:
 def test_the_format_hf_needs_no_gguf_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = make_run(tmp_path)
     for name in list(sys.modules):
-        if name.split(".")[0] in ("gguf", "xllamacpp") or name.startswith("mamba_sft.exporting."):
+        if name.split(".")[0] in ("gguf", "xllamacpp") or name.startswith("mamba_sft.exporting.export_run."):
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "gguf", None)
     monkeypatch.setitem(sys.modules, "xllamacpp", None)

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 from mamba_sft.errors import ExportError, UsageError
-from mamba_sft.exporting.hf_logits import logits_of
+from mamba_sft.exporting.full_model import FullModel, find_model
+from mamba_sft.exporting.logits import logits_of
 from mamba_sft.exporting.texts import prompt_of
-from mamba_sft.exporting.weights import FullModel, find_model
 from mamba_sft.merging.disk import disk_errors_explained, require_space
 from mamba_sft.merging.plan import REPORT_NAME
 from mamba_sft.merging.summed import MergedTensors, write_companions

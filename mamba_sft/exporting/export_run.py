@@ -1,0 +1,86 @@
+"""A finished run on its way out: a checkpoint for the hub, GGUF files, Ollama.
+
+`export` is all that other code needs; each file beside this one has one part of the work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mamba_sft.errors import UsageError
+
+if TYPE_CHECKING:
+    from mamba_sft.exporting.task import Exported, GGUFOptions, HubOptions, Progress
+    from mamba_sft.run import Run
+
+FORMATS = ("gguf", "hf", "ollama")
+
+
+def export(
+    run: Run | str | Path,
+    *,
+    format: str = "gguf",
+    quantization: str | Sequence[str] | None = None,
+    output: str | Path | None = None,
+    name: str | None = None,
+    adapter_only: bool = False,
+    options: GGUFOptions | HubOptions | None = None,
+    progress: Progress | None = None,
+) -> Exported:
+    """Exports a run, or any FalconMamba checkpoint.
+
+    Args:
+        run: A run, its directory, or the directory of a checkpoint.
+        format: `gguf`; `ollama`, which is GGUF with a Modelfile; or `hf`, a checkpoint with its model card.
+        quantization: One or several of the GGUF methods, or `all`; by default `Q4_K_M`.
+        output: Where to; by default the run's `export/`, for a checkpoint `export/hf/`.
+        name: What the files are called; by default what the run is called.
+        adapter_only: Write the adapter as a GGUF LoRA; with a quantization, also its base to load it on.
+        options: `GGUFOptions` for GGUF files, `HubOptions` for a checkpoint.
+        progress: Told how far it is.
+
+    Returns:
+        What was written.
+
+    Raises:
+        MambaSFTError: It cannot be exported, or a file failed its check.
+    """
+    from mamba_sft.exporting.gguf.installed import require_gguf
+    from mamba_sft.exporting.task import GGUFOptions, HubOptions, Task
+
+    names = [quantization] if isinstance(quantization, str) else list(quantization or [])
+    task = Task(run, names, output, name, progress or (lambda stage, done, total: None))
+    if isinstance(options, GGUFOptions):
+        task = replace(task, gguf=options)
+    elif isinstance(options, HubOptions):
+        task = replace(task, hub=options)
+    check_request(format, names, adapter_only, options)
+    if format == "hf":
+        from mamba_sft.exporting.hub.export import export_checkpoint
+
+        return export_checkpoint(task)
+    require_gguf()
+    from mamba_sft.exporting.gguf.export import export_adapter, export_model
+
+    return (export_adapter if adapter_only else export_model)(task, ollama=format == "ollama")
+
+
+def check_request(
+    format: str, quantization: Sequence[str], adapter_only: bool, options: GGUFOptions | HubOptions | None
+) -> None:
+    """Refuses what does not go together.
+
+    Raises:
+        UsageError: There is no such format, or something belongs to another one.
+    """
+    from mamba_sft.exporting.task import GGUFOptions, HubOptions
+
+    if format not in FORMATS:
+        raise UsageError(f"no format `{format}`", hint=f"there are {', '.join(FORMATS)}")
+    if format == "hf" and (quantization or adapter_only or isinstance(options, GGUFOptions)):
+        raise UsageError("quantizations and adapters alone are GGUF files", hint="leave `--format hf` out")
+    if format != "hf" and isinstance(options, HubOptions):
+        raise UsageError("only a checkpoint is pushed to the hub", hint="say `--format hf`")
