@@ -18,7 +18,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from rich.console import Console
 
-from mamba_sft.benchmarking import measure_kernels, rendered
+from mamba_sft.diagnostics.kernel_benchmark import measure_kernels, rendered
 
 
 def main() -> None:

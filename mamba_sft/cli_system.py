@@ -14,8 +14,8 @@ from rich.text import Text
 from mamba_sft.cli_talk import err, out
 
 if TYPE_CHECKING:
-    from mamba_sft.doctor import Diagnosis
-    from mamba_sft.doctor_software import Finding
+    from mamba_sft.diagnostics.diagnosis import Diagnosis
+    from mamba_sft.diagnostics.software import Finding
 
 MARKS = {"ok": ("✓", "ok", "green"), "note": ("!", "!!", "yellow"), "problem": ("✗", "XX", "bold red")}
 NAME_WIDTH, LEAST_WIDTH, PIPE_WIDTH = 17, 40, 160
@@ -32,7 +32,7 @@ def doctor(
 
     Exit code 1 only if something makes training impossible.
     """
-    from mamba_sft.doctor import diagnose
+    from mamba_sft.diagnostics.diagnosis import diagnose
 
     logging.getLogger("mamba_sft").setLevel(logging.ERROR)  # what the kernels would say is in the findings
     with err.status(
@@ -113,7 +113,7 @@ def bench_kernels(
 
         pip install --no-build-isolation --no-deps causal-conv1d mamba-ssm
     """
-    from mamba_sft.benchmarking import measure_kernels, rendered
+    from mamba_sft.diagnostics.kernel_benchmark import measure_kernels, rendered
 
     results = measure_kernels(device, quick=quick)
     if as_json:

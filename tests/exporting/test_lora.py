@@ -22,7 +22,7 @@ from mamba_sft.errors import ExportError, UsageError
 from mamba_sft.exporting.export_run import export
 from mamba_sft.exporting.full_model import find_model
 from mamba_sft.exporting.gguf import lora
-from mamba_sft.exporting.gguf.probe import Job
+from mamba_sft.exporting.gguf.probe import Job, run_probe
 from mamba_sft.exporting.ollama.go_template import _CHATS, learn_turns, render_go, to_go_template
 from mamba_sft.exporting.ollama.modelfile import modelfile_text, stop_strings
 from mamba_sft.exporting.task import GGUFOptions
@@ -35,7 +35,7 @@ WINDOW = PROMPT[0].tolist()
 
 def seen_logits(base: Path, adapter: Path | None) -> torch.Tensor:
     job = Job(str(base), [], [WINDOW], [], 0, adapter=str(adapter) if adapter else None)
-    return torch.from_numpy(probe(job).logits[0])
+    return torch.from_numpy(run_probe(job).logits[0])
 
 
 KINDS: dict[str, dict[str, Any]] = {

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from mamba_sft import bench_card, bench_gpu, kernels
+from mamba_sft import kernels
+from mamba_sft.diagnostics import bench_gpu, gpu_limits
 from mamba_sft.errors import MambaSFTError, UsageError
 from mamba_sft.planning.environment import describe_device, package_versions, processor_name
 
@@ -47,7 +48,7 @@ def measure_kernels(
     if place.type == "cuda":
         tables = _on_gpu(place, quick)
     else:
-        from mamba_sft import bench_cpu
+        from mamba_sft.diagnostics import bench_cpu
 
         tables = bench_cpu.measure(stock_length=stock_length, quick=quick)
     settings = {"device": str(place), "quick": quick}
@@ -81,7 +82,7 @@ def _on_gpu(device: torch.device, quick: bool) -> dict[str, list[dict[str, Any]]
         )
     with torch.cuda.device(device):
         dtype = torch.bfloat16 if describe_device()["bfloat16"] else torch.float16
-        place = bench_gpu.Place(device, dtype, "triton", bench_card.Card.of(device))
+        place = bench_gpu.Place(device, dtype, "triton", gpu_limits.Card.of(device))
         return bench_gpu.measure(place, bench_gpu.SHAPES[:1] if quick else bench_gpu.SHAPES)
 
 
@@ -93,7 +94,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         card = torch.cuda.get_device_properties(device)
         facts |= {"gpu": card.name, "multiprocessors": card.multi_processor_count}
-        facts |= {"cuda": torch.version.cuda} | bench_card.clocks(device)
+        facts |= {"cuda": torch.version.cuda} | gpu_limits.clocks(device)
     else:
         facts |= {"cpu": processor_name(), "threads": torch.get_num_threads()}
         if hasattr(os, "getloadavg"):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mamba_sft import kernels
-from mamba_sft.doctor_software import Finding
+from mamba_sft.diagnostics.software import Finding
 from mamba_sft.planning.environment import nvidia_smi
 
 OPERATIONS = {"scan": "selective_scan", "convolution": "causal_conv1d"}

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mamba_sft import __version__
-from mamba_sft.doctor_software import Finding, Status, software, storage
+from mamba_sft.diagnostics.software import Finding, Status, software, storage
 from mamba_sft.errors import MambaSFTError
 from mamba_sft.planning.environment import describe_environment
 from mamba_sft.recipe.builtin import builtin_recipes
@@ -64,7 +64,7 @@ def diagnose() -> Diagnosis:
 
 
 def _hardware() -> tuple[list[Finding], dict[str, Any]]:
-    from mamba_sft import doctor_hardware as hardware
+    from mamba_sft.diagnostics import hardware
 
     probe = hardware.start_nf4_probe()
     try:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mamba_sft.bench_card import BACKWARD, FORWARD, Card, peak_bytes, time_of
+from mamba_sft.diagnostics.gpu_limits import BACKWARD, FORWARD, Card, peak_bytes, time_of
 from mamba_sft.kernels import causal_conv1d, selective_scan
 
 logger = logging.getLogger(__name__)

@@ -15,9 +15,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from mamba_sft import cli, cli_system, doctor, doctor_hardware, doctor_software, kernels
-from mamba_sft.doctor import Diagnosis, diagnose, recommended_recipe
-from mamba_sft.doctor_software import Finding
+from mamba_sft import cli, cli_system, kernels
+from mamba_sft.diagnostics import diagnosis, hardware, software
+from mamba_sft.diagnostics.diagnosis import Diagnosis, diagnose, recommended_recipe
+from mamba_sft.diagnostics.software import Finding
 from mamba_sft.planning import environment
 from mamba_sft.recipe.builtin import builtin_recipes
 
@@ -72,7 +73,7 @@ def test_a_problem_is_shown_with_its_fix_and_the_exit_code(verb, monkeypatch):
         Finding("versions", "torch", "problem", "1.0 is outside >=2.11", "pip install 'torch>=2.11'"),
         Finding("versions", "trl", "ok", "1.16.0 (needs >=1.16)"),
     )
-    monkeypatch.setattr(doctor, "diagnose", lambda: Diagnosis(findings, {}))
+    monkeypatch.setattr(diagnosis, "diagnose", lambda: Diagnosis(findings, {}))
     code, text = verb()
     assert code == 1
     assert text.splitlines() == [
@@ -125,10 +126,10 @@ def test_installed_versions_are_held_to_the_declared_ranges(monkeypatch):
             raise PackageNotFoundError(name)
         return installed[name]
 
-    monkeypatch.setattr(doctor_software, "requires", lambda name: declared)
-    monkeypatch.setattr(doctor_software, "metadata", lambda name: {"Requires-Python": ">=3.99"})
-    monkeypatch.setattr(doctor_software, "version", version)
-    found = by_name(doctor_software.software())
+    monkeypatch.setattr(software, "requires", lambda name: declared)
+    monkeypatch.setattr(software, "metadata", lambda name: {"Requires-Python": ">=3.99"})
+    monkeypatch.setattr(software, "version", version)
+    found = by_name(software.software())
     statuses = {name: finding.status for name, finding in found.items()}
     assert statuses == {
         "python": "problem", "torch": "problem", "trl": "problem", "numba": "problem", "rich": "problem",
@@ -145,16 +146,16 @@ def test_a_checkout_that_is_not_installed_is_said(monkeypatch):
     def requires(name):
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr(doctor_software, "requires", requires)
-    assert [one.status for one in doctor_software.software()] == ["note"]
+    monkeypatch.setattr(software, "requires", requires)
+    assert [one.status for one in software.software()] == ["note"]
 
 
 @pytest.mark.parametrize(("free", "expected"), [(500e9, "ok"), (10e9, "note"), (0.05e9, "problem")])
 def test_the_disk_must_hold_the_base_and_a_run(monkeypatch, tmp_path, free, expected):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=int(free)))
-    monkeypatch.setattr(doctor_software, "base_is_cached", lambda: False)
-    found = by_name(doctor_software.storage())
+    monkeypatch.setattr(software, "base_is_cached", lambda: False)
+    found = by_name(software.storage())
     assert found["hub cache"].status == expected
     assert found["runs"].status == ("problem" if expected == "problem" else "ok")
 
@@ -171,10 +172,10 @@ def test_a_cached_base_needs_no_room(monkeypatch, tmp_path):
 
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", cached)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=int(5e9)))
-    found = by_name(doctor_software.storage())
+    found = by_name(software.storage())
     assert (found["hub cache"].status, found["7B base"].status) == ("ok", "ok")
     files.remove("b.safetensors")
-    assert not doctor_software.base_is_cached()
+    assert not software.base_is_cached()
 
 
 # --- hardware -----------------------------------------------------------------------------------------------
@@ -184,11 +185,11 @@ def test_a_torch_that_breaks_is_a_problem_not_a_crash(monkeypatch):
     def broken():
         raise OSError("libcudart.so: cannot open shared object file")
 
-    monkeypatch.setattr(doctor, "_hardware", broken)
-    diagnosis = diagnose()
-    assert diagnosis.status == "problem"
-    assert any("libcudart" in one.text for one in diagnosis.findings)
-    assert diagnosis.environment == {}
+    monkeypatch.setattr(diagnosis, "_hardware", broken)
+    found = diagnose()
+    assert found.status == "problem"
+    assert any("libcudart" in one.text for one in found.findings)
+    assert found.environment == {}
 
 
 @pytest.mark.parametrize(
@@ -204,14 +205,14 @@ def test_a_torch_that_breaks_is_a_problem_not_a_crash(monkeypatch):
     ],
 )
 def test_which_builds_of_torch_run_on_which_cards(capability, built, runs):
-    assert doctor_hardware._runs_on(capability, built) is runs
+    assert hardware._runs_on(capability, built) is runs
 
 
 def test_a_card_that_torch_is_not_built_for_and_that_is_busy(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80"])
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (20 << 30, 80 << 30))
-    monkeypatch.setattr(doctor_hardware, "nvidia_smi", lambda query: ["570.1"])
-    found = by_name(doctor_hardware.device(H100))
+    monkeypatch.setattr(hardware, "nvidia_smi", lambda query: ["570.1"])
+    found = by_name(hardware.device(H100))
     assert found["GPU"].status == "problem"
     assert "NVIDIA H100, compute capability 9.0 (1 of 2); this torch is built for sm_75" in found["GPU"].text
     assert found["GPU memory"].status == "note"
@@ -223,14 +224,14 @@ def test_a_card_that_torch_is_not_built_for_and_that_is_busy(monkeypatch):
     ("facts", "dtype"), [(PROCESSOR, torch.float32), (L4, torch.bfloat16), (T4, torch.float16)]
 )
 def test_the_number_format_fits_the_device(facts, dtype):
-    assert doctor_hardware.advised_dtype(facts)[0] is dtype
+    assert hardware.advised_dtype(facts)[0] is dtype
 
 
 @pytest.mark.parametrize(("cuda", "fix"), [(None, "CUDA build"), ("13.0", "update the driver")])
 def test_a_card_that_lies_idle_is_pointed_out(monkeypatch, cuda, fix):
-    monkeypatch.setattr(doctor_hardware, "nvidia_smi", lambda query: ["NVIDIA L4", "535.9"])
+    monkeypatch.setattr(hardware, "nvidia_smi", lambda query: ["NVIDIA L4", "535.9"])
     monkeypatch.setattr(torch.version, "cuda", cuda)
-    found = doctor_hardware._unused_card()
+    found = hardware._unused_card()
     assert found.status == "note"
     assert "NVIDIA L4" in found.text
     assert fix in found.fix
@@ -258,8 +259,8 @@ def test_the_backend_it_names_is_the_one_that_runs(dtype):
 
 
 def test_kernels_that_work_were_run(monkeypatch):
-    monkeypatch.setattr(doctor_hardware, "compiled_loops", lambda: True)
-    found = by_name(doctor_hardware.compute(PROCESSOR))
+    monkeypatch.setattr(hardware, "compiled_loops", lambda: True)
+    found = by_name(hardware.compute(PROCESSOR))
     assert {found[name].status for name in ("scan", "convolution")} == {"ok"}
     assert found["scan"].text.startswith("cpu; ran here, off the definition by")
     assert "not used" in found["triton"].text
@@ -280,7 +281,7 @@ def test_kernels_that_do_not_work_are_a_problem(monkeypatch, fault):
         return y * 1.001, state
 
     monkeypatch.setattr(autograd, "selective_scan", faulty)
-    found = doctor_hardware._operation("scan", "selective_scan", "cpu", False, "cpu")
+    found = hardware._operation("scan", "selective_scan", "cpu", False, "cpu")
     assert found.status == "problem"
     assert ("by 2e-03" if fault == "wrong" else "cpu fails: illegal instruction") in found.text
 
@@ -288,7 +289,7 @@ def test_kernels_that_do_not_work_are_a_problem(monkeypatch, fault):
 def test_the_definition_alone_is_a_note_with_the_reason(monkeypatch):
     reasons = {"cpu": "No module named 'numba'; pip install numba", "triton": "no GPU", "reference": None}
     monkeypatch.setattr(kernels, "why_unavailable", reasons.get)
-    found = by_name(doctor_hardware.compute(PROCESSOR))
+    found = by_name(hardware.compute(PROCESSOR))
     for name in ("scan", "convolution"):
         assert found[name].status == "note"
         assert found[name].text == "reference, a slow Python loop"
@@ -297,52 +298,52 @@ def test_the_definition_alone_is_a_note_with_the_reason(monkeypatch):
 
 
 def test_a_cold_cache_is_not_compiled_for_the_asking(monkeypatch):
-    monkeypatch.setattr(doctor_hardware, "compiled_loops", lambda: False)
-    monkeypatch.setattr(doctor_hardware, "disagreement", lambda *_: pytest.fail("ran a kernel"))
-    found = by_name(doctor_hardware.compute(PROCESSOR))
+    monkeypatch.setattr(hardware, "compiled_loops", lambda: False)
+    monkeypatch.setattr(hardware, "disagreement", lambda *_: pytest.fail("ran a kernel"))
+    found = by_name(hardware.compute(PROCESSOR))
     assert "the first call compiles it" in found["scan"].text
     assert found["numba cache"].text.startswith("not compiled yet, in ")
 
 
 def test_the_cache_is_warm_after_use_and_cold_after_a_change(monkeypatch, tmp_path):
     for operation in ("selective_scan", "causal_conv1d"):
-        assert doctor_hardware.disagreement(operation, "cpu", "cpu") < 1e-6
-    assert doctor_hardware.compiled_loops()
-    loops = doctor_hardware._entry_loops()
+        assert hardware.disagreement(operation, "cpu", "cpu") < 1e-6
+    assert hardware.compiled_loops()
+    loops = hardware._entry_loops()
     assert {loop.__name__ for loop in loops} == {
         "scan_forward", "scan_backward", "conv_forward", "conv_backward",
     }  # fmt: skip
     moved = [
         SimpleNamespace(py_func=one.py_func, stats=SimpleNamespace(cache_path=tmp_path)) for one in loops
     ]
-    monkeypatch.setattr(doctor_hardware, "_entry_loops", lambda: moved)
-    assert not doctor_hardware.compiled_loops()
+    monkeypatch.setattr(hardware, "_entry_loops", lambda: moved)
+    assert not hardware.compiled_loops()
     for one in loops:
         code = one.py_func.__code__
         index = tmp_path / f"cpu_loops.{one.__name__}-{code.co_firstlineno}.py311.nbi"
         index.touch()
-    assert doctor_hardware.compiled_loops()
+    assert hardware.compiled_loops()
     os.utime(index, (1, 1))  # older than the source
-    assert not doctor_hardware.compiled_loops()
+    assert not hardware.compiled_loops()
 
 
 @pytest.mark.parametrize("policy", ["ACTIVE", None])
 def test_spinning_threads_are_pointed_out(monkeypatch, policy):
-    monkeypatch.setattr(doctor_hardware, "compiled_loops", lambda: False)
+    monkeypatch.setattr(hardware, "compiled_loops", lambda: False)
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     if policy:
         monkeypatch.setenv("OMP_WAIT_POLICY", policy)
-    found = by_name(doctor_hardware.compute(PROCESSOR))["OMP_WAIT_POLICY"]
+    found = by_name(hardware.compute(PROCESSOR))["OMP_WAIT_POLICY"]
     assert (found.status, found.text) == ("note", policy or "unset")
 
 
 def test_four_bit_weights_that_fail_are_a_note(monkeypatch):
-    monkeypatch.setattr(doctor_hardware, "PROBE", "raise SystemExit('libbitsandbytes: no kernel image')")
-    found = doctor_hardware.nf4(doctor_hardware.start_nf4_probe(), "cuda")
+    monkeypatch.setattr(hardware, "PROBE", "raise SystemExit('libbitsandbytes: no kernel image')")
+    found = hardware.nf4(hardware.start_nf4_probe(), "cuda")
     assert found.status == "note"
     assert found.text == "bitsandbytes fails: libbitsandbytes: no kernel image"
-    monkeypatch.setattr(doctor_hardware, "PROBE", "import os; os.abort()")
-    assert "exit code -6" in doctor_hardware.nf4(doctor_hardware.start_nf4_probe(), "cuda").text
+    monkeypatch.setattr(hardware, "PROBE", "import os; os.abort()")
+    assert "exit code -6" in hardware.nf4(hardware.start_nf4_probe(), "cuda").text
 
 
 # --- the advice ---------------------------------------------------------------------------------------------

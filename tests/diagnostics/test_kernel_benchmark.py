@@ -13,9 +13,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from mamba_sft import bench_card, bench_cpu, bench_gpu, benchmarking, cli, kernels
-from mamba_sft.bench_card import BACKWARD, FORWARD, Card
-from mamba_sft.bench_gpu import Case, Place, Shape
+from mamba_sft import cli, kernels
+from mamba_sft.diagnostics import bench_cpu, bench_gpu, gpu_limits, kernel_benchmark
+from mamba_sft.diagnostics.bench_gpu import Case, Place, Shape
+from mamba_sft.diagnostics.gpu_limits import BACKWARD, FORWARD, Card
 from mamba_sft.errors import MambaSFTError, UsageError
 
 CPU = torch.device("cpu")
@@ -142,7 +143,7 @@ def test_a_small_shape_on_a_gpu():
     tables = bench_gpu.measure(place, [Shape(1, 256, D=256, N=16)])
     rows = [row for rows in tables.values() for row in rows]
     assert all(0 < row["ms"] < 1e3 and row["peak_MB"] > 0 for row in rows)
-    assert bench_card.clocks(torch.device("cuda"))["driver_version"]
+    assert gpu_limits.clocks(torch.device("cuda"))["driver_version"]
 
 
 # --- the CPU part -------------------------------------------------------------------------------------------
@@ -223,14 +224,14 @@ def test_a_gpu_without_kernels_says_why(monkeypatch):
     monkeypatch.setattr(kernels, "backends", lambda: ["reference", "cpu"])
     monkeypatch.setattr(kernels, "why_unavailable", lambda name: "triton is not installed")
     with pytest.raises(MambaSFTError, match="no GPU kernels to measure: triton is not installed"):
-        benchmarking._on_gpu(torch.device("cuda"), quick=True)
+        kernel_benchmark._on_gpu(torch.device("cuda"), quick=True)
     with pytest.raises(UsageError):
-        benchmarking.measure_kernels("xpu")
+        kernel_benchmark.measure_kernels("xpu")
 
 
 def test_tables_for_people_and_json_for_scripts(bench, monkeypatch):
     asked = []
-    monkeypatch.setattr(benchmarking, "measure_kernels", lambda *a, **k: asked.append((a, k)) or RESULTS)
+    monkeypatch.setattr(kernel_benchmark, "measure_kernels", lambda *a, **k: asked.append((a, k)) or RESULTS)
     code, out, _ = bench("--quick")
     assert code == 0
     assert asked == [(("auto",), {"quick": True})]
@@ -248,7 +249,7 @@ def test_tables_for_people_and_json_for_scripts(bench, monkeypatch):
 def test_the_gpu_table_fits_a_terminal_of_80_columns():
     file = io.StringIO()
     console = Console(file=file, width=80)
-    for part in benchmarking.rendered(RESULTS):
+    for part in kernel_benchmark.rendered(RESULTS):
         console.print(part)
     lines = file.getvalue().splitlines()
     assert max(map(len, lines)) <= 80
@@ -256,9 +257,9 @@ def test_the_gpu_table_fits_a_terminal_of_80_columns():
 
 
 def test_the_script_ends_with_one_line_of_json(monkeypatch, capsys):
-    monkeypatch.setattr(benchmarking, "measure_kernels", lambda *a, **k: RESULTS | {"asked": [*a, k]})
+    monkeypatch.setattr(kernel_benchmark, "measure_kernels", lambda *a, **k: RESULTS | {"asked": [*a, k]})
     monkeypatch.setattr(sys, "argv", ["bench_kernels.py", "--quick", "--stock-length", "8"])
-    runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "bench_kernels.py"), run_name="__main__")
+    runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "bench_kernels.py"), run_name="__main__")
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert last["tables"] == RESULTS["tables"]
     assert last["asked"] == ["auto", {"quick": True, "stock_length": 8}]
