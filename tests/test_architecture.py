@@ -185,7 +185,7 @@ def test_no_public_function_shares_its_modules_name() -> None:
 
 def test_import_and_help_load_nothing_heavy() -> None:
     code = (
-        "import sys, mamba_sft, mamba_sft.cli; from mamba_sft import Recipe, Run, MambaSFTError;"
+        "import sys, mamba_sft, mamba_sft.cli.app; from mamba_sft import Recipe, Run, MambaSFTError;"
         "heavy = {'torch', 'transformers', 'datasets', 'numba', 'peft', 'trl'} & set(sys.modules);"
         "assert not heavy, heavy"
     )

@@ -15,19 +15,6 @@ from mamba_sft.inference.sampling import Sampling
 from mamba_sft.inference.sessions import ChatSession
 from mamba_sft.model.chat_template import encode_batch, render, with_system
 from mamba_sft.run import Run, write_atomically
-from mamba_sft.terminal import Session, chat_loop
-
-__all__ = [
-    "Answer",
-    "ChatSession",
-    "CompareSession",
-    "Sampling",
-    "Talker",
-    "chat_loop",
-    "generate",
-    "load_talker",
-    "open_session",
-]
 
 Message = dict[str, Any]
 Prompt = str | Sequence[Message]
@@ -92,7 +79,7 @@ def open_session(
     merged: bool = False,
     sampling: Sampling | None = None,
     system: str | None = None,
-) -> Session:
+) -> ChatSession | CompareSession:
     """Starts a conversation.
 
     Args:

@@ -15,7 +15,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from mamba_sft import cli, cli_system, kernels
+from mamba_sft import kernels
+from mamba_sft.cli import app, doctor
 from mamba_sft.diagnostics import diagnosis, hardware, software
 from mamba_sft.diagnostics.diagnosis import Diagnosis, diagnose, recommended_recipe
 from mamba_sft.diagnostics.software import Finding
@@ -40,7 +41,7 @@ def verb(capsys, monkeypatch):
     def call(*words: str) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["mamba-sft", "doctor", *words])
         try:
-            cli.main()
+            app.main()
             code = 0
         except SystemExit as stop:
             code = int(stop.code or 0)
@@ -89,8 +90,8 @@ def test_a_problem_is_shown_with_its_fix_and_the_exit_code(verb, monkeypatch):
 def test_a_terminal_gets_hanging_indents_and_nothing_too_wide(monkeypatch, width):
     long = Finding("kernels", "triton", "note", "word " * 60, "a fix " * 40)
     console = Console(file=io.StringIO(), width=width, force_terminal=True, no_color=True)
-    monkeypatch.setattr(cli_system, "out", console)
-    lines = cli_system._line(long).plain.splitlines()
+    monkeypatch.setattr(doctor, "out", console)
+    lines = doctor._line(long).plain.splitlines()
     assert len(lines) > 4
     assert max(map(len, lines)) <= width
     assert all(line.startswith(" " * 21) for line in lines[1:])
@@ -98,8 +99,8 @@ def test_a_terminal_gets_hanging_indents_and_nothing_too_wide(monkeypatch, width
 
 def test_marks_that_an_old_terminal_can_show(monkeypatch):
     file = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    monkeypatch.setattr(cli_system, "out", Console(file=file))
-    lines = [cli_system._line(Finding("a", "b", status, "c")).plain for status in ("ok", "note", "problem")]
+    monkeypatch.setattr(doctor, "out", Console(file=file))
+    lines = [doctor._line(Finding("a", "b", status, "c")).plain for status in ("ok", "note", "problem")]
     assert [line.split()[0] for line in lines] == ["ok", "!!", "XX"]
     assert all(line.isascii() for line in lines)
 
@@ -107,7 +108,7 @@ def test_marks_that_an_old_terminal_can_show(monkeypatch):
 @pytest.mark.slow
 def test_nothing_is_imported_that_is_not_looked_at():
     code = (
-        "import sys; sys.argv[1:] = ['doctor']; from mamba_sft import cli; cli.app(standalone_mode=False);"
+        "import sys; sys.argv[1:] = ['doctor']; from mamba_sft.cli import app; app.app(standalone_mode=False);"
         "heavy = {'transformers', 'datasets', 'peft', 'trl', 'bitsandbytes', 'pandas'} & set(sys.modules);"
         "assert not heavy, heavy"
     )

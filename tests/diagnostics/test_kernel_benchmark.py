@@ -13,7 +13,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from mamba_sft import cli, kernels
+from mamba_sft import kernels
+from mamba_sft.cli import app
 from mamba_sft.diagnostics import bench_cpu, bench_gpu, gpu_limits, kernel_benchmark
 from mamba_sft.diagnostics.bench_gpu import Case, Place, Shape
 from mamba_sft.diagnostics.gpu_limits import BACKWARD, FORWARD, Card
@@ -204,7 +205,7 @@ def bench(capsys, monkeypatch):
     def call(*words):
         monkeypatch.setattr(sys, "argv", ["mamba-sft", "bench", "kernels", *words])
         try:
-            cli.main()
+            app.main()
             code = 0
         except SystemExit as stop:
             code = int(stop.code or 0)

@@ -17,12 +17,12 @@ import torch
 pytest.importorskip("gguf")
 pytest.importorskip("xllamacpp")
 
-from files.quants import dequantize
+from gguf.quants import dequantize
 from gguf import GGUFReader, GGUFWriter
 from transformers import AutoModelForCausalLM, FalconMambaConfig, FalconMambaForCausalLM
 from typer.testing import CliRunner
 
-from mamba_sft.cli import app
+from mamba_sft.cli.app import app
 from mamba_sft.errors import ExportError, MambaSFTError, ModelError, UsageError
 from mamba_sft.exporting import task
 from mamba_sft.exporting.export_run import export as export_run

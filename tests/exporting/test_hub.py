@@ -16,7 +16,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from mamba_sft.cli import app
+from mamba_sft.cli.app import app
 from mamba_sft.errors import ExportError, UsageError
 from mamba_sft.evaluation.prompts import Prompt, Sample, write_samples
 from mamba_sft.exporting.export_run import export

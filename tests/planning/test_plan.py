@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from mamba_sft.cli import app
+from mamba_sft.cli.app import app
 from mamba_sft.errors import TrainingError, UsageError
 from mamba_sft.planning import fitting
 from mamba_sft.planning.fitting import fixes, refuse_what_cannot_fit
@@ -166,7 +166,7 @@ def test_rows_of_unknown_length_are_asked_for() -> None:
 
 @pytest.mark.parametrize("width", [80, 120])
 def test_the_verb_fits_the_terminal(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mamba_sft.cli_plan.out.width", width, raising=False)
+    monkeypatch.setattr("mamba_sft.cli.plan.out.width", width, raising=False)
     for words in (["long-context", "--card", "4090"], ["instruct", "--card", "t4"]):
         result = CliRunner().invoke(app, ["plan", *words])
         assert result.exit_code == 0
@@ -184,7 +184,7 @@ def test_the_verb_prints_json() -> None:
 
 @pytest.mark.parametrize("words", [["instruct-t4", "--card", "t4"], ["long-context", "--card", "4090"]])
 def test_the_readme_shows_the_plans(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mamba_sft.cli_plan.out.width", 90, raising=False)
+    monkeypatch.setattr("mamba_sft.cli.plan.out.width", 90, raising=False)
     shown = CliRunner().invoke(app, ["plan", *words]).stdout
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     command = f"$ mamba-sft plan {' '.join(words)}"

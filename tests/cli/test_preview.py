@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from rich.console import Console, RenderableType
 
-from mamba_sft import preview
+from mamba_sft.cli import preview
 from mamba_sft.data.packing import IGNORED, pack
 from mamba_sft.data.preparing import PreparedData, prepare_data
 from mamba_sft.data.report import DataReport

@@ -1,4 +1,4 @@
-"""The verb `plan` of the command line."""
+"""The verb `plan`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from mamba_sft.cli_talk import err, out
+from mamba_sft.cli.console import err, out
 
 if TYPE_CHECKING:
     from mamba_sft.planning.plan import Plan

@@ -13,6 +13,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from mamba_sft.cli.console import printable
 from mamba_sft.errors import MambaSFTError, UsageError
 from mamba_sft.inference.comparison import CompareSession
 from mamba_sft.inference.sessions import ChatSession, Turn
@@ -29,7 +30,6 @@ COMMANDS = {
     "/quit": "leave, like Ctrl-D; Ctrl-C ends an answer, and once more leaves",
 }
 BLOCK = '"""'
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def chat_loop(session: Session, console: Console, read_line: Callable[[str], str]) -> None:
@@ -208,11 +208,6 @@ def _complain(console: Console, error: MambaSFTError) -> None:
     console.print(Text(error.message, style="red"))
     if error.hint:
         _note(console, error.hint)
-
-
-def printable(text: str) -> str:
-    """Returns `text` without the control characters that would steer a terminal; rich keeps escapes."""
-    return _CONTROL.sub("", text)
 
 
 def _describe(turn: Turn | None) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from mamba_sft.progress import StageBar, TrainingBar
+from mamba_sft.cli.progress import StageBar, TrainingBar
 
 
 def drive(console: Console, steps: int, start: int = 0) -> TrainingBar:

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from mamba_sft import Run, cli
+from mamba_sft import Run
+from mamba_sft.cli import app
 
 
 class Outcome(NamedTuple):
@@ -33,7 +34,7 @@ def mamba_sft(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(sys, "argv", ["mamba-sft", *words])
         capsys.readouterr()
         try:
-            cli.main()
+            app.main()
             code = 0
         except SystemExit as stop:
             code = int(stop.code or 0)

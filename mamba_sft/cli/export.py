@@ -1,4 +1,4 @@
-"""The exporting verb of the command line."""
+"""The verb `export`."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from mamba_sft.cli_talk import err, out, quiet_loading, run_or_newest
+from mamba_sft.cli.console import Json, err, out, quiet_loading, run_or_newest
 from mamba_sft.errors import UsageError
 
 if TYPE_CHECKING:
     from mamba_sft.exporting.task import Exported
     from mamba_sft.run import Run
 
-RunArgument = Annotated[
+Exportable = Annotated[
     str | None,
     typer.Argument(
         metavar="[RUN|MODEL]", help="A run, or a checkpoint's directory; default: the newest run."
@@ -48,11 +48,10 @@ Repository = Annotated[
 Private = Annotated[bool, typer.Option("--private", help="Make that repository private.")]
 Language = Annotated[list[str] | None, typer.Option(help="For the model card; may be repeated. Default: en.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print sizes, disk and time; write nothing.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 
 
 def export(
-    run: RunArgument = None,
+    run: Exportable = None,
     format: Format = "gguf",
     quantization: Quantization = None,
     output: Output = None,
@@ -81,7 +80,7 @@ def export(
     if dry_run:
         _show_plan(where, quantization or [], output, name, verify, as_json)
         return
-    from mamba_sft.progress import StageBar
+    from mamba_sft.cli.progress import StageBar
 
     with StageBar(err) as bar:
         done = export_run(

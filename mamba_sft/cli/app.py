@@ -1,0 +1,99 @@
+"""The command line: its verbs, and what becomes of errors.
+
+Data goes to stdout, progress and messages to stderr. Exit codes: 0 done, 1 an expected failure,
+2 wrong usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from mamba_sft import __version__
+from mamba_sft.cli import bench, chat, data, doctor, export, generate, merge, plan, recipes, train
+from mamba_sft.cli.console import err, out
+from mamba_sft.errors import MambaSFTError
+
+app = typer.Typer(
+    name="mamba-sft",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Turn Falcon-Mamba into an instruct model: `train` a recipe, `merge` the adapter, `chat` with it.",
+)
+
+
+def main() -> None:
+    """Runs the command line; expected failures become one message and an exit code."""
+    try:
+        app()
+    except MambaSFTError as error:
+        _print_error(error)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        err.print("interrupted")
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def _print_error(error: MambaSFTError) -> None:
+    err.print(f"[bold red]error:[/] {escape(error.message)}", soft_wrap=True)
+    if error.hint:
+        err.print(f"[bold cyan]hint:[/] {escape(error.hint)}", soft_wrap=True)
+
+
+def _version(shown: bool) -> None:
+    if shown:
+        out.print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Show the libraries' own messages.")
+    ] = False,
+) -> None:
+    """Sets up messages: ours always, those of the libraries on request."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("mamba_sft")
+    logger.handlers = [handler]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    if os.environ.get("RANK", "0") != "0":  # one of several processes speaks
+        out.quiet = err.quiet = True
+        logger.setLevel(logging.WARNING)
+    # Waiting threads sleep instead of spinning. Spinning gains nothing measurable on an idle machine; with
+    # other programs about, it made a step of the quickstart five times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if not verbose:
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        import warnings
+
+        warnings.filterwarnings(
+            "ignore", module="(torch|transformers|trl|peft|accelerate|bitsandbytes|datasets).*"
+        )
+
+
+app.command()(train.train)
+app.command()(data.data)
+app.command()(merge.merge)
+app.add_typer(recipes.recipes_app, name="recipes")
+app.command()(chat.chat)
+app.command()(generate.generate)
+app.command()(plan.plan)
+app.command()(doctor.doctor)
+app.add_typer(bench.bench_app, name="bench")
+app.command()(export.export)

@@ -1,0 +1,59 @@
+"""The verb `chat`."""
+
+from __future__ import annotations
+
+import sys
+from io import TextIOWrapper
+from typing import Annotated
+
+import typer
+
+from mamba_sft.cli.console import (
+    MaxNewTokens,
+    ModelArgument,
+    Seed,
+    System,
+    Temperature,
+    TopK,
+    TopP,
+    model_or_newest,
+    out,
+    quiet_loading,
+)
+
+
+def chat(
+    model: ModelArgument = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Base and tuned model side by side.")] = False,
+    merged: Annotated[bool, typer.Option("--merged", help="Talk to the run's merged checkpoint.")] = False,
+    system: System = None,
+    max_new_tokens: MaxNewTokens = 512,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    seed: Seed = None,
+) -> None:
+    """Talk to a run, a model directory or a hub model; `/help` lists what else it understands."""
+    from mamba_sft.inference.sampling import Sampling
+
+    sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
+    where = model_or_newest(model)
+    from mamba_sft.cli.terminal import chat_loop
+    from mamba_sft.inference.answering import open_session
+
+    quiet_loading()
+    session = open_session(where, compare=compare, merged=merged, sampling=sampling, system=system)
+    if isinstance(sys.stdin, TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # a pipe may hold anything
+    if sys.stdin.isatty():
+        import readline  # noqa: F401  # gives input() line editing and history
+    chat_loop(session, out, _read_line)
+
+
+def _read_line(prompt: str) -> str:
+    if not sys.stdin.isatty():
+        line = sys.stdin.readline()
+        if not line:
+            raise EOFError
+        return line.rstrip("\n")
+    return input(prompt)

@@ -1,0 +1,35 @@
+"""The verb `data`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated
+
+import typer
+
+from mamba_sft.cli.console import Json, Overrides, RecipeArgument, out
+
+
+def data(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    rows: Annotated[int, typer.Option(help="Rows to show as tokens.", min=0)] = 3,
+    as_json: Json = False,
+) -> None:
+    """Show what a recipe trains on: tokens, lengths, and what is dropped, truncated and packed."""
+    from mamba_sft.recipe.recipe import Recipe
+
+    loaded = Recipe.load(recipe, overrides=overrides or [])
+    from mamba_sft.cli import preview
+    from mamba_sft.data.corpus import read_corpus
+
+    setup, prepared = read_corpus(loaded)
+    packing = None
+    if loaded.data.packing and loaded.data.max_length:
+        packing = preview.packed(prepared.report, loaded.data.max_length, loaded.seed)
+    if as_json:
+        content = preview.to_dict(prepared, setup.tokenizer, rows=rows, packing=packing)
+        sys.stdout.write(json.dumps(content, ensure_ascii=False, indent=2) + "\n")
+    else:
+        out.print(preview.overview(prepared, setup.tokenizer, rows=rows, packing=packing))

@@ -1,0 +1,64 @@
+"""The verb `merge`."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mamba_sft.cli.console import FinishedRun, Json, err, out, quiet_loading, run_or_newest
+
+if TYPE_CHECKING:
+    from mamba_sft.merging.check import MergeReport
+
+
+def merge(
+    run: FinishedRun = None,
+    output: Annotated[str | None, typer.Option(help="Where to; default: the run's `merged/`.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; default: the base's.")
+    ] = None,
+    onto: Annotated[
+        str,
+        typer.Option(help="`base`, or `dequantized`: the rounded weights a quantized run was trained on."),
+    ] = "base",
+    as_json: Json = False,
+) -> None:
+    """Merge a run's adapter into its base: a checkpoint that transformers loads by itself."""
+    chosen = run_or_newest(run)
+    from mamba_sft.cli.progress import StageBar
+    from mamba_sft.merging.merge_run import merge as merge_run
+
+    quiet_loading()
+    with StageBar(err) as bar:
+        report = merge_run(chosen, output=output, dtype=dtype, onto=onto, progress=bar.update)
+    if as_json:
+        sys.stdout.write(report.to_json() + "\n")
+        return
+    _show_merge(report)
+    out.print(f"merged: {report.path}")
+    out.print(f"next:   mamba-sft chat {report.path}")
+
+
+def _show_merge(report: MergeReport) -> None:
+    check = report.check
+    err.print(
+        f"{report.changed} of {report.tensors} tensors changed, {_size(report.nbytes)}"
+        f" in {report.seconds:.1f} s, peak memory {_size(report.peak_rss)}"
+    )
+    same = "the same next token" if check.same_next_token else "another next token"
+    err.print(
+        f"checked on a prompt: logits differ from base + adapter by {check.difference:.1e} of their size"
+        f" (at most {check.tolerance:.0e} is rounding), {same}"
+    )
+    if report.overflowed:
+        err.print(f"[yellow]{report.overflowed:,} values are beyond float16 and became infinite[/]")
+    for onto, loss in report.losses.items():
+        err.print(f"validation loss merged onto {onto}: {loss:.4f}")
+    if report.losses_note:
+        err.print(f"validation losses not measured: {report.losses_note}")
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

@@ -1,0 +1,240 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from mamba_sft.errors import UsageError
+from mamba_sft.inference.answering import open_session
+from mamba_sft.inference.chat_model import split_talker
+from mamba_sft.inference.comparison import CompareSession
+from mamba_sft.inference.generation import State, prefill, stream
+from mamba_sft.inference.sampling import Sampling
+from mamba_sft.inference.sessions import UNDO_DEPTH, ChatSession, continuation
+from mamba_sft.model.chat_template import render
+from tests.inference.conftest import SHORT, say, state_of
+
+
+def test_five_turns_read_nothing_twice_and_equal_a_full_reading(talker):
+    session = ChatSession(talker, sampling=SHORT)
+    fed: list[int] = []
+    original = talker.model.forward
+
+    def count(*args: Any, **kwargs: Any) -> Any:
+        fed.append(kwargs["input_ids"].shape[1])
+        return original(*args, **kwargs)
+
+    talker.model.forward = count
+    try:
+        for turn in range(5):
+            say(session, f"question number {turn}")
+            state = state_of(session)
+            assert sum(fed) == len(state.read) == session.last_turn.seen
+            assert not session.last_turn.reread
+    finally:
+        del talker.model.forward
+    again = State()
+    prefill(talker.model, state.read, again)
+    torch.testing.assert_close(state.logits, again.logits, rtol=1e-5, atol=1e-5)
+    rendered, _ = render(talker.tokenizer, session.messages)
+    text = talker.tokenizer.decode(rendered)
+    assert text.startswith(talker.tokenizer.decode(state.read))
+    next_prompt = [*session.messages, {"role": "user", "content": "more"}]
+    rendered, _ = render(talker.tokenizer, next_prompt, add_generation_prompt=True)
+    rest = continuation(talker.tokenizer, state.read, rendered)
+    assert rest
+    assert rendered[-len(rest) :] == rest
+    assert talker.tokenizer.decode(state.read + rest) == talker.tokenizer.decode(rendered)
+
+
+def test_each_turn_is_the_greedy_answer_to_the_whole_conversation(talker):
+    session = ChatSession(talker, sampling=SHORT)
+    read: list[int] = []
+    for text in ("hello", "and then", "really"):
+        answer = say(session, text)
+        rendered, _ = render(talker.tokenizer, session.messages[:-1], add_generation_prompt=True)
+        prompt = read + continuation(talker.tokenizer, read, rendered)
+        tokens = list(stream(talker.model, prompt, State(), sampling=SHORT, stop_ids=talker.stop_ids))
+        assert talker.tokenizer.decode(tokens, skip_special_tokens=True) == answer
+        read = prompt + tokens
+
+
+def test_a_template_that_rewrites_history_is_read_again_and_said(talker, monkeypatch):
+    template = (
+        "{% for m in messages %}{% if not loop.last or m.role == 'user' %}<|im_start|>{{ m.role }} of "
+        "{{ messages | length }}\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}<|im_start|>assistant\n"
+    )
+    monkeypatch.setattr(talker.tokenizer, "chat_template", template)
+    session = ChatSession(talker, sampling=SHORT)
+    say(session, "hello")
+    assert not session.last_turn.reread
+    answer = say(session, "again")
+    assert session.last_turn.reread
+    rendered, _ = render(talker.tokenizer, session.messages[:-1], add_generation_prompt=True)
+    assert state_of(session).read[: len(rendered)] == rendered
+    fresh = list(stream(talker.model, rendered, State(), sampling=SHORT, stop_ids=talker.stop_ids))
+    assert answer == talker.tokenizer.decode(fresh, skip_special_tokens=True)
+
+
+def test_undo_and_retry_come_back_to_the_same_place(talker):
+    session = ChatSession(talker, sampling=SHORT)
+    say(session, "first")
+    place = state_of(session).copy()
+    answer = say(session, "second")
+    messages = session.messages
+    assert session.undo() == "second"
+    assert state_of(session).read == place.read
+    assert torch.equal(state_of(session).logits, place.logits)
+    assert say(session, "second") == answer
+    assert "".join(session.retry()) == answer  # greedy
+    assert session.messages == messages
+    session.undo()
+    session.undo()
+    assert session.messages == []
+    with pytest.raises(UsageError, match="nothing to take back"):
+        session.undo()
+    with pytest.raises(UsageError, match="nothing to take back"):
+        next(session.retry())
+
+
+def test_retry_draws_anew_and_a_seed_repeats_the_session(talker):
+    def talk() -> list[str]:
+        session = ChatSession(talker, sampling=Sampling(12, temperature=2.0, seed=5))
+        return [say(session, "hello"), "".join(session.retry()), "".join(session.retry())]
+
+    first = talk()
+    assert len(set(first)) == 3
+    assert talk() == first
+
+
+def test_undoing_further_than_states_are_kept_reads_again(talker):
+    session = ChatSession(talker, sampling=Sampling(2))
+    for turn in range(UNDO_DEPTH + 3):
+        say(session, f"turn {turn}")
+    assert len(session._before) == UNDO_DEPTH
+    for _ in range(UNDO_DEPTH + 1):
+        session.undo()
+    say(session, "other")
+    assert session.last_turn.reread
+    assert [turn["content"] for turn in session.messages[1::2]] == ["turn 0", "turn 1", "other"]
+    rendered, _ = render(talker.tokenizer, session.messages[:-1], add_generation_prompt=True)
+    assert state_of(session).read[: len(rendered)] == rendered
+
+
+def test_interrupting_keeps_what_was_written(talker):
+    session = ChatSession(talker, sampling=SHORT)
+    answer = session.send("hello")
+    got = next(answer) + next(answer)
+    answer.close()
+    assert session.messages[-1] == {"role": "assistant", "content": got}
+    assert session.last_turn.finish_reason == "interrupted"
+    say(session, "go on")
+    assert not session.last_turn.reread
+
+
+def test_interrupting_inside_the_model_loses_no_turn(talker, monkeypatch):
+    session = ChatSession(talker, sampling=SHORT)
+    say(session, "hello")
+    before = list(state_of(session).read)
+    mixer = talker.model.get_base_model().backbone.layers[1].mixer
+    original, calls = mixer.forward, [0]
+
+    def interrupt(after: int) -> Callable[..., Any]:
+        calls[0] = 0
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            calls[0] += 1
+            if calls[0] > after:
+                raise KeyboardInterrupt
+            return original(*args, **kwargs)
+
+        return forward
+
+    monkeypatch.setattr(mixer, "forward", interrupt(0))
+    with pytest.raises(KeyboardInterrupt):
+        list(session.send("at once"))
+    assert [turn["content"] for turn in session.messages if turn["role"] == "user"] == ["hello"]
+    assert state_of(session).read == before
+    monkeypatch.setattr(mixer, "forward", interrupt(4))
+    with pytest.raises(KeyboardInterrupt):
+        list(session.send("later"))
+    monkeypatch.setattr(mixer, "forward", original)
+    assert session.messages[-1]["role"] == "assistant"
+    assert state_of(session).read == before  # the turn's start: only this turn is read again
+    say(session, "go on")
+    assert not session.last_turn.reread
+    text = talker.tokenizer.decode(state_of(session).read)
+    assert "later" in text
+    assert "at once" not in text
+
+
+def test_system_reset_and_save(talker, tmp_path):
+    session = ChatSession(talker, sampling=SHORT)
+    file = tmp_path / "new" / "chats.jsonl"
+    with pytest.raises(UsageError, match="nothing to save"):
+        session.save(file)
+    say(session, "hello")
+    assert session.messages[0] == {"role": "system", "content": "be brief"}  # the run's own
+    session.system = "be long"
+    say(session, "again")
+    assert session.last_turn.reread
+    assert "be long" in talker.tokenizer.decode(state_of(session).read)
+    session.save(file)
+    messages = session.messages
+    session.reset()
+    assert (session.messages, session.last_turn) == ([], None)
+    say(session, "new 😀")
+    session.save(file)
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    assert rows == [{"messages": messages}, {"messages": session.messages}]
+    assert [turn["role"] for turn in messages] == ["system", "user", "assistant", "user", "assistant"]
+    with pytest.raises(UsageError, match="cannot save"):
+        session.save(tmp_path)
+    assert ChatSession(talker, system="other").system == "other"
+
+
+def test_blank_messages_and_broken_bytes(talker):
+    session = ChatSession(talker, sampling=SHORT)
+    with pytest.raises(UsageError, match="empty"):
+        session.send(" \n")
+    say(session, b"caf\xe9".decode("utf-8", "surrogateescape"))
+    assert session.messages[-2]["content"] == "caf\ufffd"
+
+
+def test_two_sides_answer_as_they_would_alone(talker):
+    compared = open_session(talker, compare=True, sampling=Sampling(21))
+    assert isinstance(compared, CompareSession)
+    for text in ("hello", "and now"):
+        got = ["", ""]
+        order = []
+        for side, piece in compared.send(text):
+            got[side] += piece
+            order.append(side)
+        assert order.index(1) < len(order) - 1 - order[::-1].index(0)  # interleaved
+        for side, session in enumerate(compared.sides):
+            assert session.messages[-1]["content"] == got[side]
+            assert not session.last_turn.reread
+    for side in split_talker(talker):
+        alone = ChatSession(side, sampling=Sampling(21))
+        texts = [say(alone, "hello"), say(alone, "and now")]
+        twin = compared.sides[0] if side.name == "base" else compared.sides[1]
+        assert [m["content"] for m in twin.messages if m["role"] == "assistant"] == texts
+    assert compared.undo() == "and now"
+    assert [len(side.messages) for side in compared.sides] == [3, 3]
+    list(compared.retry())
+    compared.reset()
+    assert [side.messages for side in compared.sides] == [[], []]
+
+
+def test_interrupting_a_comparison_keeps_the_sides_in_step(talker):
+    compared = open_session(talker, compare=True, sampling=SHORT)
+    answer = compared.send("hello")
+    assert next(answer)[0] == 0
+    answer.close()  # the second side has not begun
+    assert [side.messages for side in compared.sides] == [[], []]
+    assert [len(side.messages) for side in compared.sides] == [0, 0]
+    list(compared.send("hello"))
+    assert [len(side.messages) for side in compared.sides] == [3, 3]
