@@ -16,6 +16,16 @@ from pathlib import Path
 from mamba_sft.errors import UsageError
 
 RUNS_ROOT = Path("runs")
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+"""PEFT's names for the two files of an adapter."""
+BASE_FACTS = "base.json"
+"""Beside an adapter: which base it belongs to, and what was done to that base."""
+MERGE_REPORT = "merge.json"
+"""In a merged checkpoint: what was merged, and what its check found."""
+HUB_CHECKPOINT, MODEL_CARD = "hf", "README.md"
+"""The exported checkpoint inside `export/`, and its model card."""
+QUALITY = "quality.json"
+"""Beside exported GGUF files: what was measured of each."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +91,7 @@ class Run:
     @property
     def quality(self) -> Path:
         """What was measured of each exported GGUF file, as JSON."""
-        return self.export / "quality.json"
+        return self.export / QUALITY
 
     @property
     def eval(self) -> Path:
@@ -106,18 +116,25 @@ class Run:
         return run
 
     @classmethod
+    def all_under(cls, root: str | Path = RUNS_ROOT) -> list[Run]:
+        """Returns the runs under `root`, the most recently trained first, by the age of their recipes."""
+        recipes = Path(root).glob(f"*/{cls(Path(root)).recipe.name}")
+        found = sorted(recipes, key=lambda path: path.stat().st_mtime, reverse=True)
+        return [cls(recipe.parent) for recipe in found]
+
+    @classmethod
     def newest(cls, root: str | Path = RUNS_ROOT) -> Run:
         """Returns the most recently trained run under `root`, by the age of its recipe.
 
         Raises:
             UsageError: There is none.
         """
-        recipes = sorted(Path(root).glob("*/recipe.yaml"), key=lambda path: path.stat().st_mtime)
-        if not recipes:
+        runs = cls.all_under(root)
+        if not runs:
             raise UsageError(
                 f"no run under `{root}/`", hint="`mamba-sft train quickstart` makes one in minutes"
             )
-        return cls(recipes[-1].parent)
+        return runs[0]
 
 
 @contextmanager

@@ -22,7 +22,7 @@ def data(
 
     loaded = Recipe.load(recipe, overrides=overrides or [])
     from mamba_sft.cli import preview
-    from mamba_sft.data.corpus import read_corpus
+    from mamba_sft.data.preparing import read_corpus
 
     setup, prepared = read_corpus(loaded)
     packing = None

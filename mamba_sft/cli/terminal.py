@@ -15,8 +15,7 @@ from rich.text import Text
 
 from mamba_sft.cli.console import printable
 from mamba_sft.errors import MambaSFTError, UsageError
-from mamba_sft.inference.comparison import CompareSession
-from mamba_sft.inference.sessions import ChatSession, Turn
+from mamba_sft.inference.sessions import ChatSession, CompareSession, Turn
 
 Session = ChatSession | CompareSession
 

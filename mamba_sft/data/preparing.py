@@ -14,25 +14,27 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain, groupby, islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mamba_sft.data import formats
 from mamba_sft.data.chats import BadRowError, Chat
-from mamba_sft.data.packing import IGNORED, list_table
+from mamba_sft.data.packing import IGNORED, list_table, pack
 from mamba_sft.data.report import DataReport, SourceReport
 from mamba_sft.data.selecting import SourceRows, fit, take_validation, weighted
 from mamba_sft.data.sources import Row, read_source
 from mamba_sft.data.tokenizing import Example, Renderer, Tokens
 from mamba_sft.errors import DataError
-from mamba_sft.model.chat_template import TemplateSetup
+from mamba_sft.model.chat_template import TemplateSetup, prepare_tokenizer
+from mamba_sft.model.loading import load_config, load_tokenizer, named_ids
 from mamba_sft.run import write_atomically
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
     from mamba_sft.recipe.fields import DataSection, SourceSection
+    from mamba_sft.recipe.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +61,30 @@ class PreparedData:
     report: DataReport
     train_origins: list[str]
     validation_origins: list[str]
+
+
+def read_corpus(recipe: Recipe, *, rejected: Path | None = None) -> tuple[TemplateSetup, PreparedData]:
+    """Returns the recipe's tokenizer, ready to chat, and its rows as tokens.
+
+    Args:
+        recipe: Names the base, the template and the data.
+        rejected: Where bad rows are listed, or None to list them nowhere.
+
+    Raises:
+        MambaSFTError: The base, its tokenizer, the template or the data cannot be used.
+    """
+    config = load_config(recipe.model)
+    tokenizer = load_tokenizer(recipe.model)
+    setup = prepare_tokenizer(tokenizer, recipe.chat, named_ids(config), embedding_rows=config.vocab_size)
+    data = prepare_data(recipe.data, setup, system=recipe.chat.system, seed=recipe.seed, rejected=rejected)
+    return setup, data
+
+
+def as_trained(dataset: Dataset | None, data: DataSection, seed: int) -> Any:
+    """Returns the rows as the trainer takes them: packed when `data.packing` is on. None stays None."""
+    if dataset is None or not data.packing or data.max_length is None:
+        return dataset
+    return pack(dataset, data.max_length, seed)
 
 
 def prepare_data(

@@ -14,16 +14,14 @@ from typing import Any
 import torch
 
 from mamba_sft.errors import ModelError, UsageError
-from mamba_sft.merging.plan import REPORT_NAME, MergePlan, fit_adapter
-from mamba_sft.merging.saved_adapter import EMBEDDINGS, HEAD, WEIGHTS_NAME
+from mamba_sft.merging.plan import MergePlan, fit_adapter
+from mamba_sft.merging.saved_adapter import EMBEDDINGS, HEAD
 from mamba_sft.merging.summed import MergedTensors
 from mamba_sft.model.checkpoint import read_config, read_tensors
 from mamba_sft.model.tensor_files import DTYPES, StoredTensors
 from mamba_sft.recipe.builtin import find_path
-from mamba_sft.run import Run
+from mamba_sft.run import ADAPTER_WEIGHTS, MERGE_REPORT, Run
 
-QUALITY_NAME = "quality.json"
-"""Beside exported GGUF files: what was measured of each."""
 logger = logging.getLogger(__name__)
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -152,8 +150,8 @@ def find_model(where: Run | str | Path) -> FullModel:
 
 def _of_run(run: Run) -> FullModel:
     name = run.path.resolve().name
-    if (run.merged / REPORT_NAME).is_file():
-        stale = _age(run.merged / REPORT_NAME) < _age(run.adapter / WEIGHTS_NAME)
+    if (run.merged / MERGE_REPORT).is_file():
+        stale = _age(run.merged / MERGE_REPORT) < _age(run.adapter / ADAPTER_WEIGHTS)
         if not stale:
             return _of_checkpoint(run.merged, name, run)
         logger.warning("`%s` is older than the adapter: base and adapter are taken instead", run.merged)
@@ -177,7 +175,7 @@ def _of_checkpoint(directory: Path, name: str, run: Run | None = None) -> FullMo
 
 def _merge_report(directory: Path) -> dict[str, Any]:
     """What a merge recorded of the checkpoint it wrote; empty for any other."""
-    path = directory / REPORT_NAME
+    path = directory / MERGE_REPORT
     return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 
 

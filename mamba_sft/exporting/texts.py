@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mamba_sft.data.corpus import read_corpus
+from mamba_sft.data.preparing import read_corpus
 from mamba_sft.errors import MambaSFTError
 from mamba_sft.evaluation.prompts import read_samples
 from mamba_sft.exporting.full_model import FullModel

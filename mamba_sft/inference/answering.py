@@ -9,10 +9,9 @@ from typing import Any
 
 from mamba_sft.errors import DataError, UsageError
 from mamba_sft.inference.chat_model import Talker, load_talker, require_template, split_talker
-from mamba_sft.inference.comparison import CompareSession
 from mamba_sft.inference.generation import Answer, answers
 from mamba_sft.inference.sampling import Sampling
-from mamba_sft.inference.sessions import ChatSession
+from mamba_sft.inference.sessions import ChatSession, CompareSession
 from mamba_sft.model.chat_template import encode_batch, render, with_system
 from mamba_sft.run import Run, write_atomically
 

@@ -11,13 +11,13 @@ from typing import Any, Literal
 
 from mamba_sft.errors import AdapterError, DataError, UsageError
 from mamba_sft.inference.generation import stop_token_ids
-from mamba_sft.model.adapter import BASE_FACTS_NAME, load_adapter
+from mamba_sft.model.adapter import load_adapter
 from mamba_sft.model.chat_template import TemplateSetup, find_stop_token, prepare_tokenizer
 from mamba_sft.model.checkpoint import base_fingerprint, read_config
 from mamba_sft.model.loading import apply_setup, load_config, load_model, load_tokenizer, resolve_base
 from mamba_sft.recipe.fields import ModelSection
 from mamba_sft.recipe.recipe import Recipe
-from mamba_sft.run import Run
+from mamba_sft.run import ADAPTER_CONFIG, BASE_FACTS, Run
 
 Quantization = Literal["none", "nf4", "int8"]
 
@@ -199,7 +199,7 @@ def _find(where: Run | str | Path, merged: bool) -> _Source:
         raise UsageError(
             f"`{path}` is not a run, so it has no merged checkpoint", hint="leave `--merged` out"
         )
-    if (path / "adapter_config.json").is_file():
+    if (path / ADAPTER_CONFIG).is_file():
         return _find_adapter(path)
     return _Source(_section_of(str(where)))
 
@@ -231,7 +231,7 @@ def _find_adapter(path: Path) -> _Source:
 
 
 def _read_facts(adapter: Path) -> dict[str, Any]:
-    path = adapter / BASE_FACTS_NAME
+    path = adapter / BASE_FACTS
     try:
         facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
@@ -279,7 +279,7 @@ def _setup(source: _Source, adapter: Path) -> TemplateSetup:
 
 def _setup_of(recipe: Recipe) -> TemplateSetup:
     """Settles the template as the run's training did."""
-    from mamba_sft.data.corpus import named_ids
+    from mamba_sft.model.loading import named_ids
 
     config = load_config(recipe.model)
     tokenizer = load_tokenizer(recipe.model)

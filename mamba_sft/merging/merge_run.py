@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mamba_sft.data.corpus import as_trained, read_corpus
 from mamba_sft.data.packing import Collator
+from mamba_sft.data.preparing import as_trained, read_corpus
 from mamba_sft.errors import MambaSFTError, MergeError, UsageError
 from mamba_sft.inference.scoring import heldout_loss
 from mamba_sft.merging.check import CheckResult, MergeCheck, MergeReport
 from mamba_sft.merging.disk import disk_errors_explained
-from mamba_sft.merging.plan import REPORT_NAME, MergePlan, plan_merge
-from mamba_sft.merging.saved_adapter import WEIGHTS_NAME, SavedAdapter
+from mamba_sft.merging.plan import MergePlan, plan_merge
+from mamba_sft.merging.saved_adapter import SavedAdapter
 from mamba_sft.merging.summed import MergedTensors, write_companions
 from mamba_sft.model.adapter import adapter_allowed
 from mamba_sft.model.chat_template import render
@@ -34,7 +34,7 @@ from mamba_sft.model.loading import UNQUANTIZED, load_model
 from mamba_sft.model.tensor_files import StoredTensors, one_thread, write_shard
 from mamba_sft.recipe.fields import ModelSection
 from mamba_sft.recipe.recipe import Recipe
-from mamba_sft.run import Run, atomic_directory
+from mamba_sft.run import ADAPTER_WEIGHTS, MERGE_REPORT, Run, atomic_directory
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -78,7 +78,7 @@ def merge(
     need = f"the merged model takes {plan.nbytes / 1e9:.1f} GB"
     with disk_errors_explained(plan.output, need, MergeError), atomic_directory(plan.output) as directory:
         report = _merge_into(directory, plan, source, progress or (lambda stage, done, total: None))
-        (directory / REPORT_NAME).write_text(report.to_json() + "\n", encoding="utf-8")
+        (directory / MERGE_REPORT).write_text(report.to_json() + "\n", encoding="utf-8")
     return report
 
 
@@ -216,7 +216,7 @@ def _attach(adapter: SavedAdapter, block: torch.nn.Module, layer: int) -> None:
     from safetensors import safe_open
 
     root, prefix = "base_model.model.", f"backbone.layers.{layer}."
-    with safe_open(adapter.path / WEIGHTS_NAME, "pt") as file:
+    with safe_open(adapter.path / ADAPTER_WEIGHTS, "pt") as file:
         names = [name for name in file.keys() if name.startswith(root + prefix) and ".lora_" in name]  # noqa: SIM118
         weights = {name.removeprefix(root): file.get_tensor(name).float() for name in names}
     if not weights:

@@ -13,15 +13,13 @@ import torch
 
 from mamba_sft.errors import MergeError, ModelError, UsageError
 from mamba_sft.merging.disk import require_space
-from mamba_sft.merging.saved_adapter import EMBEDDINGS, HEAD, WEIGHTS_NAME, SavedAdapter, read_adapter
-from mamba_sft.model.adapter import BASE_FACTS_NAME
+from mamba_sft.merging.saved_adapter import EMBEDDINGS, HEAD, SavedAdapter, read_adapter
 from mamba_sft.model.checkpoint import TensorEntry, base_fingerprint, read_config, read_tensors
 from mamba_sft.model.checksums import file_checksum
 from mamba_sft.model.loading import resolve_base
 from mamba_sft.model.tensor_files import DTYPES, Layout, StoredTensors
-from mamba_sft.run import Run
+from mamba_sft.run import ADAPTER_WEIGHTS, BASE_FACTS, MERGE_REPORT, Run
 
-REPORT_NAME = "merge.json"
 VOCABULARY = (EMBEDDINGS, HEAD)
 _DTYPE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
@@ -111,7 +109,7 @@ def fit_adapter(run: Run, output: Path, dtype: str | None) -> MergePlan:
     if dtype is not None and dtype not in _DTYPE_NAMES:
         raise UsageError(f"no such dtype `{dtype}`", hint=f"give one of {', '.join(_DTYPE_NAMES)}")
     adapter = read_adapter(run.adapter)
-    facts = _read_facts(run.adapter / BASE_FACTS_NAME)
+    facts = _read_facts(run.adapter / BASE_FACTS)
     base = resolve_base(facts.base, facts.revision)
     entries = read_tensors(base)
     if base_fingerprint(base) != facts.fingerprint:
@@ -123,7 +121,7 @@ def fit_adapter(run: Run, output: Path, dtype: str | None) -> MergePlan:
     if config.get("tie_word_embeddings", True) and EMBEDDINGS in adapter.rows and HEAD in entries:
         adapter.rows.setdefault(HEAD, adapter.rows[EMBEDDINGS])  # one matrix, stored under both its names
     _check_fit(adapter, entries, facts)
-    _check_undamaged(run.adapter / WEIGHTS_NAME, facts)
+    _check_undamaged(run.adapter / ADAPTER_WEIGHTS, facts)
     shards = _lay_out(entries, facts, dtype)
     _check_complete(config, shards, base)
     return MergePlan(run, output, dtype, facts, adapter, base, entries, config, shards)
@@ -148,9 +146,9 @@ def _check_output(output: Path, sources: Iterable[Path]) -> None:
         raise UsageError(f"`{output}` cannot be made anew", hint="give `--output` a directory by its name")
     if output.exists() and not output.is_dir():
         raise UsageError(f"`{output}` is a file", hint="give a directory with `--output`")
-    if output.is_dir() and any(output.iterdir()) and not (output / REPORT_NAME).is_file():
+    if output.is_dir() and any(output.iterdir()) and not (output / MERGE_REPORT).is_file():
         raise UsageError(
-            f"`{output}` is not empty and not an earlier merge: it has no `{REPORT_NAME}`",
+            f"`{output}` is not empty and not an earlier merge: it has no `{MERGE_REPORT}`",
             hint="give another directory with `--output`, or empty this one",
         )
 
@@ -160,7 +158,7 @@ def _check_undamaged(path: Path, facts: BaseFacts) -> None:
         raise MergeError(
             f"`{path}` is not the file that training wrote: its checksum is another",
             hint="a disk or a copy damaged it, or it is another run's; copy the run again. If you changed it "
-            f"yourself, take `adapter_checksum` out of the `{BASE_FACTS_NAME}` beside it",
+            f"yourself, take `adapter_checksum` out of the `{BASE_FACTS}` beside it",
         )
 
 

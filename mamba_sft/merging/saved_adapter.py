@@ -18,9 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from mamba_sft.errors import MergeError
+from mamba_sft.run import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
-WEIGHTS_NAME = "adapter_model.safetensors"
-CONFIG_NAME = "adapter_config.json"
 EMBEDDINGS, HEAD = "backbone.embeddings.weight", "lm_head.weight"
 # Settings that change what an adapter means, or where its tensors go, in ways a sum cannot express.
 _UNSUPPORTED = (
@@ -96,7 +95,7 @@ class SavedAdapter:
         """
         if self._latest is None or self._latest[0] != module:
             keys = self.modules[module]
-            with _open(self.path / WEIGHTS_NAME) as file:
+            with _open(self.path / ADAPTER_WEIGHTS) as file:
                 parts = {part: file.get_tensor(key).float() for part, key in keys.items()}
             self._latest = module, _low_rank(self, module, parts)
         return self._latest[1]
@@ -152,27 +151,27 @@ def read_adapter(path: Path) -> SavedAdapter:
         MergeError: There is none, it is damaged, or it holds something that is not a sum of low-rank
             updates, trained rows and biases.
     """
-    for name in (CONFIG_NAME, WEIGHTS_NAME):
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if not (path / name).is_file():
             raise MergeError(
                 f"no adapter in `{path}`: it has no `{name}`",
                 hint="training writes it when it ends; a stopped run goes on with `mamba-sft train --resume`",
             )
-    adapter = SavedAdapter(path, _read_config(path / CONFIG_NAME))
+    adapter = SavedAdapter(path, _read_config(path / ADAPTER_CONFIG))
     unknown = []
-    with _open(path / WEIGHTS_NAME) as file:
+    with _open(path / ADAPTER_WEIGHTS) as file:
         for key in sorted(file.keys()):
             value = file.get_tensor(key).float()
             if not torch.isfinite(value).all():
                 raise MergeError(
-                    f"`{path / WEIGHTS_NAME}` has NaN or infinity in `{key}`",
+                    f"`{path / ADAPTER_WEIGHTS}` has NaN or infinity in `{key}`",
                     hint="the training diverged; take an earlier checkpoint",
                 )
             if not _file_tensor(adapter, key, value):
                 unknown.append(key)
     if unknown:
         raise MergeError(
-            f"`{path / WEIGHTS_NAME}` holds tensors that cannot be merged: " + ", ".join(unknown[:5]),
+            f"`{path / ADAPTER_WEIGHTS}` holds tensors that cannot be merged: " + ", ".join(unknown[:5]),
             hint="merge handles LoRA, rsLoRA, DoRA, trained token rows and biases",
         )
     return adapter

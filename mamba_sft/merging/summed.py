@@ -10,11 +10,12 @@ from pathlib import Path
 
 import torch
 
-from mamba_sft.merging.plan import REPORT_NAME, MergePlan
+from mamba_sft.merging.plan import MergePlan
+from mamba_sft.model.checkpoint import INDEX_NAME
 from mamba_sft.model.checksums import new_digest
 from mamba_sft.model.tensor_files import DTYPES, Layout, StoredTensors, as_bytes
+from mamba_sft.run import MERGE_REPORT
 
-INDEX_NAME = "model.safetensors.index.json"
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "chat_template.jinja",
@@ -102,5 +103,5 @@ def write_companions(plan: MergePlan, directory: Path) -> None:
 
 def _is_companion(path: Path) -> bool:
     """Small files that belong to the model; not its weights, its page on the hub, or anything hidden."""
-    odd = path.name.startswith(".") or path.name.lower() in ("readme.md", "config.json", REPORT_NAME)
+    odd = path.name.startswith(".") or path.name.lower() in ("readme.md", "config.json", MERGE_REPORT)
     return path.is_file() and not odd and not path.name.endswith(_NOT_COPIED)

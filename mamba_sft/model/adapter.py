@@ -33,17 +33,16 @@ from peft.utils.other import TrainableTokensWrapper
 
 from mamba_sft.errors import AdapterError
 from mamba_sft.kernels.falcon_mamba import FalconMambaMixer
-from mamba_sft.merging.saved_adapter import WEIGHTS_NAME
 from mamba_sft.model.checkpoint import resolve_base
 from mamba_sft.model.checksums import base_record, file_checksum
 from mamba_sft.model.lora import fuse_lora
+from mamba_sft.run import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_FACTS
 
 if TYPE_CHECKING:
     from mamba_sft.model.chat_template import TemplateSetup
     from mamba_sft.recipe.fields import AdapterSection, ModelSection
 
 TARGETS = ("in_proj", "x_proj", "dt_proj", "out_proj")
-BASE_FACTS_NAME = "base.json"
 _ADAPTER = "default"
 _REFUSED = {
     "conv1d": "it is a depthwise convolution, not a projection, and its kernel reads the weight directly",
@@ -161,7 +160,7 @@ def save_adapter(model: PeftModel, directory: Path, *, section: ModelSection, se
     weights = get_peft_model_state_dict(model, save_embedding_layers=False)
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(weights.items())}
     data = save(contiguous, metadata={"format": "pt"})  # `save_file`'s files are their owner's alone
-    (directory / WEIGHTS_NAME).write_bytes(data)
+    (directory / ADAPTER_WEIGHTS).write_bytes(data)
     config = copy(model.peft_config[_ADAPTER])
     config.target_modules = sorted(config.target_modules)  # PEFT makes a set of them, saved in any order
     config.save_pretrained(directory, inference_mode=True)
@@ -171,13 +170,13 @@ def save_adapter(model: PeftModel, directory: Path, *, section: ModelSection, se
         "base": section.base,
         "revision": section.revision,
         **base_record(resolve_base(section.base, section.revision)),
-        "adapter_checksum": file_checksum(directory / WEIGHTS_NAME),
+        "adapter_checksum": file_checksum(directory / ADAPTER_WEIGHTS),
         "quantization": section.quantization,
         "dtype": str(model.get_base_model().dtype).removeprefix("torch."),
         "resize_to": setup.resize_to,
         "trained_token_ids": list(setup.trained_token_ids),
     }
-    (directory / BASE_FACTS_NAME).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    (directory / BASE_FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
 def adapter_tensors(model: Any) -> dict[str, torch.nn.Parameter]:
@@ -288,11 +287,11 @@ def _read_adapter(path: Path) -> tuple[PeftConfig, dict[str, torch.Tensor]]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    for name in ("adapter_config.json", WEIGHTS_NAME):
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if not (path / name).is_file():
             raise AdapterError(f"no `{name}` in `{path}`", hint="give the `adapter/` directory of a run")
     try:
-        config, weights = PeftConfig.from_pretrained(str(path)), load_file(path / WEIGHTS_NAME)
+        config, weights = PeftConfig.from_pretrained(str(path)), load_file(path / ADAPTER_WEIGHTS)
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise AdapterError(f"cannot read the adapter in `{path}`: {error}", hint="copy it again") from error
     if not isinstance(config, LoraConfig):

@@ -16,6 +16,7 @@ from typing import Any
 
 from mamba_sft.errors import ModelError
 from mamba_sft.recipe.builtin import bundled_root, find_path
+from mamba_sft.run import ADAPTER_CONFIG
 
 MODEL_TYPE = "falcon_mamba"
 INDEX_NAME = "model.safetensors.index.json"
@@ -89,7 +90,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     """
     path = directory / "config.json"
     if not path.is_file():
-        if (directory / "adapter_config.json").is_file():
+        if (directory / ADAPTER_CONFIG).is_file():
             raise ModelError(
                 f"`{directory}` is an adapter, not a base model: it has no `config.json`",
                 hint="give the base model it was trained on, or merge it first with `mamba-sft merge`",

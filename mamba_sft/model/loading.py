@@ -247,3 +247,11 @@ def _explain_loading(error: BaseException, section: ModelSection, device: torch.
             hint="config.json and the shards come from different models; download both again",
         )
     return None
+
+
+def named_ids(config: Any) -> set[int]:
+    """Returns the token ids that a model's config gives a meaning; some configs list several."""
+    ids: set[int] = set()
+    for value in (config.bos_token_id, config.eos_token_id, config.pad_token_id):
+        ids.update(value if isinstance(value, list) else [] if value is None else [value])
+    return ids

@@ -113,9 +113,9 @@ def measured(recipe: Recipe, device_name: str) -> Rate | None:
     took, evaluations included. The same way is the same base, number format, adapter, rows and policies.
     """
     beside = Path(recipe.output_dir).absolute().parent
-    for environment in sorted(beside.glob("*/environment.json"), key=_age, reverse=True):
+    for run in Run.all_under(beside):
         try:
-            rate = _rate_of(Run(environment.parent), recipe, device_name)
+            rate = _rate_of(run, recipe, device_name)
         except (OSError, ValueError, KeyError, TypeError, MambaSFTError):  # an older or broken run
             continue
         if rate is not None:
@@ -139,10 +139,6 @@ def _way(recipe: Recipe) -> tuple[Any, ...]:
         model.base, model.dtype, model.quantization, data.max_length, data.packing, recipe.adapter,
         train.per_device_train_batch_size, train.checkpointing, train.stream_tokens,
     )  # fmt: skip
-
-
-def _age(path: Path) -> float:
-    return path.stat().st_mtime
 
 
 def shown(path: Path) -> str:

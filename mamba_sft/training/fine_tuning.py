@@ -19,9 +19,8 @@ import torch
 from accelerate import PartialState
 from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 
-from mamba_sft.data.corpus import as_trained, read_corpus
 from mamba_sft.data.packing import Collator, row_lengths
-from mamba_sft.data.preparing import PreparedData
+from mamba_sft.data.preparing import PreparedData, as_trained, read_corpus
 from mamba_sft.errors import TrainingError
 from mamba_sft.evaluation.prompts import Prompt, load_prompts, pair, write_samples
 from mamba_sft.evaluation.report import write_report

@@ -108,7 +108,8 @@ def test_marks_that_an_old_terminal_can_show(monkeypatch):
 @pytest.mark.slow
 def test_nothing_is_imported_that_is_not_looked_at():
     code = (
-        "import sys; sys.argv[1:] = ['doctor']; from mamba_sft.cli import app; app.app(standalone_mode=False);"
+        "import sys; sys.argv[1:] = ['doctor']; from mamba_sft.cli.app import app;"
+        "app(standalone_mode=False);"
         "heavy = {'transformers', 'datasets', 'peft', 'trl', 'bitsandbytes', 'pandas'} & set(sys.modules);"
         "assert not heavy, heavy"
     )

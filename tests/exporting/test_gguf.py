@@ -17,8 +17,8 @@ import torch
 pytest.importorskip("gguf")
 pytest.importorskip("xllamacpp")
 
-from gguf.quants import dequantize
 from gguf import GGUFReader, GGUFWriter
+from gguf.quants import dequantize
 from transformers import AutoModelForCausalLM, FalconMambaConfig, FalconMambaForCausalLM
 from typer.testing import CliRunner
 

@@ -10,10 +10,9 @@ import torch
 from mamba_sft.errors import UsageError
 from mamba_sft.inference.answering import open_session
 from mamba_sft.inference.chat_model import split_talker
-from mamba_sft.inference.comparison import CompareSession
 from mamba_sft.inference.generation import State, prefill, stream
 from mamba_sft.inference.sampling import Sampling
-from mamba_sft.inference.sessions import UNDO_DEPTH, ChatSession, continuation
+from mamba_sft.inference.sessions import UNDO_DEPTH, ChatSession, CompareSession, continuation
 from mamba_sft.model.chat_template import render
 from tests.inference.conftest import SHORT, say, state_of
 

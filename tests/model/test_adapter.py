@@ -15,8 +15,6 @@ from safetensors.torch import load_file, save_file
 from mamba_sft.errors import AdapterError
 from mamba_sft.kernels.falcon_mamba import install
 from mamba_sft.model.adapter import (
-    BASE_FACTS_NAME,
-    WEIGHTS_NAME,
     adapter_allowed,
     adapter_tensors,
     attach_adapter,
@@ -29,6 +27,7 @@ from mamba_sft.model.checkpoint import base_fingerprint
 from mamba_sft.model.checksums import file_checksum, tensor_checksums
 from mamba_sft.model.loading import apply_setup, load_model
 from mamba_sft.recipe.fields import AdapterSection, ModelSection
+from mamba_sft.run import ADAPTER_WEIGHTS, BASE_FACTS
 from tests.conftest import build_model, build_tokenizer
 
 ALL = ["in_proj", "x_proj", "dt_proj", "out_proj"]
@@ -200,21 +199,21 @@ def test_what_is_saved(tiny_base: Path, tmp_path: Path) -> None:
     save_adapter(model, tmp_path, section=where, setup=setup)
     names = {path.name for path in tmp_path.iterdir() if path.is_file()}
     assert {
-        WEIGHTS_NAME,
-        BASE_FACTS_NAME,
+        ADAPTER_WEIGHTS,
+        BASE_FACTS,
         "adapter_config.json",
         "tokenizer.json",
         "generation_config.json",
     } <= names
-    weights = load_file(tmp_path / WEIGHTS_NAME)
+    weights = load_file(tmp_path / ADAPTER_WEIGHTS)
     assert all(tensor.shape[0] < 512 for tensor in weights.values())  # rows, never a whole vocabulary
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
-    assert json.loads((tmp_path / BASE_FACTS_NAME).read_text()) == {
+    assert json.loads((tmp_path / BASE_FACTS).read_text()) == {
         "base": str(tiny_base),
         "revision": None,
         "fingerprint": base_fingerprint(tiny_base),
         "checksums": tensor_checksums(tiny_base),
-        "adapter_checksum": file_checksum(tmp_path / WEIGHTS_NAME),
+        "adapter_checksum": file_checksum(tmp_path / ADAPTER_WEIGHTS),
         "quantization": "none",
         "dtype": "float32",
         "resize_to": 520,
@@ -222,7 +221,7 @@ def test_what_is_saved(tiny_base: Path, tmp_path: Path) -> None:
     }
     assert json.loads((tmp_path / "generation_config.json").read_text())["eos_token_id"] == [512, 11]
     assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == sorted(ALL)
-    assert (tmp_path / WEIGHTS_NAME).stat().st_mode == (tmp_path / "tokenizer.json").stat().st_mode
+    assert (tmp_path / ADAPTER_WEIGHTS).stat().st_mode == (tmp_path / "tokenizer.json").stat().st_mode
 
 
 def test_the_trainer_saves_rows_not_matrices(tiny_base: Path, tmp_path: Path) -> None:
@@ -230,7 +229,7 @@ def test_the_trainer_saves_rows_not_matrices(tiny_base: Path, tmp_path: Path) ->
     base.resize_token_embeddings(520, mean_resizing=False)
     model = attach_adapter(base, section(), trained_token_ids=[512])
     model.save_pretrained(tmp_path)
-    assert all(tensor.shape[0] < 512 for tensor in load_file(tmp_path / WEIGHTS_NAME).values())
+    assert all(tensor.shape[0] < 512 for tensor in load_file(tmp_path / ADAPTER_WEIGHTS).values())
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -315,12 +314,12 @@ def saved(tiny_base: Path, tmp_path: Path) -> Path:
 
 
 def test_broken_adapters(saved: Path) -> None:
-    weights = saved / WEIGHTS_NAME
+    weights = saved / ADAPTER_WEIGHTS
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(AdapterError, match="cannot read the adapter"):
         load_adapter(install(build_model()), saved)
     weights.unlink()
-    with pytest.raises(AdapterError, match=f"no `{WEIGHTS_NAME}`"):
+    with pytest.raises(AdapterError, match=f"no `{ADAPTER_WEIGHTS}`"):
         load_adapter(install(build_model()), saved)
     with pytest.raises(AdapterError, match=r"no `adapter_config\.json`"):
         load_adapter(install(build_model()), saved / "nowhere")
@@ -333,8 +332,8 @@ def test_adapters_of_another_base(saved: Path, config: dict[str, int]) -> None:
 
 
 def test_an_adapter_with_a_tensor_missing(saved: Path) -> None:
-    weights = load_file(saved / WEIGHTS_NAME)
+    weights = load_file(saved / ADAPTER_WEIGHTS)
     del weights[next(name for name in weights if "lora_B" in name)]
-    save_file(weights, saved / WEIGHTS_NAME)
+    save_file(weights, saved / ADAPTER_WEIGHTS)
     with pytest.raises(AdapterError, match="1 tensors are in one but not in the other"):
         load_adapter(install(build_model()), saved)

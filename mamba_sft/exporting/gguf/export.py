@@ -9,22 +9,15 @@ from pathlib import Path
 
 from mamba_sft.errors import ExportError, UsageError
 from mamba_sft.evaluation.report import write_report
-from mamba_sft.exporting.full_model import QUALITY_NAME, base_of, find_model
-from mamba_sft.exporting.gguf.files import (
-    GGUFPlan,
-    plan_gguf,
-    record_quality,
-    verify_adapter,
-    write_gguf,
-)
+from mamba_sft.exporting.full_model import base_of, find_model
+from mamba_sft.exporting.gguf.files import GGUFPlan, plan_gguf, record_quality, verify_adapter, write_gguf
 from mamba_sft.exporting.gguf.lora import write_adapter
 from mamba_sft.exporting.gguf.types import choose_methods
-from mamba_sft.exporting.hub.checkpoint import CARD_NAME, CHECKPOINT_NAME
 from mamba_sft.exporting.ollama.modelfile import modelfile_text
 from mamba_sft.exporting.task import Exported, GGUFFile, Task, output_of
 from mamba_sft.merging.disk import disk_errors_explained
 from mamba_sft.merging.plan import fit_adapter
-from mamba_sft.run import Run, write_atomically
+from mamba_sft.run import HUB_CHECKPOINT, MODEL_CARD, QUALITY, Run, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +78,7 @@ def export_adapter(task: Task, *, ollama: bool) -> Exported:
         partial.unlink(missing_ok=True)
     adapter = GGUFFile(path, "LoRA", size, quality)
     on = {"on": files[-1].path.name} if files else {}
-    record_quality(output / QUALITY_NAME, [adapter], {"fix_epsilon": options.fix_epsilon} | on)
+    record_quality(output / QUALITY, [adapter], {"fix_epsilon": options.fix_epsilon} | on)
     return Exported(output, [*files, adapter], _write_modelfiles(output, files, texts))
 
 
@@ -96,7 +89,7 @@ def _refresh_report(plan: GGUFPlan) -> None:
         return
     if run.report.is_file():
         write_report(run)
-    if (card := run.export / CHECKPOINT_NAME / CARD_NAME).is_file():
+    if (card := run.export / HUB_CHECKPOINT / MODEL_CARD).is_file():
         logger.warning("`%s` does not list these files yet; `export --format hf` writes it anew", card)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mamba_sft.errors import ExportError
-from mamba_sft.exporting.full_model import QUALITY_NAME, FullModel
+from mamba_sft.exporting.full_model import FullModel
 from mamba_sft.exporting.gguf import llama_cpp
 from mamba_sft.exporting.gguf.importance import importance_matrix
 from mamba_sft.exporting.gguf.metadata import Vocabulary, read_vocabulary
@@ -22,7 +22,7 @@ from mamba_sft.exporting.gguf.writing import FilePlan, GGUFFiles, Importance, pl
 from mamba_sft.exporting.task import GGUFFile, GGUFOptions, Progress, Quality
 from mamba_sft.exporting.texts import calibration_text
 from mamba_sft.merging.disk import disk_errors_explained, require_space
-from mamba_sft.run import write_atomically
+from mamba_sft.run import QUALITY, write_atomically
 
 
 @dataclass
@@ -126,7 +126,7 @@ def _publish(
         if file.quality is not None or not options.verify:
             os.replace(partial, file.path)
             passed.append(file)
-    record_quality(plan.output / QUALITY_NAME, passed, facts)
+    record_quality(plan.output / QUALITY, passed, facts)
     if failures:
         raise ExportError("\n".join(failure.message for failure in failures), hint=failures[0].hint)
     return passed

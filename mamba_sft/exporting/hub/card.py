@@ -19,13 +19,13 @@ from mamba_sft.exporting.full_model import FullModel
 from mamba_sft.exporting.gguf.tensors import layers
 from mamba_sft.exporting.hub.card_tables import evaluation_table, quantization_table, table
 from mamba_sft.exporting.hub.card_usage import usage
-from mamba_sft.exporting.hub.checkpoint import CARD_NAME, MARK
+from mamba_sft.exporting.hub.checkpoint import MARK
 from mamba_sft.exporting.task import HubOptions
 from mamba_sft.exporting.texts import prompt_of
 from mamba_sft.merging.saved_adapter import EMBEDDINGS
 from mamba_sft.recipe.builtin import find_path
 from mamba_sft.recipe.recipe import Recipe
-from mamba_sft.run import Run
+from mamba_sft.run import MODEL_CARD, Run
 
 PLOT_NAME = "loss.png"
 # The hub's own words for the licences of the bases that this package is for.
@@ -86,7 +86,7 @@ def write_card(model: FullModel, directory: Path, name: str, options: HubOptions
         _specifications(model, record),
         f"# Citation\n\n```bibtex\n{_PAPER}\n```\n",
     ]
-    (directory / CARD_NAME).write_text("\n".join(part for part in parts if part), encoding="utf-8")
+    (directory / MODEL_CARD).write_text("\n".join(part for part in parts if part), encoding="utf-8")
 
 
 def metadata(model: FullModel, recipe: Recipe | None, options: HubOptions) -> str:

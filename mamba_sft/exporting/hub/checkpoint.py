@@ -14,14 +14,10 @@ from mamba_sft.exporting.full_model import FullModel, find_model
 from mamba_sft.exporting.logits import logits_of
 from mamba_sft.exporting.texts import prompt_of
 from mamba_sft.merging.disk import disk_errors_explained, require_space
-from mamba_sft.merging.plan import REPORT_NAME
 from mamba_sft.merging.summed import MergedTensors, write_companions
 from mamba_sft.model.tensor_files import one_thread, write_shard
-from mamba_sft.run import atomic_directory
+from mamba_sft.run import MERGE_REPORT, MODEL_CARD, atomic_directory
 
-CARD_NAME = "README.md"
-CHECKPOINT_NAME = "hf"
-"""Where in a run's `export/` a checkpoint goes."""
 MARK = "mamba-sft"
 """A tag in the card's metadata; it also tells an earlier export from somebody else's directory."""
 
@@ -62,7 +58,7 @@ def write_checkpoint(
 def _copy(model: FullModel, directory: Path, progress: Callable[[int, int], None]) -> None:
     assert model.directory is not None
     paths = sorted(path for path in model.directory.iterdir() if path.is_file())
-    paths = [path for path in paths if path.name not in (REPORT_NAME, CARD_NAME)]
+    paths = [path for path in paths if path.name not in (MERGE_REPORT, MODEL_CARD)]
     total = sum(path.stat().st_size for path in paths)
     done = 0
     for path in paths:
@@ -106,11 +102,11 @@ def _check(model: FullModel, directory: Path) -> None:
 def _check_output(output: Path) -> None:
     if output.exists() and not output.is_dir():
         raise UsageError(f"`{output}` is a file", hint="give a directory with `--output`")
-    card = output / CARD_NAME
+    card = output / MODEL_CARD
     ours = card.is_file() and f"\n- {MARK}\n" in card.read_text(encoding="utf-8")
     if output.is_dir() and any(output.iterdir()) and not ours:
         raise UsageError(
-            f"`{output}` is not empty and not an earlier export: its `{CARD_NAME}` is not from here",
+            f"`{output}` is not empty and not an earlier export: its `{MODEL_CARD}` is not from here",
             hint="give another directory with `--output`, or empty this one",
         )
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from mamba_sft.exporting.full_model import find_model
 from mamba_sft.exporting.hub.card import write_card
-from mamba_sft.exporting.hub.checkpoint import CHECKPOINT_NAME, write_checkpoint
+from mamba_sft.exporting.hub.checkpoint import write_checkpoint
 from mamba_sft.exporting.hub.push import check_push, push
 from mamba_sft.exporting.task import Exported, Task, output_of
+from mamba_sft.run import HUB_CHECKPOINT
 
 
 def export_checkpoint(task: Task) -> Exported:
@@ -16,7 +17,7 @@ def export_checkpoint(task: Task) -> Exported:
         check_push(repo)
     model = find_model(task.run)
     output = output_of(model, task.output)
-    directory = output if task.output is not None else output / CHECKPOINT_NAME
+    directory = output if task.output is not None else output / HUB_CHECKPOINT
     name = task.name or model.name
     write_checkpoint(
         model,
