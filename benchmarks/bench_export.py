@@ -23,7 +23,7 @@ from bench_merge import forget_pages, make_run
 _EXPORT = """
 import json, re, sys, time
 from mamba_sft import export
-from mamba_sft.exporting.task import GGUFOptions
+from mamba_sft.exporting.request import GGUFOptions
 
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) // 1024

@@ -39,7 +39,7 @@ from mamba_sft.kernels.falcon_mamba import install
 from mamba_sft.model.adapter import attach_adapter
 from mamba_sft.model.loading import load_model
 from mamba_sft.recipe.fields import AdapterSection, ModelSection
-from mamba_sft.training.activations import checkpoint_activations
+from mamba_sft.training.activations import keep_activations
 from mamba_sft.training.streaming import backpropagate, split, sweep
 
 BASE = Path(__file__).parents[1] / "data" / "tiny-base"
@@ -75,7 +75,7 @@ def step(model: Any, batch: dict[str, torch.Tensor], stream_tokens: int | None) 
 def prepare(model: Any, policy: Any, rank: int = 16) -> Any:
     model = attach_adapter(model, AdapterSection(r=rank))
     add_fused_lm_head(model.get_base_model(), outputs=("log_probs", "entropy", "is_top1"))
-    checkpoint_activations(model, policy)
+    keep_activations(model, policy)
     return model.train()
 
 

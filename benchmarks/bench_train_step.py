@@ -42,7 +42,7 @@ from mamba_sft.planning.gpus import recognized
 from mamba_sft.planning.memory import QUANTIZED, Work, peak, planned_parts
 from mamba_sft.planning.speed import estimate, model_flops
 from mamba_sft.recipe.recipe import Recipe
-from mamba_sft.training.activations import checkpoint_activations
+from mamba_sft.training.activations import keep_activations
 from mamba_sft.training.streaming import backpropagate, split, sweep
 
 ROWS_OF_8K = ("data.max_length=8192", "train.per_device_train_batch_size=1", "train.checkpointing=mamba")
@@ -114,7 +114,7 @@ def ours(recipe: Recipe, model: Any, dtype: torch.dtype, rows: list[dict[str, An
     model = install(model, recipe.model.kernels)
     model = attach_adapter(model, recipe.adapter, trained_token_ids=TRAINED)
     add_fused_lm_head(model.get_base_model(), outputs=("log_probs", "entropy", "is_top1"))
-    checkpoint_activations(model, recipe.train.checkpointing)
+    keep_activations(model, recipe.train.checkpointing)
     model.train()
     batch = {name: value.to(DEVICE) for name, value in Collator(0)(rows).items()}
     labels = int((batch["labels"][:, 1:] != -100).sum())

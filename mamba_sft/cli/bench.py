@@ -27,7 +27,7 @@ def bench_kernels(
 
     On a CPU: a training step (stock transformers, and mambapy if installed), the scan, longer rows, decoding.
     On a GPU, at the 7B shapes: scan, convolution and one mixer layer, against mamba_ssm and causal_conv1d if
-    they are installed. They are never needed. Building them, for this card only (here 9.0, an H100) and with
+    they are installed. They are never needed. Building them, for this GPU only (here 9.0, an H100) and with
     an nvcc of the CUDA version of torch, takes minutes:
 
         export TORCH_CUDA_ARCH_LIST=9.0

@@ -27,7 +27,7 @@ def data(
     setup, prepared = read_corpus(loaded)
     packing = None
     if loaded.data.packing and loaded.data.max_length:
-        packing = preview.packed(prepared.report, loaded.data.max_length, loaded.seed)
+        packing = preview.packed(prepared.summary, loaded.data.max_length, loaded.seed)
     if as_json:
         content = preview.to_dict(prepared, setup.tokenizer, rows=rows, packing=packing)
         sys.stdout.write(json.dumps(content, ensure_ascii=False, indent=2) + "\n")

@@ -14,7 +14,7 @@ from mamba_sft.cli.console import Json, err, out, quiet_loading, run_or_newest
 from mamba_sft.errors import UsageError
 
 if TYPE_CHECKING:
-    from mamba_sft.exporting.task import Exported
+    from mamba_sft.exporting.request import Exported
     from mamba_sft.run import Run
 
 Exportable = Annotated[
@@ -68,7 +68,7 @@ def export(
 ) -> None:
     """Export a run: GGUF files for llama.cpp, Ollama, a checkpoint for the hub."""
     from mamba_sft.exporting.export_run import export as export_run
-    from mamba_sft.exporting.task import GGUFOptions, HubOptions
+    from mamba_sft.exporting.request import GGUFOptions, HubOptions
 
     quiet_loading()
     options: GGUFOptions | HubOptions = GGUFOptions(epsilon_fix, verify, imatrix)
@@ -108,11 +108,11 @@ def _show_plan(
 
     require_gguf()
     from mamba_sft.evaluation.report import file_size
-    from mamba_sft.exporting.gguf.export import plan_model
+    from mamba_sft.exporting.gguf.export import prepare_model
     from mamba_sft.exporting.gguf.timing import checking_seconds, writing_seconds
-    from mamba_sft.exporting.task import Task
+    from mamba_sft.exporting.request import ExportRequest
 
-    plan = plan_model(Task(where, quantization, output, name, lambda stage, done, total: None))
+    plan = prepare_model(ExportRequest(where, quantization, output, name, lambda stage, done, total: None))
     seconds, check_seconds = writing_seconds(plan), checking_seconds(plan) if verify else None
     if as_json:
         files = [{"file": str(f.path), "method": f.method, "nbytes": f.nbytes} for f in plan.files]

@@ -10,7 +10,7 @@ import typer
 from mamba_sft.cli.console import FinishedRun, Json, err, out, quiet_loading, run_or_newest
 
 if TYPE_CHECKING:
-    from mamba_sft.merging.check import MergeReport
+    from mamba_sft.merging.check import MergeResult
 
 
 def merge(
@@ -41,7 +41,7 @@ def merge(
     out.print(f"next:   mamba-sft chat {report.path}")
 
 
-def _show_merge(report: MergeReport) -> None:
+def _show_merge(report: MergeResult) -> None:
     check = report.check
     err.print(
         f"{report.changed} of {report.tensors} tensors changed, {_size(report.nbytes)}"

@@ -39,9 +39,11 @@ def plan(
         list[str] | None,
         typer.Argument(metavar="[section.field=value]...", help="Changes to the recipe's values."),
     ] = None,
-    card: Annotated[
+    gpu: Annotated[
         str | None,
-        typer.Option(help="A card to plan for, such as t4, 4090, a100-80, h100; default: this machine."),
+        typer.Option(
+            "--card", help="A GPU to plan for, such as t4, 4090, a100-80, h100; default: this machine."
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
 ) -> None:
@@ -52,7 +54,7 @@ def plan(
     from mamba_sft.planning.plan import make_plan
 
     with err.status("planning"):
-        made = make_plan(loaded, card)
+        made = make_plan(loaded, gpu)
     if as_json:
         sys.stdout.write(made.to_json() + "\n")
         return

@@ -20,7 +20,7 @@ from rich.text import Text
 
 from mamba_sft.data.packing import IGNORED, assign_bins
 from mamba_sft.data.preparing import PreparedData
-from mamba_sft.data.report import DataReport
+from mamba_sft.data.summary import DataSummary
 
 TRAINED = ("black on #9fd6ad", "black on #cfeccb")
 """Two shades in turn, so that the borders between tokens show."""
@@ -44,10 +44,10 @@ class Packed:
     fill: float
 
 
-def packed(report: DataReport, max_length: int, seed: int) -> Packed:
+def packed(summary: DataSummary, max_length: int, seed: int) -> Packed:
     """Packs lengths only, as `pack` will pack the rows."""
-    rows = len(assign_bins(np.array(report.lengths), max_length, np.random.default_rng(seed)))
-    return Packed(rows, max_length, report.train_tokens / max(1, rows * max_length))
+    rows = len(assign_bins(np.array(summary.lengths), max_length, np.random.default_rng(seed)))
+    return Packed(rows, max_length, summary.train_tokens / max(1, rows * max_length))
 
 
 def overview(
@@ -65,7 +65,7 @@ def overview(
     chosen = [i * len(data.train) // max(1, count) for i in range(count)]
     shown = [row_panel(tokenizer, data.train[i], data.train_origins[i]) for i in chosen]
     parts: list[RenderableType] = [legend(), "", *shown, ""] if shown else []
-    return Group(*parts, histogram(data.report), statistics(data.report, packing))
+    return Group(*parts, histogram(data.summary), statistics(data.summary, packing))
 
 
 def legend() -> Text:
@@ -178,9 +178,9 @@ def _is_word(character: str) -> bool:
     return bool(character.strip()) and character not in (OPENING, CLOSING)
 
 
-def histogram(report: DataReport) -> RenderableType:
+def histogram(summary: DataSummary) -> RenderableType:
     """Lengths of the training rows in tokens, a bar for each of about ten ranges."""
-    lengths = np.array(report.lengths)
+    lengths = np.array(summary.lengths)
     if not len(lengths):
         return Text("no rows")
     width = _nice_width(int(lengths.max()))
@@ -195,8 +195,8 @@ def histogram(report: DataReport) -> RenderableType:
         )
     middle, high = (int(np.percentile(lengths, q)) for q in (50, 95))
     note = f"median {middle:,}, 95% at most {high:,}, longest {lengths.max():,}"
-    if report.max_length:
-        note += f", limit {report.max_length:,}"
+    if summary.max_length:
+        note += f", limit {summary.max_length:,}"
     return Group(_heading("row lengths in tokens", note), Padding(table, (0, 0, 1, 2)))
 
 
@@ -213,24 +213,24 @@ def _bar(share: float) -> str:
     return "█" * (eighths // 8) + _EIGHTHS[eighths % 8].strip()
 
 
-def statistics(report: DataReport, packing: Packed | None = None) -> RenderableType:
+def statistics(summary: DataSummary, packing: Packed | None = None) -> RenderableType:
     """Sources, totals, and what deserves a look before training."""
-    parts: list[RenderableType] = [_heading("sources"), _sources(report)]
-    parts += [_heading("training data"), _totals(report, packing)]
-    warnings = report.warnings()
+    parts: list[RenderableType] = [_heading("sources"), _sources(summary)]
+    parts += [_heading("training data"), _totals(summary, packing)]
+    warnings = summary.warnings()
     if warnings:
         lines = Text("\n").join(Text.assemble(("! ", "bold yellow"), warning) for warning in warnings)
         parts += [_heading("worth a look"), Padding(lines, (0, 0, 0, 2))]
     return Group(*parts)
 
 
-def _sources(report: DataReport) -> RenderableType:
+def _sources(summary: DataSummary) -> RenderableType:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("source", overflow="fold")
     table.add_column("format")
     for name in ("read", "bad", "kept", "weight", "rows an epoch"):
         table.add_column(name, justify="right")
-    for source in report.sources:
+    for source in summary.sources:
         bad = Text(f"{source.bad:,}", "bold red" if source.bad else "")
         formats = ", ".join(sorted(set(source.formats.values())))
         counts = (f"{source.read:,}", bad, f"{source.kept:,}", f"{source.weight:g}", f"{source.train_rows:,}")
@@ -238,24 +238,24 @@ def _sources(report: DataReport) -> RenderableType:
     return Padding(table, (0, 0, 0, 2))
 
 
-def _totals(report: DataReport, packing: Packed | None) -> RenderableType:
-    trained = f"{report.trained_tokens:,}  ({report.trained_share:.1%} of the tokens)"
+def _totals(summary: DataSummary, packing: Packed | None) -> RenderableType:
+    trained = f"{summary.trained_tokens:,}  ({summary.trained_share:.1%} of the tokens)"
     lines = [
-        ("rows", f"{report.train_rows:,} to train on, {report.validation_rows:,} to validate on"),
-        ("tokens an epoch", f"{report.train_tokens:,}"),
+        ("rows", f"{summary.train_rows:,} to train on, {summary.validation_rows:,} to validate on"),
+        ("tokens an epoch", f"{summary.train_tokens:,}"),
         ("trained tokens", trained),
     ]
     if packing:
         rows = f"{packing.rows:,} of {packing.max_length:,} tokens, {packing.fill:.1%} full"
         lines.append(("packed rows", rows))
     cut = [
-        (report.dropped, "left out"),
-        (report.truncated, "truncated"),
-        (report.split, f"split into {report.pieces:,} pieces"),
+        (summary.dropped, "left out"),
+        (summary.truncated, "truncated"),
+        (summary.split, f"split into {summary.pieces:,} pieces"),
     ]
-    if report.max_length:
+    if summary.max_length:
         done = ", ".join(f"{count:,} {what}" for count, what in cut if count) or "none"
-        lines.append((f"longer than {report.max_length:,}", done))
+        lines.append((f"longer than {summary.max_length:,}", done))
     table = Table.grid(padding=(0, 2))
     for name, value in lines:
         table.add_row(Text(name, "dim"), value)
@@ -269,7 +269,7 @@ def _heading(title: str, note: str = "") -> Text:
 def to_dict(
     data: PreparedData, tokenizer: Any, *, rows: int = 3, packing: Packed | None = None
 ) -> dict[str, Any]:
-    """The same picture for `--json`: the report, and rows with their text and what of it is trained."""
+    """The same picture for `--json`: the summary, and rows with their text and what of it is trained."""
     shown = []
     for i in range(min(rows, len(data.train))):
         row = data.train[i]
@@ -285,7 +285,7 @@ def to_dict(
                 "labels": row["labels"],
             }
         )
-    content = data.report.to_dict() | {"rows": shown}
+    content = data.summary.to_dict() | {"rows": shown}
     if packing:
         content["packed"] = {"rows": packing.rows, "max_length": packing.max_length, "fill": packing.fill}
     return content

@@ -125,7 +125,7 @@ def _show_one(session: ChatSession, console: Console, answer: Iterator[str]) -> 
 
 
 def _show_two(session: CompareSession, console: Console, answer: Iterator[tuple[int, str]]) -> bool:
-    columns = _Columns([side.talker.name for side in session.sides], tail=True)
+    columns = _Columns([side.chat_model.name for side in session.sides], tail=True)
     live = Live(columns, console=console, refresh_per_second=12, transient=True)
     with live if console.is_terminal else nullcontext():
         interrupted = _drain(answer, columns.add)
@@ -227,8 +227,8 @@ def _describe(turn: Turn | None) -> str:
 
 def _banner(session: Session) -> Text:
     sides = [session] if isinstance(session, ChatSession) else list(session.sides)
-    names = " | ".join(side.talker.name for side in sides)
-    size = sides[0].talker.state_bytes / 1e6
+    names = " | ".join(side.chat_model.name for side in sides)
+    size = sides[0].chat_model.state_bytes / 1e6
     limit = f"no context limit: a conversation of any length is a state of {size:.2g} MB"
     return Text(f"{names}\n{limit}\n/help lists the commands", style="dim")
 

@@ -32,13 +32,13 @@ def train(
 
     loaded = Recipe.load(recipe, overrides=overrides or [])
     from mamba_sft.cli.progress import TrainingBar
-    from mamba_sft.training.fine_tuning import fit, prepare
+    from mamba_sft.training.fine_tuning import prepare, train_prepared
 
     preparation = prepare(loaded, resume=resume, overwrite=overwrite or dry_run)
     if dry_run:
         from mamba_sft.cli.preview import statistics
 
-        err.print(statistics(preparation.data.report))
+        err.print(statistics(preparation.data.summary))
         out.print(
             f"{len(preparation.train_rows):,} training rows, {preparation.max_steps:,} steps;"
             f" all is well before the weights; without `--dry-run` this trains into {preparation.run.path}"
@@ -47,7 +47,7 @@ def train(
     quiet_loading()
     bar = TrainingBar(err)
     try:
-        run = fit(preparation, callbacks=[bar])
+        run = train_prepared(preparation, callbacks=[bar])
     finally:
         bar.close()
     _show_samples(run)

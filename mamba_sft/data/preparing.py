@@ -1,8 +1,9 @@
-"""Training data: rows in, `input_ids` and `labels` out, and a report of what happened on the way.
+"""Training data: rows in, `input_ids` and `labels` out, and a summary of what happened on the way.
 
-Rows are read (`sources`), recognised (`formats`), rendered (`rendering`), fitted to the longest length, split
-into training and validation rows, and mixed by weight (`mixing`). A source of weight w gives w times its
-training rows to each epoch: below 1 a fixed random share of them, above 1 copies and a share of one more.
+Rows are read (`sources`), recognised (`formats`), rendered and tokenized (`tokenizing`), cut to the longest
+length, split into training and validation rows, and weighted (`selecting`). A source of weight w gives w
+times its training rows to each epoch: below 1 a fixed random share of them, above 1 copies and a share of one
+more.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ import numpy as np
 from mamba_sft.data import formats
 from mamba_sft.data.chats import BadRowError, Chat
 from mamba_sft.data.packing import IGNORED, list_table, pack
-from mamba_sft.data.report import DataReport, SourceReport
-from mamba_sft.data.selecting import SourceRows, fit, take_validation, weighted
+from mamba_sft.data.selecting import SourceRows, cut_row, take_validation, weighted
 from mamba_sft.data.sources import Row, read_source
+from mamba_sft.data.summary import DataSummary, SourceSummary
 from mamba_sft.data.tokenizing import Example, Renderer, Tokens
 from mamba_sft.errors import DataError
 from mamba_sft.model.chat_template import TemplateSetup, prepare_tokenizer
@@ -51,14 +52,14 @@ class PreparedData:
     Args:
         train: Columns `input_ids` and `labels` (-100 where a token is not trained), lists of int32.
         validation: The same, or None.
-        report: What became of the rows.
+        summary: What became of the rows.
         train_origins: Where each training row came from, e.g. `chats.jsonl:12`.
         validation_origins: The same for validation rows.
     """
 
     train: Dataset
     validation: Dataset | None
-    report: DataReport
+    summary: DataSummary
     train_origins: list[str]
     validation_origins: list[str]
 
@@ -103,20 +104,20 @@ def prepare_data(
         DataError: A source cannot be read, rows are bad and `on_bad_row` is `stop`, the template's marks are
             unfit for the mask, or no row is left.
     """
-    report = DataReport(max_length=data.max_length)
+    summary = DataSummary(max_length=data.max_length)
     renderer = Renderer(setup, system, data.assistant_only_loss)
     bad: list[tuple[Row, str]] = []
-    sources = [_read(section, data, renderer, report, bad) for section in data.sources]
-    _settle_bad_rows(bad, data.on_bad_row, report.read, rejected)
+    sources = [_read(section, data, renderer, summary, bad) for section in data.sources]
+    _settle_bad_rows(bad, data.on_bad_row, summary.read, rejected)
     if not any(source.rows for source in sources):
-        raise _nothing_left(report)
-    validation = take_validation(sources, data.validation, np.random.default_rng(seed), report)
+        raise _nothing_left(summary)
+    validation = take_validation(sources, data.validation, np.random.default_rng(seed), summary)
     train = [piece for i, source in enumerate(sources) for piece in weighted(source, (seed, i))]
-    report.count_tokens(train, validation)
+    summary.count_tokens(train, validation)
     return PreparedData(
         train=_dataset(train),
         validation=_dataset(validation) if validation else None,
-        report=report,
+        summary=summary,
         train_origins=[piece.where for piece in train],
         validation_origins=[piece.where for piece in validation],
     )
@@ -126,27 +127,29 @@ def _read(
     section: SourceSection,
     data: DataSection,
     renderer: Renderer,
-    report: DataReport,
+    summary: DataSummary,
     bad: list[tuple[Row, str]],
 ) -> SourceRows:
-    source = SourceRows(section, SourceReport(section.path, section.weight))
-    report.sources.append(source.report)
+    source = SourceRows(section, SourceSummary(section.path, section.weight))
+    summary.sources.append(source.summary)
     bad_before = len(bad)
     stops = data.on_bad_row == "stop"
-    for rendered in renderer.render(_examples(section, renderer.control_tokens(), source.report, bad, stops)):
+    for rendered in renderer.render(
+        _examples(section, renderer.control_tokens(), source.summary, bad, stops)
+    ):
         if not isinstance(rendered, Tokens):
             bad.append(rendered)
-        elif pieces := fit(rendered, data, report):
+        elif pieces := cut_row(rendered, data, summary):
             source.rows.append(pieces)
-    source.report.bad = len(bad) - bad_before
-    source.report.kept = len(source.rows)
+    source.summary.bad = len(bad) - bad_before
+    source.summary.kept = len(source.rows)
     return source
 
 
 def _examples(
     section: SourceSection,
     control: re.Pattern[str],
-    report: SourceReport,
+    summary: SourceSummary,
     bad: list[tuple[Row, str]],
     stops: bool,
 ) -> Iterator[tuple[Row, Example]]:
@@ -156,22 +159,22 @@ def _examples(
     """
     for file, rows in groupby(read_source(section), key=lambda row: row.file):
         head = list(islice(rows, formats.LOOKED_AT))
-        expected = _file_format(file, head, section.format, report)
+        expected = _file_format(file, head, section.format, summary)
         for row in chain(head, rows):
-            report.read += 1
-            if report.read % _ANNOUNCED == 0:
-                logger.info("`%s`: %s rows read", section.path, f"{report.read:,}")
+            summary.read += 1
+            if summary.read % _ANNOUNCED == 0:
+                logger.info("`%s`: %s rows read", section.path, f"{summary.read:,}")
             try:
                 example = _parse(row, expected, control)
             except BadRowError as error:
                 bad.append((row, str(error)))
                 continue
-            report.trimmed += isinstance(example, Chat) and example.trimmed > 0
+            summary.trimmed += isinstance(example, Chat) and example.trimmed > 0
             if not (stops and bad):
                 yield row, example
 
 
-def _file_format(file: str, head: list[Row], wanted: str, report: SourceReport) -> str:
+def _file_format(file: str, head: list[Row], wanted: str, summary: SourceSummary) -> str:
     readable = [row.value for row in head if row.problem is None]
     if not readable:
         raise DataError(f"none of the first {len(head)} rows can be read: {head[0].where}: {head[0].problem}")
@@ -180,8 +183,8 @@ def _file_format(file: str, head: list[Row], wanted: str, report: SourceReport) 
     else:
         seen = f"`{file}` is read as {wanted}, as the recipe says"
     logger.info("%s", seen)
-    report.seen.append(seen)
-    report.formats[file] = wanted
+    summary.seen.append(seen)
+    summary.formats[file] = wanted
     return wanted
 
 
@@ -222,17 +225,17 @@ def _dataset(pieces: list[Tokens]) -> Dataset:
     return ArrowDataset(list_table({"input_ids": (ids, lengths), "labels": (labels, lengths)}))
 
 
-def _nothing_left(report: DataReport) -> DataError:
+def _nothing_left(summary: DataSummary) -> DataError:
     reasons = [
         f"{count} {what}"
         for count, what in (
-            (report.bad, "bad"),
-            (report.dropped, f"longer than data.max_length {report.max_length}"),
-            (report.untrained, "with no trained token within data.max_length"),
+            (summary.bad, "bad"),
+            (summary.dropped, f"longer than data.max_length {summary.max_length}"),
+            (summary.untrained, "with no trained token within data.max_length"),
         )
         if count
     ]
     return DataError(
-        f"no row is left to train on: {report.read} read, {', '.join(reasons)}",
+        f"no row is left to train on: {summary.read} read, {', '.join(reasons)}",
         hint="`data.max_length` and `data.too_long` decide on long rows, `data.on_bad_row` on bad ones",
     )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mamba_sft.data.report import DataReport, SourceReport
+from mamba_sft.data.summary import DataSummary, SourceSummary
 from mamba_sft.data.tokenizing import Tokens
 from mamba_sft.errors import DataError
 
@@ -21,40 +21,40 @@ class SourceRows:
     """A source's rows after rendering and fitting: each row is one piece, or several if it was split."""
 
     section: SourceSection
-    report: SourceReport
+    summary: SourceSummary
     rows: list[list[Tokens]] = field(default_factory=list)
 
 
-def fit(row: Tokens, data: DataSection, report: DataReport) -> list[Tokens]:
+def cut_row(row: Tokens, data: DataSection, summary: DataSummary) -> list[Tokens]:
     """The row as one piece, cut to `max_length`, or cut into pieces; none is without a trained token.
 
     Args:
         row: A rendered row.
         data: The recipe's `data` section, for `max_length` and `too_long`.
-        report: Counts what happened.
+        summary: Counts what happened.
 
     Returns:
         No piece if the row is left out.
     """
     if not row.trained.any():
-        report.untrained += 1
+        summary.untrained += 1
         return []
     limit = data.max_length
     if limit is None or len(row.ids) <= limit:
         return [row]
     if data.too_long == "drop":
-        report.dropped += 1
+        summary.dropped += 1
         return []
     starts = range(0, len(row.ids), limit) if data.too_long == "split" else [0]
     pieces = [_piece(row, start, start + limit) for start in starts]
     kept = [piece for piece in pieces if piece.trained.any()]
     if not kept:
-        report.untrained += 1
+        summary.untrained += 1
     elif data.too_long == "truncate":
-        report.truncated += 1
+        summary.truncated += 1
     else:
-        report.split += 1
-        report.pieces += len(kept)
+        summary.split += 1
+        summary.pieces += len(kept)
     return kept
 
 
@@ -65,7 +65,7 @@ def _piece(row: Tokens, start: int, end: int) -> Tokens:
 
 
 def take_validation(
-    sources: list[SourceRows], validation: float, rng: np.random.Generator, report: DataReport
+    sources: list[SourceRows], validation: float, rng: np.random.Generator, summary: DataSummary
 ) -> list[Tokens]:
     """Takes rows out of `sources` for validation, each with all its duplicates, of which one is kept.
 
@@ -73,7 +73,7 @@ def take_validation(
         sources: All sources; changed in place.
         validation: `data.validation`: below 1 a share of the different rows, from 1 up a number of them.
         rng: Which ones.
-        report: Counts duplicates.
+        summary: Counts duplicates.
 
     Returns:
         The pieces of the validation rows, in the order of the sources.
@@ -85,7 +85,7 @@ def take_validation(
     for i, source in enumerate(sources):
         for j, row in enumerate(source.rows):
             groups.setdefault(_digest(row), []).append((i, j))
-    report.duplicates = sum(map(len, groups.values())) - len(groups)
+    summary.duplicates = sum(map(len, groups.values())) - len(groups)
     target = int(validation) if validation >= 1 else round(validation * len(groups))
     if 0 < validation < 1 and not target:
         target = 1
@@ -100,7 +100,7 @@ def take_validation(
     places = list(groups.values())
     chosen = [places[k] for k in sorted(rng.permutation(len(places))[:target].tolist())]
     taken = [piece for (i, j), *_ in chosen for piece in sources[i].rows[j]]
-    report.validation_duplicates = sum(map(len, chosen)) - len(chosen)
+    summary.validation_duplicates = sum(map(len, chosen)) - len(chosen)
     gone = {place for group in chosen for place in group}
     for i, source in enumerate(sources):
         source.rows = [row for j, row in enumerate(source.rows) if (i, j) not in gone]
@@ -120,5 +120,5 @@ def weighted(source: SourceRows, seed: tuple[int, int]) -> list[Tokens]:
     copies, rest = divmod(wanted, count)
     share = np.random.default_rng(seed).permutation(count)[:rest]
     order = [*range(count)] * copies + sorted(share.tolist())
-    source.report.train_rows = len(order)
+    source.summary.train_rows = len(order)
     return [piece for index in order for piece in source.rows[index]]

@@ -24,11 +24,13 @@ from mamba_sft.kernels.falcon_mamba import install
 
 logger = logging.getLogger(__name__)
 
-Row = dict[str, Any]
+Measurement = dict[str, Any]
 LAYERS, HIDDEN, VOCABULARY = 4, 256, 1024
 
 
-def measure(length: int = 1024, stock_length: int = 1024, quick: bool = False) -> dict[str, list[Row]]:
+def measure(
+    length: int = 1024, stock_length: int = 1024, quick: bool = False
+) -> dict[str, list[Measurement]]:
     """Returns a table for the training step, the scan, its linearity and decoding.
 
     Args:
@@ -61,12 +63,12 @@ def best_of(repeats: int, function: Callable[[], object]) -> tuple[float, float]
     return min(wall), min(processor)
 
 
-def training(length: int, stock_length: int, repeats: int) -> list[Row]:
+def training(length: int, stock_length: int, repeats: int) -> list[Measurement]:
     """Measures forward, loss and backward of one row, with all weights trainable."""
     stock = build_model()
     ours = install(copy.deepcopy(stock))
     _step(ours, 64)()  # compiles
-    rows: list[Row] = []
+    rows: list[Measurement] = []
 
     def add(name: str, model: Any, tokens: int, repeats: int) -> None:
         logger.info("measuring a training step of %s on %d tokens", name, tokens)
@@ -104,7 +106,7 @@ def _step(model: Any, length: int) -> Callable[[], object]:
     return step
 
 
-def scan(length: int, channels: int, repeats: int) -> list[Row]:
+def scan(length: int, channels: int, repeats: int) -> list[Measurement]:
     """Measures the scan against the exponentials it needs: one per update, and one more in the replay.
 
     The floor is their time alone, at the rate of the scan's own exponential on this processor.
@@ -112,11 +114,11 @@ def scan(length: int, channels: int, repeats: int) -> list[Row]:
     states = 16
     updates = length * channels * states
     rate = exponentials_per_second()
-    rows: list[Row] = []
+    rows: list[Measurement] = []
     forward, both = scan_steps(length, channels, states)
     for name, step, exponentials in (("forward", forward, 1), ("forward and backward", both, 2)):
         wall, processor = best_of(repeats, step)
-        row: Row = {"of": name, "wall_ns": wall / updates * 1e9, "cpu_ns": processor / updates * 1e9}
+        row: Measurement = {"of": name, "wall_ns": wall / updates * 1e9, "cpu_ns": processor / updates * 1e9}
         row["floor_cpu_ns"] = exponentials * 1e9 / rate
         row["of_floor"] = row["floor_cpu_ns"] / row["cpu_ns"]
         rows.append(row)
@@ -162,7 +164,7 @@ def scan_steps(length: int, channels: int, states: int) -> tuple[Callable[[], No
     return forward, both
 
 
-def longer_row(length: int, repeats: int, channels: int = 512) -> Row:
+def longer_row(length: int, repeats: int, channels: int = 512) -> Measurement:
     """Measures one length; what stays the same from row to row is linear in L.
 
     The system's part is that of fresh pages: large results are given back and mapped anew at every call.
@@ -171,7 +173,7 @@ def longer_row(length: int, repeats: int, channels: int = 512) -> Row:
     grown = peak_growth(both)
     updates = length * channels * 16
     user, system = min(_user_and_system(both) for _ in range(repeats if length <= 8192 else 2))
-    row: Row = {"L": length, "user_ns": user / updates * 1e9, "system_ns": system / updates * 1e9}
+    row: Measurement = {"L": length, "user_ns": user / updates * 1e9, "system_ns": system / updates * 1e9}
     row["peak_growth_MB"] = None if grown is None else grown / 1e6
     row["bytes_per_position_and_channel"] = None if grown is None else grown / (length * channels)
     return row
@@ -207,7 +209,7 @@ def _kilobytes(status: Path, name: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(name))
 
 
-def decoding(new_tokens: int, repeats: int) -> list[Row]:
+def decoding(new_tokens: int, repeats: int) -> list[Measurement]:
     """Measures greedy answers to a short prompt: `generate` of stock and of ours, and our own loop."""
     model = build_model().eval()
     prompt = torch.zeros(1, 16, dtype=torch.int64)
@@ -220,7 +222,7 @@ def decoding(new_tokens: int, repeats: int) -> list[Row]:
         for _ in stream(model, [0] * 16, State(), sampling=Sampling(new_tokens), stop_ids=()):
             pass
 
-    rows: list[Row] = []
+    rows: list[Measurement] = []
     for name, run in (
         ("transformers, generate()", generate),
         ("mamba-sft, generate()", generate),
@@ -230,7 +232,11 @@ def decoding(new_tokens: int, repeats: int) -> list[Row]:
             install(model)
         run()
         wall, processor = best_of(repeats, run)
-        row: Row = {"of": name, "tokens_per_s": new_tokens / wall, "tokens_per_cpu_s": new_tokens / processor}
+        row: Measurement = {
+            "of": name,
+            "tokens_per_s": new_tokens / wall,
+            "tokens_per_cpu_s": new_tokens / processor,
+        }
         row["times_stock"] = row["tokens_per_cpu_s"] / (rows[0] if rows else row)["tokens_per_cpu_s"]
         rows.append(row)
     return rows

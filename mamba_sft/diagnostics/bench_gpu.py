@@ -1,4 +1,4 @@
-"""The kernels on a GPU, at Falcon-Mamba-7B's shapes: against mamba_ssm, causal_conv1d and the card's limits.
+"""The kernels on a GPU, at Falcon-Mamba-7B's shapes: against mamba_ssm, causal_conv1d and the GPU's limits.
 
 Every case has two rows, `forward` and `both` (forward and backward): milliseconds, the share of the floor
 (`bench_card`), bandwidth, memory. Gradients are those of LoRA training: for activations, not for the frozen
@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mamba_sft.diagnostics.gpu_limits import BACKWARD, FORWARD, Card, peak_bytes, time_of
+from mamba_sft.diagnostics.gpu_limits import BACKWARD, FORWARD, GpuLimits, peak_bytes, time_of
 from mamba_sft.kernels import causal_conv1d, selective_scan
 
 logger = logging.getLogger(__name__)
 
-Row = dict[str, Any]
+Measurement = dict[str, Any]
 Function = Callable[..., Tensor]
 
 SSM = ("mamba_ssm.ops.selective_scan_interface", "selective_scan_fn", "selective_scan_cuda")
@@ -35,7 +35,7 @@ CHECKED = 256
 
 
 @dataclass(frozen=True)
-class Shape:
+class RowShape:
     """Sizes of one case: B rows of L positions, D channels, N states."""
 
     B: int
@@ -44,24 +44,24 @@ class Shape:
     N: int = 16
 
 
-SHAPES = tuple(Shape(batch, length) for length in (2048, 8192, 32768) for batch in (1, 4))
+ROW_SHAPES = tuple(RowShape(batch, length) for length in (2048, 8192, 32768) for batch in (1, 4))
 
 
 @dataclass(frozen=True)
-class Place:
+class Target:
     """Where and in what to measure.
 
     Args:
         device: Of the operands.
         dtype: Of the activations.
         backend: Of our operations.
-        card: Its limits; None where there is no floor to compare with.
+        gpu: Its limits; None where there is no floor to compare with.
     """
 
     device: torch.device
     dtype: torch.dtype
     backend: str
-    card: Card | None = None
+    gpu: GpuLimits | None = None
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Case:
         gradient: Of the output.
         moved: Bytes that the forward, and forward with backward, must read and write at least,
             if known.
-        floors: Seconds that the card's pipes need for the same two, if known.
+        floors: Seconds that the GPU's pipes need for the same two, if known.
     """
 
     name: str
@@ -95,25 +95,27 @@ class Case:
         torch.autograd.grad(self.function(*self.inputs), self.inputs, self.gradient)
 
 
-def measure(place: Place, shapes: Sequence[Shape] = SHAPES) -> dict[str, list[Row]]:
+def measure(target: Target, shapes: Sequence[RowShape] = ROW_SHAPES) -> dict[str, list[Measurement]]:
     """Returns the tables of scan, convolution and mixer; a case that does not fit is a row that says so."""
     return {
-        f"{title}, backend {place.backend}, {str(place.dtype).removeprefix('torch.')}": [
-            row for shape in shapes for row in _rows(make, shape, place)
+        f"{title}, backend {target.backend}, {str(target.dtype).removeprefix('torch.')}": [
+            row for shape in shapes for row in _rows(make, shape, target)
         ]
         for title, make in (("scan", scan_cases), ("convolution", conv_cases), ("mixer layer", mixer_cases))
     }
 
 
-def _rows(make: Callable[[Shape, Place], Iterator[Case]], shape: Shape, place: Place) -> Iterator[Row]:
+def _rows(
+    make: Callable[[RowShape, Target], Iterator[Case]], shape: RowShape, target: Target
+) -> Iterator[Measurement]:
     """Measures the cases of a shape; the first is ours, and the others are given as multiples of it."""
     ours: dict[str, float] = {}
     where = {"B": shape.B, "L": shape.L}
     name = "operands"
     try:
-        for case in make(shape, place):
+        for case in make(shape, target):
             name = case.name
-            rows = _measured(case, place.device)
+            rows = _measured(case, target.device)
             del case  # and with it the operands, before the next ones are made
             for row in rows:
                 times = row["ms"] / ours.setdefault(row["pass"], row["ms"])
@@ -122,12 +124,12 @@ def _rows(make: Callable[[Shape, Place], Iterator[Case]], shape: Shape, place: P
     except torch.OutOfMemoryError:
         logger.info("%s, B %d, L %d: out of memory", name, shape.B, shape.L)
         yield {"of": name} | where | {"pass": "no memory"}
-    gc.collect()  # the next shape starts from an empty card
-    if place.device.type == "cuda":
+    gc.collect()  # the next shape starts from an empty GPU
+    if target.device.type == "cuda":
         torch.cuda.empty_cache()
 
 
-def _measured(case: Case, device: torch.device) -> list[Row]:
+def _measured(case: Case, device: torch.device) -> list[Measurement]:
     rows = []
     passes = (("forward", case.forward), ("both", case.step))
     for (name, step), moved, floor in zip(passes, case.moved, case.floors, strict=True):
@@ -144,26 +146,26 @@ def _measured(case: Case, device: torch.device) -> list[Row]:
     return rows
 
 
-def scan_cases(shape: Shape, place: Place) -> Iterator[Case]:
+def scan_cases(shape: RowShape, target: Target) -> Iterator[Case]:
     """Yields our scan and, where it is built, mamba_ssm's, each with operands in the layout it likes best."""
     torch.manual_seed(0)
     B, L, D, N = shape.B, shape.L, shape.D, shape.N
-    options = {"device": place.device, "dtype": place.dtype}
+    options = {"device": target.device, "dtype": target.dtype}
     u, dt, z, gradient = (torch.randn(B, L, D, **options) for _ in range(4))
     b, c = (torch.randn(B, L, N, **options) for _ in range(2))
-    A = -torch.arange(1.0, N + 1, device=place.device).repeat(D, 1)
-    skip, bias = torch.ones(D, device=place.device), torch.full((D,), -4.0, device=place.device)
+    A = -torch.arange(1.0, N + 1, device=target.device).repeat(D, 1)
+    skip, bias = torch.ones(D, device=target.device), torch.full((D,), -4.0, device=target.device)
     rows, narrow = u.numel() * u.element_size(), b.numel() * b.element_size()
     # forward: u, dt, z in, y out, B and C in; backward: those and dy in, du, ddt, dz, dB, dC out
     moved = 4 * rows + 2 * narrow, 4 * rows + 2 * narrow + 7 * rows + 4 * narrow
     floors: tuple[float | None, float | None] = (None, None)
-    if place.card is not None:
+    if target.gpu is not None:
         updates = B * L * D * N
-        forward = place.card.floor_seconds(updates, FORWARD)
-        floors = forward, place.card.floor_seconds(updates, FORWARD, FORWARD, BACKWARD)
+        forward = target.gpu.floor_seconds(updates, FORWARD)
+        floors = forward, target.gpu.floor_seconds(updates, FORWARD, FORWARD, BACKWARD)
 
     def ours(u: Tensor, dt: Tensor, b: Tensor, c: Tensor, z: Tensor) -> Tensor:
-        y = selective_scan(u, dt, A, b, c, skip, z, dt_bias=bias, dt_softplus=True, backend=place.backend)
+        y = selective_scan(u, dt, A, b, c, skip, z, dt_bias=bias, dt_softplus=True, backend=target.backend)
         assert isinstance(y, Tensor)
         return y
 
@@ -183,17 +185,17 @@ def scan_cases(shape: Shape, place: Place) -> Iterator[Case]:
     yield Case("mamba_ssm", theirs, _leaves(*inputs), gradient, moved, floors)
 
 
-def conv_cases(shape: Shape, place: Place) -> Iterator[Case]:
+def conv_cases(shape: RowShape, target: Target) -> Iterator[Case]:
     """Yields our convolution and, where it is built, causal_conv1d's in both layouts it takes."""
     torch.manual_seed(0)
-    options = {"device": place.device, "dtype": place.dtype}
+    options = {"device": target.device, "dtype": target.dtype}
     x, gradient = (torch.randn(shape.B, shape.L, shape.D, **options) for _ in range(2))
     weight, bias = torch.randn(shape.D, WIDTH, **options), torch.randn(shape.D, **options)
     rows = x.numel() * x.element_size()
     moved = 2 * rows, 5 * rows  # x in, y out; then x and dy in, dx out
 
     def ours(x: Tensor) -> Tensor:
-        y = causal_conv1d(x, weight, bias, backend=place.backend)
+        y = causal_conv1d(x, weight, bias, backend=target.backend)
         assert isinstance(y, Tensor)
         return y
 
@@ -214,7 +216,7 @@ def conv_cases(shape: Shape, place: Place) -> Iterator[Case]:
         yield Case(f"causal_conv1d ({layout})", theirs, _leaves(turned[0]), turned[1], moved)
 
 
-def mixer_cases(shape: Shape, place: Place) -> Iterator[Case]:
+def mixer_cases(shape: RowShape, target: Target) -> Iterator[Case]:
     """Yields one mixer of the 7B shape with frozen weights, and its four projections alone."""
     from transformers import FalconMambaConfig, FalconMambaModel
 
@@ -225,11 +227,11 @@ def mixer_cases(shape: Shape, place: Place) -> Iterator[Case]:
         vocab_size=8, hidden_size=hidden, num_hidden_layers=1, state_size=shape.N, conv_kernel=WIDTH
     )
     torch.manual_seed(0)
-    with place.device:
+    with target.device:
         model = FalconMambaModel(config)
-    mixer = install(model.to(place.dtype).requires_grad_(False), place.backend).layers[0].mixer
+    mixer = install(model.to(target.dtype).requires_grad_(False), target.backend).layers[0].mixer
     x, gradient = (
-        torch.randn(shape.B, shape.L, hidden, device=place.device, dtype=place.dtype) for _ in range(2)
+        torch.randn(shape.B, shape.L, hidden, device=target.device, dtype=target.dtype) for _ in range(2)
     )
     yield Case("mamba-sft", mixer, _leaves(x), gradient)
 

@@ -18,7 +18,7 @@ ADVICE = (
     ("instruct-qlora", 20e9, True),
     ("instruct-t4", 12e9, False),
 )
-"""Recipe, the memory of the card it is for in bytes, and whether it computes in bfloat16."""
+"""Recipe, the memory of the GPU it is for in bytes, and whether it computes in bfloat16."""
 
 
 @dataclass(frozen=True)
@@ -99,5 +99,5 @@ def recommended_recipe(device: dict[str, Any]) -> tuple[str, str]:
     memory = device["memory_bytes"]
     for name, needed, bfloat16 in ADVICE:
         if memory >= needed and (device["bfloat16"] or not bfloat16):
-            return name, f"for a card of {memory / 1e9:.0f} GB"
+            return name, f"for a GPU of {memory / 1e9:.0f} GB"
     return "quickstart", f"{memory / 1e9:.0f} GB are too few for the 7B base"

@@ -15,7 +15,7 @@ LANES_ISSUED, LANES_MUFU = 128, 16
 """Per SM and clock: four warps issued; results of the special function unit (ex2, lg2, rcp). CUDA C++
 Programming Guide, table of arithmetic throughput; both the same from compute capability 7.5 to 12.0."""
 SECONDS_PER_CASE = 0.5
-FLUSHED_BYTES = 256 << 20  # more than the L2 cache of any card
+FLUSHED_BYTES = 256 << 20  # more than the L2 cache of any GPU
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,14 @@ the best backward that do not spill registers. A training step is forward, forwa
 
 
 @dataclass(frozen=True)
-class Card:
+class GpuLimits:
     """What bounds a kernel on a GPU.
 
     Args:
         name: As the driver gives it.
         capability: Compute capability, such as (9, 0).
         multiprocessors: How many SMs.
-        clock_hz: The highest SM clock; what the card holds under load is often less.
+        clock_hz: The highest SM clock; what the GPU holds under load is often less.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Card:
     clock_hz: float
 
     @classmethod
-    def of(cls, device: torch.device) -> Card | None:
+    def of(cls, device: torch.device) -> GpuLimits | None:
         """Reads a GPU's properties; None where nothing tells the clock, or on a CPU."""
         if device.type != "cuda":
             return None

@@ -43,21 +43,21 @@ def device(facts: dict[str, Any]) -> Iterator[Finding]:
         facts: From `environment.describe_device`.
     """
     if facts["type"] == "cuda":
-        yield from _card(facts)
+        yield from _gpu(facts)
     else:
         yield from _processor(facts)
     dtype, why = advised_dtype(facts)
     yield Finding("device", "number format", "ok", f"{str(dtype).removeprefix('torch.')}: {why}")
 
 
-def _card(facts: dict[str, Any]) -> Iterator[Finding]:
+def _gpu(facts: dict[str, Any]) -> Iterator[Finding]:
     capability = facts["compute_capability"]
     text = f"{facts['name']}, compute capability {capability}"
     text += f" (1 of {facts['count']})" if facts["count"] > 1 else ""
     if _runs_on(capability, torch.cuda.get_arch_list()):
         yield Finding("device", "GPU", "ok", text)
     else:
-        fix = "install a build of torch for this card: https://pytorch.org/get-started"
+        fix = "install a build of torch for this GPU: https://pytorch.org/get-started"
         built = ", ".join(torch.cuda.get_arch_list())
         yield Finding("device", "GPU", "problem", f"{text}; this torch is built for {built}", fix)
     free, total = torch.cuda.mem_get_info()
@@ -70,7 +70,7 @@ def _card(facts: dict[str, Any]) -> Iterator[Finding]:
 
 
 def _runs_on(capability: str, built: list[str]) -> bool:
-    """Whether a build runs on a card: code of the same major and no newer minor number, or older PTX."""
+    """Whether a build runs on a GPU: code of the same major and no newer minor number, or older PTX."""
     major, minor = map(int, capability.split("."))
     for name in built:
         kind, _, digits = name.partition("_")
@@ -96,13 +96,13 @@ def _processor(facts: dict[str, Any]) -> Iterator[Finding]:
 
 
 def _unused_card() -> Finding:
-    card = nvidia_smi("name,driver_version")
-    if card is None:
+    gpu = nvidia_smi("name,driver_version")
+    if gpu is None:
         fix = (
-            "the 7B base wants an NVIDIA card of 16 GB or more; the CPU is for the tiny base and for checking"
+            "the 7B base wants an NVIDIA GPU of 16 GB or more; the CPU is for the tiny base and for checking"
         )
         return Finding("device", "GPU", "note", "none", fix)
-    name, driver = card
+    name, driver = gpu
     if torch.version.cuda is None:
         fix = "install torch's CUDA build: pip install --force-reinstall torch"
         return Finding("device", "GPU", "note", f"{name} is here, but this torch is built without CUDA", fix)
@@ -115,8 +115,8 @@ def advised_dtype(facts: dict[str, Any]) -> tuple[torch.dtype, str]:
     if facts["type"] == "cpu":
         return torch.float32, "the fastest on most CPUs"
     if facts["bfloat16"]:
-        return torch.bfloat16, "this card computes in it"
-    return torch.float16, "this card has no bfloat16; states and sums stay in float32"
+        return torch.bfloat16, "this GPU computes in it"
+    return torch.float16, "this GPU has no bfloat16; states and sums stay in float32"
 
 
 def compute(facts: dict[str, Any]) -> Iterator[Finding]:

@@ -42,19 +42,19 @@ def measure_kernels(
         UsageError: There is no such device.
         MambaSFTError: There is a GPU but no kernels for it.
     """
-    place = _device(device)
+    target = _device(device)
     if stock_length is None:
         stock_length = STOCK_LENGTH[quick]
-    if place.type == "cuda":
-        tables = _on_gpu(place, quick)
+    if target.type == "cuda":
+        tables = _on_gpu(target, quick)
     else:
         from mamba_sft.diagnostics import bench_cpu
 
         tables = bench_cpu.measure(stock_length=stock_length, quick=quick)
-    settings = {"device": str(place), "quick": quick}
-    if place.type == "cpu":
+    settings = {"device": str(target), "quick": quick}
+    if target.type == "cpu":
         settings["stock_length"] = stock_length
-    return {"benchmark": "kernels", "machine": machine(place), "settings": settings, "tables": tables}
+    return {"benchmark": "kernels", "machine": machine(target), "settings": settings, "tables": tables}
 
 
 def _device(name: str) -> torch.device:
@@ -82,8 +82,8 @@ def _on_gpu(device: torch.device, quick: bool) -> dict[str, list[dict[str, Any]]
         )
     with torch.cuda.device(device):
         dtype = torch.bfloat16 if describe_device()["bfloat16"] else torch.float16
-        place = bench_gpu.Place(device, dtype, "triton", gpu_limits.Card.of(device))
-        return bench_gpu.measure(place, bench_gpu.SHAPES[:1] if quick else bench_gpu.SHAPES)
+        target = bench_gpu.Target(device, dtype, "triton", gpu_limits.GpuLimits.of(device))
+        return bench_gpu.measure(target, bench_gpu.ROW_SHAPES[:1] if quick else bench_gpu.ROW_SHAPES)
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -92,8 +92,8 @@ def machine(device: torch.device) -> dict[str, Any]:
     shown = ("torch", "transformers", "numba", "triton", "mamba-ssm", "causal-conv1d", "mambapy")
     facts: dict[str, Any] = {"date": datetime.date.today().isoformat()}
     if device.type == "cuda":
-        card = torch.cuda.get_device_properties(device)
-        facts |= {"gpu": card.name, "multiprocessors": card.multi_processor_count}
+        gpu = torch.cuda.get_device_properties(device)
+        facts |= {"gpu": gpu.name, "multiprocessors": gpu.multi_processor_count}
         facts |= {"cuda": torch.version.cuda} | gpu_limits.clocks(device)
     else:
         facts |= {"cpu": processor_name(), "threads": torch.get_num_threads()}

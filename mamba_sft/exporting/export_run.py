@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from mamba_sft.errors import UsageError
 
 if TYPE_CHECKING:
-    from mamba_sft.exporting.task import Exported, GGUFOptions, HubOptions, Progress
+    from mamba_sft.exporting.request import Exported, GGUFOptions, HubOptions, Progress
     from mamba_sft.run import Run
 
 FORMATS = ("gguf", "hf", "ollama")
@@ -49,23 +49,23 @@ def export(
         MambaSFTError: It cannot be exported, or a file failed its check.
     """
     from mamba_sft.exporting.gguf.installed import require_gguf
-    from mamba_sft.exporting.task import GGUFOptions, HubOptions, Task
+    from mamba_sft.exporting.request import ExportRequest, GGUFOptions, HubOptions
 
     names = [quantization] if isinstance(quantization, str) else list(quantization or [])
-    task = Task(run, names, output, name, progress or (lambda stage, done, total: None))
+    request = ExportRequest(run, names, output, name, progress or (lambda stage, done, total: None))
     if isinstance(options, GGUFOptions):
-        task = replace(task, gguf=options)
+        request = replace(request, gguf=options)
     elif isinstance(options, HubOptions):
-        task = replace(task, hub=options)
+        request = replace(request, hub=options)
     check_request(format, names, adapter_only, options)
     if format == "hf":
         from mamba_sft.exporting.hub.export import export_checkpoint
 
-        return export_checkpoint(task)
+        return export_checkpoint(request)
     require_gguf()
     from mamba_sft.exporting.gguf.export import export_adapter, export_model
 
-    return (export_adapter if adapter_only else export_model)(task, ollama=format == "ollama")
+    return (export_adapter if adapter_only else export_model)(request, ollama=format == "ollama")
 
 
 def check_request(
@@ -76,7 +76,7 @@ def check_request(
     Raises:
         UsageError: There is no such format, or something belongs to another one.
     """
-    from mamba_sft.exporting.task import GGUFOptions, HubOptions
+    from mamba_sft.exporting.request import GGUFOptions, HubOptions
 
     if format not in FORMATS:
         raise UsageError(f"no format `{format}`", hint=f"there are {', '.join(FORMATS)}")

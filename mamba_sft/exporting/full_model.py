@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from mamba_sft.errors import ModelError, UsageError
-from mamba_sft.merging.plan import MergePlan, fit_adapter
+from mamba_sft.merging.preparing import PreparedMerge, match_adapter
 from mamba_sft.merging.saved_adapter import EMBEDDINGS, HEAD
 from mamba_sft.merging.summed import MergedTensors
 from mamba_sft.model.checkpoint import read_config, read_tensors
@@ -38,7 +38,7 @@ class FullModel:
         base: The base model it was tuned from, as the recipe names it, or None if that is not known.
         run: The run it came from, or None for a plain checkpoint.
         directory: The checkpoint on disk, or None where base and adapter are summed on the way.
-        plan: How they are summed, or None.
+        merge: How they are summed, or None.
         one_head: Whether a head that equals the embedding bit by bit counts as the same matrix.
     """
 
@@ -49,7 +49,7 @@ class FullModel:
     base: str | None = None
     run: Run | None = None
     directory: Path | None = None
-    plan: MergePlan | None = None
+    merge: PreparedMerge | None = None
     one_head: bool = True
 
     @property
@@ -103,16 +103,16 @@ class FullModel:
 
 
 class SummedTensors(StoredTensors):
-    """The tensors that merging the plan's adapter would write, one block of rows at a time.
+    """The tensors that merging the adapter would write, one block of rows at a time.
 
     Args:
-        plan: A merge that can be done.
+        merge: A merge that can be done.
     """
 
-    def __init__(self, plan: MergePlan):
-        super().__init__(plan.entries)
-        self.layouts = {layout.name: layout for layout in plan.layouts}
-        self._merged = MergedTensors(plan, plan.source)
+    def __init__(self, merge: PreparedMerge):
+        super().__init__(merge.entries)
+        self.layouts = {layout.name: layout for layout in merge.layouts}
+        self._merged = MergedTensors(merge, merge.source)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -155,8 +155,10 @@ def _of_run(run: Run) -> FullModel:
         if not stale:
             return _of_checkpoint(run.merged, name, run)
         logger.warning("`%s` is older than the adapter: base and adapter are taken instead", run.merged)
-    plan = fit_adapter(run, run.export, None)
-    return FullModel(name, plan.config, SummedTensors(plan), run.adapter, plan.facts.base, run, plan=plan)
+    merge = match_adapter(run, run.export, None)
+    return FullModel(
+        name, merge.config, SummedTensors(merge), run.adapter, merge.facts.base, run, merge=merge
+    )
 
 
 def _age(path: Path) -> float:
@@ -187,7 +189,7 @@ def check_output(output: Path, model: FullModel) -> None:
     """
     if output.exists() and not output.is_dir():
         raise UsageError(f"`{output}` is a file", hint="give a directory with `--output`")
-    sources = [model.directory, model.tokenizer_dir, model.plan.base if model.plan else None]
+    sources = [model.directory, model.tokenizer_dir, model.merge.base if model.merge else None]
     if any(source is not None and source.resolve() == output.resolve() for source in sources):
         raise UsageError(f"`{output}` is what would be exported; the result needs a directory of its own")
 
@@ -199,9 +201,9 @@ def first_id(ids: Any) -> int | None:
     return ids if isinstance(ids, int) else None
 
 
-def base_of(run: Run, plan: MergePlan) -> FullModel:
+def base_of(run: Run, merge: PreparedMerge) -> FullModel:
     """Returns a run's base by itself, with the tokenizer and template that its adapter was trained with."""
-    tensors = plan.source
+    tensors = merge.source
     name = f"{run.path.resolve().name}.base"
-    base = plan.facts.base
-    return FullModel(name, plan.config, tensors, run.adapter, base, run, one_head=not plan.adapter.rows)
+    base = merge.facts.base
+    return FullModel(name, merge.config, tensors, run.adapter, base, run, one_head=not merge.adapter.rows)

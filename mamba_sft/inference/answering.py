@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mamba_sft.errors import DataError, UsageError
-from mamba_sft.inference.chat_model import Talker, load_talker, require_template, split_talker
+from mamba_sft.inference.chat_model import ChatModel, load_chat_model, require_template, split_chat_model
 from mamba_sft.inference.generation import Answer, answers
 from mamba_sft.inference.sampling import Sampling
 from mamba_sft.inference.sessions import ChatSession, CompareSession
@@ -20,7 +20,7 @@ Prompt = str | Sequence[Message]
 
 
 def generate(
-    model: Talker | Run | str | Path,
+    model: ChatModel | Run | str | Path,
     prompts: Prompt | Path | Iterable[Prompt],
     *,
     output: str | Path | None = None,
@@ -33,7 +33,7 @@ def generate(
     """Answers prompts, several at a time.
 
     Args:
-        model: A run, a model directory, a hub id, or what `load_talker` returned.
+        model: A run, a model directory, a hub id, or what `load_chat_model` returned.
         prompts: A text, a list of messages, several of either, or the `Path` of a JSON Lines file with one
             `{"prompt": ...}` or `{"messages": [...]}` a line.
         output: JSON Lines file to write: prompt, `answer`, `finish_reason` (`stop` or `length`), `tokens`.
@@ -53,16 +53,16 @@ def generate(
     rows = _read_prompts(prompts) if isinstance(prompts, Path) else _list_prompts(prompts)
     if output is not None and Path(output).is_dir():
         raise UsageError(f"the output `{output}` is a directory", hint="for example `answers.jsonl`")
-    talker = model if isinstance(model, Talker) else load_talker(model, needs_template=not raw)
-    system = talker.system if system is None else system
+    chat_model = model if isinstance(model, ChatModel) else load_chat_model(model, needs_template=not raw)
+    system = chat_model.system if system is None else system
     if not raw:
-        require_template(talker.name, talker.tokenizer)
+        require_template(chat_model.name, chat_model.tokenizer)
     found = answers(
-        talker.model,
-        talker.tokenizer,
-        [_encode(talker, row, where, system, raw) for where, row in rows],
+        chat_model.model,
+        chat_model.tokenizer,
+        [_encode(chat_model, row, where, system, raw) for where, row in rows],
         sampling=sampling or Sampling(),
-        stop_ids=talker.stop_ids,
+        stop_ids=chat_model.stop_ids,
         batch_size=batch_size,
         on_answer=on_answer,
     )
@@ -72,7 +72,7 @@ def generate(
 
 
 def open_session(
-    model: Talker | Run | str | Path,
+    model: ChatModel | Run | str | Path,
     *,
     compare: bool = False,
     merged: bool = False,
@@ -82,7 +82,7 @@ def open_session(
     """Starts a conversation.
 
     Args:
-        model: A run, a model directory, a hub id, or what `load_talker` returned.
+        model: A run, a model directory, a hub id, or what `load_chat_model` returned.
         compare: Talk to a run's base and to its tuned model at once; they share one model in memory.
         merged: Talk to the run's merged checkpoint rather than to base and adapter.
         sampling: How to choose tokens; greedy by default.
@@ -93,10 +93,16 @@ def open_session(
         DataError: There is no chat template.
         ModelError: The model cannot be loaded.
     """
-    talker = model if isinstance(model, Talker) else load_talker(model, merged=merged, needs_adapter=compare)
+    chat_model = (
+        model
+        if isinstance(model, ChatModel)
+        else load_chat_model(model, merged=merged, needs_adapter=compare)
+    )
     if not compare:
-        return ChatSession(talker, sampling=sampling, system=system)
-    base, tuned = (ChatSession(side, sampling=sampling, system=system) for side in split_talker(talker))
+        return ChatSession(chat_model, sampling=sampling, system=system)
+    base, tuned = (
+        ChatSession(side, sampling=sampling, system=system) for side in split_chat_model(chat_model)
+    )
     return CompareSession(base, tuned)
 
 
@@ -168,14 +174,14 @@ def _is_message(message: Any) -> bool:
     return isinstance(message.get("content"), str) or bool(message.get("tool_calls"))
 
 
-def _encode(talker: Talker, prompt: Prompt, where: str, system: str | None, raw: bool) -> list[int]:
+def _encode(chat_model: ChatModel, prompt: Prompt, where: str, system: str | None, raw: bool) -> list[int]:
     if raw:
         if not isinstance(prompt, str):
             raise UsageError(f"{where}: `raw` continues plain text, but this is a list of messages")
-        return encode_batch(talker.tokenizer, [prompt])[0]
+        return encode_batch(chat_model.tokenizer, [prompt])[0]
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     try:
-        return render(talker.tokenizer, with_system(messages, system), add_generation_prompt=True)[0]
+        return render(chat_model.tokenizer, with_system(messages, system), add_generation_prompt=True)[0]
     except DataError as error:
         raise DataError(f"{where}: {error.message}", hint=error.hint) from error
 

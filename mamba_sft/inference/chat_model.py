@@ -23,7 +23,7 @@ Quantization = Literal["none", "nf4", "int8"]
 
 
 @dataclass
-class Talker:
+class ChatModel:
     """A model and all that a conversation with it needs.
 
     Args:
@@ -49,7 +49,7 @@ class Talker:
         return int(config.num_hidden_layers * (conv + scan))
 
     def held(self) -> AbstractContextManager[None]:
-        """Keeps the model in this talker's voice inside the block, which makes many short steps cheap."""
+        """Keeps the model in this model's voice inside the block, which makes many short steps cheap."""
         return self.model.held() if isinstance(self.model, AdapterOff) else nullcontext()
 
 
@@ -115,14 +115,14 @@ class _Source:
     facts: dict[str, Any] | None = None
 
 
-def load_talker(
+def load_chat_model(
     where: Run | str | Path,
     *,
     merged: bool = False,
     quantization: Quantization | None = None,
     needs_template: bool = True,
     needs_adapter: bool = False,
-) -> Talker:
+) -> ChatModel:
     """Loads what is at `where`, ready to talk; what can be refused is refused before the weights are read.
 
     Args:
@@ -156,7 +156,7 @@ def load_talker(
     if tokenizer.chat_template:
         stops |= {tokenizer.convert_tokens_to_ids(find_stop_token(tokenizer, name))}
     system = source.recipe.chat.system if source.recipe is not None else None
-    return Talker(name, model.eval(), tokenizer, stops, system)
+    return ChatModel(name, model.eval(), tokenizer, stops, system)
 
 
 def require_template(name: str, tokenizer: Any) -> None:
@@ -172,16 +172,20 @@ def require_template(name: str, tokenizer: Any) -> None:
         )
 
 
-def split_talker(talker: Talker) -> tuple[Talker, Talker]:
-    """Returns the base and the tuned talker inside one adapted model; both use the tuned one's template.
+def split_chat_model(chat_model: ChatModel) -> tuple[ChatModel, ChatModel]:
+    """Returns the base and the tuned model inside one adapted model; both use the tuned one's template.
 
     Raises:
-        UsageError: The talker has no adapter, so there is nothing to compare with.
+        UsageError: The model has no adapter, so there is nothing to compare with.
     """
-    if not hasattr(talker.model, "peft_config"):
-        raise _no_adapter(talker.name)
-    base = Talker("base", AdapterOff(talker.model), talker.tokenizer, talker.stop_ids, talker.system)
-    return base, Talker("tuned", talker.model, talker.tokenizer, talker.stop_ids, talker.system)
+    if not hasattr(chat_model.model, "peft_config"):
+        raise _no_adapter(chat_model.name)
+    base = ChatModel(
+        "base", AdapterOff(chat_model.model), chat_model.tokenizer, chat_model.stop_ids, chat_model.system
+    )
+    return base, ChatModel(
+        "tuned", chat_model.model, chat_model.tokenizer, chat_model.stop_ids, chat_model.system
+    )
 
 
 def _no_adapter(name: str) -> UsageError:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mamba_sft.errors import UsageError
-from mamba_sft.inference.chat_model import Talker, require_template
+from mamba_sft.inference.chat_model import ChatModel, require_template
 from mamba_sft.inference.generation import State, TextStream, finish_reason, stream
 from mamba_sft.inference.sampling import Sampling
 from mamba_sft.model.chat_template import render, with_system
@@ -49,19 +49,19 @@ class ChatSession:
     """A conversation with one model.
 
     Args:
-        talker: Who answers.
+        chat_model: Who answers.
         sampling: How; with a seed, the same inputs give the same session.
         system: The system message; None takes the one the model was trained with.
 
     Raises:
-        DataError: The talker's tokenizer has no chat template.
+        DataError: The model's tokenizer has no chat template.
     """
 
-    def __init__(self, talker: Talker, *, sampling: Sampling | None = None, system: str | None = None):
-        require_template(talker.name, talker.tokenizer)
-        self.talker = talker
+    def __init__(self, chat_model: ChatModel, *, sampling: Sampling | None = None, system: str | None = None):
+        require_template(chat_model.name, chat_model.tokenizer)
+        self.chat_model = chat_model
         self.sampling = sampling or Sampling()
-        self.system = talker.system if system is None else system
+        self.system = chat_model.system if system is None else system
         self.last_turn: Turn | None = None
         self._turns: list[dict[str, str]] = []
         self._state = State()
@@ -140,9 +140,9 @@ class ChatSession:
         self.last_turn = None
         unread = self._unread()
         reread = not self._state.read and len(self._turns) > 1
-        sampling, answer, spent = self._next_sampling(), _Answer(self.talker.tokenizer), []
+        sampling, answer, spent = self._next_sampling(), _Answer(self.chat_model.tokenizer), []
         tokens = stream(
-            self.talker.model, unread, self._state, sampling=sampling, stop_ids=self.talker.stop_ids
+            self.chat_model.model, unread, self._state, sampling=sampling, stop_ids=self.chat_model.stop_ids
         )
         reason: FinishReason = "interrupted"
         try:
@@ -162,8 +162,8 @@ class ChatSession:
 
     def _unread(self) -> list[int]:
         """Returns what the state has not read of the conversation: all of it if it read something else."""
-        rendered, _ = render(self.talker.tokenizer, self.messages, add_generation_prompt=True)
-        unread = continuation(self.talker.tokenizer, self._state.read, rendered)
+        rendered, _ = render(self.chat_model.tokenizer, self.messages, add_generation_prompt=True)
+        unread = continuation(self.chat_model.tokenizer, self._state.read, rendered)
         if unread is None:
             self._state.clear()
             return rendered
@@ -239,7 +239,7 @@ class CompareSession:
         try:
             while going:
                 for number, answer in list(going.items()):
-                    with self.sides[number].talker.held():
+                    with self.sides[number].chat_model.held():
                         burst = [piece for _, piece in zip(range(self.BURST), answer, strict=False)]
                     yield from ((number, piece) for piece in burst)
                     if len(burst) < self.BURST:

@@ -1,7 +1,7 @@
 """The `cpu` backend: runs the loops of `cpu_loops.py` in threads, on behalf of `autograd.py`.
 
 Inputs may be float32, bfloat16 or float16; everything inside is float32. The forward of the scan keeps one
-state per `CHUNK` steps, nothing else of its own; the backward replays one chunk at a time from there.
+state per `STATE_STRIDE` steps, nothing else of its own; the backward replays one chunk at a time from there.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def scan_forward(
     """Return y, the final state, and (if kept) the state at the start of every chunk."""
     (batch, length, channels), states = u.shape, A.shape[1]
     tasks = batch * _blocks(channels)
-    chunks = -(-length // loops.CHUNK) if keep else 0
+    chunks = -(-length // loops.STATE_STRIDE) if keep else 0
     y = _empty(batch, length, channels)
     final_state = torch.empty(batch, channels, states)
     saved = _empty(tasks, chunks, states * loops.LANES)

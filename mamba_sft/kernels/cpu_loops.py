@@ -53,7 +53,9 @@ from mamba_sft.kernels.cpu_rows import (
 
 ROWS_CHECKSUM = "d5d684553761f0e7"  # of cpu_rows.py: a change there has to change this file too
 
-CHUNK = 64  # steps between two saved states: the trace of one chunk (128 KB at N = 16) fits in the L2 cache
+STATE_STRIDE = (
+    64  # steps between two saved states: the trace of one chunk (128 KB at N = 16) fits in the L2 cache
+)
 MAX_STATES = 64  # the largest N
 AHEAD = 4  # steps by which rows are prefetched
 LIMIT = float32(125)  # up to which exponents of decays may skip the clamps
@@ -143,7 +145,7 @@ def scan_forward(
     channels, blocks = D.shape[0], (D.shape[0] + LANES - 1) // LANES
     working = working_rows(2 * states).reshape(2, states * LANES)
     h, rate = working[0], working[1]
-    tile = working_rows(3 * CHUNK).reshape(3, CHUNK * LANES)
+    tile = working_rows(3 * STATE_STRIDE).reshape(3, STATE_STRIDE * LANES)
     dts, dus, ys = tile[0], tile[1], tile[2]
 
     for task in range(first, last):
@@ -156,11 +158,11 @@ def scan_forward(
             put(rate, n * LANES, load(A[n], d0, width))
         fastest = fastest_rate(rate, states)
 
-        for start in range(0, length, CHUNK):
-            stop = min(start + CHUNK, length)
+        for start in range(0, length, STATE_STRIDE):
+            stop = min(start + STATE_STRIDE, length)
             if saved.shape[1] > 0:
                 for at in range(0, states * LANES, LANES):
-                    put(saved[task, start // CHUNK], at, get(h, at))
+                    put(saved[task, start // STATE_STRIDE], at, get(h, at))
             longest = row_of(ZERO)
             for t in range(start, stop):
                 i = (t - start) * LANES
@@ -252,11 +254,11 @@ def scan_backward(
     """
     _, length, states = B.shape
     channels, blocks = D.shape[0], (D.shape[0] + LANES - 1) // LANES
-    groups, chunks = dB.shape[0], (length + CHUNK - 1) // CHUNK
-    trace = working_rows(2 * CHUNK * states)
+    groups, chunks = dB.shape[0], (length + STATE_STRIDE - 1) // STATE_STRIDE
+    trace = working_rows(2 * STATE_STRIDE * states)
     working = working_rows(5 * states).reshape(5, states * LANES)
     h, g, rate, rate_sum, rate_part = working[0], working[1], working[2], working[3], working[4]
-    tile = working_rows(4 * CHUNK).reshape(4, CHUNK * LANES)
+    tile = working_rows(4 * STATE_STRIDE).reshape(4, STATE_STRIDE * LANES)
     us, dts, slopes, ys = tile[0], tile[1], tile[2], tile[3]
     waiting = np.zeros((2, dB.shape[3] * FOLDED), float32)
     waiting_b, waiting_c = waiting[0], waiting[1]
@@ -276,7 +278,7 @@ def scan_backward(
             clear(rate_part, states)
 
             for chunk in range(chunks - 1, -1, -1):
-                start, stop = chunk * CHUNK, min((chunk + 1) * CHUNK, length)
+                start, stop = chunk * STATE_STRIDE, min((chunk + 1) * STATE_STRIDE, length)
                 for n in range(states):
                     put(h, n * LANES, get(saved[b * blocks + block, chunk], n * LANES))
                 longest = row_of(ZERO)
@@ -415,7 +417,9 @@ def conv_backward(
                 else:
                     target, at = dx, (b * length + s) * channels + d0
                 store(load(target, at, width) + vy * get(tap, k), target, at, width)
-            if t % CHUNK == CHUNK - 1 or t == length - 1:  # short sums first: less rounding in long rows
+            if (
+                t % STATE_STRIDE == STATE_STRIDE - 1 or t == length - 1
+            ):  # short sums first: less rounding in long rows
                 for k in range(0, taps * LANES, LANES):
                     put(sums, k, get(sums, k) + get(parts, k))
                 clear(parts, taps)

@@ -16,7 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from mamba_sft.kernels import triton_conv, triton_math, triton_scan
 from mamba_sft.kernels.reference import sequence_starts
-from mamba_sft.kernels.triton_scan import CHUNK
+from mamba_sft.kernels.triton_scan import STATE_STRIDE
 
 INTERPRETED = triton.knobs.runtime.interpret
 NAME, MAX_STATES = "triton", 64
@@ -25,8 +25,8 @@ FORWARD_CHANNELS, BACKWARD_CHANNELS, CONV_CHANNELS = 64, 32, 128  # the most cha
 RESIDENT, WAVES = (
     8,
     2,
-)  # programs of the backward that a multiprocessor's registers hold; how often to fill the card
-MIN_SEGMENT = 4 * CHUNK.value  # a shorter one costs more in joining than it brings
+)  # programs of the backward that a multiprocessor's registers hold; how often to fill the GPU
+MIN_SEGMENT = 4 * STATE_STRIDE.value  # a shorter one costs more in joining than it brings
 SPAN = 128  # positions per program of the convolution
 COMPILE = {"num_warps": 1, "num_stages": 1, "enable_fp_fusion": True}
 _boundaries = WeakTensorKeyDictionary()  # every layer of a model asks for those of the same tensor, twice
@@ -81,7 +81,7 @@ def scan_forward(
     rates, BC = _rates(A), torch.cat([B, C], dim=-1).float()
     parts, segment = _segments(u)
     new = {"dtype": torch.float32, "device": u.device}
-    saved = torch.empty(batch, -(-length // CHUNK.value), N, channels, **new) if keep else None
+    saved = torch.empty(batch, -(-length // STATE_STRIDE.value), N, channels, **new) if keep else None
     final = torch.empty(batch, N, channels, **new)
     y = torch.empty(batch, length, channels, dtype=u.dtype, device=u.device)
     entry = None if initial_state is None else initial_state.detach().float().transpose(1, 2).contiguous()
@@ -159,7 +159,7 @@ def scan_backward(
 
         shape = {"channels": channels, "N": N, **tile(N, BACKWARD_TILE, BACKWARD_CHANNELS)}
         blocks, steps = triton.cdiv(channels, shape["BLOCK"]), window(_capability(u), N, wanted[2])
-        slots = triton.cdiv(CHUNK.value, steps)
+        slots = triton.cdiv(STATE_STRIDE.value, steps)
         scratch = torch.empty(batch * parts * blocks, slots, shape["STATES"], shape["BLOCK"], **new)
         dBC = torch.empty(blocks, batch, length, 2 * N, **new)
         triton_scan.backward[(blocks, parts, batch)](
@@ -245,7 +245,7 @@ def conv_backward(
 
 
 def _rows(x: Tensor | None) -> Tensor | None:
-    """Return x with channels contiguous, in a type that the card can convert."""
+    """Return x with channels contiguous, in a type that the GPU can convert."""
     if x is None:
         return None
     x = x.detach()
@@ -277,18 +277,18 @@ def _segments(u: Tensor) -> tuple[int, int]:
     """Return how many segments a row is cut into, and their length.
 
     Cutting costs a second run through the forward, so it is done only where rows and channels do not fill
-    the card.
+    the GPU.
     """
     batch, length, channels = u.shape
-    cards = 1 if INTERPRETED else torch.cuda.get_device_properties(u.device).multi_processor_count
+    multiprocessors = 1 if INTERPRETED else torch.cuda.get_device_properties(u.device).multi_processor_count
     programs = batch * triton.cdiv(channels, BACKWARD_CHANNELS)
-    parts = max(1, min(round(WAVES * RESIDENT * cards / programs), length // MIN_SEGMENT))
-    segment = triton.cdiv(triton.cdiv(length, parts), CHUNK.value) * CHUNK.value
+    parts = max(1, min(round(WAVES * RESIDENT * multiprocessors / programs), length // MIN_SEGMENT))
+    segment = triton.cdiv(triton.cdiv(length, parts), STATE_STRIDE.value) * STATE_STRIDE.value
     return triton.cdiv(length, segment), segment
 
 
 def window(capability: tuple[int, int], N: int, rate_wanted: bool) -> int:
-    """Return how long a window the compiler can keep in registers on cards of a compute capability."""
+    """Return how long a window the compiler can keep in registers on GPUs of a compute capability."""
     if N > 16:
         return 2
     return 3 if rate_wanted or capability[0] == 10 else 4
@@ -299,5 +299,5 @@ def _capability(u: Tensor) -> tuple[int, int]:
 
 
 def _on(x: Tensor) -> contextlib.AbstractContextManager[None]:
-    """Launch on the card that holds x, which need not be the current one."""
+    """Launch on the GPU that holds x, which need not be the current one."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()

@@ -1,7 +1,7 @@
 """The selective scan in Triton, forward and backward; `triton_ops.py` launches these kernels.
 
 Letters as in README.md, and S for the segments a row is cut into where rows and channels alone would leave
-the card idle. A program owns a block of channels of one row and one segment, walks through time with its
+the GPU idle. A program owns a block of channels of one row and one segment, walks through time with its
 states in registers and computes in float32. Rates come scaled by log2(e): the hardware's exponential is
 2**x.
 
@@ -14,7 +14,7 @@ over the threads of a warp, because they sum over different axes:
 - backward: the states of a channel over four threads, four channels in each, since the gradients of B and C
   are sums over channels. It is the layout of loading a tile in aligned pieces of 16 bytes.
 
-`tests/kernels/test_triton_compile.py` compiles every kernel for every card and holds the compiler to this.
+`tests/kernels/test_triton_compile.py` compiles every kernel for every GPU and holds the compiler to this.
 
 Sequences packed into a row are told apart by two (B, L) arrays of positions: `begins`, where the sequence
 of a position begins (-1 if it continues what came before the row), and `stops`, where the next one begins
@@ -29,7 +29,7 @@ import triton.language as tl
 
 from mamba_sft.kernels.triton_math import LN2, exp2, inside, load_row, only_if, sigmoid, step_size
 
-CHUNK = tl.constexpr(64)  # steps between two saved states
+STATE_STRIDE = tl.constexpr(64)  # steps between two saved states
 
 
 @triton.jit
@@ -54,9 +54,9 @@ def forward(
     """Run the recurrence over one segment; program (block of channels, segment, row).
 
     u, dt, z, y (B, L, D), rows `*_row` apart; A (N, D) scaled; BC (B, L, 2 N) float32, B before C; D, bias
-    (D,); entry, the states before each segment, (B, S, N, D); saved (B, ceil(L / CHUNK), N, D) or None;
-    final (B, N, D). z, D, bias, entry, saved, and stops with begins may be None. A segment is a multiple of
-    CHUNK.
+    (D,); entry, the states before each segment, (B, S, N, D); saved (B, ceil(L / STATE_STRIDE), N, D) or
+    None; final (B, N, D). z, D, bias, entry, saved, and stops with begins may be None. A segment is a
+    multiple of STATE_STRIDE.
     """
     block, part, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     parts = tl.num_programs(1)
@@ -83,18 +83,18 @@ def forward(
     y += (row * length + start) * channels
     BC += (row * length + start) * 2 * N
     if saved is not None:
-        saved += (row * tl.cdiv(length, CHUNK) + first // CHUNK) * N * channels
+        saved += (row * tl.cdiv(length, STATE_STRIDE) + first // STATE_STRIDE) * N * channels
 
     next_u, next_dt = load_row(u + at_d, has_d), load_row(dt + at_d, has_d)
     t = first
     while t < last:
-        stop = tl.minimum(last, (t // CHUNK + 1) * CHUNK)
+        stop = tl.minimum(last, (t // STATE_STRIDE + 1) * STATE_STRIDE)
         if begins is not None:
             stop = tl.minimum(stop, tl.load(stops + row * length + t))
             if tl.load(begins + row * length + t) == t:
                 h = tl.zeros([STATES, BLOCK], tl.float32)
         if saved is not None:
-            if t % CHUNK == 0:
+            if t % STATE_STRIDE == 0:
                 tl.store(saved + at_state, h, mask=has_state)
                 saved += N * channels
         for now in range(t, stop):
@@ -344,9 +344,9 @@ def backward(
 
     Operands as in `forward`; later, the gradients of the states behind each segment, (B, S, N, D) or None.
     A first walk through a chunk, from its saved state, leaves the state before every window of WINDOW steps
-    in scratch (programs, ceil(CHUNK / WINDOW), STATES, BLOCK) and y before the gate in dz; then the windows
-    are taken from the last to the first. A window begins where its sequence does, and then no state is
-    kept: it is zero.
+    in scratch (programs, ceil(STATE_STRIDE / WINDOW), STATES, BLOCK) and y before the gate in dz; then the
+    windows are taken from the last to the first. A window begins where its sequence does, and then no state
+    is kept: it is zero.
 
     du, ddt, dz (B, L, D); dBC (blocks, B, L, 2 N), a sum over each block of channels; dA (B, S, N, D), dD
     and dbias (B, S, D) unless None; earlier (B, S, N, D), the gradients of the states before each segment.
@@ -386,13 +386,13 @@ def backward(
     if begins is not None:
         stops += row * length
         begins += row * length
-    saved += row * tl.cdiv(length, CHUNK) * N * channels
-    scratch += (place * blocks + block) * tl.cdiv(CHUNK, WINDOW) * STATES * BLOCK
+    saved += row * tl.cdiv(length, STATE_STRIDE) * N * channels
+    scratch += (place * blocks + block) * tl.cdiv(STATE_STRIDE, WINDOW) * STATES * BLOCK
 
-    chunk = tl.cdiv(last, CHUNK) - 1
-    while chunk * CHUNK >= first:
-        start = chunk * CHUNK
-        stop = tl.minimum(start + CHUNK, last)
+    chunk = tl.cdiv(last, STATE_STRIDE) - 1
+    while chunk * STATE_STRIDE >= first:
+        start = chunk * STATE_STRIDE
+        stop = tl.minimum(start + STATE_STRIDE, last)
         h = tl.load(saved + chunk.to(tl.int64) * N * channels + at_state, mask=has_state, other=0.0)
         t = start
         while t < stop:

@@ -26,7 +26,7 @@ from mamba_sft.model.tensor_files import DTYPES, StoredTensors, read_rows
 
 # Largest relative difference of the logits that rounding the merged weights to a dtype explains.
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-_SAMPLE_ROWS = 8
+_CHECKED_ROWS = 8
 
 Attach = Callable[[torch.nn.Module, int], None]
 
@@ -53,7 +53,7 @@ class CheckResult:
 
 
 @dataclass(frozen=True)
-class MergeReport:
+class MergeResult:
     """What a merge did and what its check found; stored in `merge.json`.
 
     Args:
@@ -199,7 +199,7 @@ class MergeCheck:
     def _check_vocabulary(self, name: str) -> None:
         entry = self.merged.entries[name]
         last = entry.shape[0]
-        picks = {self._random.randrange(last) for _ in range(_SAMPLE_ROWS)}
+        picks = {self._random.randrange(last) for _ in range(_CHECKED_ROWS)}
         picks.update(int(i) for i in self.adapter.rows.get(name, (torch.tensor([]),))[0])
         for row in sorted(picks):
             expected = self._expected_rows(name, row, row + 1, torch.float64)
@@ -207,8 +207,8 @@ class MergeCheck:
 
     def _sample(self, name: str, tensor: torch.Tensor) -> tuple[int, torch.Tensor, float]:
         """A few rows of the base, merged in float64: first row, rows, and the largest value before."""
-        start = self._random.randrange(max(1, len(tensor) - _SAMPLE_ROWS + 1))
-        rows = tensor[start : start + _SAMPLE_ROWS].double()
+        start = self._random.randrange(max(1, len(tensor) - _CHECKED_ROWS + 1))
+        rows = tensor[start : start + _CHECKED_ROWS].double()
         size = rows.abs().max().item()
         return start, self.adapter.merge(name, rows, start), size
 

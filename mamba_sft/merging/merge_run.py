@@ -22,9 +22,9 @@ from mamba_sft.data.packing import Collator
 from mamba_sft.data.preparing import as_trained, read_corpus
 from mamba_sft.errors import MambaSFTError, MergeError, UsageError
 from mamba_sft.inference.scoring import heldout_loss
-from mamba_sft.merging.check import CheckResult, MergeCheck, MergeReport
+from mamba_sft.merging.check import CheckResult, MergeCheck, MergeResult
 from mamba_sft.merging.disk import disk_errors_explained
-from mamba_sft.merging.plan import MergePlan, plan_merge
+from mamba_sft.merging.preparing import PreparedMerge, prepare_merge
 from mamba_sft.merging.saved_adapter import SavedAdapter
 from mamba_sft.merging.summed import MergedTensors, write_companions
 from mamba_sft.model.adapter import adapter_allowed
@@ -54,7 +54,7 @@ def merge(
     dtype: str | None = None,
     onto: str = "base",
     progress: Progress | None = None,
-) -> MergeReport:
+) -> MergeResult:
     """Merges a run's adapter into its base and writes a checkpoint that `transformers` loads by itself.
 
     Every tensor is base + scale * B A (scaled to the trained lengths for DoRA), summed in float32 and rounded
@@ -73,37 +73,42 @@ def merge(
         MambaSFTError: The run or its base is missing or broken.
     """
     run = Run.open(run)
-    plan = plan_merge(run, Path(output) if output is not None else run.merged, dtype)
-    source = _source(plan, onto)
-    need = f"the merged model takes {plan.nbytes / 1e9:.1f} GB"
-    with disk_errors_explained(plan.output, need, MergeError), atomic_directory(plan.output) as directory:
-        report = _merge_into(directory, plan, source, progress or (lambda stage, done, total: None))
+    prepared = prepare_merge(run, Path(output) if output is not None else run.merged, dtype)
+    source = _source(prepared, onto)
+    need = f"the merged model takes {prepared.nbytes / 1e9:.1f} GB"
+    with (
+        disk_errors_explained(prepared.output, need, MergeError),
+        atomic_directory(prepared.output) as directory,
+    ):
+        report = _merge_into(directory, prepared, source, progress or (lambda stage, done, total: None))
         (directory / MERGE_REPORT).write_text(report.to_json() + "\n", encoding="utf-8")
     return report
 
 
-def _merge_into(directory: Path, plan: MergePlan, source: StoredTensors, progress: Progress) -> MergeReport:
+def _merge_into(
+    directory: Path, prepared: PreparedMerge, source: StoredTensors, progress: Progress
+) -> MergeResult:
     started = time.monotonic()
-    tensors = MergedTensors(plan, source, lambda done: progress("merging", done, plan.nbytes))
+    tensors = MergedTensors(prepared, source, lambda done: progress("merging", done, prepared.nbytes))
     with one_thread():
-        for file, layouts in plan.shards.items():
+        for file, layouts in prepared.shards.items():
             write_shard(directory / file, layouts, tensors.blocks)
-        write_companions(plan, directory)
+        write_companions(prepared, directory)
         written = time.monotonic()
         if tensors.overflowed:
             logger.warning("%d values are beyond float16's range and became infinite", tensors.overflowed)
-        check = _check(plan, source, directory, tensors.checksums, progress)
+        check = _check(prepared, source, directory, tensors.checksums, progress)
     checked = time.monotonic()
     onto = "dequantized" if isinstance(source, DequantizedTensors) else "base"
-    losses, note = _heldout_losses(plan, onto, directory)
-    return MergeReport(
-        path=plan.output,
-        base=plan.facts.base,
+    losses, note = _heldout_losses(prepared, onto, directory)
+    return MergeResult(
+        path=prepared.output,
+        base=prepared.facts.base,
         onto=onto,
-        dtype=plan.dtype,
-        tensors=len(plan.entries),
-        changed=plan.changed,
-        nbytes=plan.nbytes,
+        dtype=prepared.dtype,
+        tensors=len(prepared.entries),
+        changed=prepared.changed,
+        nbytes=prepared.nbytes,
         overflowed=tensors.overflowed,
         seconds=round(written - started, 3),
         check_seconds=round(checked - written, 3),
@@ -173,22 +178,28 @@ class DequantizedTensors(StoredTensors):
             yield start, bnb.int8_vectorwise_dequant(codes, largest)
 
 
-def _source(plan: MergePlan, onto: str) -> StoredTensors:
+def _source(prepared: PreparedMerge, onto: str) -> StoredTensors:
     if onto not in ("base", "dequantized"):
         raise UsageError(f"merge onto what? `{onto}` is neither `base` nor `dequantized`")
     if onto == "base":
-        return plan.source
-    if plan.facts.quantization == "none":
+        return prepared.source
+    if prepared.facts.quantization == "none":
         raise UsageError(
             "this run's base was not quantized, so there are no dequantized weights to merge onto",
             hint="leave `--onto` out",
         )
-    facts = plan.facts
-    return DequantizedTensors(plan.entries, facts.quantization, getattr(torch, facts.dtype), facts.checksums)
+    facts = prepared.facts
+    return DequantizedTensors(
+        prepared.entries, facts.quantization, getattr(torch, facts.dtype), facts.checksums
+    )
 
 
 def _check(
-    plan: MergePlan, source: StoredTensors, directory: Path, checksums: dict[str, str], progress: Progress
+    prepared: PreparedMerge,
+    source: StoredTensors,
+    directory: Path,
+    checksums: dict[str, str],
+    progress: Progress,
 ) -> CheckResult:
     from transformers import AutoTokenizer, FalconMambaConfig
 
@@ -198,13 +209,13 @@ def _check(
     else:
         prompt = tokenizer.encode(_QUESTION, add_special_tokens=False)
     if not prompt:
-        raise MergeError(f"the tokenizer of `{plan.facts.base}` turns a question into no tokens at all")
+        raise MergeError(f"the tokenizer of `{prepared.facts.base}` turns a question into no tokens at all")
     check = MergeCheck(
         base=source,
         merged=StoredTensors(read_tensors(directory), checksums),
-        adapter=plan.adapter,
+        adapter=prepared.adapter,
         config=FalconMambaConfig.from_pretrained(directory),
-        attach=partial(_attach, plan.adapter),
+        attach=partial(_attach, prepared.adapter),
     )
     result: CheckResult = check.run(prompt, lambda done, total: progress("checking", done, total))
     return result
@@ -233,26 +244,28 @@ def _attach(adapter: SavedAdapter, block: torch.nn.Module, layer: int) -> None:
         raise MergeError(f"PEFT does not know the adapter's tensor `{result.unexpected_keys[0]}`")
 
 
-def _heldout_losses(plan: MergePlan, onto: str, directory: Path) -> tuple[dict[str, float], str | None]:
+def _heldout_losses(
+    prepared: PreparedMerge, onto: str, directory: Path
+) -> tuple[dict[str, float], str | None]:
     """Held-out loss of a quantized run merged either way, with the reason if there is none.
 
     One model is loaded and its projections are exchanged: the other merge needs no disk and no second model.
     """
-    if plan.facts.quantization == "none":
+    if prepared.facts.quantization == "none":
         return {}, None
     try:
-        recipe = Recipe.load(str(plan.run.recipe))
+        recipe = Recipe.load(str(prepared.run.recipe))
         rows, collator = _validation(recipe)
         if rows is None:
             return {}, "the recipe holds no validation rows back"
-        _require_memory(plan)
-        section = {"base": str(directory), "dtype": plan.dtype or plan.facts.dtype}
+        _require_memory(prepared)
+        section = {"base": str(directory), "dtype": prepared.dtype or prepared.facts.dtype}
         model = load_model(ModelSection.model_validate(section | {"kernels": recipe.model.kernels}))
         batch_size = recipe.eval.per_device_eval_batch_size
         losses = {onto: heldout_loss(model, rows, collator, batch_size)}
         other = "dequantized" if onto == "base" else "base"
-        tensors = MergedTensors(plan, _source(plan, other))
-        for layout in plan.layouts:
+        tensors = MergedTensors(prepared, _source(prepared, other))
+        for layout in prepared.layouts:
             if quantizes(layout.name):
                 model.get_parameter(layout.name).data.copy_(torch.cat(list(tensors.blocks(layout))))
         losses[other] = heldout_loss(model, rows, collator, batch_size)
@@ -268,12 +281,12 @@ def _validation(recipe: Recipe) -> tuple[Dataset | None, Collator]:
     return rows, Collator(setup.tokenizer.pad_token_id)
 
 
-def _require_memory(plan: MergePlan) -> None:
+def _require_memory(prepared: PreparedMerge) -> None:
     import psutil  # type: ignore[import-untyped]
 
     on_card = torch.cuda.is_available()
     free = torch.cuda.mem_get_info()[0] if on_card else psutil.virtual_memory().available
-    needed = plan.nbytes + (2 << 30)
+    needed = prepared.nbytes + (2 << 30)
     if needed > free:
         raise MergeError(
             f"the merged model needs {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from mamba_sft.merging.plan import MergePlan
+from mamba_sft.merging.preparing import PreparedMerge
 from mamba_sft.model.checkpoint import INDEX_NAME
 from mamba_sft.model.checksums import new_digest
 from mamba_sft.model.tensor_files import DTYPES, Layout, StoredTensors, as_bytes
@@ -38,15 +38,18 @@ class MergedTensors:
     """Produces merged tensors block by block, and counts what it produced.
 
     Args:
-        plan: What is merged.
+        prepared: What is merged.
         source: The base's tensors.
         progress: Called after every block with the bytes produced so far.
     """
 
     def __init__(
-        self, plan: MergePlan, source: StoredTensors, progress: Callable[[int], None] = lambda done: None
+        self,
+        prepared: PreparedMerge,
+        source: StoredTensors,
+        progress: Callable[[int], None] = lambda done: None,
     ):
-        self.plan, self.source, self.progress = plan, source, progress
+        self.prepared, self.source, self.progress = prepared, source, progress
         self.done = self.overflowed = 0
         self.checksums: dict[str, str] = {}
 
@@ -62,11 +65,11 @@ class MergedTensors:
         self.checksums[layout.name] = digest.hexdigest()
 
     def _merged(self, layout: Layout) -> Iterator[torch.Tensor]:
-        name, adapter = layout.name, self.plan.adapter
+        name, adapter = layout.name, self.prepared.adapter
         touched = adapter.touches(name)
         for start, rows in self.source.blocks(name):
             yield adapter.merge(name, rows.float(), start) if touched else rows
-        size = self.plan.entries[name].shape
+        size = self.prepared.entries[name].shape
         if layout.shape != size:  # the vocabulary grew
             yield adapter.merge(name, torch.zeros(layout.shape[0] - size[0], *size[1:]), size[0])
 
@@ -77,11 +80,11 @@ class MergedTensors:
         return rounded
 
 
-def write_companions(plan: MergePlan, directory: Path) -> None:
+def write_companions(prepared: PreparedMerge, directory: Path) -> None:
     """Writes what is not weights: index, configs, tokenizer with its template, the base's other files."""
-    own = plan.run.adapter
+    own = prepared.run.adapter
     ours = {path.name for path in own.iterdir() if path.name in _TOKENIZER_FILES}
-    for path in sorted(plan.base.iterdir()):
+    for path in sorted(prepared.base.iterdir()):
         stale = (
             path.name in _TOKENIZER_FILES and ours
         )  # the base's stop token must not come back with its files
@@ -90,13 +93,13 @@ def write_companions(plan: MergePlan, directory: Path) -> None:
     for name in sorted(ours | {"generation_config.json"}):
         if (own / name).is_file():
             shutil.copyfile(own / name, directory / name)
-    (directory / "config.json").write_text(json.dumps(plan.config, indent=2) + "\n", encoding="utf-8")
-    if (plan.base / INDEX_NAME).is_file():
-        index = json.loads((plan.base / INDEX_NAME).read_text(encoding="utf-8"))
-        files = {layout.name: file for file, shard in plan.shards.items() for layout in shard}
-        metadata = index.get("metadata", {}) | {"total_size": plan.nbytes}
+    (directory / "config.json").write_text(json.dumps(prepared.config, indent=2) + "\n", encoding="utf-8")
+    if (prepared.base / INDEX_NAME).is_file():
+        index = json.loads((prepared.base / INDEX_NAME).read_text(encoding="utf-8"))
+        files = {layout.name: file for file, shard in prepared.shards.items() for layout in shard}
+        metadata = index.get("metadata", {}) | {"total_size": prepared.nbytes}
         if "total_parameters" in metadata:
-            metadata["total_parameters"] = sum(prod(layout.shape) for layout in plan.layouts)
+            metadata["total_parameters"] = sum(prod(layout.shape) for layout in prepared.layouts)
         index = {"metadata": metadata, "weight_map": dict(sorted(files.items()))}
         (directory / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 

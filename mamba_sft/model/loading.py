@@ -79,8 +79,8 @@ def load_tokenizer(section: ModelSection) -> Any:
 def resolve_dtype(section: ModelSection, device: str | torch.device | None = None) -> torch.dtype:
     """Returns the dtype the section means on `device`, by default the one `load_model` takes.
 
-    `auto` is bfloat16 on cards that compute in it, float16 on older ones, float32 on a CPU. A bfloat16 that
-    the card would only emulate becomes float16, with a warning.
+    `auto` is bfloat16 on GPUs that compute in it, float16 on older ones, float32 on a CPU. A bfloat16 that
+    the GPU would only emulate becomes float16, with a warning.
     """
     place = _pick_device(device)
     native = place.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)

@@ -32,12 +32,12 @@ def describe_device() -> dict[str, Any]:
     import torch
 
     if torch.cuda.is_available():
-        card = torch.cuda.get_device_properties(torch.cuda.current_device())
+        gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
         return {
             "type": "cuda",
-            "name": card.name,
-            "compute_capability": f"{card.major}.{card.minor}",
-            "memory_bytes": card.total_memory,
+            "name": gpu.name,
+            "compute_capability": f"{gpu.major}.{gpu.minor}",
+            "memory_bytes": gpu.total_memory,
             "count": torch.cuda.device_count(),
             "bfloat16": torch.cuda.is_bf16_supported(including_emulation=False),
         }
@@ -65,7 +65,7 @@ def nvidia_smi(query: str, device: str | None = None) -> list[str] | None:
 
     Args:
         query: Comma-separated fields of `--query-gpu`, such as `name,driver_version`.
-        device: UUID or index; None: the first card.
+        device: UUID or index; None: the first GPU.
     """
     program = shutil.which("nvidia-smi")
     if program is None:

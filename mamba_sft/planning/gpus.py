@@ -41,7 +41,7 @@ class Accelerator:
     type: str = "cuda"
 
 
-def _card(name: str, nominal: float, usable: float, **speed: Any) -> Accelerator:
+def _gpu(name: str, nominal: float, usable: float, **speed: Any) -> Accelerator:
     """Memory as sold and as reported, both in GiB; tflops, GB/s, MHz."""
     return Accelerator(
         name=name,
@@ -56,45 +56,45 @@ def _card(name: str, nominal: float, usable: float, **speed: Any) -> Accelerator
     )
 
 
-CARDS = {
-    "t4": _card("Tesla T4", 16, 14.56, tflops=65, gbs=320, sms=40, mhz=1590, lanes=64, bfloat16=False),
-    "v100-16": _card(
+GPUS = {
+    "t4": _gpu("Tesla T4", 16, 14.56, tflops=65, gbs=320, sms=40, mhz=1590, lanes=64, bfloat16=False),
+    "v100-16": _gpu(
         "Tesla V100 16GB", 16, 15.77, tflops=125, gbs=900, sms=80, mhz=1530, lanes=64, bfloat16=False
     ),
-    "v100-32": _card(
+    "v100-32": _gpu(
         "Tesla V100 32GB", 32, 31.73, tflops=125, gbs=900, sms=80, mhz=1530, lanes=64, bfloat16=False
     ),
-    "l4": _card("L4", 24, 22.03, tflops=121, gbs=300, sms=58, mhz=2040),
-    "a10g": _card("A10G", 24, 22.06, tflops=70, gbs=600, sms=80, mhz=1710),
-    "a10": _card("A10", 24, 21.98, tflops=125, gbs=600, sms=72, mhz=1695),
-    "3090": _card("GeForce RTX 3090", 24, 23.56, tflops=71, gbs=936, sms=82, mhz=1695),
-    "4090": _card("GeForce RTX 4090", 24, 23.52, tflops=165, gbs=1008, sms=128, mhz=2520),
-    "5090": _card("GeForce RTX 5090", 32, 31.36, tflops=210, gbs=1792, sms=170, mhz=2407),
-    "a6000": _card("RTX A6000", 48, 47.41, tflops=155, gbs=768, sms=84, mhz=1800),
-    "l40s": _card("L40S", 48, 44.40, tflops=362, gbs=864, sms=142, mhz=2520),
-    "a100-40": _card("A100 40GB", 40, 39.38, tflops=312, gbs=1555, sms=108, mhz=1410, lanes=64),
-    "a100-80": _card("A100 80GB", 80, 79.14, tflops=312, gbs=2039, sms=108, mhz=1410, lanes=64),
-    "h100": _card("H100 80GB", 80, 79.11, tflops=989, gbs=3350, sms=132, mhz=1830),
-    "h200": _card("H200", 141, 139.80, tflops=989, gbs=4800, sms=132, mhz=1830),
-    "b200": _card("B200", 192, 178.30, tflops=2250, gbs=8000, sms=148, mhz=1965),
+    "l4": _gpu("L4", 24, 22.03, tflops=121, gbs=300, sms=58, mhz=2040),
+    "a10g": _gpu("A10G", 24, 22.06, tflops=70, gbs=600, sms=80, mhz=1710),
+    "a10": _gpu("A10", 24, 21.98, tflops=125, gbs=600, sms=72, mhz=1695),
+    "3090": _gpu("GeForce RTX 3090", 24, 23.56, tflops=71, gbs=936, sms=82, mhz=1695),
+    "4090": _gpu("GeForce RTX 4090", 24, 23.52, tflops=165, gbs=1008, sms=128, mhz=2520),
+    "5090": _gpu("GeForce RTX 5090", 32, 31.36, tflops=210, gbs=1792, sms=170, mhz=2407),
+    "a6000": _gpu("RTX A6000", 48, 47.41, tflops=155, gbs=768, sms=84, mhz=1800),
+    "l40s": _gpu("L40S", 48, 44.40, tflops=362, gbs=864, sms=142, mhz=2520),
+    "a100-40": _gpu("A100 40GB", 40, 39.38, tflops=312, gbs=1555, sms=108, mhz=1410, lanes=64),
+    "a100-80": _gpu("A100 80GB", 80, 79.14, tflops=312, gbs=2039, sms=108, mhz=1410, lanes=64),
+    "h100": _gpu("H100 80GB", 80, 79.11, tflops=989, gbs=3350, sms=132, mhz=1830),
+    "h200": _gpu("H200", 141, 139.80, tflops=989, gbs=4800, sms=132, mhz=1830),
+    "b200": _gpu("B200", 192, 178.30, tflops=2250, gbs=8000, sms=148, mhz=1965),
 }
 """By the name `--card` takes. Speeds are from NVIDIA's data sheets (GeForce and A10G: with float32 sums, half
 the advertised figure); usable memory is what PyTorch's out-of-memory messages in public reports call the
 total capacity, the lowest seen."""
 
 
-def find_card(name: str) -> Accelerator:
-    """Returns the card that `--card` names.
+def find_gpu(name: str) -> Accelerator:
+    """Returns the GPU that `--card` names.
 
     Raises:
         UsageError: There is none of this name; lists those there are.
     """
     key = name.lower().removeprefix("rtx").strip(" -_")
-    if key in CARDS:
-        return CARDS[key]
-    close = get_close_matches(key, CARDS, n=1)
+    if key in GPUS:
+        return GPUS[key]
+    close = get_close_matches(key, GPUS, n=1)
     question = f"; did you mean `{close[0]}`?" if close else ""
-    raise UsageError(f"no card `{name}` is known{question}", hint="known cards: " + ", ".join(CARDS))
+    raise UsageError(f"no GPU `{name}` is known{question}", hint="known GPUs: " + ", ".join(GPUS))
 
 
 def recognized(facts: dict[str, Any]) -> Accelerator:
@@ -108,8 +108,8 @@ def recognized(facts: dict[str, Any]) -> Accelerator:
         return Accelerator(facts["name"], memory, memory, multiprocessors=facts["threads"], type="cpu")
     name = facts["name"].lower()
     like = min(
-        (card for key, card in CARDS.items() if re.search(rf"\b{key.split('-')[0]}\b", name)),
-        key=lambda card: abs(card.usable_bytes - memory),
+        (gpu for key, gpu in GPUS.items() if re.search(rf"\b{key.split('-')[0]}\b", name)),
+        key=lambda gpu: abs(gpu.usable_bytes - memory),
         default=Accelerator("", memory, memory),
     )
     return replace(like, name=facts["name"], usable_bytes=memory, bfloat16=facts["bfloat16"])

@@ -16,8 +16,8 @@ from mamba_sft.model.shape import Shape
 from mamba_sft.recipe.fields import AdapterSection
 from mamba_sft.recipe.recipe import Recipe
 
-CHUNK = 64
-"""Steps between two states that the scan saves (`cpu_loops.CHUNK`, `triton_scan.CHUNK`)."""
+STATE_STRIDE = 64
+"""Steps between two states that the scan saves (`cpu_loops.STATE_STRIDE`, `triton_scan.STATE_STRIDE`)."""
 GROUPS = 32
 """Partial sums of dB and dC on a CPU (`cpu.GROUPS`); a GPU has one for `CHANNELS` channels."""
 CHANNELS = 32
@@ -34,7 +34,7 @@ LIBRARIES = 700_000_000
 SLACK = 0.04
 """Share of the moving memory that a caching allocator holds beyond what is asked of it."""
 SCRATCH = 70_000_000
-"""Of the Triton backward, which starts about as many programs as fill the card, whatever the shape."""
+"""Of the Triton backward, which starts about as many programs as fill the GPU, whatever the shape."""
 
 Part = Literal[
     "weights", "adapter", "gradients", "optimizer", "states", "kept", "block", "dequantized", "loss", "rows",
@@ -212,7 +212,7 @@ def _layer(work: Work) -> int:
     token += e * D * (on["x_proj"] and mixed)
     token += e * work.adapter.r * sum(on.values()) + 4 * 4  # A's products; a factor for each norm
     token += _variants(work, on)
-    chunks = work.rows * -(-work.chunk // CHUNK)
+    chunks = work.rows * -(-work.chunk // STATE_STRIDE)
     once = 4 * D * N  # the rates
     if mixed:
         once += e * work.lora_values // shape.layers
@@ -251,7 +251,7 @@ def _block(work: Work) -> int:
     else:
         partial = 4 * 2 * N * -(-D // CHANNELS)
         scan = max(3 * e * D + partial, (2 * e + 4 * work.mixed) * D)
-        scratch = min(SCRATCH, 4 * D * N * 16 * work.rows * max(1, work.chunk // (4 * CHUNK)))
+        scratch = min(SCRATCH, 4 * D * N * 16 * work.rows * max(1, work.chunk // (4 * STATE_STRIDE)))
     again = 0 if work.policy == "none" else _layer(work)
     if again and not work.mixed:  # the residual is not computed again
         again -= 4 * shape.hidden * tokens

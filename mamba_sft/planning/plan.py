@@ -10,7 +10,7 @@ from mamba_sft.errors import UsageError
 from mamba_sft.model.shape import find_shape
 from mamba_sft.planning.environment import describe_device
 from mamba_sft.planning.fitting import Fix, fixes, largest_length, largest_rows
-from mamba_sft.planning.gpus import Accelerator, find_card, recognized
+from mamba_sft.planning.gpus import Accelerator, find_gpu, recognized
 from mamba_sft.planning.memory import Part, Work, peak, planned_parts
 from mamba_sft.planning.schedule import count_steps
 from mamba_sft.planning.speed import Rate, estimate, flops, measured
@@ -102,15 +102,15 @@ class Plan:
         return json.dumps(self.to_dict(), indent=2)
 
 
-def make_plan(recipe: Recipe, card: str | None = None) -> Plan:
+def make_plan(recipe: Recipe, gpu: str | None = None) -> Plan:
     """Plans a recipe without loading or downloading its base or its data.
 
     Args:
         recipe: What would be trained.
-        card: A name of `cards.CARDS`; None plans for the device of this machine.
+        gpu: A name of `gpus.GPUS`; None plans for the device of this machine.
 
     Raises:
-        UsageError: No such card, the `reference` kernels, or rows of no known length.
+        UsageError: No such GPU, the `reference` kernels, or rows of no known length.
         ModelError: The base cannot be found.
     """
     if recipe.model.kernels == "reference":
@@ -118,7 +118,7 @@ def make_plan(recipe: Recipe, card: str | None = None) -> Plan:
             "`model.kernels: reference` is for checking, and what it keeps is not planned",
             hint="plan with `model.kernels=auto`",
         )
-    accelerator = find_card(card) if card else recognized(describe_device())
+    accelerator = find_gpu(gpu) if gpu else recognized(describe_device())
     shape, source = find_shape(recipe.model)
     rows = _training_rows(recipe)
     length = recipe.data.max_length or (max(rows) if rows else recipe.train.stream_tokens)
@@ -134,7 +134,7 @@ def make_plan(recipe: Recipe, card: str | None = None) -> Plan:
     per_step = work.rows * length * accumulation
     steps, most_tokens = _extent(recipe, rows, per_step)
     usable = accelerator.usable_bytes
-    rate = (None if card else measured(recipe, accelerator.name)) or estimate(work, accelerator)
+    rate = (None if gpu else measured(recipe, accelerator.name)) or estimate(work, accelerator)
     return Plan(
         base=(recipe.model.base, source),
         accelerator=accelerator,

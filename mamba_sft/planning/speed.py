@@ -3,7 +3,7 @@
 The count, per token (`estimate`): the matrix products, 2 operations for each weight that takes part, in the
 forward, in the backward for the inputs only (frozen weights get no gradient), and again where checkpointing
 or streaming repeats them; the head once more, because TRL's loss computes its logits twice; the adapter's
-own; over the sustained rate of the card. The scan: state updates (layers * D * N) times the clocks that a
+own; over the sustained rate of the GPU. The scan: state updates (layers * D * N) times the clocks that a
 pass needs on the busiest pipe of a multiprocessor, from counted instructions, or what it moves over the
 bandwidth if that takes longer. The bytes that norms, convolution and adapter move. And per micro-batch the
 weights, read (or with nf4 unpacked, which moves 2.55 bytes a weight) once for each pass. The sum is divided

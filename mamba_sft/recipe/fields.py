@@ -64,7 +64,7 @@ class ModelSection(Section):
     """Branch, tag or commit on the hub; a commit makes the run repeatable. null takes the newest."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "bfloat16"
     """Number format of the base weights and of the computation. float32 doubles the memory of 16 bits;
-    float16 is for cards without bfloat16 (T4, V100); auto keeps the checkpoint's own."""
+    float16 is for GPUs without bfloat16 (T4, V100); auto keeps the checkpoint's own."""
     quantization: Literal["none", "nf4", "int8"] = "none"
     """nf4 stores the frozen projections in 4 bits: a 7B base takes about 4.7 GB instead of 14.5 GB, at some
     cost in speed and quality. int8 sits between the two."""
@@ -173,14 +173,14 @@ class TrainSection(Section):
     """Gradients longer than this are scaled down to it, which tames loss spikes."""
     optim: Literal["adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"] = "adamw_torch_fused"
     """The 8-bit ones hold optimizer state in a quarter of the memory; paged moves it to CPU memory when the
-    card is full. With LoRA that state is small."""
+    GPU is full. With LoRA that state is small."""
     checkpointing: Literal["none", "block", "mamba"] = "block"
     """block keeps only the input of each block and computes the rest again in the backward pass: far less
     memory, about a third more time. mamba keeps the large matrix products too and repeats only what is cheap:
     three times what block keeps, for hardly more time than none, which is fastest if it fits."""
     stream_tokens: int | None = Field(default=None, ge=1, le=MANY)
     """Train rows of any length in chunks of this many tokens, with the gradients of the whole row, in the
-    memory of one chunk, for one more forward. 1024 suits most cards, with `checkpointing: none` or mamba.
+    memory of one chunk, for one more forward. 1024 suits most GPUs, with `checkpointing: none` or mamba.
     null takes each row at once."""
     carry_state: bool = False
     """Start each row from the state that an earlier row ended with, without gradients, instead of from

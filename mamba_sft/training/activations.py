@@ -25,7 +25,7 @@ Policy = Literal["none", "block", "mamba"]
 KEPT = ("in_proj", "x_proj", "out_proj")
 
 
-def checkpoint_activations(model: nn.Module, policy: Policy) -> None:
+def keep_activations(model: nn.Module, policy: Policy) -> None:
     """Sets what the blocks of a model keep in training, in place.
 
     Args:

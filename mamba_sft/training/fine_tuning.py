@@ -35,9 +35,9 @@ from mamba_sft.planning.schedule import count_steps
 from mamba_sft.recipe.builtin import find_path
 from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.run import Run, atomic_directory, write_atomically
-from mamba_sft.training.activations import checkpoint_activations
+from mamba_sft.training.activations import keep_activations
 from mamba_sft.training.callbacks import AdapterWatch, Interruption, MetricsLog
-from mamba_sft.training.resuming import find_checkpoint, newest_checkpoint, refuse_to_overwrite
+from mamba_sft.training.resuming import find_resume_point, newest_resume_point, refuse_to_overwrite
 from mamba_sft.training.trainer import Trainer, trainer_arguments
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def prepare(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) ->
         MambaSFTError: Anything in recipe, base, data, memory or output directory that would make it fail.
     """
     run = Run(Path(recipe.output_dir))
-    checkpoint = find_checkpoint(run, recipe) if resume else None
+    checkpoint = find_resume_point(run, recipe) if resume else None
     if not resume and PartialState().is_main_process:
         refuse_to_overwrite(run, overwrite=overwrite)
     setup, data = read_corpus(recipe, rejected=run.rejected if PartialState().is_main_process else None)
@@ -138,10 +138,10 @@ def train(
         MambaSFTError: The run cannot start, diverged, or holds an adapter that cannot learn.
         RunInterruptedError: Ctrl-C or SIGTERM; a checkpoint was saved.
     """
-    return fit(prepare(recipe, resume=resume, overwrite=overwrite), callbacks=callbacks)
+    return train_prepared(prepare(recipe, resume=resume, overwrite=overwrite), callbacks=callbacks)
 
 
-def fit(preparation: Preparation, *, callbacks: Sequence[TrainerCallback] = ()) -> Run:
+def train_prepared(preparation: Preparation, *, callbacks: Sequence[TrainerCallback] = ()) -> Run:
     """Loads the weights of a prepared run, trains, and writes the run directory. See `train`."""
     recipe, run = preparation.recipe, preparation.run
     started = time.time()
@@ -151,7 +151,7 @@ def fit(preparation: Preparation, *, callbacks: Sequence[TrainerCallback] = ()) 
     apply_setup(model, preparation.setup)
     recommend_sampling(model, recipe.chat)
     model = attach_adapter(model, recipe.adapter, trained_token_ids=preparation.setup.trained_token_ids)
-    checkpoint_activations(model, recipe.train.checkpointing)
+    keep_activations(model, recipe.train.checkpointing)
     _start_directory(preparation)  # an earlier run goes only when this one has all it needs
     interruption = Interruption()
     trainer = _build_trainer(preparation, model, interruption, callbacks)
@@ -213,7 +213,7 @@ def _run_trainer(trainer: Trainer, checkpoint: Path | None, interruption: Interr
 
 
 def _interrupted(trainer: Trainer) -> RunInterruptedError:
-    kept = newest_checkpoint(trainer.run)
+    kept = newest_resume_point(trainer.run)
     if kept is None:
         return RunInterruptedError(
             f"stopped at step {trainer.state.global_step}, before the first checkpoint"
@@ -230,7 +230,7 @@ def _out_of_memory_explained() -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise TrainingError(
-            f"the card is out of memory: {error}",
+            f"the GPU is out of memory: {error}",
             hint="set `train.auto_batch: true` or `train.stream_tokens: 1024`, lower "
             "`train.per_device_train_batch_size` or `data.max_length`, or use nf4",
         ) from error

@@ -97,7 +97,7 @@ class AutoBatch:
         size = -(-rows // self.parts)
         if size == 1 or (self.processes > 1 and not trial):
             raise TrainingError(
-                f"the card is out of memory with {size} x {length} tokens",
+                f"the GPU is out of memory with {size} x {length} tokens",
                 hint="set `train.stream_tokens: 1024`, lower `data.max_length` or "
                 "`train.per_device_train_batch_size`, or use nf4",
             )

@@ -18,7 +18,7 @@ CHANGEABLE = (
 rounding: a run that ran out of memory goes on with less of it."""
 
 
-def newest_checkpoint(run: Run) -> Path | None:
+def newest_resume_point(run: Run) -> Path | None:
     """Returns the newest complete checkpoint of a run: one whose trainer state, written last, can be read."""
     complete = []
     for state in run.checkpoints.glob("checkpoint-*/trainer_state.json"):
@@ -29,7 +29,7 @@ def newest_checkpoint(run: Run) -> Path | None:
     return max(complete)[1] if complete else None
 
 
-def find_checkpoint(run: Run, recipe: Recipe) -> Path:
+def find_resume_point(run: Run, recipe: Recipe) -> Path:
     """Returns the checkpoint that `--resume` goes on from.
 
     Raises:
@@ -50,7 +50,7 @@ def find_checkpoint(run: Run, recipe: Recipe) -> Path:
         )
     if run.adapter.is_dir():
         raise TrainingError(f"`{run.path}` is finished", hint=f"next: `mamba-sft merge {run.path}`")
-    checkpoint = newest_checkpoint(run)
+    checkpoint = newest_resume_point(run)
     if checkpoint is None:
         raise TrainingError(
             f"`{run.path}` has no complete checkpoint to resume from", hint="start anew with `--overwrite`"

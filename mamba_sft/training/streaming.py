@@ -154,10 +154,10 @@ def sweep(backbone: Any, chunks: Sequence[Chunk], initial: States | None = None)
     return boundaries
 
 
-Run = Callable[[Chunk, Carry, Callable[[Tensor], Tensor]], None]
+RunChunk = Callable[[Chunk, Carry, Callable[[Tensor], Tensor]], None]
 
 
-def backpropagate(chunks: Sequence[Chunk], boundaries: Boundaries, run: Run) -> States:
+def backpropagate(chunks: Sequence[Chunk], boundaries: Boundaries, run: RunChunk) -> States:
     """Runs the chunks from the last to the first and hands the gradients of the states back through them.
 
     Args:

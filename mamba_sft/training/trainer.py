@@ -21,7 +21,7 @@ from mamba_sft.planning.schedule import TRAINER_NAMES, scheduler_arguments
 from mamba_sft.recipe.fields import TrainSection
 from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.run import Run, write_atomically
-from mamba_sft.training.resuming import newest_checkpoint
+from mamba_sft.training.resuming import newest_resume_point
 from mamba_sft.training.steps import ChunkedSteps, Figures
 
 
@@ -102,7 +102,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         tokens = {key: value.tolist() for key, value in inputs.items() if isinstance(value, torch.Tensor)}
         write_atomically(batch, json.dumps(tokens))
         text = self.processing_class.decode(rows[0][:40])
-        kept = newest_checkpoint(self.run)
+        kept = newest_resume_point(self.run)
         where = f"the last good checkpoint is `{kept}`" if kept else "no checkpoint had been saved yet"
         raise TrainingError(
             f"the {what} is not a number at step {step}; {where}\n"
@@ -127,7 +127,7 @@ def trainer_arguments(recipe: Recipe, run: Run, *, has_validation: bool) -> SFTC
     dtype = resolve_dtype(recipe.model)
     if dtype == torch.float16 and not torch.cuda.is_available():
         raise RecipeError(
-            "`model.dtype: float16` trains on CUDA cards only",
+            "`model.dtype: float16` trains on CUDA GPUs only",
             hint="use `float32` or `bfloat16` on a CPU: `model.dtype=float32`",
         )
     for name in recipe.train.report_to:

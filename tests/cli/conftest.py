@@ -1,3 +1,3 @@
 """The model that talks in the tests of inference."""
 
-from tests.inference.conftest import base, run, talker  # noqa: F401
+from tests.inference.conftest import base, chat_model, run  # noqa: F401

@@ -10,7 +10,7 @@ from rich.console import Console, RenderableType
 from mamba_sft.cli import preview
 from mamba_sft.data.packing import IGNORED, pack
 from mamba_sft.data.preparing import PreparedData, prepare_data
-from mamba_sft.data.report import DataReport
+from mamba_sft.data.summary import DataSummary
 from mamba_sft.model.chat_template import TemplateSetup, prepare_tokenizer
 from mamba_sft.recipe.fields import ChatSection, DataSection, SourceSection
 
@@ -79,7 +79,7 @@ def test_long_rows_leave_out_their_middle(setup: TemplateSetup) -> None:
 
 
 def test_the_whole_picture(setup: TemplateSetup, prepared: PreparedData) -> None:
-    packing = preview.packed(prepared.report, 64, seed=0)
+    packing = preview.packed(prepared.summary, 64, seed=0)
     text = shown(preview.overview(prepared, setup.tokenizer, rows=2, packing=packing))
     assert "⟦trained tokens<|stop|>⟧" in text
     assert text.count("chats.jsonl:") == 2
@@ -88,26 +88,26 @@ def test_the_whole_picture(setup: TemplateSetup, prepared: PreparedData) -> None
     assert f"{packing.rows} of 64 tokens, {packing.fill:.1%} full" in text
     assert "39 to train on, 1 to validate on" in text
     assert "! 1 of 41 rows are bad and left out" in text
-    assert f"{prepared.report.truncated} truncated" in text
+    assert f"{prepared.summary.truncated} truncated" in text
     assert "█" in text
 
 
 def test_packing_is_predicted_exactly(prepared: PreparedData) -> None:
     rows = pack(prepared.train, 64, seed=0)
-    packing = preview.packed(prepared.report, 64, seed=0)
+    packing = preview.packed(prepared.summary, 64, seed=0)
     assert packing.rows == len(rows)
     assert packing.fill == sum(map(len, rows["input_ids"])) / (len(rows) * 64)
 
 
 def test_the_histogram_counts_every_row(prepared: PreparedData) -> None:
-    lines = [line for line in shown(preview.histogram(prepared.report)).splitlines() if " to " in line]
-    assert sum(int(line.split()[-2].replace(",", "")) for line in lines) == prepared.report.train_rows
+    lines = [line for line in shown(preview.histogram(prepared.summary)).splitlines() if " to " in line]
+    assert sum(int(line.split()[-2].replace(",", "")) for line in lines) == prepared.summary.train_rows
     assert len(lines) <= 12
 
 
 @pytest.mark.parametrize("lengths", [[], [1], [5] * 3, [1, 100_000], list(range(1, 2049))])
 def test_the_histogram_takes_any_lengths(lengths: list[int]) -> None:
-    assert shown(preview.histogram(DataReport(lengths=lengths)))
+    assert shown(preview.histogram(DataSummary(lengths=lengths)))
 
 
 def test_narrow_terminals_wrap(setup: TemplateSetup, prepared: PreparedData) -> None:
@@ -115,7 +115,7 @@ def test_narrow_terminals_wrap(setup: TemplateSetup, prepared: PreparedData) -> 
 
 
 def test_json_has_the_same_facts(setup: TemplateSetup, prepared: PreparedData) -> None:
-    packing = preview.packed(prepared.report, 64, seed=0)
+    packing = preview.packed(prepared.summary, 64, seed=0)
     content = json.loads(json.dumps(preview.to_dict(prepared, setup.tokenizer, rows=2, packing=packing)))
     assert content["train_rows"] == 39
     assert content["packed"] == {"rows": packing.rows, "max_length": 64, "fill": packing.fill}

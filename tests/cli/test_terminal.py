@@ -37,8 +37,8 @@ def chat(session: Any, *lines: str | BaseException, terminal: bool = True) -> st
     return out.getvalue()
 
 
-def test_a_pipe_gets_answers_only(talker):
-    session = ChatSession(talker, sampling=SHORT)
+def test_a_pipe_gets_answers_only(chat_model):
+    session = ChatSession(chat_model, sampling=SHORT)
     out = chat(session, "hello", "", "/system short", "more", terminal=False)
     answers = [turn["content"] for turn in session.messages if turn["role"] == "assistant"]
     assert out == "".join(answer + "\n" for answer in answers)
@@ -47,8 +47,8 @@ def test_a_pipe_gets_answers_only(talker):
         chat(session, "/nope", terminal=False)
 
 
-def test_a_terminal_shows_speed_size_and_errors(talker, tmp_path):
-    session = ChatSession(talker, sampling=SHORT)
+def test_a_terminal_shows_speed_size_and_errors(chat_model, tmp_path):
+    session = ChatSession(chat_model, sampling=SHORT)
     file = tmp_path / "s.jsonl"
     out = chat(
         session, "hello", "/retry", "/undo", "/undo", "/nope", "/help", "/system", "/system be odd", "/save",
@@ -70,17 +70,17 @@ def test_a_terminal_shows_speed_size_and_errors(talker, tmp_path):
     assert session.messages == []
 
 
-def test_several_lines_in_quotation_marks_are_one_message(talker):
-    session = ChatSession(talker, sampling=SHORT)
+def test_several_lines_in_quotation_marks_are_one_message(chat_model):
+    session = ChatSession(chat_model, sampling=SHORT)
     chat(session, '"""', "one", "", "/two", '"""')
     assert [m["content"] for m in session.messages if m["role"] == "user"] == ["one\n\n/two"]
     chat(session, "/etc/hosts is a file")
     assert session.messages[-2]["content"] == "/etc/hosts is a file"
 
 
-def test_ctrl_c_ends_the_answer_then_the_chat(talker, monkeypatch):
-    session = ChatSession(talker, sampling=Sampling(50))
-    original = talker.model.forward
+def test_ctrl_c_ends_the_answer_then_the_chat(chat_model, monkeypatch):
+    session = ChatSession(chat_model, sampling=Sampling(50))
+    original = chat_model.model.forward
     calls = [0]
 
     def interrupted(*args: Any, **kwargs: Any) -> Any:
@@ -89,7 +89,7 @@ def test_ctrl_c_ends_the_answer_then_the_chat(talker, monkeypatch):
             raise KeyboardInterrupt
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(talker.model, "forward", interrupted)
+    monkeypatch.setattr(chat_model.model, "forward", interrupted)
     ctrl_c = KeyboardInterrupt()
     out = chat(session, "hello", "again", ctrl_c, "", ctrl_c, "then", ctrl_c, ctrl_c, "never read")
     assert "interrupted" in out
@@ -102,8 +102,8 @@ def test_ctrl_c_ends_the_answer_then_the_chat(talker, monkeypatch):
     assert len(session.messages) == 3
 
 
-def test_what_a_model_writes_cannot_steer_the_terminal(talker, monkeypatch):
-    session = ChatSession(talker, sampling=SHORT)
+def test_what_a_model_writes_cannot_steer_the_terminal(chat_model, monkeypatch):
+    session = ChatSession(chat_model, sampling=SHORT)
     monkeypatch.setattr(
         session, "_answer", lambda text: (piece for piece in ("\x1b[2Jred", "\a [b]x[/b]\r\n"))
     )
@@ -113,8 +113,8 @@ def test_what_a_model_writes_cannot_steer_the_terminal(talker, monkeypatch):
     assert "[2Jred [b]x[/b]\n" in out
 
 
-def test_two_columns_side_by_side(talker):
-    compared = open_session(talker, compare=True, sampling=SHORT)
+def test_two_columns_side_by_side(chat_model):
+    compared = open_session(chat_model, compare=True, sampling=SHORT)
     out = chat(compared, "hello", "/quit")
     assert any("base" in line and "tuned" in line for line in out.splitlines())
     assert out.count("12 tokens") == 2

@@ -139,7 +139,7 @@ def test_bad_rows_are_skipped_counted_and_written(setup: TemplateSetup, tmp_path
     path, rejected = bad_file(tmp_path / "a.jsonl", 3), tmp_path / "run" / "rejected.jsonl"
     prepared = prepare(setup, path, on_bad_row="skip", rejected=rejected)
     assert len(prepared.train) == 2
-    assert (prepared.report.read, prepared.report.bad) == (6, 4)
+    assert (prepared.summary.read, prepared.summary.bad) == (6, 4)
     entries = [json.loads(line) for line in rejected.read_text().splitlines()]
     assert [entry["where"] for entry in entries] == [f"{path}:{line}" for line in (2, 3, 4, 5)]
     assert entries[0]["row"] == '{"messages": oops}'
@@ -182,9 +182,9 @@ def test_rows_the_template_refuses_are_bad_rows(tiny_tokenizer: Any, tmp_path: P
 def test_each_file_has_its_own_format(setup: TemplateSetup, tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", [chat("q", "a")])
     write(tmp_path / "b.jsonl", [{"instruction": "i", "output": "o"}])
-    report = prepare(setup, tmp_path / "*.jsonl").report
-    assert list(report.sources[0].formats.values()) == ["messages", "alpaca"]
-    assert "looked at the only row" in report.sources[0].seen[0]
+    summary = prepare(setup, tmp_path / "*.jsonl").summary
+    assert list(summary.sources[0].formats.values()) == ["messages", "alpaca"]
+    assert "looked at the only row" in summary.sources[0].seen[0]
 
 
 def test_a_file_with_nothing_readable(setup: TemplateSetup, tmp_path: Path) -> None:
@@ -211,8 +211,8 @@ def test_truncated_rows_keep_their_beginning(setup: TemplateSetup, tmp_path: Pat
     cut = prepare(setup, tmp_path / "a.jsonl", max_length=24)
     assert [len(ids) for ids in cut.train["input_ids"]] == [24, len(whole.train[2]["input_ids"])]
     assert cut.train[0]["input_ids"] == whole.train[0]["input_ids"][:24]
-    report = cut.report
-    assert (report.truncated, report.untrained, report.dropped, report.split) == (1, 1, 0, 0)
+    summary = cut.summary
+    assert (summary.truncated, summary.untrained, summary.dropped, summary.split) == (1, 1, 0, 0)
 
 
 def test_split_rows_lose_no_trained_token_but_the_first_of_a_piece(
@@ -228,16 +228,16 @@ def test_split_rows_lose_no_trained_token_but_the_first_of_a_piece(
     labels = prepared.train["labels"][:]
     assert all(any(label != IGNORED for label in piece) for piece in labels)
     assert all(piece[0] == IGNORED for piece in labels)
-    lost = sum(label != IGNORED for label in whole["labels"]) - prepared.report.trained_tokens
+    lost = sum(label != IGNORED for label in whole["labels"]) - prepared.summary.trained_tokens
     assert 0 <= lost <= len(pieces)
-    assert (prepared.report.split, prepared.report.pieces) == (1, len(pieces))
+    assert (prepared.summary.split, prepared.summary.pieces) == (1, len(pieces))
     assert prepared.train_origins == [f"{tmp_path / 'a.jsonl'}:1"] * len(pieces)
 
 
 def test_dropped_rows_are_counted(setup: TemplateSetup, tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [chat("q", "word " * 50), chat("q", "a")])
     prepared = prepare(setup, path, max_length=24, too_long="drop")
-    assert (len(prepared.train), prepared.report.dropped) == (1, 1)
+    assert (len(prepared.train), prepared.summary.dropped) == (1, 1)
 
 
 @pytest.mark.parametrize(("validation", "expected"), [(0, 0), (0.25, 5), (3, 3), (0.001, 1)])
@@ -266,7 +266,7 @@ def test_duplicates_never_straddle_the_split(setup: TemplateSetup, tmp_path: Pat
     assert len(set(held_out)) == len(held_out) == 2
     assert not set(held_out) & set(texts(setup, prepared))
     assert len(prepared.train) == 4 * (3 * 4 + 1)
-    assert (prepared.report.duplicates, prepared.report.validation_duplicates) == (24, 8)
+    assert (prepared.summary.duplicates, prepared.summary.validation_duplicates) == (24, 8)
 
 
 def test_weights_give_copies_and_shares(setup: TemplateSetup, tmp_path: Path) -> None:
@@ -278,7 +278,7 @@ def test_weights_give_copies_and_shares(setup: TemplateSetup, tmp_path: Path) ->
     assert (
         sum(str(b) in origin for origin in prepared.train_origins) == len({*prepared.train_origins}) - 10 == 3
     )
-    assert [source.train_rows for source in prepared.report.sources] == [25, 3]
+    assert [source.train_rows for source in prepared.summary.sources] == [25, 3]
     assert prepare(setup, a, b, weights=(2.5, 0.3)).train_origins == prepared.train_origins
     assert prepare(setup, a, b, weights=(2.5, 0.3), seed=1).train_origins != prepared.train_origins
 
@@ -289,22 +289,24 @@ def test_too_many_validation_rows(setup: TemplateSetup, tmp_path: Path) -> None:
         prepare(setup, path, validation=2)
     single = prepare(setup, write(tmp_path / "b.jsonl", [chat("same", "a")]), validation=0.5)
     assert single.validation is None
-    assert "no validation rows" in single.report.warnings()[-1]
+    assert "no validation rows" in single.summary.warnings()[-1]
 
 
 def test_the_report_counts_tokens(setup: TemplateSetup, tmp_path: Path) -> None:
     rows = [chat(f"q {i}", "fox " * (i + 1)) for i in range(10)]
     rows[0]["messages"].append({"role": "user", "content": "bye"})
     prepared = prepare(setup, write(tmp_path / "a.jsonl", rows), validation=2)
-    report = prepared.report
+    summary = prepared.summary
     lengths = [len(ids) for ids in prepared.train["input_ids"]]
-    assert report.lengths == lengths
-    assert report.train_tokens == sum(lengths)
-    assert report.trained_tokens == sum(label != IGNORED for row in prepared.train["labels"] for label in row)
-    assert (report.train_rows, report.validation_rows, report.trimmed) == (8, 2, 1)
-    as_json = json.loads(json.dumps(report.to_dict()))
+    assert summary.lengths == lengths
+    assert summary.train_tokens == sum(lengths)
+    assert summary.trained_tokens == sum(
+        label != IGNORED for row in prepared.train["labels"] for label in row
+    )
+    assert (summary.train_rows, summary.validation_rows, summary.trimmed) == (8, 2, 1)
+    as_json = json.loads(json.dumps(summary.to_dict()))
     assert as_json["sources"][0]["read"] == 10
-    assert as_json["trained_share"] == report.trained_tokens / report.train_tokens
+    assert as_json["trained_share"] == summary.trained_tokens / summary.train_tokens
     assert "1 chats lose their last turns" in as_json["warnings"][0]
 
 

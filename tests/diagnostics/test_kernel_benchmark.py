@@ -16,7 +16,7 @@ from rich.console import Console
 from mamba_sft import kernels
 from mamba_sft.cli import app
 from mamba_sft.diagnostics import bench_cpu, bench_gpu, gpu_limits, kernel_benchmark
-from mamba_sft.diagnostics.bench_gpu import Case, Place, Shape
+from mamba_sft.diagnostics.bench_gpu import Case, RowShape, Target
 from mamba_sft.diagnostics.gpu_limits import BACKWARD, FORWARD, Card
 from mamba_sft.errors import MambaSFTError, UsageError
 
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 H200 = Card("NVIDIA H200", (9, 0), 132, 1.83e9)
 A100 = Card("NVIDIA A100", (8, 0), 108, 1.41e9)
 T4 = Card("Tesla T4", (7, 5), 40, 1.4e9)
-SMALL = [Shape(1, 24, D=64, N=4), Shape(2, 8, D=64, N=4)]
+SMALL = [RowShape(1, 24, D=64, N=4), RowShape(2, 8, D=64, N=4)]
 TOKEN = 64 * 8192 * 16  # state updates of one token in all layers of the 7B model
 
 
@@ -55,7 +55,7 @@ def test_the_floor_is_the_pipe_that_takes_longest(card, forward, backward, train
 
 def test_every_table_has_both_passes_of_every_shape(monkeypatch):
     monkeypatch.setattr(bench_gpu, "time_of", lambda step, device: step() or 0.5)
-    tables = bench_gpu.measure(Place(CPU, torch.float32, "reference", H200), SMALL)
+    tables = bench_gpu.measure(Target(CPU, torch.float32, "reference", H200), SMALL)
     assert [title.split(",")[0] for title in tables] == ["scan", "convolution", "mixer layer"]
     for title, rows in tables.items():
         ours = [row for row in rows if row["of"] == "mamba-sft"]
@@ -92,7 +92,7 @@ def test_peers_get_the_same_numbers_in_their_own_layout(monkeypatch, caplog):
     fakes = {bench_gpu.SSM: fake_scan, bench_gpu.CONV: fake_convolution}
     monkeypatch.setattr(bench_gpu, "peer", lambda *names: fakes[names])
     with caplog.at_level(logging.INFO, logger="mamba_sft"):
-        tables = bench_gpu.measure(Place(CPU, torch.float32, "reference"), SMALL[:1])
+        tables = bench_gpu.measure(Target(CPU, torch.float32, "reference"), SMALL[:1])
     names = [{row["of"] for row in rows} for rows in tables.values()]
     assert names[0] == {"mamba-sft", "mamba_ssm"}
     assert names[1] == {"mamba-sft", "causal_conv1d (B,L,D)", "causal_conv1d (B,D,L)"}
@@ -106,7 +106,7 @@ def test_the_cases_of_a_race_have_equal_gradients(monkeypatch, make):
     fakes = {bench_gpu.SSM: fake_scan, bench_gpu.CONV: fake_convolution}
     monkeypatch.setattr(bench_gpu, "peer", lambda *names: fakes[names])
     found = []
-    for case in make(SMALL[0], Place(CPU, torch.float32, "reference")):
+    for case in make(SMALL[0], Target(CPU, torch.float32, "reference")):
         gradients = torch.autograd.grad(case.function(*case.inputs), case.inputs, case.gradient)
         batch, length = SMALL[0].B, SMALL[0].L
         found.append([g if g.shape[:2] == (batch, length) else g.transpose(1, 2) for g in gradients])
@@ -128,20 +128,20 @@ def test_an_absent_peer_is_said_once(caplog):
 def test_what_does_not_fit_is_a_row_and_the_next_shape_is_measured():
     x = torch.zeros(1, requires_grad=True)
 
-    def cases(shape, place):
+    def cases(shape, target):
         yield Case("fits", lambda x: 2 * x, (x,), torch.ones(1))
         if shape.L > 10:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    place = Place(CPU, torch.float32, "reference")
-    rows = [row for shape in SMALL for row in bench_gpu._rows(cases, shape, place)]
+    target = Target(CPU, torch.float32, "reference")
+    rows = [row for shape in SMALL for row in bench_gpu._rows(cases, shape, target)]
     assert [row["pass"] for row in rows] == ["forward", "both", "no memory", "forward", "both"]
 
 
 @pytest.mark.gpu
 def test_a_small_shape_on_a_gpu():
-    place = Place(torch.device("cuda"), torch.float16, "triton", Card.of(torch.device("cuda")))
-    tables = bench_gpu.measure(place, [Shape(1, 256, D=256, N=16)])
+    target = Target(torch.device("cuda"), torch.float16, "triton", Card.of(torch.device("cuda")))
+    tables = bench_gpu.measure(target, [RowShape(1, 256, D=256, N=16)])
     rows = [row for rows in tables.values() for row in rows]
     assert all(0 < row["ms"] < 1e3 and row["peak_MB"] > 0 for row in rows)
     assert gpu_limits.clocks(torch.device("cuda"))["driver_version"]

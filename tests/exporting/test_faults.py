@@ -236,7 +236,7 @@ def test_a_truncated_base_shard(made: Made, verb: str) -> None:
 
 
 def test_a_shard_cut_short_while_it_is_read(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = gguf_export.plan_gguf
+    plan = gguf_export.prepare_files
 
     def cut(*arguments: object) -> object:
         planned = plan(*arguments)  # type: ignore[arg-type]
@@ -244,7 +244,7 @@ def test_a_shard_cut_short_while_it_is_read(made: Made, monkeypatch: pytest.Monk
         os.truncate(path, path.stat().st_size // 2)
         return planned
 
-    monkeypatch.setattr(gguf_export, "plan_gguf", cut)
+    monkeypatch.setattr(gguf_export, "prepare_files", cut)
     with pytest.raises(ModelError, match="ended early"):
         work("gguf", made)
     assert final_files(made.run) == []

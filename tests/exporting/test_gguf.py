@@ -24,11 +24,11 @@ from typer.testing import CliRunner
 
 from mamba_sft.cli.app import app
 from mamba_sft.errors import ExportError, MambaSFTError, ModelError, UsageError
-from mamba_sft.exporting import task
+from mamba_sft.exporting import request
 from mamba_sft.exporting.export_run import export as export_run
 from mamba_sft.exporting.full_model import FullModel, find_model
 from mamba_sft.exporting.gguf import files, installed, llama_cpp, metadata, verifying
-from mamba_sft.exporting.gguf.files import plan_gguf
+from mamba_sft.exporting.gguf.files import prepare_files
 from mamba_sft.exporting.gguf.importance import importance_matrix
 from mamba_sft.exporting.gguf.metadata import plain_template, read_vocabulary
 from mamba_sft.exporting.gguf.probe import Job, run_probe
@@ -36,9 +36,9 @@ from mamba_sft.exporting.gguf.tensors import epsilon_scale, export_tensors
 from mamba_sft.exporting.gguf.timing import writing_seconds
 from mamba_sft.exporting.gguf.types import METHODS, choose_methods
 from mamba_sft.exporting.gguf.verifying import compare_logits
-from mamba_sft.exporting.gguf.writing import plan_file
+from mamba_sft.exporting.gguf.writing import lay_out_file
 from mamba_sft.exporting.logits import logits_of
-from mamba_sft.exporting.task import GGUFOptions
+from mamba_sft.exporting.request import GGUFOptions
 from mamba_sft.merging.merge_run import merge
 from mamba_sft.model.checkpoint import TensorEntry
 from mamba_sft.model.tensor_files import StoredTensors
@@ -58,7 +58,7 @@ UNVERIFIED = GGUFOptions(verify=False)
 WINDOW = [14, 300, 41, 7, 88, 123, 250, 9, 10, 33, 400, 2, 17, 5, 99, 64]
 
 
-def export(run: Any, **wanted: Any) -> list[task.GGUFFile]:
+def export(run: Any, **wanted: Any) -> list[request.GGUFFile]:
     return export_run(run, **wanted).files
 
 
@@ -104,7 +104,7 @@ def seven_billion() -> FullModel:
 
 def test_sizes_of_the_real_shape_are_the_published_ones(falcon_tokenizer: Any, tmp_path: Path) -> None:
     model = seven_billion()
-    plan = plan_gguf(model, choose_methods(["all"]), tmp_path, model.name, UNVERIFIED)
+    plan = prepare_files(model, choose_methods(["all"]), tmp_path, model.name, UNVERIFIED)
     assert [file.path.name for file in plan.files] == [
         f"falcon-mamba-7b-instruct.{name}.gguf" for name in PUBLISHED
     ]
@@ -118,7 +118,7 @@ def test_tensor_bytes_of_the_real_shape_need_no_tokenizer() -> None:
     model = seven_billion()
     tensors = export_tensors(model.shapes, model.config, tied=False)
     header = 2_410_000  # a vocabulary of 65,024 tokens and its merges
-    sizes = {n: round((plan_file(METHODS[n], tensors).nbytes + header) / 2**30, 2) for n in PUBLISHED}
+    sizes = {n: round((lay_out_file(METHODS[n], tensors).nbytes + header) / 2**30, 2) for n in PUBLISHED}
     assert sizes == PUBLISHED
 
 
@@ -469,7 +469,7 @@ def test_greedy_answers_are_compared_up_to_the_first_difference(tmp_path: Path) 
             ids.append(int(build_model()(torch.tensor([ids])).logits[0, -1].argmax()))
     own = ids[len(verifier.prompt) :]
     other = [*own[:2], (own[2] + 1) % 512, own[3]]
-    quality = task.Quality(0.0, 1.0, 1, 1, "", 4, 0)
+    quality = request.Quality(0.0, 1.0, 1, 1, "", 4, 0)
     found = verifier.compare_answers([(quality, own), (quality, other)])
     assert [one.same_tokens for one in found] == [4, 2]
 
@@ -507,7 +507,9 @@ def test_the_probe_starts_without_torch() -> None:
 
 def test_the_time_grows_with_the_work(tmp_path: Path, wide: Path) -> None:
     model = find_model(wide)
-    plans = [plan_gguf(model, choose_methods([name]), tmp_path, "m", UNVERIFIED) for name in ("Q8_0", "all")]
+    plans = [
+        prepare_files(model, choose_methods([name]), tmp_path, "m", UNVERIFIED) for name in ("Q8_0", "all")
+    ]
     one, all_of_them = (writing_seconds(plan) for plan in plans)
     assert all_of_them > 2 * one  # some fifty times, so no pause of the machine turns it round
 

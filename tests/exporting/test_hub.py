@@ -24,7 +24,7 @@ from mamba_sft.exporting.full_model import find_model
 from mamba_sft.exporting.hub import card, checkpoint
 from mamba_sft.exporting.hub.card_tables import table
 from mamba_sft.exporting.hub.card_usage import usage
-from mamba_sft.exporting.task import GGUFOptions, HubOptions
+from mamba_sft.exporting.request import GGUFOptions, HubOptions
 from mamba_sft.merging.merge_run import merge
 from mamba_sft.recipe.recipe import Recipe
 from tests.merging.test_merge_run import PROMPT, Made, make_run, merged_logits, relative, weights

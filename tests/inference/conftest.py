@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from mamba_sft.inference.chat_model import Talker, load_talker
+from mamba_sft.inference.chat_model import ChatModel, load_chat_model
 from mamba_sft.inference.generation import State
 from mamba_sft.inference.sampling import Sampling
 from mamba_sft.inference.sessions import ChatSession
@@ -70,8 +70,8 @@ def run(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Run:
 
 
 @pytest.fixture(scope="module")
-def talker(run: Run) -> Talker:
-    return load_talker(run)
+def chat_model(run: Run) -> ChatModel:
+    return load_chat_model(run)
 
 
 def say(session: ChatSession, text: str) -> str:

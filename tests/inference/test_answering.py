@@ -7,21 +7,21 @@ import pytest
 
 from mamba_sft.errors import DataError, MambaSFTError, ModelError, UsageError
 from mamba_sft.inference.answering import generate
-from mamba_sft.inference.chat_model import load_talker
+from mamba_sft.inference.chat_model import load_chat_model
 from mamba_sft.inference.generation import State, stream
 from mamba_sft.inference.sessions import ChatSession
 from tests.inference.conftest import SHORT, say
 
 
-def test_generate_answers_texts_chats_and_files_alike(talker, run, tmp_path):
+def test_generate_answers_texts_chats_and_files_alike(chat_model, run, tmp_path):
     texts = ["hello", "what is 7", "the lazy dog 😀"]
-    expected = [say(ChatSession(talker, sampling=SHORT), text) for text in texts]
-    given = generate(talker, texts, sampling=SHORT)
+    expected = [say(ChatSession(chat_model, sampling=SHORT), text) for text in texts]
+    given = generate(chat_model, texts, sampling=SHORT)
     assert [one.text for one in given] == expected
-    assert generate(talker, texts[0], sampling=SHORT) == given[:1]
-    assert generate(talker, [{"role": "user", "content": texts[1]}], sampling=SHORT) == given[1:2]
+    assert generate(chat_model, texts[0], sampling=SHORT) == given[:1]
+    assert generate(chat_model, [{"role": "user", "content": texts[1]}], sampling=SHORT) == given[1:2]
     chats = [[{"role": "user", "content": text}] for text in texts]
-    assert generate(talker, chats, sampling=SHORT, batch_size=2) == given
+    assert generate(chat_model, chats, sampling=SHORT, batch_size=2) == given
     source, output = tmp_path / "in.jsonl", tmp_path / "deep" / "out.jsonl"
     rows: list[dict[str, Any]] = [{"prompt": texts[0], "id": 1}, {"prompt": texts[1]}, {"messages": chats[2]}]
     source.write_text("\n\n".join(json.dumps(row) for row in rows), encoding="utf-8")
@@ -35,20 +35,20 @@ def test_generate_answers_texts_chats_and_files_alike(talker, run, tmp_path):
     assert written[0] == {"prompt": "hello", "answer": expected[0], "finish_reason": "length", "tokens": 12}
     assert written[2]["messages"] == chats[2]
     assert list(output.parent.iterdir()) == [output]
-    other = generate(talker, texts[0], sampling=SHORT, system="quite another")
+    other = generate(chat_model, texts[0], sampling=SHORT, system="quite another")
     assert other[0].text != expected[0]
 
 
 def test_generate_raw_continues_a_base(base):
-    talker = load_talker(base, needs_template=False)
+    chat_model = load_chat_model(base, needs_template=False)
     with pytest.raises(DataError, match="no chat template"):
-        generate(talker, "hello")
-    (answer,) = generate(talker, "hello world", raw=True, sampling=SHORT)
-    ids = talker.tokenizer("hello world")["input_ids"]
-    expected = list(stream(talker.model, ids, State(), sampling=SHORT, stop_ids=talker.stop_ids))
-    assert answer.text == talker.tokenizer.decode(expected)
+        generate(chat_model, "hello")
+    (answer,) = generate(chat_model, "hello world", raw=True, sampling=SHORT)
+    ids = chat_model.tokenizer("hello world")["input_ids"]
+    expected = list(stream(chat_model.model, ids, State(), sampling=SHORT, stop_ids=chat_model.stop_ids))
+    assert answer.text == chat_model.tokenizer.decode(expected)
     with pytest.raises(UsageError, match="prompt 1: `raw` continues plain text"):
-        generate(talker, [[{"role": "user", "content": "x"}]], raw=True)
+        generate(chat_model, [[{"role": "user", "content": "x"}]], raw=True)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 
 from mamba_sft.errors import UsageError
 from mamba_sft.inference.answering import open_session
-from mamba_sft.inference.chat_model import split_talker
+from mamba_sft.inference.chat_model import split_chat_model
 from mamba_sft.inference.generation import State, prefill, stream
 from mamba_sft.inference.sampling import Sampling
 from mamba_sft.inference.sessions import UNDO_DEPTH, ChatSession, CompareSession, continuation
@@ -17,16 +17,16 @@ from mamba_sft.model.chat_template import render
 from tests.inference.conftest import SHORT, say, state_of
 
 
-def test_five_turns_read_nothing_twice_and_equal_a_full_reading(talker):
-    session = ChatSession(talker, sampling=SHORT)
+def test_five_turns_read_nothing_twice_and_equal_a_full_reading(chat_model):
+    session = ChatSession(chat_model, sampling=SHORT)
     fed: list[int] = []
-    original = talker.model.forward
+    original = chat_model.model.forward
 
     def count(*args: Any, **kwargs: Any) -> Any:
         fed.append(kwargs["input_ids"].shape[1])
         return original(*args, **kwargs)
 
-    talker.model.forward = count
+    chat_model.model.forward = count
     try:
         for turn in range(5):
             say(session, f"question number {turn}")
@@ -34,52 +34,52 @@ def test_five_turns_read_nothing_twice_and_equal_a_full_reading(talker):
             assert sum(fed) == len(state.read) == session.last_turn.seen
             assert not session.last_turn.reread
     finally:
-        del talker.model.forward
+        del chat_model.model.forward
     again = State()
-    prefill(talker.model, state.read, again)
+    prefill(chat_model.model, state.read, again)
     torch.testing.assert_close(state.logits, again.logits, rtol=1e-5, atol=1e-5)
-    rendered, _ = render(talker.tokenizer, session.messages)
-    text = talker.tokenizer.decode(rendered)
-    assert text.startswith(talker.tokenizer.decode(state.read))
+    rendered, _ = render(chat_model.tokenizer, session.messages)
+    text = chat_model.tokenizer.decode(rendered)
+    assert text.startswith(chat_model.tokenizer.decode(state.read))
     next_prompt = [*session.messages, {"role": "user", "content": "more"}]
-    rendered, _ = render(talker.tokenizer, next_prompt, add_generation_prompt=True)
-    rest = continuation(talker.tokenizer, state.read, rendered)
+    rendered, _ = render(chat_model.tokenizer, next_prompt, add_generation_prompt=True)
+    rest = continuation(chat_model.tokenizer, state.read, rendered)
     assert rest
     assert rendered[-len(rest) :] == rest
-    assert talker.tokenizer.decode(state.read + rest) == talker.tokenizer.decode(rendered)
+    assert chat_model.tokenizer.decode(state.read + rest) == chat_model.tokenizer.decode(rendered)
 
 
-def test_each_turn_is_the_greedy_answer_to_the_whole_conversation(talker):
-    session = ChatSession(talker, sampling=SHORT)
+def test_each_turn_is_the_greedy_answer_to_the_whole_conversation(chat_model):
+    session = ChatSession(chat_model, sampling=SHORT)
     read: list[int] = []
     for text in ("hello", "and then", "really"):
         answer = say(session, text)
-        rendered, _ = render(talker.tokenizer, session.messages[:-1], add_generation_prompt=True)
-        prompt = read + continuation(talker.tokenizer, read, rendered)
-        tokens = list(stream(talker.model, prompt, State(), sampling=SHORT, stop_ids=talker.stop_ids))
-        assert talker.tokenizer.decode(tokens, skip_special_tokens=True) == answer
+        rendered, _ = render(chat_model.tokenizer, session.messages[:-1], add_generation_prompt=True)
+        prompt = read + continuation(chat_model.tokenizer, read, rendered)
+        tokens = list(stream(chat_model.model, prompt, State(), sampling=SHORT, stop_ids=chat_model.stop_ids))
+        assert chat_model.tokenizer.decode(tokens, skip_special_tokens=True) == answer
         read = prompt + tokens
 
 
-def test_a_template_that_rewrites_history_is_read_again_and_said(talker, monkeypatch):
+def test_a_template_that_rewrites_history_is_read_again_and_said(chat_model, monkeypatch):
     template = (
         "{% for m in messages %}{% if not loop.last or m.role == 'user' %}<|im_start|>{{ m.role }} of "
         "{{ messages | length }}\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}<|im_start|>assistant\n"
     )
-    monkeypatch.setattr(talker.tokenizer, "chat_template", template)
-    session = ChatSession(talker, sampling=SHORT)
+    monkeypatch.setattr(chat_model.tokenizer, "chat_template", template)
+    session = ChatSession(chat_model, sampling=SHORT)
     say(session, "hello")
     assert not session.last_turn.reread
     answer = say(session, "again")
     assert session.last_turn.reread
-    rendered, _ = render(talker.tokenizer, session.messages[:-1], add_generation_prompt=True)
+    rendered, _ = render(chat_model.tokenizer, session.messages[:-1], add_generation_prompt=True)
     assert state_of(session).read[: len(rendered)] == rendered
-    fresh = list(stream(talker.model, rendered, State(), sampling=SHORT, stop_ids=talker.stop_ids))
-    assert answer == talker.tokenizer.decode(fresh, skip_special_tokens=True)
+    fresh = list(stream(chat_model.model, rendered, State(), sampling=SHORT, stop_ids=chat_model.stop_ids))
+    assert answer == chat_model.tokenizer.decode(fresh, skip_special_tokens=True)
 
 
-def test_undo_and_retry_come_back_to_the_same_place(talker):
-    session = ChatSession(talker, sampling=SHORT)
+def test_undo_and_retry_come_back_to_the_same_place(chat_model):
+    session = ChatSession(chat_model, sampling=SHORT)
     say(session, "first")
     place = state_of(session).copy()
     answer = say(session, "second")
@@ -99,9 +99,9 @@ def test_undo_and_retry_come_back_to_the_same_place(talker):
         next(session.retry())
 
 
-def test_retry_draws_anew_and_a_seed_repeats_the_session(talker):
+def test_retry_draws_anew_and_a_seed_repeats_the_session(chat_model):
     def talk() -> list[str]:
-        session = ChatSession(talker, sampling=Sampling(12, temperature=2.0, seed=5))
+        session = ChatSession(chat_model, sampling=Sampling(12, temperature=2.0, seed=5))
         return [say(session, "hello"), "".join(session.retry()), "".join(session.retry())]
 
     first = talk()
@@ -109,8 +109,8 @@ def test_retry_draws_anew_and_a_seed_repeats_the_session(talker):
     assert talk() == first
 
 
-def test_undoing_further_than_states_are_kept_reads_again(talker):
-    session = ChatSession(talker, sampling=Sampling(2))
+def test_undoing_further_than_states_are_kept_reads_again(chat_model):
+    session = ChatSession(chat_model, sampling=Sampling(2))
     for turn in range(UNDO_DEPTH + 3):
         say(session, f"turn {turn}")
     assert len(session._before) == UNDO_DEPTH
@@ -119,12 +119,12 @@ def test_undoing_further_than_states_are_kept_reads_again(talker):
     say(session, "other")
     assert session.last_turn.reread
     assert [turn["content"] for turn in session.messages[1::2]] == ["turn 0", "turn 1", "other"]
-    rendered, _ = render(talker.tokenizer, session.messages[:-1], add_generation_prompt=True)
+    rendered, _ = render(chat_model.tokenizer, session.messages[:-1], add_generation_prompt=True)
     assert state_of(session).read[: len(rendered)] == rendered
 
 
-def test_interrupting_keeps_what_was_written(talker):
-    session = ChatSession(talker, sampling=SHORT)
+def test_interrupting_keeps_what_was_written(chat_model):
+    session = ChatSession(chat_model, sampling=SHORT)
     answer = session.send("hello")
     got = next(answer) + next(answer)
     answer.close()
@@ -134,11 +134,11 @@ def test_interrupting_keeps_what_was_written(talker):
     assert not session.last_turn.reread
 
 
-def test_interrupting_inside_the_model_loses_no_turn(talker, monkeypatch):
-    session = ChatSession(talker, sampling=SHORT)
+def test_interrupting_inside_the_model_loses_no_turn(chat_model, monkeypatch):
+    session = ChatSession(chat_model, sampling=SHORT)
     say(session, "hello")
     before = list(state_of(session).read)
-    mixer = talker.model.get_base_model().backbone.layers[1].mixer
+    mixer = chat_model.model.get_base_model().backbone.layers[1].mixer
     original, calls = mixer.forward, [0]
 
     def interrupt(after: int) -> Callable[..., Any]:
@@ -165,13 +165,13 @@ def test_interrupting_inside_the_model_loses_no_turn(talker, monkeypatch):
     assert state_of(session).read == before  # the turn's start: only this turn is read again
     say(session, "go on")
     assert not session.last_turn.reread
-    text = talker.tokenizer.decode(state_of(session).read)
+    text = chat_model.tokenizer.decode(state_of(session).read)
     assert "later" in text
     assert "at once" not in text
 
 
-def test_system_reset_and_save(talker, tmp_path):
-    session = ChatSession(talker, sampling=SHORT)
+def test_system_reset_and_save(chat_model, tmp_path):
+    session = ChatSession(chat_model, sampling=SHORT)
     file = tmp_path / "new" / "chats.jsonl"
     with pytest.raises(UsageError, match="nothing to save"):
         session.save(file)
@@ -180,7 +180,7 @@ def test_system_reset_and_save(talker, tmp_path):
     session.system = "be long"
     say(session, "again")
     assert session.last_turn.reread
-    assert "be long" in talker.tokenizer.decode(state_of(session).read)
+    assert "be long" in chat_model.tokenizer.decode(state_of(session).read)
     session.save(file)
     messages = session.messages
     session.reset()
@@ -192,19 +192,19 @@ def test_system_reset_and_save(talker, tmp_path):
     assert [turn["role"] for turn in messages] == ["system", "user", "assistant", "user", "assistant"]
     with pytest.raises(UsageError, match="cannot save"):
         session.save(tmp_path)
-    assert ChatSession(talker, system="other").system == "other"
+    assert ChatSession(chat_model, system="other").system == "other"
 
 
-def test_blank_messages_and_broken_bytes(talker):
-    session = ChatSession(talker, sampling=SHORT)
+def test_blank_messages_and_broken_bytes(chat_model):
+    session = ChatSession(chat_model, sampling=SHORT)
     with pytest.raises(UsageError, match="empty"):
         session.send(" \n")
     say(session, b"caf\xe9".decode("utf-8", "surrogateescape"))
     assert session.messages[-2]["content"] == "caf\ufffd"
 
 
-def test_two_sides_answer_as_they_would_alone(talker):
-    compared = open_session(talker, compare=True, sampling=Sampling(21))
+def test_two_sides_answer_as_they_would_alone(chat_model):
+    compared = open_session(chat_model, compare=True, sampling=Sampling(21))
     assert isinstance(compared, CompareSession)
     for text in ("hello", "and now"):
         got = ["", ""]
@@ -216,7 +216,7 @@ def test_two_sides_answer_as_they_would_alone(talker):
         for side, session in enumerate(compared.sides):
             assert session.messages[-1]["content"] == got[side]
             assert not session.last_turn.reread
-    for side in split_talker(talker):
+    for side in split_chat_model(chat_model):
         alone = ChatSession(side, sampling=Sampling(21))
         texts = [say(alone, "hello"), say(alone, "and now")]
         twin = compared.sides[0] if side.name == "base" else compared.sides[1]
@@ -228,8 +228,8 @@ def test_two_sides_answer_as_they_would_alone(talker):
     assert [side.messages for side in compared.sides] == [[], []]
 
 
-def test_interrupting_a_comparison_keeps_the_sides_in_step(talker):
-    compared = open_session(talker, compare=True, sampling=SHORT)
+def test_interrupting_a_comparison_keeps_the_sides_in_step(chat_model):
+    compared = open_session(chat_model, compare=True, sampling=SHORT)
     answer = compared.send("hello")
     assert next(answer)[0] == 0
     answer.close()  # the second side has not begun

@@ -23,7 +23,7 @@ TOLERANCE = {"reference": 1e-6, "cpu": 1e-6, "triton": 1e-5 if torch.cuda.is_ava
 
 # Steps between two saved states; few in the interpreter (see conftest.py), so that short rows have several
 # chunks.
-CHUNK = {"reference": 64, "cpu": 64, "triton": 64 if torch.cuda.is_available() else 8}
+STATE_STRIDE = {"reference": 64, "cpu": 64, "triton": 64 if torch.cuda.is_available() else 8}
 
 
 def device_for(backend: str) -> str:

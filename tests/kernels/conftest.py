@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from .cases import CHUNK, HAS_TRITON
+from .cases import HAS_TRITON, STATE_STRIDE
 
 
 @pytest.fixture(autouse=True)
@@ -15,7 +15,7 @@ def chunks_fit_for_the_interpreter(monkeypatch):
         from mamba_sft.kernels import triton_ops, triton_scan
 
         for module in (triton_ops, triton_scan):
-            monkeypatch.setattr(module, "CHUNK", type(module.CHUNK)(CHUNK["triton"]))
+            monkeypatch.setattr(module, "STATE_STRIDE", type(module.STATE_STRIDE)(STATE_STRIDE["triton"]))
         monkeypatch.setattr(triton_ops, "SPAN", 16)
 
 

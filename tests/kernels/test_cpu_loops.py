@@ -22,7 +22,7 @@ def test_compiled_code_cannot_be_older_than_the_rows_it_is_made_of(module):
 @pytest.mark.parametrize("channels", [5, cpu_rows.LANES - 1, cpu_rows.LANES, 2 * cpu_rows.LANES + 1])
 @pytest.mark.parametrize("states", [1, 7, 8, 9, 17, 64])
 def test_any_number_of_channels_and_states(channels, states):
-    inputs = scan_inputs(1, cpu_loops.CHUNK + 3, channels, states)
+    inputs = scan_inputs(1, cpu_loops.STATE_STRIDE + 3, channels, states)
     expected = results(selective_scan, inputs, torch.float64, dt_softplus=True)
     values = results(selective_scan, inputs, torch.float32, dt_softplus=True, backend="cpu")
     assert worst(values, expected) <= (1e-6, "")
@@ -31,7 +31,7 @@ def test_any_number_of_channels_and_states(channels, states):
 @pytest.mark.parametrize("size", [1e-30, 1e-6, 1.0, 30.0, 1e3])
 @pytest.mark.parametrize("rate", [0.0, 1e-6, 1.0, 1e3])
 def test_steps_and_rates_of_any_size(size, rate):
-    inputs = scan_inputs(1, 2 * cpu_loops.CHUNK + 5, 20, 4)
+    inputs = scan_inputs(1, 2 * cpu_loops.STATE_STRIDE + 5, 20, 4)
     del inputs["dt_bias"]
     inputs["dt"] = inputs["dt"].abs() * size
     inputs["A"] = inputs["A"] * rate
@@ -45,8 +45,8 @@ def test_steps_and_rates_of_any_size(size, rate):
 
 def test_the_exponential_with_and_without_clamps_agree_where_chunks_meet():
     """One long step sends its chunk, and no other, through the exponential for steps of any length."""
-    inputs = scan_inputs(1, 3 * cpu_loops.CHUNK, 20, 4)
-    inputs["dt"][0, cpu_loops.CHUNK + 9, 3] = 200.0
+    inputs = scan_inputs(1, 3 * cpu_loops.STATE_STRIDE, 20, 4)
+    inputs["dt"][0, cpu_loops.STATE_STRIDE + 9, 3] = 200.0
     expected = results(selective_scan, inputs, torch.float64, dt_softplus=True)
     values = results(selective_scan, inputs, torch.float32, dt_softplus=True, backend="cpu")
     assert worst(values, expected) <= (1e-6, "")
@@ -70,9 +70,13 @@ def test_zeros_stay_zeros():
 )
 @pytest.mark.parametrize("name", ["u", "dt", "B", "C", "z"])
 def test_not_a_number_goes_where_the_definition_sends_it(name, payload):
-    inputs = scan_inputs(2, cpu_loops.CHUNK + 9, 20, 4)
-    inputs[name][0, cpu_loops.CHUNK + 2, 1] = torch.tensor(payload, dtype=torch.int32).view(torch.float32)
-    seq_idx = (torch.arange(cpu_loops.CHUNK + 9) // 35).expand(2, -1)  # the next sequence is clean again
+    inputs = scan_inputs(2, cpu_loops.STATE_STRIDE + 9, 20, 4)
+    inputs[name][0, cpu_loops.STATE_STRIDE + 2, 1] = torch.tensor(payload, dtype=torch.int32).view(
+        torch.float32
+    )
+    seq_idx = (torch.arange(cpu_loops.STATE_STRIDE + 9) // 35).expand(
+        2, -1
+    )  # the next sequence is clean again
     options = {"dt_softplus": True, "seq_idx": seq_idx}
     expected = results(selective_scan, inputs, torch.float32, **options, backend="reference")
     values = results(selective_scan, inputs, torch.float32, **options, backend="cpu")

@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from mamba_sft.kernels import causal_conv1d, selective_scan
 
 from .cases import (
-    CHUNK,
     FAST,
+    STATE_STRIDE,
     TOLERANCE,
     conv_inputs,
     device_for,
@@ -50,7 +50,7 @@ def run_scan(backend: str, shape: tuple[int, int, Tensor], channels: int, states
 @pytest.mark.parametrize("backend", FAST)
 def test_any_shape_and_any_boundaries(backend):
     @settings(max_examples=EXAMPLES[backend], deadline=None, derandomize=True, suppress_health_check=QUIET)
-    @given(packed_rows(CHUNK[backend] + 4), st.integers(1, 40), st.integers(1, 20), st.integers(0, 99))
+    @given(packed_rows(STATE_STRIDE[backend] + 4), st.integers(1, 40), st.integers(1, 20), st.integers(0, 99))
     def check(shape, channels, states, seed):
         run_scan(backend, shape, channels, states, seed)
 
@@ -60,7 +60,7 @@ def test_any_shape_and_any_boundaries(backend):
 @pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("place", range(1, 5))
 def test_a_boundary_at_every_place_of_a_window(backend, place):
-    seq_idx = (torch.arange(CHUNK[backend] + 4) >= CHUNK[backend] - 4 + place).long()[None]
+    seq_idx = (torch.arange(STATE_STRIDE[backend] + 4) >= STATE_STRIDE[backend] - 4 + place).long()[None]
     run_scan(backend, (1, seq_idx.shape[1], seq_idx), 4, 2, seed=place)
 
 

@@ -9,9 +9,9 @@ from torch import Tensor
 from mamba_sft.kernels import selective_scan
 
 from .cases import (
-    CHUNK,
     FAST,
     SCAN_OPTIONS,
+    STATE_STRIDE,
     TOLERANCE,
     device_for,
     placed,
@@ -51,7 +51,7 @@ def test_matches_the_float64_definition(backend, batch, length, channels, states
 @pytest.mark.parametrize("packed", [False, True], ids=["single", "packed"])
 def test_a_row_cut_into_segments_is_the_same_row(packed, monkeypatch):
     triton_ops = pytest.importorskip("mamba_sft.kernels.triton_ops")
-    chunk = CHUNK["triton"]
+    chunk = STATE_STRIDE["triton"]
     monkeypatch.setattr(triton_ops, "_segments", lambda u: (-(-u.shape[1] // chunk), chunk))
     lengths = [chunk - 2, 2, chunk // 2, chunk, 1]  # a boundary at an edge, and a segment without one
     inputs = scan_inputs(2, sum(lengths), 5, 2)
@@ -92,7 +92,7 @@ def test_the_definition_passes_gradcheck():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_packed_sequences_are_what_they_are_alone(backend):
-    chunk = CHUNK[backend]  # boundaries next to each other, at chunk ends, and last
+    chunk = STATE_STRIDE[backend]  # boundaries next to each other, at chunk ends, and last
     lengths = [3, 1, 1, chunk - 5, chunk + 2, 1, 4]
     inputs = scan_inputs(1, sum(lengths), 8, 4)
     seq_idx = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[None]
@@ -131,7 +131,7 @@ def test_packed_sequences_are_what_they_are_alone(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("cuts", ["first", "chunk", "several"])
 def test_parts_that_hand_on_the_state_are_the_whole(backend, cuts):
-    chunk = CHUNK[backend]
+    chunk = STATE_STRIDE[backend]
     length = chunk + 10
     cuts = {"first": [1], "chunk": [chunk], "several": [5, chunk + 2, chunk + 3]}[cuts]
     inputs = scan_inputs(2, length, 8, 4)
@@ -155,7 +155,7 @@ def test_parts_that_hand_on_the_state_are_the_whole(backend, cuts):
 @pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_rounded_only_at_the_ends(backend, dtype):
-    length = 3 * CHUNK[backend]
+    length = 3 * STATE_STRIDE[backend]
     inputs = {name: x.to(dtype) for name, x in scan_inputs(2, length, 20, 16).items()}
     expected = results(selective_scan, inputs, torch.float64, dt_softplus=True)
     values = results(selective_scan, inputs, dtype, dt_softplus=True, backend=backend)
@@ -181,7 +181,7 @@ def test_results_do_not_depend_on_the_run_or_the_threads():
 
 @pytest.mark.parametrize("backend", FAST)
 def test_nothing_uninitialised_is_read(backend, poisoned_memory):
-    inputs = scan_inputs(2, CHUNK[backend] + 3, 40, 4)
+    inputs = scan_inputs(2, STATE_STRIDE[backend] + 3, 40, 4)
     values = results(selective_scan, inputs, torch.float32, dt_softplus=True, backend=backend)
     assert all(x.isfinite().all() for x in values.values())
 

@@ -13,7 +13,7 @@ import pytest
 
 triton = pytest.importorskip("triton")
 
-CARDS = {75: "T4", 80: "A100", 86: "A10, 3090", 89: "L4, 4090", 90: "H100, H200", 100: "B200", 120: "5090"}
+GPUS = {75: "T4", 80: "A100", 86: "A10, 3090", 89: "L4, 4090", 90: "H100, H200", 100: "B200", 120: "5090"}
 SCRIPT = Path(__file__).with_name("compile_kernels.py")
 ALL_STATES_IN_ONE_THREAD = "sizePerThread = [1, 1], threadsPerWarp = [1, 32]"
 STATES_OVER_FOUR_THREADS = "sizePerThread = [1, 4], threadsPerWarp = [4, 8]"
@@ -25,7 +25,7 @@ def rows() -> list[dict[str, Any]]:
     """One row per kernel, card and variant; two compilers at work."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(SCRIPT.parents[2])
-    cards = [str(card) for card in CARDS]
+    cards = [str(card) for card in GPUS]
     processes = [
         subprocess.Popen(
             [sys.executable, SCRIPT, *part],
@@ -47,7 +47,7 @@ def named(row: dict[str, Any]) -> str:
 
 
 def test_every_kernel_compiles_for_every_card(rows):
-    for card in CARDS:
+    for card in GPUS:
         kernels = {row["kernel"] for row in rows if row["card"] == card}
         assert kernels == {*FORWARD, "scan.connect", "scan.backward", "conv.forward", "conv.backward"}
 
@@ -62,7 +62,7 @@ def test_no_register_is_spilled(rows):
 )
 def test_state_tiles_are_laid_out_as_meant(rows, kernels, layout):
     chosen = [row for row in rows if row["kernel"] in kernels and row["states"] == 16]
-    assert len(chosen) >= 2 * len(CARDS)
+    assert len(chosen) >= 2 * len(GPUS)
     for row in chosen:
         assert [found.startswith(layout) for found in row["layouts"]] == [True], (named(row), row["layouts"])
 

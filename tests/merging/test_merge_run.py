@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mamba_sft.errors import MambaSFTError, MergeError, ModelError, UsageError
 from mamba_sft.inference.scoring import heldout_loss
-from mamba_sft.merging import merge_run, plan
+from mamba_sft.merging import merge_run, preparing
 from mamba_sft.merging.merge_run import DequantizedTensors, merge, quantizes
 from mamba_sft.merging.saved_adapter import SavedAdapter
 from mamba_sft.model import tensor_files
@@ -655,7 +655,7 @@ def test_a_disk_that_is_really_full(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     if subprocess.run(command, check=False, capture_output=True).returncode != 0:
         pytest.skip("mounting is not allowed here")
     try:
-        monkeypatch.setattr(plan, "require_space", lambda *_: None)
+        monkeypatch.setattr(preparing, "require_space", lambda *_: None)
         with pytest.raises(MergeError, match="is full"):
             merge(made.run, output=disk / "merged")
         assert not list(disk.iterdir())

@@ -17,7 +17,7 @@ from mamba_sft.model.shape import Shape
 from mamba_sft.planning import memory
 from mamba_sft.planning.memory import Work, peak, planned_parts, weights, with_length
 from mamba_sft.recipe.fields import AdapterSection
-from mamba_sft.training.activations import checkpoint_activations
+from mamba_sft.training.activations import keep_activations
 from mamba_sft.training.streaming import backpropagate, split, sweep
 from tests.conftest import build_model
 
@@ -91,7 +91,7 @@ def prepared(case: Case, device: str = "cpu") -> Any:
     model = install(model.to(device, case.dtype), "auto" if device == "cuda" else case.backend)
     model = attach_adapter(model, work.adapter, trained_token_ids=case.trained)
     add_fused_lm_head(model.get_base_model(), outputs=("log_probs", "entropy", "is_top1"))
-    checkpoint_activations(model, case.policy)
+    keep_activations(model, case.policy)
     return model.train()
 
 
@@ -192,7 +192,7 @@ def test_sizes_are_those_of_the_libraries() -> None:
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
     triton_ops = pytest.importorskip("mamba_sft.kernels.triton_ops")
-    assert memory.CHUNK == cpu_loops.CHUNK == triton_ops.CHUNK.value
+    assert memory.STATE_STRIDE == cpu_loops.STATE_STRIDE == triton_ops.STATE_STRIDE.value
     assert (memory.GROUPS, memory.CHANNELS) == (cpu.GROUPS, triton_ops.BACKWARD_CHANNELS)
     assert (memory.TILE_TOKENS, memory.TILE_COLUMNS) == (
         TOKEN_CHUNK_SIZE,

@@ -13,7 +13,7 @@ from mamba_sft.cli.app import app
 from mamba_sft.errors import TrainingError, UsageError
 from mamba_sft.planning import fitting
 from mamba_sft.planning.fitting import fixes, refuse_what_cannot_fit
-from mamba_sft.planning.gpus import CARDS, Accelerator, find_card, recognized
+from mamba_sft.planning.gpus import GPUS, Accelerator, find_gpu, recognized
 from mamba_sft.planning.memory import peak, planned_parts
 from mamba_sft.planning.plan import make_plan
 from mamba_sft.planning.speed import estimate, flops, measured, model_flops
@@ -88,7 +88,7 @@ def test_operations_are_those_of_the_benchmark_table() -> None:
 
 def test_faster_cards_are_planned_faster() -> None:
     work = make_plan(Recipe.load("instruct"), "h200").work
-    rates = [estimate(work, CARDS[name]) for name in ("t4", "a100-80", "h100", "h200")]
+    rates = [estimate(work, GPUS[name]) for name in ("t4", "a100-80", "h100", "h200")]
     speeds = [rate.tokens_per_second for rate in rates if rate]
     assert speeds == sorted(speeds)
     assert len(speeds) == 4
@@ -146,14 +146,14 @@ def test_a_model_too_large_for_a_device_has_no_fix() -> None:
 
 
 def test_cards_by_name() -> None:
-    assert find_card("RTX 4090").name == "GeForce RTX 4090"
+    assert find_gpu("RTX 4090").name == "GeForce RTX 4090"
     with pytest.raises(UsageError, match="did you mean `a100-80`"):
-        find_card("a100-8")
+        find_gpu("a100-8")
     facts = {"type": "cuda", "name": "NVIDIA L40S", "memory_bytes": 47_600_000_000, "bfloat16": True}
-    assert recognized(facts).flops == CARDS["l40s"].flops
-    assert recognized(facts | {"name": "NVIDIA A100-SXM4-80GB"}).flops == CARDS["a100-80"].flops
+    assert recognized(facts).flops == GPUS["l40s"].flops
+    assert recognized(facts | {"name": "NVIDIA A100-SXM4-80GB"}).flops == GPUS["a100-80"].flops
     assert recognized(facts | {"name": "Something new"}).flops == 0
-    assert all(card.usable_bytes < card.nominal_bytes for card in CARDS.values())
+    assert all(card.usable_bytes < card.nominal_bytes for card in GPUS.values())
 
 
 def test_rows_of_unknown_length_are_asked_for() -> None:

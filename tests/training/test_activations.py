@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mamba_sft.kernels.falcon_mamba import install
 from mamba_sft.model.loading import load_model
 from mamba_sft.recipe.fields import ModelSection
-from mamba_sft.training.activations import Policy, checkpoint_activations
+from mamba_sft.training.activations import Policy, keep_activations
 from tests.conftest import build_model
 from tests.training.test_streaming import assert_same, batch, whole, with_adapter
 
@@ -28,7 +28,7 @@ def test_gradients_are_the_same(policy: Policy, variant: dict[str, Any]) -> None
     model = with_adapter(install(build_model()), **variant)
     torch.manual_seed(7)
     theirs = whole(model, batch())
-    checkpoint_activations(model, policy)
+    keep_activations(model, policy)
     torch.manual_seed(7)
     assert_same(whole(model, batch()), theirs, 1e-6)
 
@@ -39,7 +39,7 @@ def test_quantized_bases(tiny_base: Any, policy: Policy, quantization: Any) -> N
     section = ModelSection(base=str(tiny_base), dtype="float32", quantization=quantization, kernels="cpu")
     model = with_adapter(load_model(section, device="cpu"))
     theirs = whole(model, batch())
-    checkpoint_activations(model, policy)
+    keep_activations(model, policy)
     assert_same(whole(model, batch()), theirs, 1e-6)
 
 
@@ -48,9 +48,9 @@ def test_two_graphs_at_once(policy: Policy) -> None:
     """Each forward keeps its own products."""
     model = with_adapter(install(build_model()))
     one, two = batch(), {**batch(), "input_ids": batch()["input_ids"].flip(0)}
-    checkpoint_activations(model, "none")
+    keep_activations(model, "none")
     expected = whole(model, one)[1], whole(model, two)[1]
-    checkpoint_activations(model, policy)
+    keep_activations(model, policy)
     model.zero_grad()
     losses = [-model(**inputs, fused_lm_head=True).log_probs.sum() / 50 for inputs in (one, two)]
     sum(losses).backward()
@@ -65,7 +65,7 @@ def test_two_graphs_at_once(policy: Policy) -> None:
 def test_the_graph_can_be_walked_twice(policy: Policy) -> None:
     model = with_adapter(install(build_model()))
     theirs = whole(model, batch())
-    checkpoint_activations(model, policy)
+    keep_activations(model, policy)
     model.zero_grad()
     loss = -model(**batch(), fused_lm_head=True).log_probs.sum() / 50
     loss.backward(retain_graph=True)
@@ -75,7 +75,7 @@ def test_the_graph_can_be_walked_twice(policy: Policy) -> None:
 
 
 def flops(model: Any, policy: Policy) -> int:
-    checkpoint_activations(model, policy)
+    keep_activations(model, policy)
     with FlopCounterMode(display=False) as counter:
         whole(model, batch())
     return counter.get_total_flops()
@@ -98,7 +98,7 @@ def test_the_large_products_are_not_done_again() -> None:
 
 def test_a_copied_model_computes_with_its_own_weights() -> None:
     model = install(build_model())
-    checkpoint_activations(model, "mamba")
+    keep_activations(model, "mamba")
     twin = copy.deepcopy(model)
     with torch.no_grad():
         twin.backbone.layers[0].mixer.in_proj.weight.zero_()

@@ -15,8 +15,8 @@ from transformers import TrainerCallback
 from mamba_sft import Recipe, Run
 from mamba_sft.errors import AdapterError, MambaSFTError, RecipeError, TrainingError
 from mamba_sft.planning.schedule import count_steps
-from mamba_sft.training.fine_tuning import RunInterruptedError, fit, prepare, train
-from mamba_sft.training.resuming import differences, newest_checkpoint
+from mamba_sft.training.fine_tuning import RunInterruptedError, prepare, train, train_prepared
+from mamba_sft.training.resuming import differences, newest_resume_point
 
 
 def losses(run: Run) -> list[float]:
@@ -82,7 +82,7 @@ def test_2n_steps_equal_n_and_resume_n(recipe: Any) -> None:
     whole = train(recipe("train.save_total_limit=5", name="whole"))
     halves = recipe("train.save_total_limit=5", name="halves")
     with pytest.raises(RunInterruptedError, match="stopped at step 2 of 4"):
-        fit(prepare(halves), callbacks=[SignalAt(2)])
+        train_prepared(prepare(halves), callbacks=[SignalAt(2)])
     run = train(halves, resume=True)
     assert losses(run) == pytest.approx(losses(whole), rel=1e-6)
     assert_same_adapter(whole, run, 1e-6)
@@ -102,7 +102,7 @@ class SignalAt(TrainerCallback):
 
 def test_an_interruption_saves_and_says_how_to_go_on(recipe: Any) -> None:
     with pytest.raises(RunInterruptedError) as caught:
-        fit(prepare(recipe()), callbacks=[SignalAt(1, signal.SIGTERM)])
+        train_prepared(prepare(recipe()), callbacks=[SignalAt(1, signal.SIGTERM)])
     assert caught.value.exit_code == 130
     assert "checkpoint-1" in caught.value.message
     assert "--resume" in (caught.value.hint or "")
@@ -161,8 +161,8 @@ def test_nan_stops_with_the_step_and_the_batch(recipe: Any, tmp_path: Path) -> N
     with pytest.raises(
         TrainingError, match=r"is not a number at step \d; the last good checkpoint is"
     ) as caught:
-        fit(prepare(recipe("train.max_steps=6")), callbacks=[Poison(4)])
-    assert newest_checkpoint(run) == run.checkpoints / "checkpoint-2"
+        train_prepared(prepare(recipe("train.max_steps=6")), callbacks=[Poison(4)])
+    assert newest_resume_point(run) == run.checkpoints / "checkpoint-2"
     batch = json.loads((run.path / "nan-batch-step-4.json").read_text())
     assert "input_ids" in batch
     assert "--resume" in (caught.value.hint or "")
@@ -182,7 +182,7 @@ class Poison(TrainerCallback):
 
 def test_an_adapter_that_cannot_learn_stops_the_run(recipe: Any) -> None:
     with pytest.raises(AdapterError, match=r"no gradient reaches .*\n.*x_proj"):
-        fit(prepare(recipe()), callbacks=[Bypass()])
+        train_prepared(prepare(recipe()), callbacks=[Bypass()])
 
 
 class Bypass(TrainerCallback):
@@ -231,7 +231,7 @@ def test_a_foreign_directory_is_not_touched(recipe: Any, tmp_path: Path) -> None
 
 def test_resume_refuses_another_recipe(recipe: Any) -> None:
     with pytest.raises(RunInterruptedError):
-        fit(prepare(recipe()), callbacks=[SignalAt(1)])
+        train_prepared(prepare(recipe()), callbacks=[SignalAt(1)])
     with pytest.raises(RecipeError, match=r"`train.learning_rate` was 0.01, now 0.5"):
         prepare(recipe("train.learning_rate=0.5"), resume=True)
     assert prepare(recipe("train.logging_steps=2"), resume=True).checkpoint is not None
@@ -241,19 +241,19 @@ def test_resume_with_less_memory(recipe: Any) -> None:
     """After running out of memory, what saves memory may change: the run is the same one."""
     whole = train(recipe(name="whole"))
     with pytest.raises(RunInterruptedError):
-        fit(prepare(recipe()), callbacks=[SignalAt(2)])
+        train_prepared(prepare(recipe()), callbacks=[SignalAt(2)])
     less = ("train.stream_tokens=16", "train.checkpointing=mamba", "train.auto_batch=true")
     assert losses(train(recipe(*less), resume=True)) == pytest.approx(losses(whole), rel=1e-4)
 
 
 def test_half_a_checkpoint_is_not_resumed_from(recipe: Any, tmp_path: Path) -> None:
     with pytest.raises(RunInterruptedError):
-        fit(prepare(recipe()), callbacks=[SignalAt(3)])
+        train_prepared(prepare(recipe()), callbacks=[SignalAt(3)])
     run = Run(tmp_path / "run")
     (run.checkpoints / "checkpoint-9").mkdir()
     (run.checkpoints / "checkpoint-10").mkdir()
     (run.checkpoints / "checkpoint-10" / "trainer_state.json").write_text('{"global_')
-    assert newest_checkpoint(run) == run.checkpoints / "checkpoint-3"
+    assert newest_resume_point(run) == run.checkpoints / "checkpoint-3"
 
 
 def test_trainer_arguments_are_checked(recipe: Any) -> None:
@@ -332,7 +332,7 @@ def test_float16_on_a_cpu_is_refused_before_the_weights(recipe: Any) -> None:
 
 def test_steps_are_counted_as_the_trainer_counts_them(recipe: Any) -> None:
     preparation = prepare(recipe("train.max_steps=-1", "train.num_train_epochs=2", "data.packing=false"))
-    run = fit(preparation)
+    run = train_prepared(preparation)
     assert json.loads(run.environment.read_text())["steps"] == preparation.max_steps
     assert preparation.max_steps == count_steps(preparation.recipe, 48, 1) == 24
 

@@ -15,7 +15,7 @@ import torch
 
 from mamba_sft import Run
 from mamba_sft.errors import TrainingError
-from mamba_sft.training.fine_tuning import RunInterruptedError, fit, prepare, train
+from mamba_sft.training.fine_tuning import RunInterruptedError, prepare, train, train_prepared
 from mamba_sft.training.steps import ChunkedSteps
 from tests.training.test_fine_tuning import SignalAt, adapter, assert_same_adapter, losses
 
@@ -80,7 +80,7 @@ def test_2n_steps_equal_n_and_resume_n(recipe: Any, how: str) -> None:
     assert (steps // 2) % 5 != 0, "the interruption must not fall on the end of an epoch"
     halves = recipe(*options, name="halves")
     with pytest.raises(RunInterruptedError):
-        fit(prepare(halves), callbacks=[SignalAt(steps // 2 - 2)])
+        train_prepared(prepare(halves), callbacks=[SignalAt(steps // 2 - 2)])
     run = train(halves, resume=True)
     assert losses(run) == pytest.approx(losses(whole), rel=1e-6)
     assert_same_adapter(whole, run, 1e-6)
@@ -113,7 +113,7 @@ def test_carried_states_are_those_of_the_rows_before(recipe: Any, monkeypatch: p
                "train.per_device_train_batch_size=1", "train.max_steps=2",
                "train.learning_rate=1e-12")  # fmt: skip
     monkeypatch.setattr(ChunkedSteps, "training_step", seen.watch(ChunkedSteps.training_step))
-    fit(prepare(recipe(*options)))
+    train_prepared(prepare(recipe(*options)))
     assert started[0] is None
     backbone = seen.model.get_base_model().backbone.eval()
     cache = backbone(
@@ -190,7 +190,7 @@ def test_the_longest_rows_come_first(recipe: Any, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(ChunkedSteps, "_run_rows", watch)
     preparation = prepare(recipe("train.auto_batch=true", "data.packing=false", "train.max_steps=1"))
-    fit(preparation)
+    train_prepared(preparation)
     assert widths[0] == max(len(row) for row in preparation.train_rows["input_ids"])
 
 

@@ -15,7 +15,7 @@ from mamba_sft.kernels.falcon_mamba import install
 from mamba_sft.model.adapter import adapter_tensors, attach_adapter
 from mamba_sft.model.loading import load_model
 from mamba_sft.recipe.fields import AdapterSection, ModelSection
-from mamba_sft.training.activations import Policy, checkpoint_activations
+from mamba_sft.training.activations import Policy, keep_activations
 from mamba_sft.training.streaming import backpropagate, split, sweep
 from tests.conftest import build_model
 
@@ -110,7 +110,7 @@ def test_quantized_bases(tiny_base: Any, quantization: Any) -> None:
 def test_checkpointing_inside_a_chunk(policy: Policy) -> None:
     model = with_adapter(install(build_model()))
     theirs = whole(model, batch())
-    checkpoint_activations(model, policy)
+    keep_activations(model, policy)
     assert_same(streamed(model, batch(), 8), theirs)
 
 

@@ -10,68 +10,74 @@ from pathlib import Path
 from mamba_sft.errors import ExportError, UsageError
 from mamba_sft.evaluation.report import write_report
 from mamba_sft.exporting.full_model import base_of, find_model
-from mamba_sft.exporting.gguf.files import GGUFPlan, plan_gguf, record_quality, verify_adapter, write_gguf
+from mamba_sft.exporting.gguf.files import (
+    PreparedFiles,
+    prepare_files,
+    record_quality,
+    verify_adapter,
+    write_gguf,
+)
 from mamba_sft.exporting.gguf.lora import write_adapter
 from mamba_sft.exporting.gguf.types import choose_methods
 from mamba_sft.exporting.ollama.modelfile import modelfile_text
-from mamba_sft.exporting.task import Exported, GGUFFile, Task, output_of
+from mamba_sft.exporting.request import Exported, ExportRequest, GGUFFile, output_of
 from mamba_sft.merging.disk import disk_errors_explained
-from mamba_sft.merging.plan import fit_adapter
+from mamba_sft.merging.preparing import match_adapter
 from mamba_sft.run import HUB_CHECKPOINT, MODEL_CARD, QUALITY, Run, write_atomically
 
 logger = logging.getLogger(__name__)
 
 
-def plan_model(task: Task) -> GGUFPlan:
+def prepare_model(request: ExportRequest) -> PreparedFiles:
     """Settles a model's GGUF files without writing any."""
-    model = find_model(task.run)
-    methods = choose_methods(list(task.quantization) or ["Q4_K_M"])
-    output = output_of(model, task.output)
-    return plan_gguf(model, methods, output, task.name or model.name, task.gguf)
+    model = find_model(request.run)
+    methods = choose_methods(list(request.quantization) or ["Q4_K_M"])
+    output = output_of(model, request.output)
+    return prepare_files(model, methods, output, request.name or model.name, request.gguf)
 
 
-def export_model(task: Task, *, ollama: bool) -> Exported:
+def export_model(request: ExportRequest, *, ollama: bool) -> Exported:
     """Writes a model's GGUF files and, for Ollama, a Modelfile for each."""
-    plan = plan_model(task)
-    texts = [modelfile_text(plan.model, file.path.name) for file in plan.files] if ollama else []
-    files = write_gguf(plan, task.gguf, task.progress)
-    _refresh_report(plan)
-    return Exported(plan.output, files, _write_modelfiles(plan.output, files, texts))
+    prepared = prepare_model(request)
+    texts = [modelfile_text(prepared.model, file.path.name) for file in prepared.files] if ollama else []
+    files = write_gguf(prepared, request.gguf, request.progress)
+    _refresh_report(prepared)
+    return Exported(prepared.output, files, _write_modelfiles(prepared.output, files, texts))
 
 
-def export_adapter(task: Task, *, ollama: bool) -> Exported:
+def export_adapter(request: ExportRequest, *, ollama: bool) -> Exported:
     """Writes a run's adapter as a GGUF LoRA and, where a quantization is asked for, its base to load it on.
 
     The base has the run's tokenizer: the one it was published with does not know the chat's special tokens.
     With a base, the two are loaded together and held against the model; without, the file is read back.
     """
-    run = Run.open(task.run)
-    options = task.gguf
-    if ollama and not task.quantization:
+    run = Run.open(request.run)
+    options = request.gguf
+    if ollama and not request.quantization:
         raise UsageError(
             "a Modelfile for an adapter needs the base beside it",
             hint="say which with `--quantization`, for example `-q Q4_K_M`",
         )
-    plan = fit_adapter(run, run.export, None)
+    prepared = match_adapter(run, run.export, None)
     model = find_model(run)
-    output = output_of(model, task.output)
-    name = task.name or model.name
+    output = output_of(model, request.output)
+    name = request.name or model.name
     path = output / f"{name}.lora.gguf"
     partial = path.with_name(path.name + ".partial")
-    base_plan = None
-    if task.quantization:
-        base, methods = base_of(run, plan), choose_methods(list(task.quantization))
-        base_plan = plan_gguf(base, methods, output, f"{name}.base", options)
-        base_plan.of = "base"
-    bases = base_plan.files if base_plan and ollama else []
+    base_files = None
+    if request.quantization:
+        base, methods = base_of(run, prepared), choose_methods(list(request.quantization))
+        base_files = prepare_files(base, methods, output, f"{name}.base", options)
+        base_files.of = "base"
+    bases = base_files.files if base_files and ollama else []
     texts = [modelfile_text(model, file.path.name, adapter=path.name) for file in bases]
     output.mkdir(parents=True, exist_ok=True)
     try:
         with disk_errors_explained(output, "the adapter does not fit", ExportError):
-            size = write_adapter(partial, plan, name=name, fix_epsilon=options.fix_epsilon)
-        files = write_gguf(base_plan, options, task.progress) if base_plan else []
+            size = write_adapter(partial, prepared, name=name, fix_epsilon=options.fix_epsilon)
+        files = write_gguf(base_files, options, request.progress) if base_files else []
         quality = (
-            verify_adapter(model, files[-1], partial, task.progress) if files and options.verify else None
+            verify_adapter(model, files[-1], partial, request.progress) if files and options.verify else None
         )
         os.replace(partial, path)
     finally:
@@ -82,10 +88,10 @@ def export_adapter(task: Task, *, ollama: bool) -> Exported:
     return Exported(output, [*files, adapter], _write_modelfiles(output, files, texts))
 
 
-def _refresh_report(plan: GGUFPlan) -> None:
+def _refresh_report(prepared: PreparedFiles) -> None:
     """Adds the files to the run's report, if they are the run's, and tells of a card that lacks them."""
-    run = plan.model.run
-    if run is None or plan.output.resolve() != run.export.resolve():
+    run = prepared.model.run
+    if run is None or prepared.output.resolve() != run.export.resolve():
         return
     if run.report.is_file():
         write_report(run)

@@ -18,15 +18,15 @@ from mamba_sft.exporting.gguf.metadata import Vocabulary, read_vocabulary
 from mamba_sft.exporting.gguf.tensors import ExportTensor, epsilon_scale, export_tensors
 from mamba_sft.exporting.gguf.types import METHODS, Method
 from mamba_sft.exporting.gguf.verifying import Verifier
-from mamba_sft.exporting.gguf.writing import FilePlan, GGUFFiles, Importance, plan_file, write_header
-from mamba_sft.exporting.task import GGUFFile, GGUFOptions, Progress, Quality
+from mamba_sft.exporting.gguf.writing import FileLayout, GGUFFiles, Importance, lay_out_file, write_header
+from mamba_sft.exporting.request import GGUFFile, GGUFOptions, Progress, Quality
 from mamba_sft.exporting.texts import calibration_text
 from mamba_sft.merging.disk import disk_errors_explained, require_space
 from mamba_sft.run import QUALITY, write_atomically
 
 
 @dataclass
-class GGUFPlan:
+class PreparedFiles:
     """Files that can be written.
 
     Args:
@@ -35,7 +35,7 @@ class GGUFPlan:
         tensors: What each file holds.
         vocabulary: The tokenizer.
         files: Path, size and method of each.
-        plans: The same files' types and places.
+        layouts: The same files' types and places.
         scale: What `ssm_x` is multiplied with; see `gguf_tensors`.
         of: What they hold: the run's `model`, or the `base` of an adapter that is a file of its own.
     """
@@ -45,7 +45,7 @@ class GGUFPlan:
     tensors: list[ExportTensor]
     vocabulary: Vocabulary
     files: list[GGUFFile]
-    plans: list[FilePlan]
+    layouts: list[FileLayout]
     scale: float
     of: str = "model"
 
@@ -55,9 +55,9 @@ class GGUFPlan:
         return sum(file.nbytes for file in self.files)
 
 
-def plan_gguf(
+def prepare_files(
     model: FullModel, methods: Sequence[Method], output: Path, name: str, options: GGUFOptions
-) -> GGUFPlan:
+) -> PreparedFiles:
     """Settles everything about the files, from shapes and the tokenizer, before a weight is read.
 
     Raises:
@@ -66,18 +66,20 @@ def plan_gguf(
     llama_cpp.load()
     tensors = export_tensors(model.shapes, model.config, tied=model.tied, fix_epsilon=options.fix_epsilon)
     vocabulary = read_vocabulary(model)
-    plans = [plan_file(method, tensors) for method in methods]
+    layouts = [lay_out_file(method, tensors) for method in methods]
     with tempfile.TemporaryDirectory() as directory:  # headers differ in a number, not in length
-        header = write_header(Path(directory) / "header", plans[0], model, vocabulary, tensors)
+        header = write_header(Path(directory) / "header", layouts[0], model, vocabulary, tensors)
     files = [
-        GGUFFile(output / f"{name}.{plan.method.name}.gguf", plan.method.name, header + plan.nbytes)
-        for plan in plans
+        GGUFFile(
+            output / f"{name}.{prepared.method.name}.gguf", prepared.method.name, header + prepared.nbytes
+        )
+        for prepared in layouts
     ]
     scale = epsilon_scale(model.config) if options.fix_epsilon else 1.0
-    return GGUFPlan(model, output, tensors, vocabulary, files, plans, scale)
+    return PreparedFiles(model, output, tensors, vocabulary, files, layouts, scale)
 
 
-def write_gguf(plan: GGUFPlan, options: GGUFOptions, progress: Progress) -> list[GGUFFile]:
+def write_gguf(prepared: PreparedFiles, options: GGUFOptions, progress: Progress) -> list[GGUFFile]:
     """Writes the files, checks them, gives them their names, and adds them to `quality.json`.
 
     Raises:
@@ -85,40 +87,46 @@ def write_gguf(plan: GGUFPlan, options: GGUFOptions, progress: Progress) -> list
         ModelError: The weights are damaged.
     """
     hint = "ask for fewer quantizations, or give a directory on another disk with `--output`"
-    require_space(plan.output, plan.nbytes, "the files take", ExportError, hint)
-    plan.output.mkdir(parents=True, exist_ok=True)
+    require_space(prepared.output, prepared.nbytes, "the files take", ExportError, hint)
+    prepared.output.mkdir(parents=True, exist_ok=True)
     importance: Importance = {}
     origin = None
     if options.imatrix:
-        text = calibration_text(plan.model, options.imatrix_tokens)
+        text = calibration_text(prepared.model, options.imatrix_tokens)
         origin = f"{sum(map(len, text.windows))} tokens: {text.origin}"
         importance = importance_matrix(
-            plan.model, text.windows, lambda d, n: progress("importance matrix", d, n)
+            prepared.model, text.windows, lambda d, n: progress("importance matrix", d, n)
         )
-    partials = [file.path.with_name(file.path.name + ".partial") for file in plan.files]
-    need = f"the files take {plan.nbytes / 1e9:.1f} GB"
+    partials = [file.path.with_name(file.path.name + ".partial") for file in prepared.files]
+    need = f"the files take {prepared.nbytes / 1e9:.1f} GB"
     try:
-        with disk_errors_explained(plan.output, need, ExportError):
-            total = sum(tensor.values for tensor in plan.tensors)
-            files = GGUFFiles(plan.model, plan.tensors, importance, lambda d: progress("writing", d, total))
-            files.write(partials, plan.plans, plan.vocabulary)
-        return _publish(plan, partials, options, origin, progress)
+        with disk_errors_explained(prepared.output, need, ExportError):
+            total = sum(tensor.values for tensor in prepared.tensors)
+            files = GGUFFiles(
+                prepared.model, prepared.tensors, importance, lambda d: progress("writing", d, total)
+            )
+            files.write(partials, prepared.layouts, prepared.vocabulary)
+        return _publish(prepared, partials, options, origin, progress)
     finally:
         for path in partials:
             path.unlink(missing_ok=True)
 
 
 def _publish(
-    plan: GGUFPlan, partials: Sequence[Path], options: GGUFOptions, imatrix: str | None, progress: Progress
+    prepared: PreparedFiles,
+    partials: Sequence[Path],
+    options: GGUFOptions,
+    imatrix: str | None,
+    progress: Progress,
 ) -> list[GGUFFile]:
     failures: list[ExportError] = []
-    written = list(plan.files)
-    facts: dict[str, Any] = {"of": plan.of, "epsilon_scale": plan.scale, "imatrix": imatrix}
+    written = list(prepared.files)
+    facts: dict[str, Any] = {"of": prepared.of, "epsilon_scale": prepared.scale, "imatrix": imatrix}
     if options.verify:
-        qualities, text, failures = _verify(plan, partials, progress)
+        qualities, text, failures = _verify(prepared, partials, progress)
         written = [
             GGUFFile(file.path, file.method, file.nbytes, quality)
-            for file, quality in zip(plan.files, qualities, strict=True)
+            for file, quality in zip(prepared.files, qualities, strict=True)
         ]
         facts |= text
     passed = []
@@ -126,32 +134,32 @@ def _publish(
         if file.quality is not None or not options.verify:
             os.replace(partial, file.path)
             passed.append(file)
-    record_quality(plan.output / QUALITY, passed, facts)
+    record_quality(prepared.output / QUALITY, passed, facts)
     if failures:
         raise ExportError("\n".join(failure.message for failure in failures), hint=failures[0].hint)
     return passed
 
 
 def _verify(
-    plan: GGUFPlan, partials: Sequence[Path], progress: Progress
+    prepared: PreparedFiles, partials: Sequence[Path], progress: Progress
 ) -> tuple[list[Quality | None], dict[str, Any], list[ExportError]]:
     """Measures each set of tensors once: files that differ in their header alone share what was seen."""
-    verifier = Verifier(plan.model, lambda done, total: progress("reference", done, total))
+    verifier = Verifier(prepared.model, lambda done, total: progress("reference", done, total))
     measured: dict[tuple[int, ...], tuple[Quality, list[int]]] = {}
     failures: dict[tuple[int, ...], ExportError] = {}
-    for number, (file_plan, partial) in enumerate(zip(plan.plans, partials, strict=True)):
+    for number, (layout, partial) in enumerate(zip(prepared.layouts, partials, strict=True)):
         progress("verifying", number, len(partials))
-        if file_plan.payload not in measured and file_plan.payload not in failures:
+        if layout.payload not in measured and layout.payload not in failures:
             try:
-                measured[file_plan.payload] = verifier.check(partial, file_plan.method)
+                measured[layout.payload] = verifier.check(partial, layout.method)
             except ExportError as error:
-                failures[file_plan.payload] = error
+                failures[layout.payload] = error
     progress("verifying", len(partials), len(partials))
     qualities = {}
     if measured:
         qualities = dict(zip(measured, verifier.compare_answers(list(measured.values())), strict=True))
     text = {"text": verifier.text.origin, "prompt": verifier.question}
-    return [qualities.get(file.payload) for file in plan.plans], text, list(failures.values())
+    return [qualities.get(file.payload) for file in prepared.layouts], text, list(failures.values())
 
 
 def record_quality(path: Path, files: Sequence[GGUFFile], facts: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ from gguf import GGUFReader, GGUFWriter
 from mamba_sft.errors import ExportError
 from mamba_sft.exporting.gguf.tensors import epsilon_scale, gguf_name
 from mamba_sft.exporting.gguf.types import padded
-from mamba_sft.merging.plan import MergePlan
+from mamba_sft.merging.preparing import PreparedMerge
 from mamba_sft.merging.saved_adapter import EMBEDDINGS, HEAD, SavedAdapter
 from mamba_sft.model.tensor_files import read_rows
 
@@ -46,12 +46,12 @@ class Pair:
     b: Floats
 
 
-def write_adapter(path: Path, plan: MergePlan, *, name: str, fix_epsilon: bool) -> int:
+def write_adapter(path: Path, merge: PreparedMerge, *, name: str, fix_epsilon: bool) -> int:
     """Writes the adapter of a run, a tensor at a time, and reads it back.
 
     Args:
         path: The file.
-        plan: The run's adapter and base, which fit.
+        merge: The run's adapter and base, which fit.
         name: What the file says it is called.
         fix_epsilon: Whether it is for base files made with the epsilon fix.
 
@@ -61,10 +61,10 @@ def write_adapter(path: Path, plan: MergePlan, *, name: str, fix_epsilon: bool) 
     Raises:
         ExportError: GGUF cannot hold this adapter, or what was written is not what was meant.
     """
-    check_expressible(plan)
-    alpha = adapter_alpha(plan.adapter)
-    scale = epsilon_scale(plan.config) if fix_epsilon else 1.0
-    sources = list(_sources(plan, alpha, scale))
+    check_expressible(merge)
+    alpha = adapter_alpha(merge.adapter)
+    scale = epsilon_scale(merge.config) if fix_epsilon else 1.0
+    sources = list(_sources(merge, alpha, scale))
     writer = GGUFWriter(path, "mamba")
     writer.add_type("adapter")
     writer.add_string("adapter.type", "lora")
@@ -92,21 +92,21 @@ def write_adapter(path: Path, plan: MergePlan, *, name: str, fix_epsilon: bool) 
     return path.stat().st_size
 
 
-def check_expressible(plan: MergePlan) -> None:
+def check_expressible(merge: PreparedMerge) -> None:
     """Refuses an adapter that is more than low-rank sums.
 
     Raises:
         ExportError: It has DoRA's lengths, biases or new rows, or shares rows that llama.cpp cannot share.
     """
-    adapter = plan.adapter
+    adapter = merge.adapter
     reason = None
     if adapter.config.get("use_dora"):
         reason = "DoRA scales the base's own rows"
     elif any("lora_B.bias" in parts for parts in adapter.modules.values()) or adapter.whole:
         reason = "it has trained biases"
-    elif plan.facts.resize_to is not None:
+    elif merge.facts.resize_to is not None:
         reason = "its vocabulary has more rows than the base's"
-    elif adapter.rows and (HEAD not in plan.entries or plan.config.get("tie_word_embeddings", True)):
+    elif adapter.rows and (HEAD not in merge.entries or merge.config.get("tie_word_embeddings", True)):
         reason = "its trained rows are of a matrix that is both embedding and head"
     if reason:
         raise ExportError(
@@ -120,14 +120,14 @@ def adapter_alpha(adapter: SavedAdapter) -> float:
     return alpha * rank**0.5 if adapter.config.get("use_rslora") else alpha
 
 
-_Shapes = tuple[tuple[int, int], tuple[int, int]]
+_PairShapes = tuple[tuple[int, int], tuple[int, int]]
 
 
 def _sources(
-    plan: MergePlan, alpha: float, epsilon: float
-) -> Iterator[tuple[str, _Shapes, Callable[[], Pair]]]:
+    merge: PreparedMerge, alpha: float, epsilon: float
+) -> Iterator[tuple[str, _PairShapes, Callable[[], Pair]]]:
     """Yields every tensor's GGUF name, the shapes of its factors, and what reads them."""
-    adapter = plan.adapter
+    adapter = merge.adapter
     for module in adapter.modules:
         name = gguf_name(f"{module}.weight")
         if name is None:
@@ -145,9 +145,9 @@ def _sources(
     for source, (ids, values) in adapter.rows.items():
         name = gguf_name(source)
         assert name is not None, source
-        wide, tall = (len(ids), values.shape[1]), (plan.entries[source].shape[0], len(ids))
+        wide, tall = (len(ids), values.shape[1]), (merge.entries[source].shape[0], len(ids))
         shapes = (tall, wide[::-1]) if source == EMBEDDINGS else (wide, tall)
-        yield name, shapes, lambda source=source, name=name: _rows(plan, source, name, alpha)  # type: ignore[misc]
+        yield name, shapes, lambda source=source, name=name: _rows(merge, source, name, alpha)  # type: ignore[misc]
 
 
 def _module(adapter: SavedAdapter, module: str, name: str, alpha: float, epsilon: float) -> Pair:
@@ -156,9 +156,9 @@ def _module(adapter: SavedAdapter, module: str, name: str, alpha: float, epsilon
     return Pair(name, factors.a.numpy(), (factors.b * (epsilon * factors.scale * rank / alpha)).numpy())
 
 
-def _rows(plan: MergePlan, source: str, name: str, alpha: float) -> Pair:
-    ids, values = plan.adapter.rows[source]
-    entry = plan.entries[source]
+def _rows(merge: PreparedMerge, source: str, name: str, alpha: float) -> Pair:
+    ids, values = merge.adapter.rows[source]
+    entry = merge.entries[source]
     base = torch.cat([read_rows(entry, row, row + 1) for row in ids.tolist()]).float()
     change = values - base
     ones = torch.zeros(entry.shape[0], len(ids))
@@ -169,7 +169,7 @@ def _rows(plan: MergePlan, source: str, name: str, alpha: float) -> Pair:
     return Pair(name, change.numpy(), (ones * scale).numpy())
 
 
-def _read_back(path: Path, sources: list[tuple[str, _Shapes, Callable[[], Pair]]]) -> None:
+def _read_back(path: Path, sources: list[tuple[str, _PairShapes, Callable[[], Pair]]]) -> None:
     found = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
     for name, _, load in sources:
         pair = load()

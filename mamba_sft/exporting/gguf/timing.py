@@ -11,7 +11,7 @@ import torch
 from gguf import GGMLQuantizationType
 
 from mamba_sft.exporting.gguf import llama_cpp
-from mamba_sft.exporting.gguf.files import GGUFPlan
+from mamba_sft.exporting.gguf.files import PreparedFiles
 from mamba_sft.exporting.gguf.types import block_size
 from mamba_sft.exporting.gguf.verifying import HELDOUT_TOKENS
 from mamba_sft.model.tensor_files import one_thread
@@ -25,40 +25,40 @@ _START = 0.3  # seconds to start llama.cpp
 _LLAMA_CPP = 2.0  # how much longer llama.cpp takes for a product than torch does in float32
 
 
-def writing_seconds(plan: GGUFPlan) -> float:
+def writing_seconds(prepared: PreparedFiles) -> float:
     """Returns about how long reading, summing, quantizing and writing will take, on all cores.
 
     A few blocks of the largest tensor are read for it.
     """
-    tensors = plan.tensors
+    tensors = prepared.tensors
     largest = max(tensors, key=lambda tensor: tensor.values)
     count = 0
     with one_thread():
         started = time.perf_counter()
-        for _, rows in islice(plan.model.tensors.blocks(largest.source), _SAMPLED_BLOCKS):
+        for _, rows in islice(prepared.model.tensors.blocks(largest.source), _SAMPLED_BLOCKS):
             values = largest.transform(rows)
             torch.isfinite(values).all()  # as every block is looked through when it is written
             count += values.numel()
         seconds = (time.perf_counter() - started) / count * sum(tensor.values for tensor in tensors)
     work: dict[GGMLQuantizationType, int] = {}
     for tensor in tensors:
-        for kind in {file.types[tensor.name] for file in plan.plans}:
+        for kind in {file.types[tensor.name] for file in prepared.layouts}:
             work[kind] = work.get(kind, 0) + tensor.values
     seconds += sum(_encoding_seconds(kind) * values for kind, values in work.items())
-    return seconds / (os.cpu_count() or 1) + _BYTE * plan.nbytes
+    return seconds / (os.cpu_count() or 1) + _BYTE * prepared.nbytes
 
 
-def checking_seconds(plan: GGUFPlan) -> float:
+def checking_seconds(prepared: PreparedFiles) -> float:
     """Returns about how long holding the files against the model will take.
 
     The model reads the held-out text once, llama.cpp once for each set of tensors, and the model once more
     over the answers.
     """
-    weights = sum(tensor.values for tensor in plan.tensors)
+    weights = sum(tensor.values for tensor in prepared.tensors)
     left, right = torch.randn(HELDOUT_TOKENS, 2048), torch.randn(2048, 2048)
     left @ right  # threads start
     product = _timed(lambda: left @ right) / right.numel() * weights
-    files = len({file.payload for file in plan.plans})
+    files = len({file.payload for file in prepared.layouts})
     return float(product * (1 + _LLAMA_CPP * files) + _START * files + 2 * _WALK * weights)
 
 

@@ -15,7 +15,7 @@ from mamba_sft.exporting.full_model import FullModel
 from mamba_sft.exporting.gguf.probe import Job, Seen, run_probe
 from mamba_sft.exporting.gguf.types import Method
 from mamba_sft.exporting.logits import logits_of
-from mamba_sft.exporting.task import Quality
+from mamba_sft.exporting.request import Quality
 from mamba_sft.exporting.texts import Text, heldout_text, prompt_of
 
 HELDOUT_TOKENS = 512

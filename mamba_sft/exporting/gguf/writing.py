@@ -32,7 +32,7 @@ _AHEAD = 4  # blocks read ahead for each worker
 
 
 @dataclass(frozen=True)
-class FilePlan:
+class FileLayout:
     """One GGUF file to be written.
 
     Args:
@@ -53,7 +53,7 @@ class FilePlan:
         return tuple(int(kind) for kind in self.types.values())
 
 
-def plan_file(method: Method, tensors: Sequence[ExportTensor]) -> FilePlan:
+def lay_out_file(method: Method, tensors: Sequence[ExportTensor]) -> FileLayout:
     """Settles types and places from shapes alone."""
     tied = all(tensor.name != "output.weight" for tensor in tensors)
     types, offsets, end = {}, {}, 0
@@ -61,17 +61,17 @@ def plan_file(method: Method, tensors: Sequence[ExportTensor]) -> FilePlan:
         types[tensor.name] = method.tensor_type(tensor.name, tensor.shape, tied=tied)
         offsets[tensor.name] = end
         end += padded(stored_bytes(types[tensor.name], tensor.shape))
-    return FilePlan(method, types, offsets, end)
+    return FileLayout(method, types, offsets, end)
 
 
 def write_header(
-    path: Path, plan: FilePlan, model: FullModel, vocabulary: Vocabulary, tensors: Sequence[ExportTensor]
+    path: Path, layout: FileLayout, model: FullModel, vocabulary: Vocabulary, tensors: Sequence[ExportTensor]
 ) -> int:
     """Writes everything of a file but its tensors' values, and returns where those start."""
     writer = GGUFWriter(path, "mamba")
-    add_metadata(writer, model, vocabulary, list(tensors), plan.method)
+    add_metadata(writer, model, vocabulary, list(tensors), layout.method)
     for tensor in tensors:
-        kind = plan.types[tensor.name]
+        kind = layout.types[tensor.name]
         nbytes = stored_bytes(kind, tensor.shape)
         values = np.dtype(np.float32)  # the shape counts values; of bytes the writer would take it for bytes
         writer.add_tensor_info(tensor.name, tensor.shape, values, nbytes, raw_dtype=kind)
@@ -85,7 +85,7 @@ def write_header(
 @dataclass
 class _OpenFile:
     descriptor: int
-    plan: FilePlan
+    layout: FileLayout
     data_start: int
 
 
@@ -110,7 +110,7 @@ class GGUFFiles:
         self.done = 0
         self.workers = os.cpu_count() or 1
 
-    def write(self, paths: Sequence[Path], plans: Sequence[FilePlan], vocabulary: Vocabulary) -> None:
+    def write(self, paths: Sequence[Path], layouts: Sequence[FileLayout], vocabulary: Vocabulary) -> None:
         """Writes the files, each under its path, and waits until they are on the disk.
 
         Raises:
@@ -119,10 +119,10 @@ class GGUFFiles:
         """
         files: list[_OpenFile] = []
         try:
-            for path, plan in zip(paths, plans, strict=True):
-                start = write_header(path, plan, self.model, vocabulary, self.tensors)
-                files.append(_OpenFile(os.open(path, os.O_RDWR), plan, start))
-                os.posix_fallocate(files[-1].descriptor, 0, start + plan.nbytes)  # a full disk shows now
+            for path, layout in zip(paths, layouts, strict=True):
+                start = write_header(path, layout, self.model, vocabulary, self.tensors)
+                files.append(_OpenFile(os.open(path, os.O_RDWR), layout, start))
+                os.posix_fallocate(files[-1].descriptor, 0, start + layout.nbytes)  # a full disk shows now
             with (
                 one_thread(),
                 ThreadPoolExecutor(self.workers, "quantize", torch.set_num_threads, (1,)) as pool,
@@ -168,10 +168,10 @@ class GGUFFiles:
             )
         stored: dict[GGMLQuantizationType, memoryview] = {}
         for file in files:
-            kind = file.plan.types[tensor.name]
+            kind = file.layout.types[tensor.name]
             if kind not in stored:
                 stored[kind] = self._encode(tensor.name, kind, values)
-            place = file.data_start + file.plan.offsets[tensor.name]
+            place = file.data_start + file.layout.offsets[tensor.name]
             place += stored_bytes(kind, (start, *tensor.shape[1:]))
             _write_at(file.descriptor, stored[kind], place)
         return int(values.numel())

@@ -20,7 +20,7 @@ from mamba_sft.exporting.gguf.tensors import layers
 from mamba_sft.exporting.hub.card_tables import evaluation_table, quantization_table, table
 from mamba_sft.exporting.hub.card_usage import usage
 from mamba_sft.exporting.hub.checkpoint import MARK
-from mamba_sft.exporting.task import HubOptions
+from mamba_sft.exporting.request import HubOptions
 from mamba_sft.exporting.texts import prompt_of
 from mamba_sft.merging.saved_adapter import EMBEDDINGS
 from mamba_sft.recipe.builtin import find_path

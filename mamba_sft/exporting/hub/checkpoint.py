@@ -46,7 +46,7 @@ def write_checkpoint(
     _check_output(output)
     need = f"the model takes {_size(model) / 1e9:.1f} GB"
     with disk_errors_explained(output, need, ExportError), atomic_directory(output) as directory:
-        if model.plan is None:
+        if model.merge is None:
             _copy(model, directory, progress)
         else:
             require_space(output, _size(model), "the model takes", ExportError)
@@ -79,7 +79,7 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _sum(model: FullModel, directory: Path, progress: Callable[[int, int], None]) -> None:
-    plan = model.plan
+    plan = model.merge
     assert plan is not None
     tensors = MergedTensors(plan, plan.source, lambda done: progress(done, plan.nbytes))
     with one_thread():
@@ -112,6 +112,6 @@ def _check_output(output: Path) -> None:
 
 
 def _size(model: FullModel) -> int:
-    if model.plan is not None:
-        return model.plan.nbytes
+    if model.merge is not None:
+        return model.merge.nbytes
     return sum(entry.end - entry.start for entry in model.tensors.entries.values())

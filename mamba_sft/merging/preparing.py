@@ -39,7 +39,7 @@ class BaseFacts:
 
 
 @dataclass(frozen=True)
-class MergePlan:
+class PreparedMerge:
     """A merge that can be done.
 
     Args:
@@ -85,7 +85,7 @@ class MergePlan:
         return sum(self.adapter.touches(name) for name in self.entries)
 
 
-def plan_merge(run: Run, output: Path, dtype: str | None) -> MergePlan:
+def prepare_merge(run: Run, output: Path, dtype: str | None) -> PreparedMerge:
     """Checks a merge from end to end, on headers alone.
 
     Args:
@@ -98,14 +98,14 @@ def plan_merge(run: Run, output: Path, dtype: str | None) -> MergePlan:
             directory is someone else's; or the disk is too full.
         ModelError: The base is missing or incomplete.
     """
-    plan = fit_adapter(run, output, dtype)
-    _check_output(output, [plan.base, run.adapter, run.path])
-    require_space(plan.output, plan.nbytes, "the merged model takes", MergeError)
-    return plan
+    prepared = match_adapter(run, output, dtype)
+    _check_output(output, [prepared.base, run.adapter, run.path])
+    require_space(prepared.output, prepared.nbytes, "the merged model takes", MergeError)
+    return prepared
 
 
-def fit_adapter(run: Run, output: Path, dtype: str | None) -> MergePlan:
-    """Checks that a run's adapter and its base make one model, and lays it out; see `plan_merge`."""
+def match_adapter(run: Run, output: Path, dtype: str | None) -> PreparedMerge:
+    """Checks that a run's adapter and its base make one model, and lays it out; see `prepare_merge`."""
     if dtype is not None and dtype not in _DTYPE_NAMES:
         raise UsageError(f"no such dtype `{dtype}`", hint=f"give one of {', '.join(_DTYPE_NAMES)}")
     adapter = read_adapter(run.adapter)
@@ -124,7 +124,7 @@ def fit_adapter(run: Run, output: Path, dtype: str | None) -> MergePlan:
     _check_undamaged(run.adapter / ADAPTER_WEIGHTS, facts)
     shards = _lay_out(entries, facts, dtype)
     _check_complete(config, shards, base)
-    return MergePlan(run, output, dtype, facts, adapter, base, entries, config, shards)
+    return PreparedMerge(run, output, dtype, facts, adapter, base, entries, config, shards)
 
 
 def _read_facts(path: Path) -> BaseFacts:

@@ -1,4 +1,4 @@
-"""What became of the rows: counts, lengths and warnings, for the terminal, `--json` and the run report."""
+"""What became of the rows: counts, lengths and warnings, for the terminal, `--json` and the run summary."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class SourceReport:
+class SourceSummary:
     """One source. `train_rows` counts the rows of an epoch: without validation rows, times the weight."""
 
     path: str
@@ -29,11 +29,11 @@ class SourceReport:
 
 
 @dataclass
-class DataReport:
+class DataSummary:
     """All sources together. Token counts are of one epoch; the first token of a row is never trained."""
 
     max_length: int | None = None
-    sources: list[SourceReport] = field(default_factory=list)
+    sources: list[SourceSummary] = field(default_factory=list)
     dropped: int = 0
     """Rows left out because they are longer than `max_length` (`too_long: drop`)."""
     truncated: int = 0

@@ -51,7 +51,7 @@ class HubOptions:
 
 
 @dataclass(frozen=True)
-class Task:
+class ExportRequest:
     """What was asked for.
 
     Args:
