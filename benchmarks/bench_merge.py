@@ -21,8 +21,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from mamba_sft.model.checkpoint import read_tensors
-from mamba_sft.model.checksums import base_record
+from mamba_sft.model.base_facts import BaseFacts
+from mamba_sft.model.checkpoint import base_fingerprint, read_tensors
+from mamba_sft.model.checksums import tensor_checksums
 
 _MERGE = """
 import json, sys
@@ -56,16 +57,15 @@ def make_run(path: Path, base: Path, *, quantization: str, rank: int = 16, dora:
         "use_dora": dora,
     }
     (adapter / "adapter_config.json").write_text(json.dumps(config))
-    facts = {
-        "base": str(base),
-        "revision": None,
-        **base_record(base),
-        "quantization": quantization,
-        "dtype": "bfloat16",
-        "resize_to": None,
-        "trained_token_ids": [],
-    }
-    (adapter / "base.json").write_text(json.dumps(facts))
+    BaseFacts(
+        base=str(base),
+        revision=None,
+        fingerprint=base_fingerprint(base),
+        quantization=quantization,
+        dtype="bfloat16",
+        resize_to=None,
+        checksums=tensor_checksums(base),
+    ).write(adapter)
     (path / "recipe.yaml").write_text("{}\n")
 
 

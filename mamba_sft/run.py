@@ -6,12 +6,14 @@ and add to it. Every artifact appears by an atomic rename, so a file under its f
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mamba_sft.errors import UsageError
 
@@ -62,6 +64,12 @@ class Run:
     def metrics(self) -> Path:
         """One JSON object per logged step."""
         return self.path / "metrics.jsonl"
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """Returns the logged lines of the run, in order; none before the first step."""
+        if not self.metrics.exists():
+            return []
+        return [json.loads(line) for line in self.metrics.read_text(encoding="utf-8").splitlines()]
 
     @property
     def samples(self) -> Path:
@@ -135,6 +143,42 @@ class Run:
                 f"no run under `{root}/`", hint="`mamba-sft train quickstart` makes one in minutes"
             )
         return runs[0]
+
+
+def check_output(output: Path, sources: Iterable[Path | None], doing: str) -> None:
+    """Refuses a place that is a file, or that holds what would be read.
+
+    Args:
+        output: Where the result is to go.
+        sources: Directories that are read; None where there is none.
+        doing: What is done with them, for the message: `merged`, `exported`.
+
+    Raises:
+        UsageError: `output` is a file or one of the sources.
+    """
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"`{output}` is a file", hint="give a directory with `--output`")
+    if any(source is not None and source.resolve() == output.resolve() for source in sources):
+        raise UsageError(f"`{output}` is what would be {doing}; the result needs a directory of its own")
+
+
+def check_replaceable(output: Path, ours: bool, made_by: str, reason: str) -> None:
+    """Refuses to replace a directory that was not written by the same verb before.
+
+    Args:
+        output: Where the result is to go.
+        ours: Whether what is there carries the mark of that verb.
+        made_by: What would have written it: `an earlier merge`.
+        reason: How one can tell that it was not.
+
+    Raises:
+        UsageError: It holds something else.
+    """
+    if output.is_dir() and any(output.iterdir()) and not ours:
+        raise UsageError(
+            f"`{output}` is not empty and not {made_by}: {reason}",
+            hint="give another directory with `--output`, or empty this one",
+        )
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from mamba_sft.cli.console import Json, err, out, quiet_loading, run_or_newest
 from mamba_sft.errors import UsageError
+from mamba_sft.wording import size_text, time_text
 
 if TYPE_CHECKING:
     from mamba_sft.exporting.request import Exported
@@ -107,7 +108,6 @@ def _show_plan(
     from mamba_sft.exporting.gguf.installed import require_gguf
 
     require_gguf()
-    from mamba_sft.evaluation.report import file_size
     from mamba_sft.exporting.gguf.export import prepare_model
     from mamba_sft.exporting.gguf.timing import checking_seconds, writing_seconds
     from mamba_sft.exporting.request import ExportRequest
@@ -123,21 +123,15 @@ def _show_plan(
     for title in ("file", "size"):
         table.add_column(title, justify="right" if title == "size" else "left")
     for file in plan.files:
-        table.add_row(file.path.name, file_size(file.nbytes))
+        table.add_row(file.path.name, size_text(file.nbytes))
     out.print(table)
-    check = f" and {_about(check_seconds)} to check" if check_seconds else ""
-    out.print(f"{file_size(plan.nbytes)} of disk in {plan.output}")
-    out.print(f"about {_about(seconds)} to write{check} on this machine")
-
-
-def _about(seconds: float) -> str:
-    return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{max(1, seconds):.0f} s"
+    check = f" and {time_text(check_seconds)} to check" if check_seconds else ""
+    out.print(f"{size_text(plan.nbytes)} of disk in {plan.output}")
+    out.print(f"about {time_text(seconds)} to write{check} on this machine")
 
 
 def _show_files(done: Exported, as_json: bool) -> None:
     from dataclasses import asdict
-
-    from mamba_sft.evaluation.report import file_size
 
     files = done.files
     if as_json:
@@ -156,7 +150,7 @@ def _show_files(done: Exported, as_json: bool) -> None:
         measured = ["not checked"]
         if q is not None:
             measured = [f"{q.kl:.2g}", f"{q.top1:.1%}", f"{q.same_tokens} of {q.answer_tokens} tokens"]
-        table.add_row(file.path.name, file_size(file.nbytes), *measured)
+        table.add_row(file.path.name, size_text(file.nbytes), *measured)
     if files:
         err.print(table)
     for file in files:

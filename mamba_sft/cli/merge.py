@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mamba_sft.cli.console import FinishedRun, Json, err, out, quiet_loading, run_or_newest
+from mamba_sft.wording import size_text, time_text
 
 if TYPE_CHECKING:
     from mamba_sft.merging.check import MergeResult
@@ -44,8 +45,8 @@ def merge(
 def _show_merge(report: MergeResult) -> None:
     check = report.check
     err.print(
-        f"{report.changed} of {report.tensors} tensors changed, {_size(report.nbytes)}"
-        f" in {report.seconds:.1f} s, peak memory {_size(report.peak_rss)}"
+        f"{report.changed} of {report.tensors} tensors changed, {size_text(report.nbytes)}"
+        f" in {time_text(report.seconds)}, peak memory {size_text(report.peak_rss)}"
     )
     same = "the same next token" if check.same_next_token else "another next token"
     err.print(
@@ -58,7 +59,3 @@ def _show_merge(report: MergeResult) -> None:
         err.print(f"validation loss merged onto {onto}: {loss:.4f}")
     if report.losses_note:
         err.print(f"validation losses not measured: {report.losses_note}")
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

@@ -10,6 +10,7 @@ import typer
 from rich.text import Text
 
 from mamba_sft.cli.console import err, out
+from mamba_sft.wording import size_text, time_text
 
 if TYPE_CHECKING:
     from mamba_sft.planning.plan import Plan
@@ -115,11 +116,11 @@ def _bar(label: str, size: int, usable: int, counted: bool, total: bool = False)
 
 def _room(made: Plan) -> Iterator[Text]:
     device, work = made.accelerator, made.work
-    usable = f"{device.usable_bytes / 1e9:.1f} GB usable"
+    usable = f"{size_text(device.usable_bytes)} usable"
     if device.nominal_bytes > device.usable_bytes:
-        usable += f" of {device.nominal_bytes / 1e9:.0f}"
-    left = (device.usable_bytes - made.peak) / 1e9
-    verdict = f"fits, {left:.1f} GB left" if made.fits else f"does not fit: {-left:.1f} GB too much"
+        usable += f" of {size_text(device.nominal_bytes)}"
+    left = device.usable_bytes - made.peak
+    verdict = f"fits, {size_text(left)} left" if made.fits else f"does not fit: {size_text(-left)} too much"
     line = _line("device", f"{device.name}, {usable}: ")
     yield line.append(verdict, style="bold green" if made.fits else "bold red")
     if made.wants_bfloat16 and not device.bfloat16:
@@ -128,7 +129,7 @@ def _room(made: Plan) -> Iterator[Text]:
     yield _line("largest", f"{rows} at {work.length:,} tokens")
     yield _line("", f"{_longest(made)} at a batch of {work.rows:,}")
     if work.boundaries and device.type == "cuda":
-        yield _line("", f"states of the chunks wait in host memory: {work.boundaries / 1e9:.1f} GB")
+        yield _line("", f"states of the chunks wait in host memory: {size_text(work.boundaries)}")
 
 
 def _longest(made: Plan) -> str:
@@ -151,22 +152,22 @@ def _time(made: Plan) -> Iterator[Text]:
     yield _line("time", f"{made.rate.tokens_per_second:,.0f} tokens/s, {how}")
     if made.seconds is not None:
         bound = "" if made.steps is not None else "at most "
-        yield _line("", f"{bound}{_duration(made.seconds)} of training")
+        yield _line("", f"{bound}{time_text(made.seconds)} of training")
     else:
-        yield _line("", f"{_duration(1e6 / made.rate.tokens_per_second)} for a million tokens")
+        yield _line("", f"{time_text(1e6 / made.rate.tokens_per_second)} for a million tokens")
 
 
 def _disk(made: Plan) -> Iterator[Text]:
     disk = made.disk
     yield _line(
         "disk",
-        f"download {_size(disk['download'])}, adapter {_size(disk['adapter'])}, "
-        f"checkpoints {_size(disk['checkpoints'])}",
+        f"download {size_text(disk['download'])}, adapter {size_text(disk['adapter'])}, "
+        f"checkpoints {size_text(disk['checkpoints'])}",
     )
     yield _line(
         "",
-        f"merged {_size(disk['merged'])}, GGUF F16 {_size(disk['gguf_f16'])}, "
-        f"Q4_K_M {_size(disk['gguf_q4_k_m'])}",
+        f"merged {size_text(disk['merged'])}, GGUF F16 {size_text(disk['gguf_f16'])}, "
+        f"Q4_K_M {size_text(disk['gguf_q4_k_m'])}",
     )
 
 
@@ -176,7 +177,7 @@ def _fixes(made: Plan) -> Iterator[Text]:
     if not made.fixes:
         yield _line("change", "nothing makes it fit: it needs a device with more memory", "bold red")
     for number, fix in enumerate(made.fixes):
-        cost = f"{fix.peak / 1e9:.1f} GB, {fix.slowdown:.2f} times the time"
+        cost = f"{size_text(fix.peak)}, {fix.slowdown:.2f} times the time"
         yield _line("change" if number == 0 else "", cost)
         for override in fix.overrides:
             yield _line("", f"  {override}", "cyan")
@@ -187,17 +188,3 @@ def _count(number: int) -> str:
         if number >= size:
             return f"{number / size:.3g}{unit}"
     return str(number)
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
-
-
-def _duration(seconds: float) -> str:
-    minutes = seconds / 60
-    if minutes < 1:
-        return f"{seconds:.0f} s"
-    hours = minutes / 60
-    if hours < 1:
-        return f"{minutes:.0f} min"
-    return f"{hours:.1f} h" if hours < 48 else f"{hours / 24:.1f} days"

@@ -18,6 +18,8 @@ from rich.progress import (
 )
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from mamba_sft.wording import time_text
+
 PLAIN_LINES = 20
 
 
@@ -140,7 +142,7 @@ class TrainingBar(TrainerCallback):
             self.rate,
         ]
         self.console.print(
-            "  ".join(part for part in [*parts, f"{left:.0f} s left"] if part), highlight=False
+            "  ".join(part for part in [*parts, f"{time_text(left)} left"] if part), highlight=False
         )
 
 

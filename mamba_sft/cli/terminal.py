@@ -16,6 +16,7 @@ from rich.text import Text
 from mamba_sft.cli.console import printable
 from mamba_sft.errors import MambaSFTError, UsageError
 from mamba_sft.inference.sessions import ChatSession, CompareSession, Turn
+from mamba_sft.wording import size_text
 
 Session = ChatSession | CompareSession
 
@@ -228,8 +229,8 @@ def _describe(turn: Turn | None) -> str:
 def _banner(session: Session) -> Text:
     sides = [session] if isinstance(session, ChatSession) else list(session.sides)
     names = " | ".join(side.chat_model.name for side in sides)
-    size = sides[0].chat_model.state_bytes / 1e6
-    limit = f"no context limit: a conversation of any length is a state of {size:.2g} MB"
+    state = size_text(sides[0].chat_model.state_bytes)
+    limit = f"no context limit: a conversation of any length is a state of {state}"
     return Text(f"{names}\n{limit}\n/help lists the commands", style="dim")
 
 

@@ -23,12 +23,13 @@ from mamba_sft.data import formats
 from mamba_sft.data.chats import BadRowError, Chat
 from mamba_sft.data.packing import IGNORED, list_table, pack
 from mamba_sft.data.selecting import SourceRows, cut_row, take_validation, weighted
-from mamba_sft.data.sources import Row, read_source
+from mamba_sft.data.sources import read_source
 from mamba_sft.data.summary import DataSummary, SourceSummary
 from mamba_sft.data.tokenizing import Example, Renderer, Tokens
 from mamba_sft.errors import DataError
-from mamba_sft.model.chat_template import TemplateSetup, prepare_tokenizer
-from mamba_sft.model.loading import load_config, load_tokenizer, named_ids
+from mamba_sft.json_lines import Row
+from mamba_sft.model.chat_template import TemplateSetup
+from mamba_sft.model.loading import load_setup
 from mamba_sft.run import write_atomically
 
 if TYPE_CHECKING:
@@ -74,9 +75,7 @@ def read_corpus(recipe: Recipe, *, rejected: Path | None = None) -> tuple[Templa
     Raises:
         MambaSFTError: The base, its tokenizer, the template or the data cannot be used.
     """
-    config = load_config(recipe.model)
-    tokenizer = load_tokenizer(recipe.model)
-    setup = prepare_tokenizer(tokenizer, recipe.chat, named_ids(config), embedding_rows=config.vocab_size)
+    setup = load_setup(recipe.model, recipe.chat)
     data = prepare_data(recipe.data, setup, system=recipe.chat.system, seed=recipe.seed, rejected=rejected)
     return setup, data
 

@@ -11,39 +11,21 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mamba_sft.errors import DataError
+from mamba_sft.json_lines import BOM, Row, read_json_lines
 from mamba_sft.recipe.builtin import find_path
 
 if TYPE_CHECKING:
     from mamba_sft.recipe.fields import SourceSection
 
-_BOM = b"\xef\xbb\xbf"
 _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 _BATCH = 1000
-
-
-@dataclass(frozen=True)
-class Row:
-    """One row of a source.
-
-    Args:
-        file: The file or hub dataset it is in; rows of one file have one format.
-        where: The file with the line (`chats.jsonl:12`), or with the row where lines mean nothing.
-        value: The row's columns, or the text as it stands where it could not be read.
-        problem: Why it could not be read, or None.
-    """
-
-    file: str
-    where: str
-    value: Any
-    problem: str | None = None
 
 
 def read_source(source: SourceSection) -> Iterator[Row]:
@@ -121,30 +103,13 @@ def _read_file(path: Path) -> Iterator[Row]:
 def _read_json(path: Path) -> Iterator[Row]:
     """One object a line, or one array of objects: what the file starts with decides, not its name."""
     with path.open("rb") as file:
-        start = file.read(4096).removeprefix(_BOM).lstrip()
+        start = file.read(4096).removeprefix(BOM).lstrip()
     return _read_array(path) if start.startswith(b"[") else _read_lines(path)
 
 
 def _read_lines(path: Path) -> Iterator[Row]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            text = line.removeprefix(_BOM) if number == 1 else line
-            if text.strip():
-                yield _parse_line(str(path), number, text)
-
-
-def _parse_line(file: str, number: int, line: bytes) -> Row:
-    where = f"{file}:{number}"
-    try:
-        value = json.loads(line.decode("utf-8").rstrip("\r\n"))
-    except UnicodeDecodeError as error:
-        shown = line.decode("utf-8", errors="backslashreplace").strip()
-        return Row(file, where, shown, f"invalid UTF-8: byte 0x{line[error.start]:02x} at {error.start + 1}")
-    except json.JSONDecodeError as error:
-        return Row(file, where, line.decode("utf-8").strip(), f"not JSON: {error.msg}, column {error.colno}")
-    except (RecursionError, ValueError) as error:  # nested too deep, or a number of thousands of digits
-        return Row(file, where, line.decode("utf-8").strip()[:1000], f"not readable as JSON: {error}")
-    return _row(file, where, value)
+    for row in read_json_lines(path):
+        yield row if row.problem else _row(row.file, row.where, row.value)
 
 
 def _row(file: str, where: str, value: Any) -> Row:
@@ -154,12 +119,12 @@ def _row(file: str, where: str, value: Any) -> Row:
 
 
 def _read_array(path: Path) -> Iterator[Row]:
-    data = path.read_bytes().removeprefix(_BOM)
+    data = path.read_bytes().removeprefix(BOM)
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path}:{line}: invalid UTF-8: byte 0x{data[error.start]:02x}") from error
+        raise DataError(f"{path}:{line}: not UTF-8: byte 0x{data[error.start]:02x}") from error
     decoder, space = json.JSONDecoder(), re.compile(r"[\s,]*")
     position, line = text.index("[") + 1, text.count("\n", 0, text.index("[")) + 1
     while True:
@@ -209,7 +174,7 @@ def _parse_fields(where: str, file: str, header: list[str], fields: list[str]) -
         shown = [
             field.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace") for field in fields
         ]
-        return Row(file, where, shown, "invalid UTF-8")
+        return Row(file, where, shown, "not UTF-8")
     return Row(file, where, dict(zip(header, fields, strict=True)))
 
 

@@ -11,8 +11,8 @@ import numpy as np
 
 from mamba_sft.data.chats import BadRowError, Chat
 from mamba_sft.data.formats import Passage
-from mamba_sft.data.sources import Row
 from mamba_sft.errors import DataError
+from mamba_sft.json_lines import Row
 from mamba_sft.model.chat_template import (
     TemplateSetup,
     check_generation_marks,

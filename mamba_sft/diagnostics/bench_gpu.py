@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mamba_sft.diagnostics.gpu_limits import BACKWARD, FORWARD, GpuLimits, peak_bytes, time_of
+from mamba_sft.diagnostics.gpu_limits import GpuLimits, peak_bytes, time_of
 from mamba_sft.kernels import causal_conv1d, selective_scan
+from mamba_sft.planning.gpus import SCAN_BACKWARD, SCAN_FORWARD
 
 logger = logging.getLogger(__name__)
 
@@ -161,8 +162,8 @@ def scan_cases(shape: RowShape, target: Target) -> Iterator[Case]:
     floors: tuple[float | None, float | None] = (None, None)
     if target.gpu is not None:
         updates = B * L * D * N
-        forward = target.gpu.floor_seconds(updates, FORWARD)
-        floors = forward, target.gpu.floor_seconds(updates, FORWARD, FORWARD, BACKWARD)
+        forward = target.gpu.floor_seconds(updates, SCAN_FORWARD)
+        floors = forward, target.gpu.floor_seconds(updates, SCAN_FORWARD, SCAN_FORWARD, SCAN_BACKWARD)
 
     def ours(u: Tensor, dt: Tensor, b: Tensor, c: Tensor, z: Tensor) -> Tensor:
         y = selective_scan(u, dt, A, b, c, skip, z, dt_bias=bias, dt_softplus=True, backend=target.backend)

@@ -12,6 +12,7 @@ from mamba_sft.diagnostics.software import Finding, Status, software, storage
 from mamba_sft.errors import MambaSFTError
 from mamba_sft.planning.environment import describe_environment
 from mamba_sft.recipe.builtin import builtin_recipes
+from mamba_sft.wording import size_text
 
 ADVICE = (
     ("instruct", 70e9, True),
@@ -99,5 +100,5 @@ def recommended_recipe(device: dict[str, Any]) -> tuple[str, str]:
     memory = device["memory_bytes"]
     for name, needed, bfloat16 in ADVICE:
         if memory >= needed and (device["bfloat16"] or not bfloat16):
-            return name, f"for a GPU of {memory / 1e9:.0f} GB"
-    return "quickstart", f"{memory / 1e9:.0f} GB are too few for the 7B base"
+            return name, f"for a GPU of {size_text(memory)}"
+    return "quickstart", f"{size_text(memory)} are too few for the 7B base"

@@ -10,33 +10,10 @@ from dataclasses import dataclass
 import torch
 
 from mamba_sft.planning.environment import nvidia_smi
+from mamba_sft.planning.gpus import LANES_ISSUED, LANES_MUFU, Counts
 
-LANES_ISSUED, LANES_MUFU = 128, 16
-"""Per SM and clock: four warps issued; results of the special function unit (ex2, lg2, rcp). CUDA C++
-Programming Guide, table of arithmetic throughput; both the same from compute capability 7.5 to 12.0."""
 SECONDS_PER_CASE = 0.5
 FLUSHED_BYTES = 256 << 20  # more than the L2 cache of any GPU
-
-
-@dataclass(frozen=True)
-class Counts:
-    """Instructions per state update, an update being one (t, d, n).
-
-    Args:
-        issued: All of them.
-        fp32: Those of the float32 pipe.
-        mufu: Those of the special function unit.
-    """
-
-    issued: float
-    fp32: float
-    mufu: float = 1.0
-
-
-FORWARD = Counts(issued=10.0, fp32=5.0)
-BACKWARD = Counts(issued=27.6, fp32=16.4)
-"""Counted in the SASS of Triton scans compiled ahead of time for sm_75, sm_80 and sm_90: the best forward and
-the best backward that do not spill registers. A training step is forward, forward again, backward."""
 
 
 @dataclass(frozen=True)

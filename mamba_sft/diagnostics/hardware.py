@@ -16,6 +16,7 @@ from torch import Tensor
 from mamba_sft import kernels
 from mamba_sft.diagnostics.software import Finding
 from mamba_sft.planning.environment import nvidia_smi
+from mamba_sft.wording import size_text
 
 OPERATIONS = {"scan": "selective_scan", "convolution": "causal_conv1d"}
 ELSEWHERE = {
@@ -61,7 +62,7 @@ def _gpu(facts: dict[str, Any]) -> Iterator[Finding]:
         built = ", ".join(torch.cuda.get_arch_list())
         yield Finding("device", "GPU", "problem", f"{text}; this torch is built for {built}", fix)
     free, total = torch.cuda.mem_get_info()
-    memory = f"{free / 1e9:.1f} of {total / 1e9:.1f} GB free"
+    memory = f"{size_text(free)} of {size_text(total)} free"
     busy = free < 0.8 * total
     used_by = "see `nvidia-smi` for what holds the rest" if busy else None
     yield Finding("device", "GPU memory", "note" if busy else "ok", memory, used_by)
@@ -90,7 +91,7 @@ def _processor(facts: dict[str, Any]) -> Iterator[Finding]:
         fix = f"unset OMP_NUM_THREADS, or set it to {cores}"
         yield Finding("device", "threads", "note", f"{threads}: not every core is used", fix)
     memory = psutil.virtual_memory()
-    text = f"{memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB free"
+    text = f"{size_text(memory.available)} of {size_text(memory.total)} free"
     yield Finding("device", "memory", "ok", text)
     yield _unused_card()
 

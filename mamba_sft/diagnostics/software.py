@@ -15,6 +15,8 @@ from typing import Literal
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from mamba_sft.wording import size_text
+
 Status = Literal["ok", "note", "problem"]
 
 SHOWN = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes", "numba")
@@ -129,13 +131,13 @@ def _room(name: str, path: Path, needed: float, by: str, fix: str) -> Finding:
     while not there.exists():
         there = there.parent
     free = shutil.disk_usage(there).free
-    text = f"{free / 1e9:,.0f} GB free in {path}"
+    text = f"{size_text(free)} free in {path}"
     if name == "runs" and not os.access(there, os.W_OK):
         return Finding("storage", name, "note", f"{path} cannot be written", fix)
     if free < 0.1e9 and needed:
         return Finding("storage", name, "problem", f"the disk of {path} is full", fix)
     if free < needed:
-        return Finding("storage", name, "note", f"{text}; {by} needs {needed / 1e9:.1f} GB", fix)
+        return Finding("storage", name, "note", f"{text}; {by} needs {size_text(needed)}", fix)
     return Finding("storage", name, "ok", text)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mamba_sft.errors import DataError
+from mamba_sft.json_lines import Row, read_json_lines
 from mamba_sft.run import write_atomically
 
 
@@ -49,30 +50,27 @@ def load_prompts(path: Path) -> list[Prompt]:
         DataError: The file is missing or a line is not such an object; the message has file and line.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        prompts = [_parse(row) for row in read_json_lines(path)]
+    except OSError as error:
         raise DataError(
-            f"cannot read the sample prompts `{path}`: {error}", hint="see `eval.prompts`"
+            f"cannot read the sample prompts `{path}`: {error.strerror}", hint="see `eval.prompts`"
         ) from error
-    prompts = [_parse(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
     if not prompts:
         raise DataError(f"`{path}` holds no prompts", hint='one a line: {"prompt": "What is a haiku?"}')
     return prompts
 
 
-def _parse(line: str, where: str) -> Prompt:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not JSON: {error}") from error
-    known = {"prompt", "answer", "system"}
-    wrong = not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not set(row) <= known
-    if wrong or not all(value is None or isinstance(value, str) for value in row.values()):
+def _parse(row: Row) -> Prompt:
+    if row.problem is not None:
+        raise DataError(f"{row.where}: {row.problem}")
+    value, known = row.value, {"prompt", "answer", "system"}
+    wrong = not isinstance(value, dict) or not isinstance(value.get("prompt"), str) or not set(value) <= known
+    if wrong or not all(text is None or isinstance(text, str) for text in value.values()):
         raise DataError(
-            f"{where}: a sample prompt needs `prompt` and may have `answer` and `system`, all strings",
+            f"{row.where}: a sample prompt needs `prompt` and may have `answer` and `system`, all strings",
             hint='for example {"prompt": "What is the capital of France?", "answer": "Paris"}',
         )
-    return Prompt(**row)
+    return Prompt(**value)
 
 
 def exact_match(prompts: Sequence[Prompt], answers: Sequence[str]) -> float | None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mamba_sft.evaluation.prompts import Sample, exact_match, read_samples
 from mamba_sft.run import Run, write_atomically
+from mamba_sft.wording import size_text, time_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,13 +29,6 @@ td pre, pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; font-si
 .plot { background: #fff; border-radius: .5rem; padding: .5rem } .plot svg { width: 100%; height: auto }
 details pre { background: var(--soft); border-radius: .5rem; padding: 1rem }
 """
-
-
-def read_metrics(run: Run) -> list[dict[str, Any]]:
-    """Returns the logged lines of a run, in order."""
-    if not run.metrics.exists():
-        return []
-    return [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
 
 
 def loss_plot(metrics: list[dict[str, Any]]) -> str:
@@ -91,7 +85,7 @@ def _smooth(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
 
 def write_report(run: Run) -> None:
     """Writes `report.html` of a finished run from the files beside it."""
-    metrics = read_metrics(run)
+    metrics = run.read_metrics()
     environment = json.loads(run.environment.read_text(encoding="utf-8"))
     samples = read_samples(run.samples) if run.samples.exists() else []
     parts = [
@@ -116,7 +110,7 @@ def write_report(run: Run) -> None:
 def _figures(environment: dict[str, Any], metrics: list[dict[str, Any]], samples: list[Sample]) -> str:
     figures = {
         "steps": f"{environment.get('steps', 0):,}",
-        "time": _duration(environment.get("seconds", 0.0)),
+        "time": time_text(environment.get("seconds", 0.0)),
     }
     tokens = [m["num_tokens"] for m in metrics if "num_tokens" in m]
     if tokens:
@@ -141,21 +135,10 @@ def _gguf_table(run: Run) -> str:
     rows = ""
     for name, entry in sorted(files.items(), key=lambda item: int(item[1]["nbytes"])):
         measured = (f"{entry['kl']:.2g}", f"{entry['top1']:.1%}") if "kl" in entry else ("-", "-")
-        cells = (name, file_size(entry["nbytes"]), *measured)
+        cells = (name, size_text(entry["nbytes"]), *measured)
         rows += "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>"
     head = "<tr><th>file</th><th>size</th><th>KL, nats</th><th>same next token</th></tr>"
     return f"<h2>GGUF files</h2><table>{head}{rows}</table>"
-
-
-def file_size(count: int) -> str:
-    """Returns a file's size in the units of the published GGUF table."""
-    return f"{count / 2**30:.2f} GiB" if count >= 2**29 else f"{count / 2**20:.2f} MiB"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
 
 
 def _samples_table(samples: list[Sample]) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from mamba_sft.errors import ModelError, UsageError
+from mamba_sft.errors import ModelError
 from mamba_sft.merging.preparing import PreparedMerge, match_adapter
 from mamba_sft.merging.saved_adapter import EMBEDDINGS, HEAD
 from mamba_sft.merging.summed import MergedTensors
@@ -94,6 +94,11 @@ class FullModel:
             return AutoTokenizer.from_pretrained(self.tokenizer_dir, local_files_only=True)
         except Exception as error:  # tokenizers raises a bare Exception for a broken file
             raise ModelError(f"the tokenizer in `{self.tokenizer_dir}` cannot be read: {error}") from error
+
+    @property
+    def sources(self) -> list[Path | None]:
+        """The directories it is read from, where nothing may be exported to."""
+        return [self.directory, self.tokenizer_dir, self.merge.base if self.merge else None]
 
     @property
     def generation_config(self) -> dict[str, Any]:
@@ -179,26 +184,6 @@ def _merge_report(directory: Path) -> dict[str, Any]:
     """What a merge recorded of the checkpoint it wrote; empty for any other."""
     path = directory / MERGE_REPORT
     return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
-
-
-def check_output(output: Path, model: FullModel) -> None:
-    """Refuses to export into what is being exported.
-
-    Raises:
-        UsageError: `output` is a file, the model or its adapter.
-    """
-    if output.exists() and not output.is_dir():
-        raise UsageError(f"`{output}` is a file", hint="give a directory with `--output`")
-    sources = [model.directory, model.tokenizer_dir, model.merge.base if model.merge else None]
-    if any(source is not None and source.resolve() == output.resolve() for source in sources):
-        raise UsageError(f"`{output}` is what would be exported; the result needs a directory of its own")
-
-
-def first_id(ids: Any) -> int | None:
-    """Returns the first of the ids a config lists; some list several."""
-    if isinstance(ids, list):
-        ids = ids[0] if ids else None
-    return ids if isinstance(ids, int) else None
 
 
 def base_of(run: Run, merge: PreparedMerge) -> FullModel:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mamba_sft.errors import UsageError
-from mamba_sft.exporting.full_model import FullModel, check_output
+from mamba_sft.exporting.full_model import FullModel
+from mamba_sft.run import check_output
 
 if TYPE_CHECKING:
     from mamba_sft.run import Run
@@ -144,5 +145,5 @@ def output_of(model: FullModel, output: str | Path | None) -> Path:
     if output is None and model.run is None:
         raise UsageError("where to? a checkpoint outside a run has no `export/`", hint="give `--output`")
     place = model.run.export if output is None and model.run is not None else Path(str(output))
-    check_output(place, model)
+    check_output(place, model.sources, "exported")
     return place

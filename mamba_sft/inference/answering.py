@@ -12,6 +12,7 @@ from mamba_sft.inference.chat_model import ChatModel, load_chat_model, require_t
 from mamba_sft.inference.generation import Answer, answers
 from mamba_sft.inference.sampling import Sampling
 from mamba_sft.inference.sessions import ChatSession, CompareSession
+from mamba_sft.json_lines import Row, read_json_lines
 from mamba_sft.model.chat_template import encode_batch, render, with_system
 from mamba_sft.run import Run, write_atomically
 
@@ -122,31 +123,27 @@ def _list_prompts(prompts: Prompt | Iterable[Prompt]) -> list[tuple[str, Prompt]
 def _read_prompts(path: Path) -> list[tuple[str, Prompt]]:
     """Returns (file:line, prompt) of every line that is not blank."""
     try:
-        lines = path.read_bytes().splitlines()
+        rows = [_parse(row) for row in read_json_lines(path)]
     except OSError as error:
         raise DataError(f"cannot read the prompts `{path}`: {error.strerror}") from error
-    rows = [_parse(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
     if not rows:
         raise DataError(f"`{path}` holds no prompts", hint='one a line: {"prompt": "What is a haiku?"}')
     return rows
 
 
-def _parse(line: bytes, where: str) -> tuple[str, Prompt]:
-    try:
-        row = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where}: not UTF-8: {error.reason} at byte {error.start}") from error
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not JSON: {error}") from error
-    if not isinstance(row, dict) or ("prompt" in row) == ("messages" in row):
+def _parse(row: Row) -> tuple[str, Prompt]:
+    where, value = row.where, row.value
+    if row.problem is not None:
+        raise DataError(f"{where}: {row.problem}")
+    if not isinstance(value, dict) or ("prompt" in value) == ("messages" in value):
         raise DataError(
             f"{where}: a line needs either `prompt` or `messages`",
             hint='for example {"prompt": "What is the capital of France?"}',
         )
-    prompt = row["prompt"] if "prompt" in row else row["messages"]
-    if not isinstance(prompt, str if "prompt" in row else list):
-        wanted = "a string" if "prompt" in row else "a list of messages"
-        raise DataError(f"{where}: `{'prompt' if 'prompt' in row else 'messages'}` is not {wanted}")
+    prompt = value["prompt"] if "prompt" in value else value["messages"]
+    if not isinstance(prompt, str if "prompt" in value else list):
+        wanted = "a string" if "prompt" in value else "a list of messages"
+        raise DataError(f"{where}: `{'prompt' if 'prompt' in value else 'messages'}` is not {wanted}")
     _check_prompt(prompt, where, DataError)
     return where, prompt
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -12,12 +11,13 @@ from typing import Any, Literal
 from mamba_sft.errors import AdapterError, DataError, UsageError
 from mamba_sft.inference.generation import stop_token_ids
 from mamba_sft.model.adapter import load_adapter
-from mamba_sft.model.chat_template import TemplateSetup, find_stop_token, prepare_tokenizer
+from mamba_sft.model.base_facts import BaseFacts
+from mamba_sft.model.chat_template import TemplateSetup, find_stop_token
 from mamba_sft.model.checkpoint import base_fingerprint, read_config
-from mamba_sft.model.loading import apply_setup, load_config, load_model, load_tokenizer, resolve_base
+from mamba_sft.model.loading import apply_setup, load_model, load_setup, load_tokenizer, resolve_base
 from mamba_sft.recipe.fields import ModelSection
 from mamba_sft.recipe.recipe import Recipe
-from mamba_sft.run import ADAPTER_CONFIG, BASE_FACTS, Run
+from mamba_sft.run import ADAPTER_CONFIG, Run
 
 Quantization = Literal["none", "nf4", "int8"]
 
@@ -112,7 +112,7 @@ class _Source:
     section: ModelSection
     adapter: Path | None = None
     recipe: Recipe | None = None
-    facts: dict[str, Any] | None = None
+    facts: BaseFacts | None = None
 
 
 def load_chat_model(
@@ -221,7 +221,7 @@ def _find_in_run(run: Run, merged: bool) -> _Source:
             f"`{run.path}` has no adapter yet: its training has not finished",
             hint=f"finish it with `mamba-sft train {run.recipe} --resume`, or give one of its checkpoints",
         )
-    return _Source(recipe.model, run.adapter, recipe, _read_facts(run.adapter))
+    return _Source(recipe.model, run.adapter, recipe, BaseFacts.read(run.adapter))
 
 
 def _find_adapter(path: Path) -> _Source:
@@ -229,21 +229,9 @@ def _find_adapter(path: Path) -> _Source:
     if run.checkpoints == path.resolve().parent and run.recipe.is_file():
         recipe = Recipe.load(str(run.recipe))
         return _Source(recipe.model, path, recipe)
-    facts = _read_facts(path)
-    known = {name: facts[name] for name in ("base", "revision", "dtype", "quantization")}
+    facts = BaseFacts.read(path)
+    known = {name: getattr(facts, name) for name in ("base", "revision", "dtype", "quantization")}
     return _Source(ModelSection.model_validate(known), path, facts=facts)
-
-
-def _read_facts(adapter: Path) -> dict[str, Any]:
-    path = adapter / BASE_FACTS
-    try:
-        facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise AdapterError(
-            f"`{adapter}` does not say which base it belongs to: {path.name}: {error}",
-            hint="give a run, or the `adapter/` directory of one",
-        ) from error
-    return facts
 
 
 def _section_of(base: str) -> ModelSection:
@@ -259,8 +247,8 @@ def _setup(source: _Source, adapter: Path) -> TemplateSetup:
     section, facts = source.section, source.facts
     if facts is None:
         assert source.recipe is not None
-        return _setup_of(source.recipe)
-    if base_fingerprint(resolve_base(section.base, section.revision)) != facts["fingerprint"]:
+        return load_setup(source.recipe.model, source.recipe.chat)
+    if base_fingerprint(resolve_base(section.base, section.revision)) != facts.fingerprint:
         raise AdapterError(
             f"`{section.base}` is not the base that `{adapter}` was trained on",
             hint="restore the base, or give the revision it had then as `model.revision` in the run's recipe",
@@ -274,17 +262,8 @@ def _setup(source: _Source, adapter: Path) -> TemplateSetup:
     stops = GenerationConfig.from_pretrained(adapter).eos_token_id
     return TemplateSetup(
         tokenizer=tokenizer,
-        trained_token_ids=facts["trained_token_ids"],
-        resize_to=facts["resize_to"],
+        trained_token_ids=facts.trained_token_ids,
+        resize_to=facts.resize_to,
         stop_token=tokenizer.eos_token,
         stop_token_ids=stops if isinstance(stops, list) else [stops],
     )
-
-
-def _setup_of(recipe: Recipe) -> TemplateSetup:
-    """Settles the template as the run's training did."""
-    from mamba_sft.model.loading import named_ids
-
-    config = load_config(recipe.model)
-    tokenizer = load_tokenizer(recipe.model)
-    return prepare_tokenizer(tokenizer, recipe.chat, named_ids(config), embedding_rows=config.vocab_size)

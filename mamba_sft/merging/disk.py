@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mamba_sft.errors import MambaSFTError
+from mamba_sft.wording import size_text
 
 _SPARE = 64 << 20  # tokenizer, configs, and room for the filesystem
 _MAKE_ROOM = "free some space, or give a directory on another disk with `--output`"
@@ -32,7 +33,7 @@ def require_space(
     place = next(path for path in (output.absolute(), *output.absolute().parents) if path.is_dir())
     free, needed = shutil.disk_usage(place).free, nbytes + _SPARE
     if free < needed:
-        raise kind(f"{what} {needed / 1e9:.1f} GB; `{place}` has {free / 1e9:.1f} GB left", hint=hint)
+        raise kind(f"{what} {size_text(needed)}; `{place}` has {size_text(free)} left", hint=hint)
 
 
 @contextmanager

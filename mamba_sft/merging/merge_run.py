@@ -34,7 +34,8 @@ from mamba_sft.model.loading import UNQUANTIZED, load_model
 from mamba_sft.model.tensor_files import StoredTensors, one_thread, write_shard
 from mamba_sft.recipe.fields import ModelSection
 from mamba_sft.recipe.recipe import Recipe
-from mamba_sft.run import ADAPTER_WEIGHTS, MERGE_REPORT, Run, atomic_directory
+from mamba_sft.run import MERGE_REPORT, Run, atomic_directory
+from mamba_sft.wording import size_text
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -75,7 +76,7 @@ def merge(
     run = Run.open(run)
     prepared = prepare_merge(run, Path(output) if output is not None else run.merged, dtype)
     source = _source(prepared, onto)
-    need = f"the merged model takes {prepared.nbytes / 1e9:.1f} GB"
+    need = f"the merged model takes {size_text(prepared.nbytes)}"
     with (
         disk_errors_explained(prepared.output, need, MergeError),
         atomic_directory(prepared.output) as directory,
@@ -224,12 +225,8 @@ def _check(
 def _attach(adapter: SavedAdapter, block: torch.nn.Module, layer: int) -> None:
     """Puts the adapter on one block through PEFT itself, so that its formulas are held against ours."""
     from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
-    from safetensors import safe_open
 
-    root, prefix = "base_model.model.", f"backbone.layers.{layer}."
-    with safe_open(adapter.path / ADAPTER_WEIGHTS, "pt") as file:
-        names = [name for name in file.keys() if name.startswith(root + prefix) and ".lora_" in name]  # noqa: SIM118
-        weights = {name.removeprefix(root): file.get_tensor(name).float() for name in names}
+    weights = adapter.stored(f"backbone.layers.{layer}.")
     if not weights:
         return
     config = LoraConfig.from_pretrained(str(adapter.path))
@@ -288,9 +285,7 @@ def _require_memory(prepared: PreparedMerge) -> None:
     free = torch.cuda.mem_get_info()[0] if on_card else psutil.virtual_memory().available
     needed = prepared.nbytes + (2 << 30)
     if needed > free:
-        raise MergeError(
-            f"the merged model needs {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free"
-        )
+        raise MergeError(f"the merged model needs {size_text(needed)} of memory, {size_text(free)} are free")
 
 
 def _peak_rss() -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,28 +14,22 @@ import torch
 from mamba_sft.errors import MergeError, ModelError, UsageError
 from mamba_sft.merging.disk import require_space
 from mamba_sft.merging.saved_adapter import EMBEDDINGS, HEAD, SavedAdapter, read_adapter
+from mamba_sft.model.base_facts import BaseFacts
 from mamba_sft.model.checkpoint import TensorEntry, base_fingerprint, read_config, read_tensors
 from mamba_sft.model.checksums import file_checksum
 from mamba_sft.model.loading import resolve_base
 from mamba_sft.model.tensor_files import DTYPES, Layout, StoredTensors
-from mamba_sft.run import ADAPTER_WEIGHTS, BASE_FACTS, MERGE_REPORT, Run
+from mamba_sft.run import (
+    ADAPTER_WEIGHTS,
+    BASE_FACTS,
+    MERGE_REPORT,
+    Run,
+    check_output,
+    check_replaceable,
+)
 
 VOCABULARY = (EMBEDDINGS, HEAD)
 _DTYPE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-
-
-@dataclass(frozen=True)
-class BaseFacts:
-    """What training recorded of the base: the contents of `base.json`."""
-
-    base: str
-    revision: str | None
-    fingerprint: str
-    quantization: str
-    dtype: str
-    resize_to: int | None
-    checksums: dict[str, str] = field(default_factory=dict)
-    adapter_checksum: str | None = None
 
 
 @dataclass(frozen=True)
@@ -109,7 +103,7 @@ def match_adapter(run: Run, output: Path, dtype: str | None) -> PreparedMerge:
     if dtype is not None and dtype not in _DTYPE_NAMES:
         raise UsageError(f"no such dtype `{dtype}`", hint=f"give one of {', '.join(_DTYPE_NAMES)}")
     adapter = read_adapter(run.adapter)
-    facts = _read_facts(run.adapter / BASE_FACTS)
+    facts = BaseFacts.read(run.adapter)
     base = resolve_base(facts.base, facts.revision)
     entries = read_tensors(base)
     if base_fingerprint(base) != facts.fingerprint:
@@ -127,30 +121,12 @@ def match_adapter(run: Run, output: Path, dtype: str | None) -> PreparedMerge:
     return PreparedMerge(run, output, dtype, facts, adapter, base, entries, config, shards)
 
 
-def _read_facts(path: Path) -> BaseFacts:
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        facts = {"checksums": {}, "adapter_checksum": None} | facts  # runs from before they were recorded
-        return BaseFacts(**{name: facts[name] for name in BaseFacts.__dataclass_fields__})
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise MergeError(
-            f"`{path}` does not say which base the adapter was trained on: {error!r}",
-            hint="`mamba-sft train` writes it beside the adapter; copy the whole directory",
-        ) from None
-
-
 def _check_output(output: Path, sources: Iterable[Path]) -> None:
-    if any(output.resolve() == source.resolve() for source in sources):
-        raise UsageError(f"`{output}` is what would be merged; the result needs a directory of its own")
+    check_output(output, sources, "merged")
     if not output.name:
         raise UsageError(f"`{output}` cannot be made anew", hint="give `--output` a directory by its name")
-    if output.exists() and not output.is_dir():
-        raise UsageError(f"`{output}` is a file", hint="give a directory with `--output`")
-    if output.is_dir() and any(output.iterdir()) and not (output / MERGE_REPORT).is_file():
-        raise UsageError(
-            f"`{output}` is not empty and not an earlier merge: it has no `{MERGE_REPORT}`",
-            hint="give another directory with `--output`, or empty this one",
-        )
+    ours = (output / MERGE_REPORT).is_file()
+    check_replaceable(output, ours, "an earlier merge", f"it has no `{MERGE_REPORT}`")
 
 
 def _check_undamaged(path: Path, facts: BaseFacts) -> None:

@@ -26,6 +26,8 @@ _UNSUPPORTED = (
     "alora_invocation_tokens", "arrow_config", "fan_in_fan_out", "kasa_config", "layer_replication",
     "modules_to_save", "monteclora_config", "target_parameters", "use_bdlora", "use_qalora", "velora_config",
 )  # fmt: skip
+_WRAPPED = "base_model.model."
+"""What PEFT puts before the name of everything it wraps."""
 _ROWS, _BIAS = ".trainable_tokens_delta", "lora_B.bias"
 _FACTOR = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_magnitude_vector)$"
@@ -99,6 +101,20 @@ class SavedAdapter:
                 parts = {part: file.get_tensor(key).float() for part, key in keys.items()}
             self._latest = module, _low_rank(self, module, parts)
         return self._latest[1]
+
+    def stored(self, prefix: str) -> dict[str, torch.Tensor]:
+        """Returns the low-rank tensors of the modules whose names begin with `prefix`, in float32.
+
+        Keys are PEFT's, without the `base_model.model.` that a wrapped model puts before them.
+        """
+        keys = [
+            key
+            for module, parts in self.modules.items()
+            if module.startswith(prefix)
+            for key in parts.values()
+        ]
+        with _open(self.path / ADAPTER_WEIGHTS) as file:
+            return {key.removeprefix(_WRAPPED): file.get_tensor(key).float() for key in keys}
 
     def touches(self, name: str) -> bool:
         """Returns whether the adapter changes the tensor."""
@@ -179,7 +195,7 @@ def read_adapter(path: Path) -> SavedAdapter:
 
 def _file_tensor(adapter: SavedAdapter, key: str, value: torch.Tensor) -> bool:
     """Puts a tensor of the file where it belongs; False if it belongs nowhere."""
-    name = key.removeprefix("base_model.model.")
+    name = key.removeprefix(_WRAPPED)
     plain = name.replace(".base_layer", "").replace(".token_adapter", "")
     if match := _FACTOR.match(name):
         adapter.modules.setdefault(match["module"], {})[match["part"]] = key

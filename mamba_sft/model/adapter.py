@@ -10,7 +10,6 @@ Adapter weights are float32 whatever the base is: the steps of training are too 
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -33,10 +32,11 @@ from peft.utils.other import TrainableTokensWrapper
 
 from mamba_sft.errors import AdapterError
 from mamba_sft.kernels.falcon_mamba import FalconMambaMixer
-from mamba_sft.model.checkpoint import resolve_base
-from mamba_sft.model.checksums import base_record, file_checksum
+from mamba_sft.model.base_facts import BaseFacts
+from mamba_sft.model.checkpoint import base_fingerprint, resolve_base
+from mamba_sft.model.checksums import file_checksum, tensor_checksums
 from mamba_sft.model.lora import fuse_lora
-from mamba_sft.run import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_FACTS
+from mamba_sft.run import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 if TYPE_CHECKING:
     from mamba_sft.model.chat_template import TemplateSetup
@@ -166,17 +166,19 @@ def save_adapter(model: PeftModel, directory: Path, *, section: ModelSection, se
     config.save_pretrained(directory, inference_mode=True)
     setup.tokenizer.save_pretrained(directory)
     model.generation_config.save_pretrained(directory)
-    facts = {
-        "base": section.base,
-        "revision": section.revision,
-        **base_record(resolve_base(section.base, section.revision)),
-        "adapter_checksum": file_checksum(directory / ADAPTER_WEIGHTS),
-        "quantization": section.quantization,
-        "dtype": str(model.get_base_model().dtype).removeprefix("torch."),
-        "resize_to": setup.resize_to,
-        "trained_token_ids": list(setup.trained_token_ids),
-    }
-    (directory / BASE_FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    base = resolve_base(section.base, section.revision)
+    facts = BaseFacts(
+        base=section.base,
+        revision=section.revision,
+        fingerprint=base_fingerprint(base),
+        quantization=section.quantization,
+        dtype=str(model.get_base_model().dtype).removeprefix("torch."),
+        resize_to=setup.resize_to,
+        trained_token_ids=list(setup.trained_token_ids),
+        checksums=tensor_checksums(base),
+        adapter_checksum=file_checksum(directory / ADAPTER_WEIGHTS),
+    )
+    facts.write(directory)
 
 
 def adapter_tensors(model: Any) -> dict[str, torch.nn.Parameter]:

@@ -14,9 +14,9 @@ from typing import Any
 import xxhash
 
 from mamba_sft.errors import ModelError
-from mamba_sft.model.checkpoint import TensorEntry, base_fingerprint, read_tensors
+from mamba_sft.model.checkpoint import TensorEntry, read_tensors
 
-_CHUNK = 1 << 20
+_BLOCK = 1 << 20
 
 
 def new_digest() -> Any:
@@ -34,17 +34,12 @@ def tensor_checksums(directory: Path) -> dict[str, str]:
     return {name: file_checksum(entry.file, entry.start, entry.end) for name, entry in entries.items()}
 
 
-def base_record(directory: Path) -> dict[str, Any]:
-    """Returns what tells a base from any other: its fingerprint, and the digest of every tensor."""
-    return {"fingerprint": base_fingerprint(directory), "checksums": tensor_checksums(directory)}
-
-
 def file_checksum(path: Path, start: int = 0, end: int | None = None) -> str:
     """Returns the digest of a file, or of its bytes [start, end)."""
     digest, left = new_digest(), (path.stat().st_size if end is None else end) - start
     with path.open("rb") as file:
         file.seek(start)
-        while left and (data := file.read(min(_CHUNK, left))):
+        while left and (data := file.read(min(_BLOCK, left))):
             digest.update(data)
             left -= len(data)
     return str(digest.hexdigest())

@@ -10,18 +10,16 @@ from __future__ import annotations
 
 import logging
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from mamba_sft.errors import ModelError
 from mamba_sft.kernels.falcon_mamba import install
+from mamba_sft.model.chat_template import TemplateSetup, prepare_tokenizer
 from mamba_sft.model.checkpoint import base_fingerprint, read_tensors, resolve_base
 from mamba_sft.recipe.builtin import find_path
 from mamba_sft.recipe.fields import ChatSection, ModelSection
-
-if TYPE_CHECKING:
-    from mamba_sft.model.chat_template import TemplateSetup
 
 __all__ = [
     "apply_setup",
@@ -74,6 +72,16 @@ def load_tokenizer(section: ModelSection) -> Any:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # tokenizers raises a bare Exception for a broken file
         raise ModelError(f"the tokenizer in `{directory}` cannot be read: {error}") from error
+
+
+def load_setup(model: ModelSection, chat: ChatSection) -> TemplateSetup:
+    """Returns a base's tokenizer with its chat template and special tokens settled as training settles them.
+
+    Raises:
+        MambaSFTError: The base, its tokenizer or the template cannot be used.
+    """
+    config, tokenizer = load_config(model), load_tokenizer(model)
+    return prepare_tokenizer(tokenizer, chat, named_ids(config), embedding_rows=config.vocab_size)
 
 
 def resolve_dtype(section: ModelSection, device: str | torch.device | None = None) -> torch.dtype:
@@ -159,7 +167,7 @@ def apply_setup(model: Any, setup: TemplateSetup) -> None:
         ModelError: The tokenizer has fewer tokens than `resize_to` would drop.
     """
     old_size = model.get_input_embeddings().weight.shape[0]
-    old_eos = _first_id(model.config.eos_token_id)
+    old_eos = first_id(model.config.eos_token_id)
     if setup.resize_to is not None and setup.resize_to < old_size:
         raise ModelError(f"the vocabulary cannot shrink from {old_size} to {setup.resize_to} tokens")
     new_rows = range(old_size, setup.resize_to or old_size)
@@ -198,8 +206,11 @@ def _start_rows(model: Any, rows: list[int], stops: set[int], old_eos: int | Non
                     matrix[row] = end if row in ends else mean
 
 
-def _first_id(ids: int | list[int] | None) -> int | None:
-    return ids[0] if isinstance(ids, list) else ids
+def first_id(ids: Any) -> int | None:
+    """Returns the first of the ids that a config gives one meaning; some list several."""
+    if isinstance(ids, list):
+        ids = ids[0] if ids else None
+    return ids if isinstance(ids, int) else None
 
 
 def _quantization(section: ModelSection, dtype: torch.dtype) -> Any:

@@ -14,6 +14,7 @@ from mamba_sft.planning.gpus import Accelerator, recognized
 from mamba_sft.planning.memory import Policy, Work, peak, planned_parts, with_length
 from mamba_sft.planning.speed import estimate
 from mamba_sft.recipe.recipe import Recipe
+from mamba_sft.wording import size_text
 
 logger = logging.getLogger(__name__)
 
@@ -142,7 +143,7 @@ def refuse_what_cannot_fit(recipe: Recipe, *, longest: int, trained_rows: int) -
     planned = peak(planned_parts(least))
     if planned <= usable:
         return
-    what = f"this run needs {planned / 1e9:.1f} GB by plan, and {accelerator.name} has {usable / 1e9:.1f} GB"
+    what = f"this run needs {size_text(planned)} by plan, and {accelerator.name} has {size_text(usable)}"
     hint = advice(fixes(work, recipe.train.gradient_accumulation_steps, accelerator))
     if planned > (1 + TOLERANCE) * usable:
         raise TrainingError(what, hint=f"{hint}; see `mamba-sft plan`")

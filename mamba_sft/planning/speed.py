@@ -19,21 +19,19 @@ from pathlib import Path
 from typing import Any
 
 from mamba_sft.errors import MambaSFTError
-from mamba_sft.planning.gpus import Accelerator
+from mamba_sft.planning.gpus import LANES_ISSUED, SCAN_BACKWARD, SCAN_FORWARD, Accelerator
 from mamba_sft.planning.memory import Work
 from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.run import Run
+from mamba_sft.wording import path_text
 
 EFFICIENCY = 0.65
 """Of what the count allows; kernels that are written well reach 0.6 to 0.75 of it."""
 SUSTAINED = 0.8
 """Of the peak rate of matrix products: what large ones reach at the clock that the power limit allows."""
-FORWARD_CLOCKS, BACKWARD_ISSUED, BACKWARD_FP32 = 10 / 128, 27.6 / 128, 16.4
-"""Clocks of a multiprocessor for a state update: instructions issued, of 128 lanes; float32 ones of the
-backward, of `fp32_lanes` (counted in compiled kernels, `bench_card.FORWARD` and `BACKWARD`)."""
 MOVED = {"none": 28, "mamba": 36, "block": 41}
 """Numbers moved per token, layer and channel by norms, convolution and adapter, by policy."""
-SCAN_FORWARD_MOVED, SCAN_BACKWARD_MOVED = 4.25, 9.5
+FORWARD_MOVED, BACKWARD_MOVED = 4.25, 9.5
 """The same for the scan: u, dt, z, y, a state for every 64 steps; the gradients, dB and dC in parts."""
 NF4_MOVED = 2.55
 CORE_FLOPS, CORE_UPDATE_SECONDS = 4e10, (0.67e-9, 2.0e-9)
@@ -62,13 +60,13 @@ def estimate(work: Work, accelerator: Accelerator) -> Rate | None:
         return None
     shape, e = work.shape, work.itemsize
     rate = accelerator.flops * SUSTAINED / (1 if work.mixed else 8)
-    fp32 = BACKWARD_FP32 / accelerator.fp32_lanes
+    backward = max(SCAN_BACKWARD.issued / LANES_ISSUED, SCAN_BACKWARD.fp32 / accelerator.fp32_lanes)
     passes = 1 + _again(work)
-    clocks = FORWARD_CLOCKS * (1 + _repeats(work)) + max(BACKWARD_ISSUED, fp32)
+    clocks = SCAN_FORWARD.issued / LANES_ISSUED * (1 + _repeats(work)) + backward
     updates = shape.layers * shape.inner * shape.states
     seconds = flops(work) / rate
     number = e * shape.layers * shape.inner / accelerator.bandwidth  # seconds to move one per channel
-    scan_moved = SCAN_FORWARD_MOVED * (1 + _repeats(work)) + SCAN_BACKWARD_MOVED
+    scan_moved = FORWARD_MOVED * (1 + _repeats(work)) + BACKWARD_MOVED
     scan = updates * clocks / (accelerator.multiprocessors * accelerator.clock_hz)
     seconds += max(scan, scan_moved * number) + MOVED[work.policy] * number
     moved = NF4_MOVED if work.quantization == "nf4" else e
@@ -127,10 +125,10 @@ def _rate_of(run: Run, recipe: Recipe, device_name: str) -> Rate | None:
     facts = json.loads(run.environment.read_text(encoding="utf-8"))
     if facts["device"]["name"] != device_name or _way(Recipe.load(run.recipe)) != _way(recipe):
         return None
-    lines = [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
+    lines = run.read_metrics()
     seconds = max((line.get("train_runtime", 0.0) for line in lines), default=0.0)
     tokens = max((line.get("num_tokens", 0) for line in lines), default=0)
-    return Rate(tokens / seconds, shown(run.path)) if tokens and seconds else None
+    return Rate(tokens / seconds, path_text(run.path)) if tokens and seconds else None
 
 
 def _way(recipe: Recipe) -> tuple[Any, ...]:
@@ -139,9 +137,3 @@ def _way(recipe: Recipe) -> tuple[Any, ...]:
         model.base, model.dtype, model.quantization, data.max_length, data.packing, recipe.adapter,
         train.per_device_train_batch_size, train.checkpointing, train.stream_tokens,
     )  # fmt: skip
-
-
-def shown(path: Path) -> str:
-    """Returns a path from the working directory where it lies below it."""
-    here = Path.cwd()
-    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)

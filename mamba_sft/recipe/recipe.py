@@ -25,6 +25,7 @@ from mamba_sft.recipe.fields import (
     Text,
     TrainSection,
 )
+from mamba_sft.wording import path_text
 
 
 class Recipe(Section):
@@ -63,7 +64,7 @@ class Recipe(Section):
             RecipeError: No such recipe, not readable, or with problems: all of them, by line.
         """
         where = find_recipe(str(path))
-        return cls.from_text(yaml_text.read_text(where), yaml_text.shown(where), overrides)
+        return cls.from_text(yaml_text.read_text(where), path_text(where), overrides)
 
     @classmethod
     def from_text(cls, text: str, name: str = "recipe", overrides: Sequence[str] = ()) -> Recipe:

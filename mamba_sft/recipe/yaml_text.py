@@ -18,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 from mamba_sft.errors import RecipeError
 from mamba_sft.recipe.conflicts import Keys
 from mamba_sft.recipe.messages import Finding, Place, dotted, find_problems, shown_value
+from mamba_sft.wording import path_text
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -75,17 +76,13 @@ def read_text(path: Path) -> str:
         raw = path.read_bytes()
         return raw.decode("utf-8-sig")
     except OSError as error:
-        raise RecipeError(f"cannot read `{shown(path)}`: {error.strerror}") from None
+        raise RecipeError(f"cannot read `{path_text(path)}`: {error.strerror}") from None
     except UnicodeDecodeError as error:
         line = raw[: error.start].count(b"\n") + 1
         raise RecipeError(
-            f"{shown(path)}:{line}: not UTF-8: byte 0x{raw[error.start]:02x}", hint="save the file as UTF-8"
+            f"{path_text(path)}:{line}: not UTF-8: byte 0x{raw[error.start]:02x}",
+            hint="save the file as UTF-8",
         ) from None
-
-
-def shown(path: Path) -> str:
-    """The path as messages show it: relative when it is below the working directory."""
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def load(model: type[Model], text: str, name: str, overrides: Sequence[str]) -> Model:

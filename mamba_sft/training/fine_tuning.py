@@ -69,7 +69,7 @@ class Preparation:
         arguments: The trainer's own configuration.
         prompts: Sample prompts to answer before and after.
         max_steps: Optimizer steps of the whole run.
-        checkpoint: The checkpoint to go on from, or None.
+        resume_point: The checkpoint to go on from, or None.
     """
 
     recipe: Recipe
@@ -81,7 +81,7 @@ class Preparation:
     arguments: SFTConfig
     prompts: list[Prompt]
     max_steps: int
-    checkpoint: Path | None
+    resume_point: Path | None
 
 
 def prepare(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> Preparation:
@@ -96,7 +96,7 @@ def prepare(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) ->
         MambaSFTError: Anything in recipe, base, data, memory or output directory that would make it fail.
     """
     run = Run(Path(recipe.output_dir))
-    checkpoint = find_resume_point(run, recipe) if resume else None
+    resume_point = find_resume_point(run, recipe) if resume else None
     if not resume and PartialState().is_main_process:
         refuse_to_overwrite(run, overwrite=overwrite)
     setup, data = read_corpus(recipe, rejected=run.rejected if PartialState().is_main_process else None)
@@ -115,7 +115,7 @@ def prepare(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) ->
         arguments=arguments,
         prompts=load_prompts(find_path(recipe.eval.prompts)) if recipe.eval.prompts else [],
         max_steps=count_steps(recipe, len(train_rows), arguments.world_size),
-        checkpoint=checkpoint,
+        resume_point=resume_point,
     )
 
 
@@ -156,7 +156,7 @@ def train_prepared(preparation: Preparation, *, callbacks: Sequence[TrainerCallb
     interruption = Interruption()
     trainer = _build_trainer(preparation, model, interruption, callbacks)
     before = _answer(preparation, trainer, "before")
-    _run_trainer(trainer, preparation.checkpoint, interruption)
+    _run_trainer(trainer, preparation.resume_point, interruption)
     after = _answer(preparation, trainer, "after")
     if trainer.is_world_process_zero():
         _save(preparation, trainer, before, after, time.time() - started)
@@ -172,7 +172,7 @@ def _start_directory(preparation: Preparation) -> None:
 
 def _clear(preparation: Preparation) -> None:
     run = preparation.run
-    if preparation.checkpoint is None:
+    if preparation.resume_point is None:
         rejected = run.rejected.read_bytes() if run.rejected.exists() else None
         shutil.rmtree(run.path, ignore_errors=True)
         run.path.mkdir(parents=True)
@@ -202,10 +202,10 @@ def _build_trainer(
     )
 
 
-def _run_trainer(trainer: Trainer, checkpoint: Path | None, interruption: Interruption) -> None:
+def _run_trainer(trainer: Trainer, resume_point: Path | None, interruption: Interruption) -> None:
     with interruption.listening(), adapter_allowed(trainer.model), _out_of_memory_explained():
         try:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            trainer.train(resume_from_checkpoint=str(resume_point) if resume_point else None)
         except KeyboardInterrupt:
             raise _interrupted(trainer) from None
     if interruption.requested:

@@ -50,12 +50,12 @@ def find_resume_point(run: Run, recipe: Recipe) -> Path:
         )
     if run.adapter.is_dir():
         raise TrainingError(f"`{run.path}` is finished", hint=f"next: `mamba-sft merge {run.path}`")
-    checkpoint = newest_resume_point(run)
-    if checkpoint is None:
+    resume_point = newest_resume_point(run)
+    if resume_point is None:
         raise TrainingError(
             f"`{run.path}` has no complete checkpoint to resume from", hint="start anew with `--overwrite`"
         )
-    return checkpoint
+    return resume_point
 
 
 def differences(old: Recipe, new: Recipe) -> list[tuple[str, Any, Any]]:

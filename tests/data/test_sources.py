@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from mamba_sft.data.sources import Row, read_source
+from mamba_sft.data.sources import read_source
 from mamba_sft.errors import DataError
+from mamba_sft.json_lines import Row
 from mamba_sft.recipe.fields import SourceSection
 
 
@@ -42,7 +43,7 @@ def test_unreadable_lines_are_rows_with_a_problem(tmp_path: Path) -> None:
     problems = {row.where.rsplit(":")[-1]: row.problem for row in read(path)}
     assert [problems["1"], problems["6"]] == [None, None]
     assert problems["2"] == "not JSON: Expecting value, column 10"
-    assert problems["3"] == "invalid UTF-8: byte 0xff at 11"
+    assert problems["3"] == "not UTF-8: byte 0xff at 11"
     assert problems["4"] == "not an object but list"
     assert problems["5"] == "not an object but str"
 
@@ -81,7 +82,7 @@ def test_a_json_file_may_hold_json_lines(tmp_path: Path) -> None:
     [
         (b'[\n{"text": 1},\n{"text" 2}]', ":3: not JSON: Expecting ':' delimiter"),
         (b'[\n{"text": 1}', ":2: not JSON"),
-        (b'[\n{"text": "\xff"}]', ":2: invalid UTF-8: byte 0xff"),
+        (b'[\n{"text": "\xff"}]', ":2: not UTF-8: byte 0xff"),
         (b"[]", "holds no rows"),
         (b"", "holds no rows"),
         (b"\n\n", "holds no rows"),
@@ -108,7 +109,7 @@ def test_csv_counts_lines_across_quoted_newlines(tmp_path: Path) -> None:
 
 def test_csv_rows_that_are_not_utf8_are_bad_alone(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", b"text\nfine\nb\xe4d\nfine\n")
-    assert [row.problem for row in read(path)] == [None, "invalid UTF-8", None]
+    assert [row.problem for row in read(path)] == [None, "not UTF-8", None]
 
 
 def test_a_csv_header_must_name_its_columns(tmp_path: Path) -> None:

@@ -17,8 +17,9 @@ from mamba_sft import kernels
 from mamba_sft.cli import app
 from mamba_sft.diagnostics import bench_cpu, bench_gpu, gpu_limits, kernel_benchmark
 from mamba_sft.diagnostics.bench_gpu import Case, RowShape, Target
-from mamba_sft.diagnostics.gpu_limits import BACKWARD, FORWARD, Card
+from mamba_sft.diagnostics.gpu_limits import Card
 from mamba_sft.errors import MambaSFTError, UsageError
+from mamba_sft.planning.gpus import SCAN_BACKWARD, SCAN_FORWARD
 
 CPU = torch.device("cpu")
 H200 = Card("NVIDIA H200", (9, 0), 132, 1.83e9)
@@ -45,7 +46,11 @@ def forget_peers():
 )
 def test_the_floor_is_the_pipe_that_takes_longest(card, forward, backward, training):
     """Microseconds per token, by hand from the counts: issue binds on the H200, float32 on the others."""
-    passes = {(FORWARD,): forward, (BACKWARD,): backward, (FORWARD, FORWARD, BACKWARD): training}
+    passes = {
+        (SCAN_FORWARD,): forward,
+        (SCAN_BACKWARD,): backward,
+        (SCAN_FORWARD, SCAN_FORWARD, SCAN_BACKWARD): training,
+    }
     for counts, expected in passes.items():
         assert card.floor_seconds(TOKEN, *counts) * 1e6 == pytest.approx(expected, abs=0.06)
 
@@ -66,8 +71,10 @@ def test_every_table_has_both_passes_of_every_shape(monkeypatch):
         assert {row["times_ours"] for row in rows} == {1.0}
     forward, both = next(iter(tables.values()))[:2]
     updates = 24 * 64 * 4
-    assert forward["of_floor"] == pytest.approx(H200.floor_seconds(updates, FORWARD) / 0.5)
-    assert both["of_floor"] == pytest.approx(H200.floor_seconds(updates, FORWARD, FORWARD, BACKWARD) / 0.5)
+    assert forward["of_floor"] == pytest.approx(H200.floor_seconds(updates, SCAN_FORWARD) / 0.5)
+    assert both["of_floor"] == pytest.approx(
+        H200.floor_seconds(updates, SCAN_FORWARD, SCAN_FORWARD, SCAN_BACKWARD) / 0.5
+    )
     assert forward["GB_per_s"] == pytest.approx(4 * (4 * 24 * 64 + 2 * 24 * 4) / 0.5 / 1e9)
     assert {row["of"] for row in tables["mixer layer, backend reference, float32"]} == {
         "mamba-sft", "its projections alone",

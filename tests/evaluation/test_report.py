@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mamba_sft.evaluation.prompts import Prompt, pair, write_samples
-from mamba_sft.evaluation.report import loss_plot, read_metrics, write_report
+from mamba_sft.evaluation.report import loss_plot, write_report
 from mamba_sft.run import Run
 
 
@@ -63,6 +63,6 @@ def test_a_plot_of_one_step_and_of_none(run: Run) -> None:
 def test_a_run_without_samples_or_metrics_still_has_a_report(run: Run) -> None:
     run.samples.unlink()
     run.metrics.unlink()
-    assert read_metrics(run) == []
+    assert run.read_metrics() == []
     write_report(run)
     assert "<h2>Loss" not in run.report.read_text()

@@ -28,8 +28,8 @@ from mamba_sft.merging.saved_adapter import SavedAdapter
 from mamba_sft.model import tensor_files
 from mamba_sft.model.adapter import attach_adapter, save_adapter
 from mamba_sft.model.chat_template import prepare_tokenizer
-from mamba_sft.model.checkpoint import read_tensors
-from mamba_sft.model.checksums import base_record, file_checksum
+from mamba_sft.model.checkpoint import base_fingerprint, read_tensors
+from mamba_sft.model.checksums import file_checksum, tensor_checksums
 from mamba_sft.model.loading import apply_setup, load_model
 from mamba_sft.recipe.fields import AdapterSection, ChatSection, ModelSection
 from mamba_sft.recipe.recipe import Recipe
@@ -254,7 +254,7 @@ def test_a_tied_matrix_stored_twice_stays_one(tmp_path: Path) -> None:
             index = json.loads((made.base / "model.safetensors.index.json").read_text())
             index["weight_map"]["lm_head.weight"] = path.name
             (made.base / "model.safetensors.index.json").write_text(json.dumps(index))
-    edit_facts(made, **base_record(made.base))
+    edit_facts(made, fingerprint=base_fingerprint(made.base), checksums=tensor_checksums(made.base))
     merge(made.run)
     merged = weights(made.run.merged)
     assert torch.equal(merged["lm_head.weight"], merged["backbone.embeddings.weight"])
@@ -333,7 +333,7 @@ def edit_base(made: Made, name: str, change: Any) -> None:
         if name in tensors:
             change(tensors[name])
             save_file(tensors, path, metadata={"format": "pt"})
-    edit_facts(made, **base_record(made.base))
+    edit_facts(made, fingerprint=base_fingerprint(made.base), checksums=tensor_checksums(made.base))
 
 
 def edit_base_dtype(made: Made, name: str, dtype: torch.dtype) -> None:
@@ -341,7 +341,7 @@ def edit_base_dtype(made: Made, name: str, dtype: torch.dtype) -> None:
         tensors = load_file(path)
         if name in tensors:
             save_file(tensors | {name: tensors[name].to(dtype)}, path, metadata={"format": "pt"})
-    edit_facts(made, **base_record(made.base))
+    edit_facts(made, fingerprint=base_fingerprint(made.base), checksums=tensor_checksums(made.base))
 
 
 def edit_facts(made: Made, **changes: Any) -> None:

@@ -16,10 +16,11 @@ from typing import Any
 from gguf import GGML_QUANT_VERSION, GGUFWriter, TokenType, size_label
 
 from mamba_sft.errors import ModelError
-from mamba_sft.exporting.full_model import FullModel, first_id
+from mamba_sft.exporting.full_model import FullModel
 from mamba_sft.exporting.gguf.tensors import DEFAULT_NORM_EPS, ExportTensor, layers
 from mamba_sft.exporting.gguf.types import Method
 from mamba_sft.merging.saved_adapter import EMBEDDINGS
+from mamba_sft.model.loading import first_id
 
 CONTEXT_LENGTH = 2**20  # by llama.cpp's convention: a recurrent model has no limit of its own
 _GENERATION_MARK = re.compile(r"\{%(-?)\s*(?:end)?generation\s*(-?)%\}")

@@ -14,7 +14,7 @@ from typing import Any
 
 from mamba_sft import __version__
 from mamba_sft.evaluation.prompts import exact_match, read_samples
-from mamba_sft.evaluation.report import loss_figure, read_metrics
+from mamba_sft.evaluation.report import loss_figure
 from mamba_sft.exporting.full_model import FullModel
 from mamba_sft.exporting.gguf.tensors import layers
 from mamba_sft.exporting.hub.card_tables import evaluation_table, quantization_table, table
@@ -26,6 +26,7 @@ from mamba_sft.merging.saved_adapter import EMBEDDINGS
 from mamba_sft.recipe.builtin import find_path
 from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.run import MODEL_CARD, Run
+from mamba_sft.wording import time_text
 
 PLOT_NAME = "loss.png"
 # The hub's own words for the licences of the bases that this package is for.
@@ -132,7 +133,7 @@ def _read(model: FullModel) -> _Record:
     if run is None:
         return _Record(None, {}, [])
     environment = json.loads(run.environment.read_text(encoding="utf-8")) if run.environment.is_file() else {}
-    return _Record(Recipe.load(str(run.recipe)), environment, read_metrics(run))
+    return _Record(Recipe.load(str(run.recipe)), environment, run.read_metrics())
 
 
 def _contents() -> str:
@@ -228,8 +229,7 @@ def _hardware(environment: dict[str, Any]) -> str:
         count = device.get("count", 1)
         rows.append(f"- **Hardware:** {f'{count} x ' if count > 1 else ''}{device.get('name', 'unknown')}")
     if "seconds" in environment:
-        minutes = environment["seconds"] / 60
-        took = f"{minutes / 60:.1f} hours" if minutes >= 90 else f"{minutes:.1f} minutes"
+        took = time_text(environment["seconds"])
         rows.append(f"- **Time:** {took}, {environment.get('steps', 0):,} steps")
     if environment.get("tokens"):
         rows.append(f"- **Tokens read:** {environment['tokens']:,}")

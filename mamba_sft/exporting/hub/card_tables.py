@@ -6,8 +6,8 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from mamba_sft.evaluation.report import file_size
 from mamba_sft.run import Run
+from mamba_sft.wording import size_text
 
 RESULTS_NAME = "results.json"
 
@@ -25,7 +25,7 @@ def quantization_table(run: Run) -> str:
         return ""
     files = json.loads(run.quality.read_text(encoding="utf-8"))["files"]
     rows = [
-        (f"`{name}`", entry["method"], file_size(entry["nbytes"]), *_quality(entry))
+        (f"`{name}`", entry["method"], size_text(entry["nbytes"]), *_quality(entry))
         for name, entry in sorted(files.items(), key=lambda item: item[1]["nbytes"])
         if entry["method"] != "LoRA" and entry.get("of") != "base" and (run.export / name).is_file()
     ]

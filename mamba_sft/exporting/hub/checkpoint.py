@@ -9,14 +9,15 @@ from pathlib import Path
 
 import torch
 
-from mamba_sft.errors import ExportError, UsageError
+from mamba_sft.errors import ExportError
 from mamba_sft.exporting.full_model import FullModel, find_model
 from mamba_sft.exporting.logits import logits_of
 from mamba_sft.exporting.texts import prompt_of
 from mamba_sft.merging.disk import disk_errors_explained, require_space
 from mamba_sft.merging.summed import MergedTensors, write_companions
 from mamba_sft.model.tensor_files import one_thread, write_shard
-from mamba_sft.run import MERGE_REPORT, MODEL_CARD, atomic_directory
+from mamba_sft.run import MERGE_REPORT, MODEL_CARD, atomic_directory, check_output, check_replaceable
+from mamba_sft.wording import size_text
 
 MARK = "mamba-sft"
 """A tag in the card's metadata; it also tells an earlier export from somebody else's directory."""
@@ -43,13 +44,13 @@ def write_checkpoint(
         UsageError: `output` is someone else's.
         ExportError: The disk is too full, or what was written is not the model.
     """
-    _check_output(output)
-    need = f"the model takes {_size(model) / 1e9:.1f} GB"
+    _check_output(output, model)
+    need = f"the model takes {size_text(_nbytes(model))}"
     with disk_errors_explained(output, need, ExportError), atomic_directory(output) as directory:
         if model.merge is None:
             _copy(model, directory, progress)
         else:
-            require_space(output, _size(model), "the model takes", ExportError)
+            require_space(output, _nbytes(model), "the model takes", ExportError)
             _sum(model, directory, progress)
             _check(model, directory)
         add_card(directory)
@@ -99,19 +100,14 @@ def _check(model: FullModel, directory: Path) -> None:
         )
 
 
-def _check_output(output: Path) -> None:
-    if output.exists() and not output.is_dir():
-        raise UsageError(f"`{output}` is a file", hint="give a directory with `--output`")
+def _check_output(output: Path, model: FullModel) -> None:
+    check_output(output, model.sources, "exported")
     card = output / MODEL_CARD
     ours = card.is_file() and f"\n- {MARK}\n" in card.read_text(encoding="utf-8")
-    if output.is_dir() and any(output.iterdir()) and not ours:
-        raise UsageError(
-            f"`{output}` is not empty and not an earlier export: its `{MODEL_CARD}` is not from here",
-            hint="give another directory with `--output`, or empty this one",
-        )
+    check_replaceable(output, ours, "an earlier export", f"its `{MODEL_CARD}` is not from here")
 
 
-def _size(model: FullModel) -> int:
+def _nbytes(model: FullModel) -> int:
     if model.merge is not None:
         return model.merge.nbytes
     return sum(entry.end - entry.start for entry in model.tensors.entries.values())

@@ -1,0 +1,62 @@
+"""`base.json` beside an adapter: which base it was trained on, and what was done to that base.
+
+Written when training saves the adapter; read by everything that puts the two together again.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from mamba_sft.errors import AdapterError
+from mamba_sft.run import BASE_FACTS
+
+
+@dataclass(frozen=True)
+class BaseFacts:
+    """What training recorded of the base.
+
+    Args:
+        base: As the recipe names it.
+        revision: The hub revision, or None.
+        fingerprint: From `checkpoint.base_fingerprint`.
+        quantization: How its weights were held: `none`, `nf4` or `int8`.
+        dtype: What they were computed in, e.g. `bfloat16`.
+        resize_to: Rows its vocabulary was grown to, or None.
+        trained_token_ids: Rows of the vocabulary that were trained.
+        checksums: Digest of every tensor of the base, by name; empty in runs from before they were recorded.
+        adapter_checksum: Digest of the adapter's own file, or None likewise.
+    """
+
+    base: str
+    revision: str | None
+    fingerprint: str
+    quantization: str
+    dtype: str
+    resize_to: int | None
+    trained_token_ids: list[int] = field(default_factory=list)
+    checksums: dict[str, str] = field(default_factory=dict)
+    adapter_checksum: str | None = None
+
+    def write(self, adapter: Path) -> None:
+        """Writes `base.json` into an adapter's directory."""
+        (adapter / BASE_FACTS).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, adapter: Path) -> BaseFacts:
+        """Reads `base.json` of an adapter's directory.
+
+        Raises:
+            AdapterError: It is missing or says too little.
+        """
+        path = adapter / BASE_FACTS
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            known = {name: value for name, value in found.items() if name in cls.__dataclass_fields__}
+            return cls(**known)
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise AdapterError(
+                f"`{path}` does not say which base the adapter was trained on: {error}",
+                hint="training writes it beside the adapter: copy the whole directory, or give the run",
+            ) from None

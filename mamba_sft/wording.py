@@ -1,0 +1,34 @@
+"""How sizes, times and paths are written for people: one spelling each, everywhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def size_text(nbytes: float) -> str:
+    """Returns a number of bytes with three figures: `14.5 GB`, `224 MB`; a GB is 10^9 bytes."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        value = nbytes / unit
+        if abs(value) >= 0.9995:
+            digits = 0 if abs(value) >= 99.95 else 1 if abs(value) >= 9.995 else 2
+            return f"{value:,.{digits}f} {name}"
+    return f"{nbytes:.0f} bytes"
+
+
+def time_text(seconds: float) -> str:
+    """Returns a time in the largest unit that says enough: `85 s`, `28 min`, `11.8 h`, `3.2 days`."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = seconds / 60
+    if minutes < 120:
+        return f"{minutes:.0f} min"
+    hours = minutes / 60
+    return f"{hours:.1f} h" if hours < 48 else f"{hours / 24:.1f} days"
+
+
+def path_text(path: Path) -> str:
+    """Returns a path as messages show it: from the working directory where it lies below it."""
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
