@@ -18,7 +18,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from rich.console import Console
 
-from mamba_sft.diagnostics.kernel_benchmark import measure_kernels, rendered
+from mamba_sft.cli.bench import rendered
+from mamba_sft.diagnostics.kernel_benchmark import measure_kernels
 
 
 def main() -> None:

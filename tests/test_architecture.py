@@ -1,186 +1,186 @@
-"""The layering, the owners of outside libraries and the size budgets, read from the source."""
+"""The contract between the rooms: who imports whom, which library lives where, who prints."""
 
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "mamba_sft"
-EXPORTING = sorted((PACKAGE / "exporting").glob("*.py"))
-MODULES = sorted(PACKAGE.glob("*.py")) + EXPORTING
-KERNELS = sorted((PACKAGE / "kernels").glob("*.py"))
+FILES = sorted(PACKAGE.rglob("*.py"))
 
-GROUND = {"errors", "kernels"}
-CONTRACT = {"recipe", "recipe_checks", "recipe_files", "recipe_foreign", "recipe_problems", "recipe_sections",
-            "recipe_yaml", "run"}  # fmt: skip
-TOP = {"training", "merging", "exporting", "evaluation", "conversation", "planning", "doctor",
-       "benchmarking"}  # fmt: skip
+GROUND = {"errors", "wording", "json_lines", "run"}
+"""Single files that every room but the kernels may import."""
 
-OWNERS = {
-    "trl": {"trainer"},
-    "peft": {"adapter", "lora", "merging"},
-    "bitsandbytes": {"model", "merging"},
-    "gguf": {"exporting"},
-    "lm_eval": {"evaluation"},
-    "typer": {"cli", "cli_export", "cli_plan", "cli_system", "cli_talk"},
-    "yaml": {"recipe_yaml"},
-    "pydantic": {"recipe", "recipe_checks", "recipe_problems", "recipe_sections", "recipe_yaml"},
-    "triton": {"kernels"},
-    "numba": {"bench_cpu", "kernels"},
+MAY_IMPORT = {
+    "kernels": set(),
+    "recipe": set(),
+    "model": {"kernels", "recipe"},
+    "data": {"model", "recipe"},
+    "inference": {"model", "recipe"},
+    "planning": {"data", "model", "recipe"},
+    "evaluation": {"inference", "data", "model", "recipe"},
+    "merging": {"inference", "data", "model", "kernels", "recipe"},
+    "training": {"planning", "evaluation", "inference", "data", "model", "kernels", "recipe"},
+    "exporting": {"merging", "planning", "evaluation", "data", "model", "recipe"},
+    "diagnostics": {"planning", "inference", "kernels", "recipe"},
 }
-MAX_LINES, MAX_KERNEL_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 300, 500, 50, 8
+"""The rooms, lowest first, and what each may import besides the ground. `cli` may import all of them."""
+
+LIVES_IN = {
+    "accelerate": {"training"},
+    "bitsandbytes": {"model", "merging"},
+    "datasets": {"data", "merging", "training"},
+    "gguf": {"exporting"},
+    "huggingface_hub": {"model", "exporting", "diagnostics"},
+    "jinja2": {"model", "evaluation"},
+    "llvmlite": {"kernels"},
+    "lm_eval": {"evaluation"},
+    "matplotlib": {"evaluation"},
+    "numba": {"kernels", "diagnostics"},
+    "packaging": {"diagnostics"},
+    "peft": {"model", "merging"},
+    "psutil": {"merging", "diagnostics"},
+    "pyarrow": {"data"},
+    "pydantic": {"recipe"},
+    "rich": {"cli"},
+    "safetensors": {"model", "merging", "training"},
+    "tokenizers": {"inference", "model"},
+    "triton": {"kernels"},
+    "trl": {"training"},
+    "typer": {"cli"},
+    "xllamacpp": {"exporting"},
+    "xxhash": {"model"},
+    "yaml": {"recipe"},
+}
+"""Outside libraries and the rooms that may import them. numpy, torch and transformers are common ground."""
+
+CATCH_ALL = {"utils", "util", "helpers", "common", "misc", "constants", "core", "base", "tools"}
 
 
-def imports(path: Path) -> list[tuple[ast.AST, str]]:
-    """Every imported module of a file with its node, `from mamba_sft import x` as `mamba_sft.x`."""
-    found: list[tuple[ast.AST, str]] = []
+class Import(NamedTuple):
+    """One import statement: the file and line it is in, and the module, `mamba_sft.x.y` for our own."""
+
+    path: Path
+    line: int
+    module: str
+
+    @property
+    def where(self) -> str:
+        return f"{self.path.relative_to(PACKAGE.parent)}:{self.line} imports {self.module}"
+
+
+def room_of(path: Path) -> str:
+    relative = path.relative_to(PACKAGE)
+    return relative.parts[0] if len(relative.parts) > 1 else relative.stem
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_of(path) for path in FILES}
+
+
+def imports(path: Path) -> Iterator[Import]:
+    """Every import of a file, wherever it stands; those under `if TYPE_CHECKING` too."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found += [(node, alias.name) for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module == "mamba_sft":
-            found += [(node, f"mamba_sft.{alias.name}") for alias in node.names]
+            for alias in node.names:
+                yield Import(path, node.lineno, alias.name)
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found.append((node, node.module))
-    return found
+            for alias in node.names:
+                submodule = f"{node.module}.{alias.name}"
+                yield Import(path, node.lineno, submodule if submodule in MODULES else node.module)
 
 
-def module_name(path: Path) -> str:
-    """The name a file goes by in the tables: its own, or its package's."""
-    return path.parent.name if path.parent.name == "exporting" else path.stem
+def test_every_file_is_in_a_room_that_the_table_knows() -> None:
+    known = {*MAY_IMPORT, *GROUND, "cli", "__init__", "__main__"}
+    assert {room_of(path) for path in FILES} == known
 
 
-def layer(name: str) -> int:
-    """Height of a module: imports may only point to a lower layer, or within the middle one or the verbs."""
-    if name in GROUND:
-        return 0
-    if name in CONTRACT:
-        return 1
-    if name in TOP:
-        return 3
-    if name.startswith("cli_"):
-        return 4
-    return {"cli": 5, "__init__": 5, "__main__": 6}.get(name, 2)
-
-
-def functions(path: Path) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
-    """Every function and method of a file."""
-    nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-    return [node for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
-
-
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
-def test_imports_only_go_down(path: Path) -> None:
-    own = layer(module_name(path))
-    for node, module in imports(path):
-        if not module.startswith("mamba_sft."):
+def test_rooms_import_what_the_table_allows() -> None:
+    wrong = []
+    for path in FILES:
+        room = room_of(path)
+        if room in {"cli", "__init__", "__main__"}:
             continue
-        other = module.split(".")[1]
-        if other == module_name(path) == "exporting":
-            continue
-        where = f"{path.name}:{node.lineno} imports {module}"  # type: ignore[attr-defined]
-        if own in {2, 4} or (own == 1 and path.stem in CONTRACT):
-            assert layer(other) <= own, where
-        elif own > 0:
-            assert layer(other) < own, where
-        else:
-            pytest.fail(where)
+        allowed = {room, *GROUND, "__init__"} if room in GROUND else {room, *GROUND, *MAY_IMPORT[room]}
+        if room == "kernels":
+            allowed = {"kernels"}
+        for one in imports(path):
+            parts = one.module.split(".")
+            other = parts[1] if len(parts) > 1 else "__init__"  # `from mamba_sft import __version__`
+            if parts[0] == "mamba_sft" and other not in {*allowed, "__init__"}:
+                wrong.append(one.where)
+    assert not wrong, "\n".join(wrong)
 
 
-def _inside(path: Path, module: str) -> bool:
-    """Whether a module is one of those beside `path`."""
-    return module.startswith("mamba_sft.exporting.export_run." if path in EXPORTING else "mamba_sft.")
-
-
-def test_the_middle_layer_has_no_cycles() -> None:
-    edges = {
-        path.stem: {
-            m.split(".")[-1 if path in EXPORTING else 1] for _, m in imports(path) if _inside(path, m)
-        }
-        for path in MODULES
+def test_the_table_goes_down_and_nothing_goes_round() -> None:
+    seen: set[str] = set()
+    for room, below in MAY_IMPORT.items():
+        assert below <= seen, f"{room} is in the table before what it may import"
+        seen.add(room)
+    graph = {
+        module_of(path): {one.module for one in imports(path) if one.module in MODULES}
+        - {"mamba_sft", module_of(path)}
+        for path in FILES
+        if module_of(path) != "mamba_sft"
     }
-
-    def reachable(start: str) -> set[str]:
-        seen: set[str] = set()
-        todo = list(edges.get(start, ()))
-        while todo:
-            name = todo.pop()
-            if name not in seen:
-                seen.add(name)
-                todo += edges.get(name, ())
-        return seen
-
-    assert not [name for name in edges if name != "__init__" and name in reachable(name)]
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
 
 
-@pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.stem)
-def test_kernels_know_nothing_of_the_package(path: Path) -> None:
-    for node, module in imports(path):
-        inside = not module.startswith("mamba_sft") or module.startswith("mamba_sft.kernels")
-        assert inside, f"{path.name}:{node.lineno} imports {module}"  # type: ignore[attr-defined]
+def test_each_outside_library_lives_in_its_rooms() -> None:
+    wrong = []
+    for path in FILES:
+        for one in imports(path):
+            rooms = LIVES_IN.get(one.module.split(".")[0])
+            if rooms is not None and room_of(path) not in rooms:
+                wrong.append(one.where)
+    assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
-def test_each_outside_library_has_one_owner(path: Path) -> None:
-    for node, module in imports(path):
-        owners = OWNERS.get(module.split(".")[0])
-        allowed = owners is None or module_name(path) in owners or _only_for_types(path, node)
-        assert allowed, f"{path.name}:{node.lineno} imports {module}"  # type: ignore[attr-defined]
-
-
-def _only_for_types(path: Path, node: ast.AST) -> bool:
-    nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-    blocks = [n for n in nodes if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"]
-    lines = {getattr(child, "lineno", -1) for block in blocks for child in ast.walk(block)}
-    return node.lineno in lines  # type: ignore[attr-defined]
-
-
-@pytest.mark.parametrize("path", MODULES + KERNELS, ids=lambda path: path.stem)
-def test_size_budgets(path: Path) -> None:
-    lines = len(path.read_text(encoding="utf-8").splitlines())
-    kernel = path.parent.name == "kernels"
-    assert lines <= (MAX_KERNEL_LINES if kernel else MAX_LINES), f"{path.name} has {lines} lines"
-    if kernel:
-        return
-    for function in functions(path):
-        length = (function.end_lineno or 0) - function.lineno + 1
-        assert length <= MAX_FUNCTION_LINES, (
-            f"{path.name}:{function.lineno} {function.name} has {length} lines"
-        )
-        if path.stem.startswith("cli"):
-            continue  # a verb's parameters are its options
-        parameters = function.args.args + function.args.kwonlyargs
-        count = len([a for a in parameters if a.arg not in {"self", "cls"}])
-        assert count <= MAX_PARAMETERS, (
-            f"{path.name}:{function.lineno} {function.name} takes {count} parameters"
-        )
-
-
-def test_no_catch_all_modules() -> None:
-    assert not {path.stem for path in MODULES} & {"utils", "helpers", "common", "misc", "constants"}
-
-
-def test_only_the_command_line_prints_or_exits() -> None:
-    for path in MODULES + KERNELS:
-        if path.stem.startswith("cli"):
+def test_only_the_command_line_prints_asks_or_exits() -> None:
+    wrong = []
+    for path in FILES:
+        if room_of(path) == "cli":
             continue
-        calls = [
-            node
-            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-            if isinstance(node, ast.Call)
-        ]
-        for call in calls:
-            name = ast.unparse(call.func)
-            assert name not in {"print", "exit", "sys.exit"}, f"{path.name}:{call.lineno} calls {name}"
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call):
+                name = ast.unparse(node.func)
+                if name in {"print", "input", "exit", "sys.exit", "sys.stdout.write", "sys.stderr.write"}:
+                    wrong.append(f"{path.relative_to(PACKAGE)}:{node.lineno} calls {name}")
+    assert not wrong, "\n".join(wrong)
 
 
-def test_no_public_function_shares_its_modules_name() -> None:
-    for path in MODULES:
-        assert path.stem not in {function.name for function in functions(path)}, path.name
+def test_names_say_what_is_inside() -> None:
+    assert not {path.stem for path in FILES} & CATCH_ALL
+    for path in FILES:
+        if room_of(path) in {"cli", "__init__", "__main__"}:
+            continue  # the file of a verb is called as the verb is
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        names = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+        assert path.stem not in names, f"{path}: a function and its module share a name"
+
+
+def test_each_room_says_what_it_is_for_and_names_its_files() -> None:
+    for init in sorted(PACKAGE.rglob("__init__.py")):
+        if init.parent == PACKAGE:
+            continue
+        text = ast.get_docstring(ast.parse(init.read_text(encoding="utf-8"))) or ""
+        inside = {path.stem for path in init.parent.glob("*.py")} - {"__init__"}
+        inside |= {path.parent.name for path in init.parent.glob("*/__init__.py")}
+        unnamed = {name for name in inside if not re.search(rf"\b{name}\b", text)}
+        assert not unnamed, f"{init.parent.name} does not say what {sorted(unnamed)} are for"
 
 
 def test_import_and_help_load_nothing_heavy() -> None:

@@ -1,5 +1,7 @@
-"""The command line: one file a verb. The only room that prints, asks or exits.
+"""The command line. The only room that prints, asks or exits.
 
-Read `app` (the verbs, errors and exit codes), `console` (where output goes), then any verb.
+Read `app` (the verbs, errors and exit codes) and `console` (where output goes, what verbs share), then any
+verb, one file each: `train` `data` `plan` `merge` `export` `chat` `generate` `doctor` `bench` `recipes`.
+`progress` draws the bars, `preview` the rows and counts of `data`, `terminal` is the loop behind `chat`.
 Verbs import what they need when they run, so that `--help` never loads torch.
 """

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Annotated
+from collections.abc import Iterator
+from typing import Annotated, Any
 
 import typer
+from rich.table import Table
 
 from mamba_sft.cli.console import Json, out
 
@@ -40,7 +42,7 @@ def bench_kernels(
 
         pip install --no-build-isolation --no-deps causal-conv1d mamba-ssm
     """
-    from mamba_sft.diagnostics.kernel_benchmark import measure_kernels, rendered
+    from mamba_sft.diagnostics.kernel_benchmark import measure_kernels
 
     results = measure_kernels(device, quick=quick)
     if as_json:
@@ -48,3 +50,33 @@ def bench_kernels(
         return
     for part in rendered(results):
         out.print(part, soft_wrap=isinstance(part, str), width=None if out.is_terminal else PIPE_WIDTH)
+
+
+def rendered(results: dict[str, Any]) -> Iterator[Table | str]:
+    """Yields the machine as a line of text, then each table after its title, ready to be printed by rich."""
+    yield "  ".join(f"{name} {value}" for name, value in results["machine"].items())
+    for title, rows in results["tables"].items():
+        table = Table(box=None, pad_edge=False)
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        names = [name for name in names if any(row.get(name) is not None for row in rows)]
+        for name in names:
+            text = isinstance(rows[0].get(name), str)
+            table.add_column(name.replace("_", " "), justify="left" if text else "right", overflow="fold")
+        for row in rows:
+            table.add_row(*(_cell(name, row.get(name)) for name in names))
+        yield f"\n[bold]{title}[/]"
+        yield table
+
+
+def _cell(name: str, value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return (
+            f"{value:.0%}"
+            if name.endswith("of_floor")
+            else f"{value:,.3g}"
+            if value < 1000
+            else f"{value:,.0f}"
+        )
+    return f"{value}"

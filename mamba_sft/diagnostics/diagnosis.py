@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mamba_sft import __version__
-from mamba_sft.diagnostics.software import Finding, Status, software, storage
+from mamba_sft.diagnostics.software import Finding, Status, software_findings, storage
 from mamba_sft.errors import MambaSFTError
 from mamba_sft.planning.environment import describe_environment
 from mamba_sft.recipe.builtin import builtin_recipes
@@ -53,7 +53,7 @@ class Diagnosis:
 
 def diagnose() -> Diagnosis:
     """Looks at this machine. Takes seconds, changes nothing, reaches no network."""
-    found = list(software())
+    found = list(software_findings())
     try:
         machine, environment = _hardware()
     except Exception as error:  # a torch or a driver that breaks at import can raise anything

@@ -6,11 +6,9 @@ import datetime
 import logging
 import os
 import platform
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-from rich.table import Table
 
 from mamba_sft import kernels
 from mamba_sft.diagnostics import bench_gpu, gpu_limits
@@ -101,33 +99,3 @@ def machine(device: torch.device) -> dict[str, Any]:
             facts["load"] = round(os.getloadavg()[0], 1)  # beside others, wall times say little
     facts["python"] = platform.python_version()
     return facts | {name: packages[name] for name in shown if packages[name]}
-
-
-def rendered(results: dict[str, Any]) -> Iterator[Table | str]:
-    """Yields the machine as a line of text, then each table after its title, ready to be printed by rich."""
-    yield "  ".join(f"{name} {value}" for name, value in results["machine"].items())
-    for title, rows in results["tables"].items():
-        table = Table(box=None, pad_edge=False)
-        names = list(dict.fromkeys(name for row in rows for name in row))
-        names = [name for name in names if any(row.get(name) is not None for row in rows)]
-        for name in names:
-            text = isinstance(rows[0].get(name), str)
-            table.add_column(name.replace("_", " "), justify="left" if text else "right", overflow="fold")
-        for row in rows:
-            table.add_row(*(_cell(name, row.get(name)) for name in names))
-        yield f"\n[bold]{title}[/]"
-        yield table
-
-
-def _cell(name: str, value: Any) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, float):
-        return (
-            f"{value:.0%}"
-            if name.endswith("of_floor")
-            else f"{value:,.3g}"
-            if value < 1000
-            else f"{value:,.0f}"
-        )
-    return f"{value}"

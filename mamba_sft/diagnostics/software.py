@@ -47,7 +47,7 @@ class Finding:
     fix: str | None = None
 
 
-def software() -> Iterator[Finding]:
+def software_findings() -> Iterator[Finding]:
     """Yields the findings on Python and the packages: installed versions against the declared ranges."""
     try:
         ranges = [Requirement(line) for line in requires("mamba-sft") or []]

@@ -131,7 +131,7 @@ def test_installed_versions_are_held_to_the_declared_ranges(monkeypatch):
     monkeypatch.setattr(software, "requires", lambda name: declared)
     monkeypatch.setattr(software, "metadata", lambda name: {"Requires-Python": ">=3.99"})
     monkeypatch.setattr(software, "version", version)
-    found = by_name(software.software())
+    found = by_name(software.software_findings())
     statuses = {name: finding.status for name, finding in found.items()}
     assert statuses == {
         "python": "problem", "torch": "problem", "trl": "problem", "numba": "problem", "rich": "problem",
@@ -149,7 +149,7 @@ def test_a_checkout_that_is_not_installed_is_said(monkeypatch):
         raise PackageNotFoundError(name)
 
     monkeypatch.setattr(software, "requires", requires)
-    assert [one.status for one in software.software()] == ["note"]
+    assert [one.status for one in software.software_findings()] == ["note"]
 
 
 @pytest.mark.parametrize(("free", "expected"), [(500e9, "ok"), (10e9, "note"), (0.05e9, "problem")])

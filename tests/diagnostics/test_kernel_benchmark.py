@@ -15,6 +15,7 @@ from rich.console import Console
 
 from mamba_sft import kernels
 from mamba_sft.cli import app
+from mamba_sft.cli.bench import rendered
 from mamba_sft.diagnostics import bench_cpu, bench_gpu, gpu_limits, kernel_benchmark
 from mamba_sft.diagnostics.bench_gpu import Case, RowShape, Target
 from mamba_sft.diagnostics.gpu_limits import Card
@@ -257,7 +258,7 @@ def test_tables_for_people_and_json_for_scripts(bench, monkeypatch):
 def test_the_gpu_table_fits_a_terminal_of_80_columns():
     file = io.StringIO()
     console = Console(file=file, width=80)
-    for part in kernel_benchmark.rendered(RESULTS):
+    for part in rendered(RESULTS):
         console.print(part)
     lines = file.getvalue().splitlines()
     assert max(map(len, lines)) <= 80

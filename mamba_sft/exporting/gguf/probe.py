@@ -115,5 +115,4 @@ if __name__ == "__main__":
     try:
         _run(Path(sys.argv[1]), Path(sys.argv[2]))
     except MambaSFTError as error:
-        sys.stderr.write(error.message)
-        raise SystemExit(1) from None
+        raise SystemExit(error.message) from None  # written to stderr, exit code 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 from mamba_sft.exporting.full_model import find_model
 from mamba_sft.exporting.hub.card import write_card
 from mamba_sft.exporting.hub.checkpoint import write_checkpoint
-from mamba_sft.exporting.hub.push import check_push, push
+from mamba_sft.exporting.hub.push import check_push, push_directory
 from mamba_sft.exporting.request import Exported, ExportRequest, output_of
 from mamba_sft.run import HUB_CHECKPOINT
 
@@ -25,5 +25,5 @@ def export_checkpoint(request: ExportRequest) -> Exported:
         lambda path: write_card(model, path, name, request.hub),
         lambda done, total: request.progress("writing", done, total),
     )
-    url = push(directory, repo, private=request.hub.private) if repo is not None else None
+    url = push_directory(directory, repo, private=request.hub.private) if repo is not None else None
     return Exported(directory, others=[directory], url=url)

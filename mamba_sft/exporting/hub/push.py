@@ -37,7 +37,7 @@ def check_push(repo: str) -> str:
     return token
 
 
-def push(directory: Path, repo: str, *, private: bool) -> str:
+def push_directory(directory: Path, repo: str, *, private: bool) -> str:
     """Uploads a directory as one commit and returns the address of the repository.
 
     Args:
