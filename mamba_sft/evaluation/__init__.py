@@ -1,4 +1,6 @@
 """What a run is judged by, before and after training.
 
-Read `prompts` (sample prompts, their answers, exact match) and `report` (the page about a run).
+Read `prompts` (sample prompts, the answers of the base and of the tuned model, exact match), then `report`
+(the page about a run: loss, figures, answers, recipe, environment). The loss on held-out rows is computed in
+`inference.scoring`, because a merge needs it too.
 """

@@ -2,9 +2,12 @@
 
 Both take activations, channels last, and return gradients for every tensor that requires them. `backend`
 picks who computes: `reference` (the definition, a Python loop), `cpu` (numba) or `triton`; `auto` picks the
-fastest that works for the tensors at hand and says once, through `logging`, what it picked. `README.md` in
-this folder has the mathematics, the layouts and the measured speed; `falcon_mamba.install` puts the
-operations into a model.
+fastest that works for the tensors at hand and says once, through `logging`, what it picked.
+
+Read `README.md` (the mathematics, the layouts, the measured speed), `reference` (the definition), `autograd`
+(what both fast backends share), `cpu` with `cpu_loops`, `cpu_rows` and `cpu_steps`, `triton_ops` with
+`triton_scan`, `triton_conv` and `triton_math`; then `falcon_mamba` (`install` puts the operations into a
+model), `carry` (states handed on) and `decoding` (one token at a time).
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 
 from mamba_sft.errors import TrainingError
-from mamba_sft.training.random_state import random_state, set_random_state
+from mamba_sft.training.random_state import current_random_state, restore_random_state
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class AutoBatch:
             TrainingError: A single row does not fit, or memory ran out in one of several processes.
         """
         device = self._trained[0].device
-        random, earlier = random_state(device), [parameter.grad for parameter in self._trained]
+        random, earlier = current_random_state(device), [parameter.grad for parameter in self._trained]
         apart = trial or self.processes == 1  # else the last backward averages what all micro-batches added
         while True:
             if apart:
@@ -63,7 +63,7 @@ class AutoBatch:
             results = self._attempt(batch, step, trial)
             if trial or results is None:
                 self._set_gradients(earlier)
-                set_random_state(random, device)
+                restore_random_state(random, device)
             if results is not None:
                 break
             self._halve(batch, trial)

@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 
 from mamba_sft.data.packing import IGNORED
 from mamba_sft.kernels.carry import Carry, LayerState
-from mamba_sft.training.random_state import random_state, set_random_state
+from mamba_sft.training.random_state import current_random_state, restore_random_state
 
 States = list[LayerState]
 """A state for each layer."""
@@ -90,11 +90,11 @@ class Boundaries:
         self._device = device
         self._initial = initial
         self._states: States = []
-        self._random = tuple(x.new_empty((chunks, *x.shape)) for x in random_state(device))
+        self._random = tuple(x.new_empty((chunks, *x.shape)) for x in current_random_state(device))
 
     def save(self, chunk: int, states: States | None) -> None:
         """Keeps what chunk number `chunk` starts from, and the present state of the random numbers."""
-        for kept, now in zip(self._random, random_state(self._device), strict=True):
+        for kept, now in zip(self._random, current_random_state(self._device), strict=True):
             kept[chunk] = now
         if chunk == 0 or states is None:
             return
@@ -116,7 +116,7 @@ class Boundaries:
         They require a gradient, except for those before the first chunk, which are not ours to train.
         """
         # Cloned, because torch reads a generator's state from the start of the storage, whatever the view.
-        set_random_state(tuple(kept[chunk].clone() for kept in self._random), self._device)
+        restore_random_state(tuple(kept[chunk].clone() for kept in self._random), self._device)
         if chunk == 0:
             return self._initial
         return [(self._leaf(conv[chunk]), self._leaf(scan[chunk])) for conv, scan in self._states]
@@ -179,10 +179,10 @@ def backpropagate(chunks: Sequence[Chunk], boundaries: Boundaries, run: RunChunk
         carry.detach()
         if chunk is chunks[-1]:
             final = carry.after
-            random = random_state(device)
+            random = current_random_state(device)
         if number and before is not None:
             gradients = chunk.enter([(_gradient(conv), _gradient(scan)) for conv, scan in before])
-    set_random_state(random, device)
+    restore_random_state(random, device)
     return final
 
 
