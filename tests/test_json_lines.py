@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mamba_sft.errors import DataError
+from mamba_sft.evaluation.prompts import load_prompts
+from mamba_sft.inference.answering import generate
+from mamba_sft.json_lines import read_json_lines
+
+
+def rows(tmp_path: Path, content: bytes) -> list[tuple[str, object, str | None]]:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(content)
+    return [(row.where.removeprefix(f"{tmp_path}/"), row.value, row.problem) for row in read_json_lines(path)]
+
+
+def test_a_mark_blank_lines_and_line_separators(tmp_path: Path) -> None:
+    content = '\ufeff{"a": 1}\r\n\n  \n{"a": "one\u2028line\u0085"}\n[2]'.encode()
+    assert rows(tmp_path, content) == [
+        ("rows.jsonl:1", {"a": 1}, None),
+        ("rows.jsonl:4", {"a": "one\u2028line\u0085"}, None),
+        ("rows.jsonl:5", [2], None),
+    ]
+
+
+def test_what_is_wrong_has_its_line_and_column(tmp_path: Path) -> None:
+    deep = b"[" * 100_000
+    found = rows(tmp_path, b'{"a": }\n{"a": "\xff"}\n' + deep + b"\n" + b"9" * 5000 + b"\n")
+    problems = [problem for _, _, problem in found]
+    assert problems[0] == "not JSON: Expecting value, column 7"
+    assert problems[1] == "not UTF-8: byte 0xff at 8"
+    assert all(str(problem).startswith("not readable as JSON") for problem in problems[2:])
+
+
+def test_prompts_and_questions_are_read_by_the_same_reader(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes('\ufeff{"prompt": "a\u2028b"}\n'.encode())
+    assert [prompt.prompt for prompt in load_prompts(path)] == ["a\u2028b"]
+    path.write_bytes(b'{"prompt": "fine"}\n{"prompt": }\n')
+    for read in (load_prompts, lambda path: generate(tmp_path / "no-model", path)):
+        with pytest.raises(DataError, match=r"prompts.jsonl:2: not JSON: Expecting value, column 12"):
+            read(path)

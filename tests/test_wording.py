@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mamba_sft.wording import path_text, size_text, time_text
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "text"),
+    [
+        (0, "0 bytes"), (999, "999 bytes"), (1000, "1.00 kB"), (4_200_000, "4.20 MB"),
+        (999_499_999, "999 MB"), (999_500_000, "1.00 GB"), (14_545_330_176, "14.5 GB"),
+        (99_950_000_000, "100 GB"),
+        (1_234_000_000_000, "1,234 GB"), (-5_140_000_000, "-5.14 GB"),
+    ],
+)  # fmt: skip
+def test_sizes_have_three_figures_and_one_unit(nbytes: int, text: str) -> None:
+    assert size_text(nbytes) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0.0 s"), (1.25, "1.2 s"), (85, "85 s"), (119, "119 s"), (120, "2 min"), (1692, "28 min"),
+        (7199, "120 min"), (7200, "2.0 h"), (42_480, "11.8 h"), (172_800, "2.0 days"),
+    ],
+)  # fmt: skip
+def test_times_use_the_unit_that_says_enough(seconds: float, text: str) -> None:
+    assert time_text(seconds) == text
+
+
+def test_paths_start_at_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert path_text(tmp_path / "runs" / "x") == "runs/x"
+    assert path_text(tmp_path.parent / "elsewhere") == str(tmp_path.parent / "elsewhere")
+    assert path_text(Path("runs/x")) == "runs/x"
