@@ -18,14 +18,14 @@ from mamba_sft.cli import app
 from mamba_sft.cli.bench import rendered
 from mamba_sft.diagnostics import bench_cpu, bench_gpu, gpu_limits, kernel_benchmark
 from mamba_sft.diagnostics.bench_gpu import Case, RowShape, Target
-from mamba_sft.diagnostics.gpu_limits import Card
+from mamba_sft.diagnostics.gpu_limits import GpuLimits
 from mamba_sft.errors import MambaSFTError, UsageError
 from mamba_sft.planning.gpus import SCAN_BACKWARD, SCAN_FORWARD
 
 CPU = torch.device("cpu")
-H200 = Card("NVIDIA H200", (9, 0), 132, 1.83e9)
-A100 = Card("NVIDIA A100", (8, 0), 108, 1.41e9)
-T4 = Card("Tesla T4", (7, 5), 40, 1.4e9)
+H200 = GpuLimits("NVIDIA H200", (9, 0), 132, 1.83e9)
+A100 = GpuLimits("NVIDIA A100", (8, 0), 108, 1.41e9)
+T4 = GpuLimits("Tesla T4", (7, 5), 40, 1.4e9)
 SMALL = [RowShape(1, 24, D=64, N=4), RowShape(2, 8, D=64, N=4)]
 TOKEN = 64 * 8192 * 16  # state updates of one token in all layers of the 7B model
 
@@ -148,7 +148,7 @@ def test_what_does_not_fit_is_a_row_and_the_next_shape_is_measured():
 
 @pytest.mark.gpu
 def test_a_small_shape_on_a_gpu():
-    target = Target(torch.device("cuda"), torch.float16, "triton", Card.of(torch.device("cuda")))
+    target = Target(torch.device("cuda"), torch.float16, "triton", GpuLimits.of(torch.device("cuda")))
     tables = bench_gpu.measure(target, [RowShape(1, 256, D=256, N=16)])
     rows = [row for rows in tables.values() for row in rows]
     assert all(0 < row["ms"] < 1e3 and row["peak_MB"] > 0 for row in rows)

@@ -157,7 +157,7 @@ def test_the_card_has_valid_metadata_and_every_part(tmp_path: Path, monkeypatch:
         assert f"\n{heading}\n" in text, heading
     for row in (
         "| learning_rate | 0.0002 |", "| target_modules | in_proj, x_proj, out_proj |",
-        "| mmlu | acc | 0.6250 |", "8 x NVIDIA H100", "2.0 hours, 2 steps", "1.2500 nats",
+        "| mmlu | acc | 0.6250 |", "8 x NVIDIA H100", "2.0 h, 2 steps", "1.2500 nats",
         "100.0% by this model", "| `d_model` | 64 |", "torch 2.13.0",
     ):  # fmt: skip
         assert row in text, row
@@ -197,7 +197,7 @@ def test_the_card_lists_gguf_files_with_size_and_quality(
     _, text = read_card(export(made.run, format="hf").directory)
     quality = files[0].quality
     assert quality is not None
-    size = f"{files[0].nbytes / 2**20:.2f} MiB"
+    size = f"{files[0].nbytes / 1e3:.0f} kB"
     assert f"| `run.Q8_0.gguf` | Q8_0 | {size} | {quality.kl:.2g} | {quality.top1:.1%} |" in text
     assert "| `run.Q4_0.gguf` | Q4_0 |" in text
     assert text.count("not measured | not measured") == 2

@@ -20,7 +20,7 @@ from peft.utils.integrations import dequantize_module_weight
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mamba_sft.errors import MambaSFTError, MergeError, ModelError, UsageError
+from mamba_sft.errors import AdapterError, MambaSFTError, MergeError, ModelError, UsageError
 from mamba_sft.inference.scoring import heldout_loss
 from mamba_sft.merging import merge_run, preparing
 from mamba_sft.merging.merge_run import DequantizedTensors, merge, quantizes
@@ -492,7 +492,7 @@ FAULTS: dict[str, tuple[Any, type[MambaSFTError], str]] = {
     "truncated shard": (truncated_shard, ModelError, "truncated"),
     "missing base": (missing_base, ModelError, "no model directory"),
     "missing adapter": (missing_adapter, MergeError, "no adapter"),
-    "missing base.json": (missing_facts, MergeError, "which base"),
+    "missing base.json": (missing_facts, AdapterError, "which base"),
     "truncated adapter": (truncated_adapter, MergeError, "truncated"),
     "flipped bit in the adapter": (flipped_adapter, MergeError, "not the file that training wrote"),
     "another rank": (lambda made: edit_adapter_config(made, r=8), MergeError, "not of rank 8"),
@@ -626,7 +626,7 @@ def test_a_disk_too_small_is_seen_before_writing(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     merge(made.run, output=tmp_path / "fits")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=64 << 20))
-    with pytest.raises(MergeError, match=r"takes 0\.1 GB"):
+    with pytest.raises(MergeError, match=r"takes 67\.6 MB"):
         merge(made.run)
     assert not list(made.run.path.glob("merged*"))
 

@@ -234,7 +234,7 @@ def test_resume_refuses_another_recipe(recipe: Any) -> None:
         train_prepared(prepare(recipe()), callbacks=[SignalAt(1)])
     with pytest.raises(RecipeError, match=r"`train.learning_rate` was 0.01, now 0.5"):
         prepare(recipe("train.learning_rate=0.5"), resume=True)
-    assert prepare(recipe("train.logging_steps=2"), resume=True).checkpoint is not None
+    assert prepare(recipe("train.logging_steps=2"), resume=True).resume_point is not None
 
 
 def test_resume_with_less_memory(recipe: Any) -> None:
