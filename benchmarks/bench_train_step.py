@@ -36,10 +36,11 @@ from mamba_sft.data.packing import Collator
 from mamba_sft.kernels.falcon_mamba import install
 from mamba_sft.model.adapter import attach_adapter
 from mamba_sft.model.loading import resolve_dtype
+from mamba_sft.model.quantization import never_pack, quantized_projections
 from mamba_sft.model.shape import Shape, find_shape
 from mamba_sft.planning.environment import describe_device
 from mamba_sft.planning.gpus import recognized
-from mamba_sft.planning.memory import QUANTIZED, Work, peak, planned_parts
+from mamba_sft.planning.memory import Work, peak, planned_parts
 from mamba_sft.planning.speed import estimate, model_flops
 from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.training.activations import keep_activations
@@ -73,16 +74,16 @@ def build(recipe: Recipe, shape: Shape, dtype: torch.dtype) -> Any:
         torch.set_default_dtype(torch.float32)
     model = model.to(dtype)
     if recipe.model.quantization == "nf4":
-        quantize(model, dtype)
+        quantize(model, shape, dtype)
     return model
 
 
-def quantize(model: Any, dtype: torch.dtype) -> None:
+def quantize(model: Any, shape: Shape, dtype: torch.dtype) -> None:
     """Puts the projections of a model into NF4, one after another."""
     import bitsandbytes as bnb
 
     for layer in model.backbone.layers:
-        for name in QUANTIZED:
+        for name in quantized_projections(shape, "nf4"):
             linear = getattr(layer.mixer, name)
             small = bnb.nn.Linear4bit(
                 linear.in_features, linear.out_features, bias=linear.bias is not None, compute_dtype=dtype,
@@ -92,6 +93,7 @@ def quantize(model: Any, dtype: torch.dtype) -> None:
                 linear.weight.data.cpu(), requires_grad=False, quant_type="nf4", compress_statistics=True
             )
             setattr(layer.mixer, name, small.to(DEVICE))
+    never_pack(model)
     model.is_loaded_in_4bit = True
     if DEVICE == "cuda":
         torch.cuda.empty_cache()

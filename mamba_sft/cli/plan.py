@@ -69,6 +69,8 @@ def _line(head: str, text: str, style: str = "") -> Text:
 
 
 def _model(made: Plan) -> Iterator[Text]:
+    from mamba_sft.model.quantization import misfits
+
     shape, work = made.work.shape, made.work
     share = work.trained / shape.parameters
     yield _line("model", f"{made.base[0]} (sizes from {made.base[1]})")
@@ -76,12 +78,11 @@ def _model(made: Plan) -> Iterator[Text]:
     micro = f"{work.rows} x {work.length:,} tokens at once"
     if work.streams:
         micro = f"{work.rows} x {work.length:,} tokens, {work.chunk:,} at a time"
-    yield _line("step", f"{micro}, checkpointing {work.policy}, {_format(made)}")
-
-
-def _format(made: Plan) -> str:
-    bits = "32-bit" if made.work.itemsize == 4 else "16-bit"
-    return bits if made.work.quantization == "none" else f"{made.work.quantization} and {bits}"
+    bits = "32-bit" if work.itemsize == 4 else "16-bit"
+    numbers = bits if work.quantization == "none" else f"{work.quantization} and {bits}"
+    yield _line("step", f"{micro}, checkpointing {work.policy}, {numbers}")
+    for name, reason in misfits(shape, work.quantization).items():
+        yield _line("", f"`{name}` stays {bits}: {reason}")
 
 
 def _memory(made: Plan) -> Iterator[Text]:

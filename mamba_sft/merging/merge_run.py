@@ -30,7 +30,8 @@ from mamba_sft.merging.summed import MergedTensors, write_companions
 from mamba_sft.model.adapter import adapter_allowed
 from mamba_sft.model.chat_template import render
 from mamba_sft.model.checkpoint import TensorEntry, read_tensors
-from mamba_sft.model.loading import UNQUANTIZED, load_model
+from mamba_sft.model.loading import load_model
+from mamba_sft.model.quantization import quantizes
 from mamba_sft.model.tensor_files import StoredTensors, one_thread, write_shard
 from mamba_sft.recipe.fields import ModelSection
 from mamba_sft.recipe.recipe import Recipe
@@ -121,13 +122,6 @@ def _merge_into(
     )
 
 
-def quantizes(name: str) -> bool:
-    """Returns whether the tensor is a projection that `load_model` quantizes."""
-    module, _, kind = name.rpartition(".")
-    leaf = module.rpartition(".")[2]
-    return kind == "weight" and leaf.endswith("_proj") and leaf not in UNQUANTIZED
-
-
 class DequantizedTensors(StoredTensors):
     """A base's tensors as a quantized run computes with them: projections quantized, then dequantized.
 
@@ -150,7 +144,10 @@ class DequantizedTensors(StoredTensors):
 
     def blocks(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
         """Yields a tensor from its first row to its last, as (row number, rows)."""
-        if not quantizes(name):
+        # Shapes decide, as in `load_model`; the run recorded nothing of it. So a run of the tiny base from
+        # before they did, with `x_proj` in 4 bits too, is merged as it is loaded now, with `x_proj`
+        # unrounded: not quite the weights its adapter was trained on. No shape of the 7B is affected.
+        if not quantizes(name, self.entries[name].shape, self.quantization):
             return super().blocks(name)
         return self._nf4(name) if self.quantization == "nf4" else self._int8(name)
 
@@ -263,7 +260,7 @@ def _heldout_losses(
         other = "dequantized" if onto == "base" else "base"
         tensors = MergedTensors(prepared, _source(prepared, other))
         for layout in prepared.layouts:
-            if quantizes(layout.name):
+            if quantizes(layout.name, layout.shape, prepared.facts.quantization):
                 model.get_parameter(layout.name).data.copy_(torch.cat(list(tensors.blocks(layout))))
         losses[other] = heldout_loss(model, rows, collator, batch_size)
     except (MambaSFTError, torch.OutOfMemoryError) as error:  # the merge is good without them

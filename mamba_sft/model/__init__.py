@@ -1,7 +1,7 @@
 """The base model: its files, its weights with our mixer, its tokenizer and template, its adapter.
 
 Read `checkpoint` (find a base and read what is in it), `tensor_files` (safetensors, a few rows at a time) and
-`checksums`; `shape` (sizes without weights); `loading` (weights into memory, quantized or not);
-`chat_template` and `special_tokens` (what makes a base able to chat; `chatml.jinja` is the template);
-`adapter` (where LoRA goes, and the proof that it learns).
+`checksums`; `shape` (sizes without weights), `quantization` (what is stored in 4 or 8 bits) and `loading`
+(weights into memory); `chat_template` and `special_tokens` (what makes a base able to chat; `chatml.jinja` is
+the template); `adapter` (where LoRA goes, and the proof that it learns).
 """

@@ -17,7 +17,9 @@ import torch
 from mamba_sft.errors import ModelError
 from mamba_sft.kernels.falcon_mamba import install
 from mamba_sft.model.chat_template import TemplateSetup, prepare_tokenizer
-from mamba_sft.model.checkpoint import base_fingerprint, read_tensors, resolve_base
+from mamba_sft.model.checkpoint import base_fingerprint, read_config, read_tensors, resolve_base
+from mamba_sft.model.quantization import UNQUANTIZED, bitsandbytes_config, misfits, never_pack
+from mamba_sft.model.shape import Shape
 from mamba_sft.recipe.builtin import find_path
 from mamba_sft.recipe.fields import ChatSection, ModelSection
 
@@ -35,9 +37,6 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-# Kept in the compute dtype when the rest is quantized. The chunked loss multiplies by `lm_head.weight`;
-# `dt_proj` sits in the exponent of every state's decay, and keeping it takes 0.2 GB of a 7B model.
-UNQUANTIZED = ("lm_head", "dt_proj")
 
 
 def load_config(section: ModelSection) -> Any:
@@ -124,12 +123,13 @@ def load_model(section: ModelSection, *, device: str | torch.device | None = Non
         )
     directory = resolve_base(section.base, section.revision)
     read_tensors(directory)
+    shape = Shape.from_config(read_config(directory))
     try:
         model, info = FalconMambaForCausalLM.from_pretrained(
             directory,
             dtype=dtype,
             device_map={"": place},
-            quantization_config=_quantization(section, dtype),
+            quantization_config=_quantization(section, shape, dtype),
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
@@ -146,6 +146,8 @@ def load_model(section: ModelSection, *, device: str | torch.device | None = Non
             hint="the checkpoint is incomplete, or its config does not belong to it",
         )
     model.name_or_path = section.base if not find_path(section.base).is_dir() else str(directory.resolve())
+    if section.quantization == "nf4":
+        never_pack(model)
     install(model, section.kernels)
     return model.eval()
 
@@ -213,22 +215,16 @@ def first_id(ids: Any) -> int | None:
     return ids if isinstance(ids, int) else None
 
 
-def _quantization(section: ModelSection, dtype: torch.dtype) -> Any:
+def _quantization(section: ModelSection, shape: Shape, dtype: torch.dtype) -> Any:
     if section.quantization == "none":
         return None
-    from transformers import BitsAndBytesConfig
-
     if section.quantization == "int8":
         # It says at every call of every layer that bfloat16 inputs are rounded to float16.
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(UNQUANTIZED))
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=list(UNQUANTIZED),
-    )
+    left_out = misfits(shape, section.quantization)
+    for name, reason in left_out.items():
+        logger.info("`%s` stays in %s: %s", name, str(dtype).removeprefix("torch."), reason)
+    return bitsandbytes_config(section.quantization, dtype, (*UNQUANTIZED, *left_out))
 
 
 def _pick_device(device: str | torch.device | None) -> torch.device:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from mamba_sft.model.quantization import quantized_projections
 from mamba_sft.model.shape import Shape
 from mamba_sft.recipe.fields import AdapterSection
 from mamba_sft.recipe.recipe import Recipe
@@ -25,8 +26,6 @@ TILE_TOKENS, TILE_COLUMNS = 4096, 32768
 """What TRL's chunked loss makes logits for at a time (`TOKEN_CHUNK_SIZE`, `_CHUNKED_LOGPROB_CHUNK_SIZE`)."""
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Per weight: 4 bits, a byte of scale for 64 of them, a float32 for 256 of those (double quantization)."""
-QUANTIZED = ("in_proj", "x_proj", "out_proj")
-"""The rest stays in 16 bits (`model.UNQUANTIZED`)."""
 CONTEXT = 600_000_000
 """CUDA context, cuBLAS workspace, loaded kernels. A constant that varies by driver, 0.4 to 0.8 GB."""
 LIBRARIES = 700_000_000
@@ -91,6 +90,11 @@ class Work:
             adapter=recipe.adapter,
             trained_rows=trained_rows,
         )
+
+    @property
+    def quantized(self) -> list[str]:
+        """The projections that are stored in 4 or 8 bits; the rest is `itemsize` bytes a number."""
+        return quantized_projections(self.shape, self.quantization)
 
     @property
     def streams(self) -> bool:
@@ -172,7 +176,7 @@ def weights(work: Work) -> int:
     shape, e = work.shape, work.itemsize
     if work.quantization == "none":
         return shape.parameters * e
-    sizes = [shape.projections[name] for name in QUANTIZED]
+    sizes = [shape.projections[name] for name in work.quantized]
     values = shape.layers * sum(inputs * outputs for inputs, outputs in sizes)
     scales = shape.layers * sum(outputs for _, outputs in sizes)
     small = values * NF4_BYTES if work.quantization == "nf4" else values + 4 * scales
@@ -259,11 +263,11 @@ def _block(work: Work) -> int:
 
 
 def _dequantized(work: Work) -> int:
-    """Bytes of the weight that is unpacked at the time, the largest of which is in_proj's."""
-    inputs, outputs = work.shape.projections["in_proj"]
-    size = 0 if work.quantization == "none" else inputs * outputs * work.itemsize
+    """Bytes of the weight that is unpacked at the time, the largest of them."""
+    sizes = {name: inputs * outputs for name, (inputs, outputs) in work.shape.projections.items()}
+    size = work.itemsize * max((sizes[name] for name in work.quantized), default=0)
     if work.adapter.use_dora:  # the norm of W + B A, in float32
-        size += 2 * 4 * inputs * outputs
+        size += 2 * 4 * sizes["in_proj"]
     return size
 
 

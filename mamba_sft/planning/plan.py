@@ -79,6 +79,7 @@ class Plan:
             "shape_from": self.base[1],
             "parameters": shape.parameters,
             "trained_parameters": self.work.trained,
+            "quantized": self.work.quantized,
             "device": asdict(self.accelerator),
             "memory": dict(self.parts),
             "peak_bytes": self.peak,

@@ -26,7 +26,9 @@ from mamba_sft.exporting.hub.card_tables import table
 from mamba_sft.exporting.hub.card_usage import usage
 from mamba_sft.exporting.request import GGUFOptions, HubOptions
 from mamba_sft.merging.merge_run import merge
+from mamba_sft.model.shape import Shape
 from mamba_sft.recipe.recipe import Recipe
+from tests.conftest import build_model
 from tests.merging.test_merge_run import PROMPT, Made, make_run, merged_logits, relative, weights
 
 TOKEN = "hf_SecretSecretSecret"
@@ -242,8 +244,17 @@ def test_each_snippet_of_the_card_runs(
         torch.testing.assert_close(names["model"](PROMPT).logits, made.logits(), rtol=1e-3, atol=1e-3)
 
 
+def test_the_snippet_for_4_bits_leaves_out_what_has_not_whole_blocks(tmp_path: Path) -> None:
+    """Plain bitsandbytes packs weights on some CPUs, and what it cannot pack ends in an assertion."""
+    directory = export(make_run(tmp_path).run, format="hf").directory
+    code = snippets((directory / "README.md").read_text(encoding="utf-8"))["4-bit"]
+    assert 'llm_int8_skip_modules=["lm_head", "dt_proj", "x_proj"],' in code
+    whole = usage("a/b", "q", Shape.from_config(build_model(time_step_rank=32).config.to_dict()))
+    assert 'llm_int8_skip_modules=["lm_head", "dt_proj"],  # their weights are read directly' in whole
+
+
 def test_a_question_is_quoted_in_the_snippets() -> None:
-    text = usage("a/b", 'Say "hi" \\ twice.\nNow.')
+    text = usage("a/b", 'Say "hi" \\ twice.\nNow.', Shape.from_config(build_model().config.to_dict()))
     assert '"content": "Say \\"hi\\" \\\\ twice.\\nNow."' in text
     for code in snippets(text).values():
         compile(code, "card", "exec")

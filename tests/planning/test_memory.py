@@ -7,16 +7,18 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 from torch.profiler import ProfilerActivity, profile
 
 from mamba_sft.data.packing import Collator
 from mamba_sft.kernels import cpu, cpu_loops
 from mamba_sft.kernels.falcon_mamba import install
 from mamba_sft.model.adapter import attach_adapter
-from mamba_sft.model.shape import Shape
+from mamba_sft.model.loading import load_model
+from mamba_sft.model.shape import Shape, find_shape
 from mamba_sft.planning import memory
 from mamba_sft.planning.memory import Work, peak, planned_parts, weights, with_length
-from mamba_sft.recipe.fields import AdapterSection
+from mamba_sft.recipe.fields import AdapterSection, ModelSection
 from mamba_sft.training.activations import keep_activations
 from mamba_sft.training.streaming import backpropagate, split, sweep
 from tests.conftest import build_model
@@ -245,3 +247,30 @@ def test_whole_rows_grow_with_their_length_and_streamed_ones_do_not() -> None:
 
 def test_nf4_weights_take_what_bitsandbytes_stores() -> None:
     assert weights(Work(SEVEN_B, 1, 64, 64, quantization="nf4")) == pytest.approx(4.75e9, rel=0.01)
+
+
+def test_nf4_weights_of_a_small_base_are_those_that_are_loaded() -> None:
+    """The tiny base's `x_proj` has 44 rows, which 4 bits do not take."""
+    section = ModelSection(base="data/tiny-base", dtype="float32", quantization="nf4")
+    shape, _ = find_shape(section)
+    model = load_model(section, device="cpu")
+    stored = sum(parameter.nbytes for parameter in model.parameters())
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            state = module.weight.quant_state
+            stored += state.absmax.nbytes + state.state2.absmax.nbytes
+    work = Work(shape, 1, 64, 64, itemsize=4, device="cpu", quantization="nf4")
+    assert work.quantized == ["in_proj", "out_proj"]
+    assert weights(work) == pytest.approx(stored, rel=0.002)
+
+
+def test_the_weight_that_is_unpacked_is_the_largest_in_4_bits() -> None:
+    """In bytes of a number of the base; `in_proj` of 96 columns stays as it is, `x_proj` of 44 rows too."""
+
+    def unpacked(hidden: int, inner: int, rank: int) -> int:
+        shape = Shape(layers=1, hidden=hidden, inner=inner, states=16, rank=rank, width=4, vocabulary=64)
+        return planned_parts(Work(shape, 1, 64, 64, quantization="nf4"))["dequantized"]
+
+    assert unpacked(64, 128, 32) == 2 * 64 * 256
+    assert unpacked(96, 192, 12) == 2 * 192 * 96
+    assert unpacked(48, 96, 12) == 0

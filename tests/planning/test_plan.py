@@ -174,6 +174,16 @@ def test_the_verb_fits_the_terminal(width: int, monkeypatch: pytest.MonkeyPatch)
     assert "change" in result.stdout
 
 
+def test_the_verb_says_what_its_shape_keeps_out_of_4_bits() -> None:
+    words = ["plan", "quickstart", "model.quantization=nf4", "model.dtype=float32"]
+    shown = CliRunner().invoke(app, words).stdout
+    assert "nf4 and 32-bit\n           `x_proj` stays 32-bit: its 44 rows are not a multiple of 32\n" in shown
+    made = json.loads(CliRunner().invoke(app, [*words, "--json"]).stdout)
+    assert made["quantized"] == ["in_proj", "out_proj"]
+    assert "stays" not in CliRunner().invoke(app, ["plan", "instruct-qlora", "--card", "4090"]).stdout
+    assert "stays" not in CliRunner().invoke(app, ["plan", "quickstart"]).stdout
+
+
 def test_the_verb_prints_json() -> None:
     result = CliRunner().invoke(app, ["plan", "instruct", "--card", "h200", "--json"])
     plan = json.loads(result.stdout)

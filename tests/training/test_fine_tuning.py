@@ -304,6 +304,21 @@ def test_quantized_bases_train(recipe: Any, quantization: str) -> None:
     assert all(tensor.dtype == torch.float32 for tensor in adapter(run).values())
 
 
+def test_nf4_trains_alike_on_a_cpu_that_packs_weights(
+    recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With AVX512-BF16 bitsandbytes packs 4-bit weights at the first evaluation, here the sample answers."""
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "hello 3"}\n')
+    options = ("model.quantization=nf4", "data.validation=6", "eval.eval_steps=2", "eval.max_new_tokens=4",
+               f"eval.prompts={tmp_path / 'prompts.jsonl'}")  # fmt: skip
+    runs = []
+    for name, packs in (("plain", False), ("packing", True)):
+        monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda packs=packs: packs)
+        runs.append(train(recipe(*options, name=name)))
+    assert losses(runs[0]) == losses(runs[1])
+    assert_same_adapter(*runs, tolerance=0)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16"])
 def test_sixteen_bits_train(recipe: Any, dtype: str) -> None:
     run = train(recipe(f"model.dtype={dtype}", "train.max_steps=6"))

@@ -23,6 +23,7 @@ from mamba_sft.exporting.hub.checkpoint import MARK
 from mamba_sft.exporting.request import HubOptions
 from mamba_sft.exporting.texts import prompt_of
 from mamba_sft.merging.saved_adapter import EMBEDDINGS
+from mamba_sft.model.shape import Shape
 from mamba_sft.recipe.builtin import find_path
 from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.run import MODEL_CARD, Run
@@ -81,7 +82,7 @@ def write_card(model: FullModel, directory: Path, name: str, options: HubOptions
         _contents(),
         _summary(model, record, name),
         _details(model, options),
-        usage(repo, question),
+        usage(repo, question, Shape.from_config(model.config)),
         _training(model, record, plotted=bool(steps)),
         _evaluation(model, record),
         _specifications(model, record),

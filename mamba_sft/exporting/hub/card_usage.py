@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import json
 
+from mamba_sft.model.quantization import UNQUANTIZED, misfits
+from mamba_sft.model.shape import Shape
+
 _LOAD = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -36,15 +39,19 @@ install(model)
 """
 
 
-def usage(repo: str, question: str, *, max_new_tokens: int = 100) -> str:
+def usage(repo: str, question: str, shape: Shape, *, max_new_tokens: int = 100) -> str:
     """Returns the section, as Markdown.
 
     Args:
         repo: What `from_pretrained` is given.
         question: What the snippets ask.
+        shape: The model, which decides what is quantized.
         max_new_tokens: The longest answer they wait for.
     """
     ask = _ASK % (_quoted(question), max_new_tokens)
+    left_out = misfits(shape, "nf4")
+    skipped = json.dumps([*UNQUANTIZED, *left_out])
+    why = "read directly, or not whole 4-bit blocks" if left_out else "their weights are read directly"
     load = _LOAD.replace("{repo}", repo)
     four_bit = _TORCH + load.replace("AutoTokenizer\n", "AutoTokenizer, BitsAndBytesConfig\n", 1).replace(
         f'model = AutoModelForCausalLM.from_pretrained("{repo}")',
@@ -52,7 +59,7 @@ def usage(repo: str, question: str, *, max_new_tokens: int = 100) -> str:
         "    load_in_4bit=True,\n"
         '    bnb_4bit_quant_type="nf4",\n'
         "    bnb_4bit_compute_dtype=torch.bfloat16,\n"
-        '    llm_int8_skip_modules=["lm_head", "dt_proj"],  # their weights are read directly\n'
+        f"    llm_int8_skip_modules={skipped},  # {why}\n"
         ")\n"
         f'model = AutoModelForCausalLM.from_pretrained("{repo}", quantization_config=four_bit)',
     )
