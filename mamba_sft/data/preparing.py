@@ -56,6 +56,7 @@ class PreparedData:
         summary: What became of the rows.
         train_origins: Where each training row came from, e.g. `chats.jsonl:12`.
         validation_origins: The same for validation rows.
+        rejected: The bad rows that `on_bad_row: skip` left out, each with the reason; see `write_rejected`.
     """
 
     train: Dataset
@@ -63,20 +64,20 @@ class PreparedData:
     summary: DataSummary
     train_origins: list[str]
     validation_origins: list[str]
+    rejected: list[tuple[Row, str]]
 
 
-def read_corpus(recipe: Recipe, *, rejected: Path | None = None) -> tuple[TemplateSetup, PreparedData]:
-    """Returns the recipe's tokenizer, ready to chat, and its rows as tokens.
+def read_corpus(recipe: Recipe) -> tuple[TemplateSetup, PreparedData]:
+    """Returns the recipe's tokenizer, ready to chat, and its rows as tokens. Writes nothing.
 
     Args:
         recipe: Names the base, the template and the data.
-        rejected: Where bad rows are listed, or None to list them nowhere.
 
     Raises:
         MambaSFTError: The base, its tokenizer, the template or the data cannot be used.
     """
     setup = load_setup(recipe.model, recipe.chat)
-    data = prepare_data(recipe.data, setup, system=recipe.chat.system, seed=recipe.seed, rejected=rejected)
+    data = prepare_data(recipe.data, setup, system=recipe.chat.system, seed=recipe.seed)
     return setup, data
 
 
@@ -87,9 +88,7 @@ def as_trained(dataset: Dataset | None, data: DataSection, seed: int) -> Any:
     return pack(dataset, data.max_length, seed)
 
 
-def prepare_data(
-    data: DataSection, setup: TemplateSetup, *, system: str | None, seed: int, rejected: Path | None = None
-) -> PreparedData:
+def prepare_data(data: DataSection, setup: TemplateSetup, *, system: str | None, seed: int) -> PreparedData:
     """Reads, renders and splits the rows of all sources; the same recipe and seed give the same rows.
 
     Args:
@@ -97,7 +96,6 @@ def prepare_data(
         setup: The tokenizer with its chat template.
         system: System message of chats that have none.
         seed: Decides the validation rows and the shares that weights take.
-        rejected: Where to write the bad rows that `on_bad_row: skip` leaves out; None writes nothing.
 
     Raises:
         DataError: A source cannot be read, rows are bad and `on_bad_row` is `stop`, the template's marks are
@@ -107,9 +105,13 @@ def prepare_data(
     renderer = Renderer(setup, system, data.assistant_only_loss)
     bad: list[tuple[Row, str]] = []
     sources = [_read(section, data, renderer, summary, bad) for section in data.sources]
-    _settle_bad_rows(bad, data.on_bad_row, summary.read, rejected)
+    if bad and data.on_bad_row == "stop":
+        raise DataError(
+            "\n".join([f"{len(bad)} of {summary.read} rows cannot be trained on:", *_listed(bad)]),
+            hint="mend them, or set `data.on_bad_row: skip` to leave them out (listed in rejected.jsonl)",
+        )
     if not any(source.rows for source in sources):
-        raise _nothing_left(summary)
+        raise _nothing_left(summary, bad)
     validation = take_validation(sources, data.validation, np.random.default_rng(seed), summary)
     train = [piece for i, source in enumerate(sources) for piece in weighted(source, (seed, i))]
     summary.count_tokens(train, validation)
@@ -119,7 +121,19 @@ def prepare_data(
         summary=summary,
         train_origins=[piece.where for piece in train],
         validation_origins=[piece.where for piece in validation],
+        rejected=bad,
     )
+
+
+def write_rejected(rows: list[tuple[Row, str]], path: Path) -> None:
+    """Writes bad rows as JSON Lines: where each came from, why it is bad, and the row itself."""
+    lines = [
+        json.dumps({"where": row.where, "reason": reason, "row": row.value}, ensure_ascii=False, default=str)
+        for row, reason in rows
+    ]
+    # half a surrogate pair, a reason to reject a row, has no UTF-8: it is written as JSON escapes it
+    text = "".join(line + "\n" for line in lines).encode("utf-8", "backslashreplace").decode("utf-8")
+    write_atomically(path, text)
 
 
 def _read(
@@ -193,25 +207,9 @@ def _parse(row: Row, expected: str, control: re.Pattern[str]) -> Example:
     return formats.parse(row.value, expected, control)
 
 
-def _settle_bad_rows(bad: list[tuple[Row, str]], on_bad_row: str, read: int, rejected: Path | None) -> None:
-    if bad and on_bad_row == "stop":
-        shown = [f"  {row.where}: {reason}" for row, reason in bad[:_LISTED]]
-        if len(bad) > _LISTED:
-            shown.append(f"  ... and {len(bad) - _LISTED} more")
-        raise DataError(
-            "\n".join([f"{len(bad)} of {read} rows cannot be trained on:", *shown]),
-            hint="mend them, or set `data.on_bad_row: skip` to leave them out (listed in rejected.jsonl)",
-        )
-    if bad and rejected:
-        lines = [
-            json.dumps(
-                {"where": row.where, "reason": reason, "row": row.value}, ensure_ascii=False, default=str
-            )
-            for row, reason in bad
-        ]
-        # half a surrogate pair, a reason to reject a row, has no UTF-8: it is written as JSON escapes it
-        text = "".join(line + "\n" for line in lines).encode("utf-8", "backslashreplace").decode("utf-8")
-        write_atomically(rejected, text)
+def _listed(bad: list[tuple[Row, str]]) -> list[str]:
+    shown = [f"  {row.where}: {reason}" for row, reason in bad[:_LISTED]]
+    return shown if len(bad) <= _LISTED else [*shown, f"  ... and {len(bad) - _LISTED} more"]
 
 
 def _dataset(pieces: list[Tokens]) -> Dataset:
@@ -224,7 +222,7 @@ def _dataset(pieces: list[Tokens]) -> Dataset:
     return ArrowDataset(list_table({"input_ids": (ids, lengths), "labels": (labels, lengths)}))
 
 
-def _nothing_left(summary: DataSummary) -> DataError:
+def _nothing_left(summary: DataSummary, bad: list[tuple[Row, str]]) -> DataError:
     reasons = [
         f"{count} {what}"
         for count, what in (
@@ -235,6 +233,6 @@ def _nothing_left(summary: DataSummary) -> DataError:
         if count
     ]
     return DataError(
-        f"no row is left to train on: {summary.read} read, {', '.join(reasons)}",
+        "\n".join([f"no row is left to train on: {summary.read} read, {', '.join(reasons)}", *_listed(bad)]),
         hint="`data.max_length` and `data.too_long` decide on long rows, `data.on_bad_row` on bad ones",
     )

@@ -20,7 +20,7 @@ from accelerate import PartialState
 from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 
 from mamba_sft.data.packing import Collator, row_lengths
-from mamba_sft.data.preparing import PreparedData, as_trained, read_corpus
+from mamba_sft.data.preparing import PreparedData, as_trained, read_corpus, write_rejected
 from mamba_sft.errors import TrainingError
 from mamba_sft.evaluation.prompts import Prompt, load_prompts, pair, write_samples
 from mamba_sft.evaluation.report import write_report
@@ -87,6 +87,8 @@ class Preparation:
 def prepare(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> Preparation:
     """Does everything that comes before the weights: reads and renders the data, checks every setting.
 
+    Writes nothing: `recipe.output_dir` is as it was until the run starts.
+
     Args:
         recipe: What to train.
         resume: Go on from the newest complete checkpoint in `recipe.output_dir`.
@@ -99,7 +101,7 @@ def prepare(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) ->
     resume_point = find_resume_point(run, recipe) if resume else None
     if not resume and PartialState().is_main_process:
         refuse_to_overwrite(run, overwrite=overwrite)
-    setup, data = read_corpus(recipe, rejected=run.rejected if PartialState().is_main_process else None)
+    setup, data = read_corpus(recipe)
     train_rows = as_trained(data.train, recipe.data, recipe.seed)
     validation_rows = as_trained(data.validation, recipe.data, recipe.seed)
     longest = int(row_lengths(train_rows).max(initial=0))
@@ -173,12 +175,11 @@ def _start_directory(preparation: Preparation) -> None:
 def _clear(preparation: Preparation) -> None:
     run = preparation.run
     if preparation.resume_point is None:
-        rejected = run.rejected.read_bytes() if run.rejected.exists() else None
         shutil.rmtree(run.path, ignore_errors=True)
         run.path.mkdir(parents=True)
-        if rejected is not None:
-            run.rejected.write_bytes(rejected)
     write_atomically(run.recipe, preparation.recipe.to_yaml())
+    if preparation.data.rejected:
+        write_rejected(preparation.data.rejected, run.rejected)
     write_atomically(run.environment, json.dumps(describe_environment(), indent=2) + "\n")
 
 

@@ -83,7 +83,7 @@ def refuse_to_overwrite(run: Run, *, overwrite: bool) -> None:
         overwrite: Whether an earlier run may go. Anything that is not a run is never touched.
     """
     held = {path.name for path in run.path.iterdir()} if run.path.is_dir() else set()
-    if held <= {run.rejected.name}:
+    if held <= {run.rejected.name}:  # what a run of an earlier version left that could not start
         return
     other = "choose another directory: `output_dir=runs/NAME`"
     if run.recipe.name not in held:

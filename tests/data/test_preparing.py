@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from mamba_sft.data.packing import IGNORED
-from mamba_sft.data.preparing import PreparedData, prepare_data
+from mamba_sft.data.preparing import PreparedData, prepare_data, write_rejected
 from mamba_sft.errors import DataError
 from mamba_sft.model.chat_template import TemplateSetup, prepare_tokenizer
 from mamba_sft.recipe.fields import ChatSection, DataSection, SourceSection
@@ -30,12 +30,12 @@ def write(path: Path, rows: list[Any]) -> Path:
 def prepare(
     setup: TemplateSetup, *paths: Path, weights: tuple[float, ...] = (), **fields: Any
 ) -> PreparedData:
-    rejected, system, seed = fields.pop("rejected", None), fields.pop("system", None), fields.pop("seed", 0)
+    system, seed = fields.pop("system", None), fields.pop("seed", 0)
     sources = [
         SourceSection(path=str(path), weight=weights[i] if weights else 1.0) for i, path in enumerate(paths)
     ]
     data = DataSection(sources=sources, **({"validation": 0} | fields))
-    return prepare_data(data, setup, system=system, seed=seed, rejected=rejected)
+    return prepare_data(data, setup, system=system, seed=seed)
 
 
 def texts(setup: TemplateSetup, prepared: PreparedData, split: str = "train") -> list[str]:
@@ -137,7 +137,9 @@ def test_bad_rows_stop_and_ten_are_listed(setup: TemplateSetup, tmp_path: Path) 
 
 def test_bad_rows_are_skipped_counted_and_written(setup: TemplateSetup, tmp_path: Path) -> None:
     path, rejected = bad_file(tmp_path / "a.jsonl", 3), tmp_path / "run" / "rejected.jsonl"
-    prepared = prepare(setup, path, on_bad_row="skip", rejected=rejected)
+    prepared = prepare(setup, path, on_bad_row="skip")
+    assert not rejected.parent.exists()
+    write_rejected(prepared.rejected, rejected)
     assert len(prepared.train) == 2
     assert (prepared.summary.read, prepared.summary.bad) == (6, 4)
     entries = [json.loads(line) for line in rejected.read_text().splitlines()]
@@ -153,16 +155,14 @@ def test_rejected_rows_may_hold_what_utf8_cannot(setup: TemplateSetup, tmp_path:
         write(tmp_path / "a.jsonl", [chat("q", "a"), chat("q", "é \ud83d")]),
         tmp_path / "rejected.jsonl",
     )
-    prepare(setup, path, on_bad_row="skip", rejected=rejected)
+    write_rejected(prepare(setup, path, on_bad_row="skip").rejected, rejected)
     assert json.loads(rejected.read_text())["row"] == chat("q", "é \ud83d")
     assert "é" in rejected.read_text()
 
 
-def test_no_rejected_file_without_bad_rows(setup: TemplateSetup, tmp_path: Path) -> None:
-    prepare(
-        setup, write(tmp_path / "a.jsonl", [chat("q", "a")]), on_bad_row="skip", rejected=tmp_path / "r.jsonl"
-    )
-    assert not (tmp_path / "r.jsonl").exists()
+def test_without_bad_rows_none_are_rejected(setup: TemplateSetup, tmp_path: Path) -> None:
+    prepared = prepare(setup, write(tmp_path / "a.jsonl", [chat("q", "a")]), on_bad_row="skip")
+    assert prepared.rejected == []
 
 
 def test_rows_the_template_refuses_are_bad_rows(tiny_tokenizer: Any, tmp_path: Path) -> None:
@@ -198,9 +198,9 @@ def test_nothing_left_says_why(setup: TemplateSetup, tmp_path: Path) -> None:
     )
     with pytest.raises(DataError) as error:
         prepare(setup, path, max_length=16, too_long="drop", on_bad_row="skip")
-    assert (
-        error.value.message == "no row is left to train on: 3 read, 1 bad, 2 longer than data.max_length 16"
-    )
+    said, bad = error.value.message.splitlines()
+    assert said == "no row is left to train on: 3 read, 1 bad, 2 longer than data.max_length 16"
+    assert bad == f"  {path}:3: `messages` is empty"
     with pytest.raises(DataError, match=r"1 with no trained token within data\.max_length"):
         prepare(setup, write(tmp_path / "b.jsonl", [chat("the fox " * 20, "yes")]), max_length=16)
 
