@@ -13,7 +13,7 @@ import importlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -166,9 +166,10 @@ def scan_cases(shape: RowShape, target: Target) -> Iterator[Case]:
         floors = forward, target.gpu.floor_seconds(updates, SCAN_FORWARD, SCAN_FORWARD, SCAN_BACKWARD)
 
     def ours(u: Tensor, dt: Tensor, b: Tensor, c: Tensor, z: Tensor) -> Tensor:
-        y = selective_scan(u, dt, A, b, c, skip, z, dt_bias=bias, dt_softplus=True, backend=target.backend)
-        assert isinstance(y, Tensor)
-        return y
+        return cast(
+            Tensor,
+            selective_scan(u, dt, A, b, c, skip, z, dt_bias=bias, dt_softplus=True, backend=target.backend),
+        )
 
     yield Case("mamba-sft", ours, _leaves(u, dt, b, c, z), gradient, moved, floors)
     scan = peer(*SSM)
@@ -196,9 +197,7 @@ def conv_cases(shape: RowShape, target: Target) -> Iterator[Case]:
     moved = 2 * rows, 5 * rows  # x in, y out; then x and dy in, dx out
 
     def ours(x: Tensor) -> Tensor:
-        y = causal_conv1d(x, weight, bias, backend=target.backend)
-        assert isinstance(y, Tensor)
-        return y
+        return cast(Tensor, causal_conv1d(x, weight, bias, backend=target.backend))
 
     yield Case("mamba-sft", ours, _leaves(x), gradient, moved)
     convolve = peer(*CONV)

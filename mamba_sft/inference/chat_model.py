@@ -244,10 +244,10 @@ def _section_of(base: str) -> ModelSection:
 
 def _setup(source: _Source, adapter: Path) -> TemplateSetup:
     """Returns the tokenizer that the adapter was trained with, and what it needs of the base."""
-    section, facts = source.section, source.facts
-    if facts is None:
-        assert source.recipe is not None
+    section = source.section
+    if source.facts is None and source.recipe is not None:
         return load_setup(source.recipe.model, source.recipe.chat)
+    facts = source.facts or BaseFacts.read(adapter)
     if base_fingerprint(resolve_base(section.base, section.revision)) != facts.fingerprint:
         raise AdapterError(
             f"`{section.base}` is not the base that `{adapter}` was trained on",

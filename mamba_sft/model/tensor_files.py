@@ -154,6 +154,9 @@ def write_shard(
         path: The file; replaced if it exists.
         tensors: What it holds, in order.
         blocks: Yields a tensor's rows in order, already in its dtype.
+
+    Raises:
+        ModelError: A tensor's blocks are not as large as its shape says; the file is not complete then.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -174,7 +177,8 @@ def write_shard(
                 pending.append(writer.submit(_write_all, file, as_bytes(block)))
                 while len(pending) >= _PENDING_BLOCKS:
                     pending.popleft().result()
-            assert count == tensor.nbytes, f"wrote {count} of {tensor.nbytes} bytes of {tensor.name}"
+            if count != tensor.nbytes:  # every later tensor would be read from the wrong place
+                raise ModelError(f"`{tensor.name}` came to {count:,} bytes instead of {tensor.nbytes:,}")
             pending.append(writer.submit(_start_flush, file, count))
         for written in pending:
             written.result()

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch
 pytest.importorskip("gguf")
 pytest.importorskip("xllamacpp")
 
-from gguf import GGUFReader, GGUFWriter
+from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 from gguf.quants import dequantize
 from transformers import AutoModelForCausalLM, FalconMambaConfig, FalconMambaForCausalLM
 from typer.testing import CliRunner
@@ -458,6 +459,24 @@ def test_what_cannot_be_exported_is_a_clear_error(tmp_path: Path, monkeypatch: p
     monkeypatch.undo()
     llama_cpp.load.cache_clear()
     assert not (tmp_path / "out").exists()
+
+
+def test_rows_that_are_not_quantized_whole_are_an_error() -> None:
+    library = SimpleNamespace(
+        ggml_row_size=lambda kind, columns: 34, ggml_quantize_chunk=lambda kind, rows, packed, *rest: 34
+    )
+    with pytest.raises(MambaSFTError, match="wrote 34 bytes of Q8_0 where 68 belong") as caught:
+        llama_cpp._quantize(library, GGMLQuantizationType.Q8_0, np.ones((2, 32), np.float32), None)
+    assert "mamba-sft[gguf]" in str(caught.value.hint)
+
+
+def test_inputs_of_a_tensor_that_gguf_has_not_are_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = find_model(save(build_model(), tmp_path / "model"))
+    monkeypatch.setattr("mamba_sft.exporting.gguf.importance.gguf_name", lambda name: None)
+    with pytest.raises(ModelError, match=r"in_proj\.weight` has no place in a GGUF file"):
+        importance_matrix(model, [[1, 2, 3]])
 
 
 def test_greedy_answers_are_compared_up_to_the_first_difference(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from mamba_sft.cli.app import app
 from mamba_sft.errors import ExportError, UsageError
 from mamba_sft.evaluation.prompts import Prompt, Sample, write_samples
 from mamba_sft.exporting.export_run import export
-from mamba_sft.exporting.full_model import find_model
+from mamba_sft.exporting.full_model import base_of, find_model
 from mamba_sft.exporting.hub import card, checkpoint
 from mamba_sft.exporting.hub.card_tables import table
 from mamba_sft.exporting.hub.card_usage import usage
@@ -251,6 +251,16 @@ def test_the_snippet_for_4_bits_leaves_out_what_has_not_whole_blocks(tmp_path: P
     assert 'llm_int8_skip_modules=["lm_head", "dt_proj", "x_proj"],' in code
     whole = usage("a/b", "q", Shape.from_config(build_model(time_step_rank=32).config.to_dict()))
     assert 'llm_int8_skip_modules=["lm_head", "dt_proj"],  # their weights are read directly' in whole
+
+
+def test_a_base_without_its_adapter_is_not_written_as_the_run(tmp_path: Path) -> None:
+    model = find_model(make_run(tmp_path).run)
+    assert model.run is not None
+    assert model.merge is not None
+    base = base_of(model.run, model.merge)
+    with pytest.raises(ExportError, match=r"`run\.base` is a base without its adapter"):
+        checkpoint.write_checkpoint(base, tmp_path / "out", lambda path: None, lambda done, total: None)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_question_is_quoted_in_the_snippets() -> None:

@@ -128,6 +128,18 @@ def test_what_a_gguf_lora_cannot_hold_is_refused(
     assert not list(made.run.export.glob("*"))
 
 
+@pytest.mark.parametrize("source", ["backbone.layers.0.mixer.in_proj.weight", "backbone.embeddings.weight"])
+def test_what_gguf_has_no_tensor_for_is_refused(
+    tmp_path: Path, source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = make_run(tmp_path)
+    known = lora.gguf_name
+    monkeypatch.setattr(lora, "gguf_name", lambda name: None if name == source else known(name))
+    with pytest.raises(ExportError, match=f"llama.cpp has no tensor for the adapter's `{source}`"):
+        export(made.run, adapter_only=True)
+    assert not list(made.run.export.glob("*"))
+
+
 def test_an_adapter_scaled_wrongly_is_found_by_its_check(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -50,6 +50,21 @@ def test_the_library_reads_what_is_written(tmp_path: Path, layouts: list[Layout]
     assert int.from_bytes(path.read_bytes()[:8], "little") % 8 == 0
 
 
+@pytest.mark.parametrize("wrong", ["a block less", "a block more", "another dtype"])
+def test_blocks_that_are_not_the_tensor_are_an_error(
+    tmp_path: Path, layouts: list[Layout], wrong: str
+) -> None:
+    def other(layout: Layout) -> Iterator[torch.Tensor]:
+        found = list(blocks(layout))
+        if layout.name == "tall":
+            found = {"a block less": found[:-1], "a block more": [*found, found[0]]}.get(wrong, found)
+            found = [block.double() for block in found] if wrong == "another dtype" else found
+        yield from found
+
+    with pytest.raises(ModelError, match=r"^`tall` came to [\d,]+ bytes instead of 2,800,028$"):
+        write_shard(tmp_path / "model.safetensors", layouts, other)
+
+
 def test_what_the_library_writes_is_read_by_rows(tmp_path: Path) -> None:
     save_file(TENSORS, tmp_path / "model.safetensors")
     stored = StoredTensors(read_tensors(tmp_path))

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
+from mamba_sft.errors import ModelError
 from mamba_sft.exporting.full_model import FullModel
 from mamba_sft.exporting.gguf.tensors import gguf_name
 from mamba_sft.exporting.logits import logits_of
@@ -40,6 +41,7 @@ def importance_matrix(
     found = {}
     for name, total in sums.items():
         key = gguf_name(name)
-        assert key is not None, name
+        if key is None:
+            raise ModelError(f"`{name}` has no place in a GGUF file, and so no importance")
         found[key] = (total / counts[name]).float().numpy()
     return found

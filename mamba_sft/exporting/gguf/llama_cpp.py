@@ -153,6 +153,9 @@ def quantize(kind: GGMLQuantizationType, rows: Floats, importance: Floats | None
 
     Returns:
         (n, bytes per row).
+
+    Raises:
+        MambaSFTError: llama.cpp did not write all of it.
     """
     return _quantize(load(), kind, rows, importance)
 
@@ -174,7 +177,11 @@ def _quantize(
         columns,
         None if weights is None else weights.ctypes.data_as(floats),
     )
-    assert written == packed.nbytes, f"{kind.name}: {written} bytes of {packed.nbytes}"
+    if written != packed.nbytes:  # what is left of `packed` was never initialized
+        raise MambaSFTError(
+            f"llama.cpp wrote {written:,} bytes of {kind.name} where {packed.nbytes:,} belong",
+            hint=INSTALL_HINT,
+        )
     return packed
 
 

@@ -129,9 +129,7 @@ def _sources(
     """Yields every tensor's GGUF name, the shapes of its factors, and what reads them."""
     adapter = merge.adapter
     for module in adapter.modules:
-        name = gguf_name(f"{module}.weight")
-        if name is None:
-            raise ExportError(f"llama.cpp has no tensor for the adapter's `{module}`", hint=_MERGE_HINT)
+        name = _gguf_name(f"{module}.weight")
         factors = adapter.low_rank(module)
         shapes = (tuple(factors.a.shape), tuple(factors.b.shape))
         scale = epsilon if name.endswith("ssm_x.weight") else 1.0
@@ -143,11 +141,17 @@ def _sources(
             ),
         )
     for source, (ids, values) in adapter.rows.items():
-        name = gguf_name(source)
-        assert name is not None, source
+        name = _gguf_name(source)
         wide, tall = (len(ids), values.shape[1]), (merge.entries[source].shape[0], len(ids))
         shapes = (tall, wide[::-1]) if source == EMBEDDINGS else (wide, tall)
         yield name, shapes, lambda source=source, name=name: _rows(merge, source, name, alpha)  # type: ignore[misc]
+
+
+def _gguf_name(source: str) -> str:
+    name = gguf_name(source)
+    if name is None:
+        raise ExportError(f"llama.cpp has no tensor for the adapter's `{source}`", hint=_MERGE_HINT)
+    return name
 
 
 def _module(adapter: SavedAdapter, module: str, name: str, alpha: float, epsilon: float) -> Pair:

@@ -14,6 +14,7 @@ from mamba_sft.exporting.full_model import FullModel, find_model
 from mamba_sft.exporting.logits import logits_of
 from mamba_sft.exporting.texts import prompt_of
 from mamba_sft.merging.disk import disk_errors_explained, require_space
+from mamba_sft.merging.preparing import PreparedMerge
 from mamba_sft.merging.summed import MergedTensors, write_companions
 from mamba_sft.model.tensor_files import one_thread, write_shard
 from mamba_sft.run import MERGE_REPORT, MODEL_CARD, atomic_directory, check_output, check_replaceable
@@ -47,18 +48,19 @@ def write_checkpoint(
     _check_output(output, model)
     need = f"the model takes {size_text(_nbytes(model))}"
     with disk_errors_explained(output, need, ExportError), atomic_directory(output) as directory:
-        if model.merge is None:
-            _copy(model, directory, progress)
-        else:
+        if model.directory is not None:
+            _copy(model.directory, directory, progress)
+        elif model.merge is not None:
             require_space(output, _nbytes(model), "the model takes", ExportError)
-            _sum(model, directory, progress)
+            _sum(model.merge, directory, progress)
             _check(model, directory)
+        else:
+            raise ExportError(f"`{model.name}` is a base without its adapter, and no checkpoint of its own")
         add_card(directory)
 
 
-def _copy(model: FullModel, directory: Path, progress: Callable[[int, int], None]) -> None:
-    assert model.directory is not None
-    paths = sorted(path for path in model.directory.iterdir() if path.is_file())
+def _copy(source: Path, directory: Path, progress: Callable[[int, int], None]) -> None:
+    paths = sorted(path for path in source.iterdir() if path.is_file())
     paths = [path for path in paths if path.name not in (MERGE_REPORT, MODEL_CARD)]
     total = sum(path.stat().st_size for path in paths)
     done = 0
@@ -79,14 +81,12 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _sum(model: FullModel, directory: Path, progress: Callable[[int, int], None]) -> None:
-    plan = model.merge
-    assert plan is not None
-    tensors = MergedTensors(plan, plan.source, lambda done: progress(done, plan.nbytes))
+def _sum(merge: PreparedMerge, directory: Path, progress: Callable[[int, int], None]) -> None:
+    tensors = MergedTensors(merge, merge.source, lambda done: progress(done, merge.nbytes))
     with one_thread():
-        for file, layouts in plan.shards.items():
+        for file, layouts in merge.shards.items():
             write_shard(directory / file, layouts, tensors.blocks)
-    write_companions(plan, directory)
+    write_companions(merge, directory)
 
 
 def _check(model: FullModel, directory: Path) -> None:
