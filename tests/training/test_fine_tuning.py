@@ -181,6 +181,29 @@ class Poison(TrainerCallback):
             trained.data.fill_(float("nan"))
 
 
+def test_a_gradient_that_is_not_a_number_stops_before_it_reaches_the_weights(
+    recipe: Any, tmp_path: Path
+) -> None:
+    run, poison = Run(tmp_path / "run"), PoisonedGradient(2)
+    with pytest.raises(TrainingError, match="gradient is not a number at step 2"):
+        train_prepared(prepare(recipe()), callbacks=[poison])
+    assert (run.path / "nan-batch-step-2.json").is_file()
+    assert all(torch.isfinite(tensor).all() for tensor in poison.trained)
+
+
+class PoisonedGradient(TrainerCallback):
+    """Leaves the loss as it is and makes a gradient NaN, as an overflow in a backward pass does."""
+
+    def __init__(self, step: int):
+        self.step = step
+        self.trained: list[torch.Tensor] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step == self.step - 1:
+            self.trained = [p for p in model.parameters() if p.requires_grad]
+            self.trained[0].register_hook(lambda gradient: gradient * float("nan"))
+
+
 def test_an_adapter_that_cannot_learn_stops_the_run(recipe: Any) -> None:
     with pytest.raises(AdapterError, match=r"no gradient reaches .*\n.*x_proj"):
         train_prepared(prepare(recipe()), callbacks=[Bypass()])

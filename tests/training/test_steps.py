@@ -194,6 +194,14 @@ def test_the_longest_rows_come_first(recipe: Any, monkeypatch: pytest.MonkeyPatc
     assert widths[0] == max(len(row) for row in preparation.train_rows["input_ids"])
 
 
+def test_the_trial_gives_back_the_states_it_carried(recipe: Any) -> None:
+    """Else the first row of the run would start from what the longest rows left behind."""
+    options = ("train.carry_state=true", "data.packing=false", "train.max_steps=2")
+    alone = train(recipe(*options, name="alone"))
+    tried = train(recipe(*options, "train.auto_batch=true", name="tried"))
+    assert losses(tried) == pytest.approx(losses(alone), rel=1e-6)
+
+
 def test_out_of_memory_without_auto_batch_names_it(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     Narrow(monkeypatch, tokens=8)
     with pytest.raises(TrainingError, match="out of memory") as caught:
