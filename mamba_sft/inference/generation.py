@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from tokenizers.decoders import DecodeStream
 
 from mamba_sft.errors import UsageError
 from mamba_sft.inference.sampling import Sampling, choose
@@ -241,31 +242,36 @@ class TextStream:
 
     A byte-level token may hold part of a UTF-8 character; its bytes wait for the rest. Special tokens give no
     text. All pieces joined are the decoding of all ids.
+
+    Args:
+        tokenizer: A fast tokenizer.
     """
 
     def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer
-        self._window: list[int] = []  # the last tokens: those not yet shown after one that gives them context
-        self._shown = 0  # characters of the window's text already given out
+        self._restart()
 
     def push(self, token: int) -> str:
         """Returns the text that `token` completes, possibly none."""
-        self._window.append(token)
-        text = _decode(self._tokenizer, self._window)
-        ready = text.rstrip("\ufffd")
-        piece = ready[self._shown :]
-        if piece and ready == text:
-            self._window = [token]
-            self._shown = len(_decode(self._tokenizer, self._window))
-        else:
-            self._shown += len(piece)
+        self._waiting.append(token)
+        try:
+            piece = self._stream.step(self._tokenizer.backend_tokenizer, token)
+        except Exception:  # a bare one: bytes that are no text, behind ones that were, undid what was shown
+            return self.flush()
+        if piece is None:
+            return ""
+        self._waiting.clear()
         return piece
 
     def flush(self) -> str:
         """Returns what still waits when the answer ends: bytes that never became a character."""
-        piece = _decode(self._tokenizer, self._window)[self._shown :]
-        self._window, self._shown = [], 0
+        piece = _decode(self._tokenizer, self._waiting)
+        self._restart()
         return piece
+
+    def _restart(self) -> None:
+        self._stream = DecodeStream(skip_special_tokens=True)
+        self._waiting: list[int] = []  # tokens whose text has not been shown
 
 
 def _decode(tokenizer: Any, ids: Sequence[int]) -> str:

@@ -255,38 +255,77 @@ TEXTS = [
 ]
 
 
+def byte_fallback_tokenizer() -> Any:
+    """A tokenizer as sentencepiece makes them: words, and a token for each byte of everything else."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁abcdeé123"]
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True, unk_token="<unk>"))
+    tokenizer.add_special_tokens([AddedToken("</s>", special=True)])
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
+
+
+@pytest.fixture(params=["byte-level", "byte fallback", "Falcon"])
+def tokenizer(request: pytest.FixtureRequest) -> Any:
+    """The kinds of tokenizers there are."""
+    if request.param == "byte fallback":
+        return byte_fallback_tokenizer()
+    return request.getfixturevalue("tiny_tokenizer" if request.param == "byte-level" else "falcon_tokenizer")
+
+
 @pytest.mark.parametrize("text", TEXTS)
-def test_text_streams_in_whole_characters(tiny_tokenizer, text):
-    ids = encode(tiny_tokenizer, text)
-    texts = TextStream(tiny_tokenizer)
+def test_text_streams_in_whole_characters(tokenizer, text):
+    ids = encode(tokenizer, text)
+    texts = TextStream(tokenizer)
     pieces = [texts.push(token) for token in ids]
     pieces.append(texts.flush())
     assert "".join(pieces) == text
     if "\ufffd" not in text:
         assert not any("\ufffd" in piece for piece in pieces)
+        assert pieces[-1] == ""
     if text == "😀":
         assert len(ids) > 1
         assert pieces[:-2] == [""] * (len(ids) - 1)
 
 
-def test_text_of_any_bytes_equals_decoding_them_at_once(tiny_tokenizer):
+@pytest.mark.parametrize("name", ["tiny_tokenizer", "falcon_tokenizer"])
+def test_text_of_any_bytes_equals_decoding_them_at_once(name, request):
+    tokenizer = request.getfixturevalue(name)
     generator = torch.Generator().manual_seed(1)
     for _ in range(30):
-        ids = torch.randint(0, 512, (25,), generator=generator).tolist()
-        texts = TextStream(tiny_tokenizer)
+        ids = torch.randint(0, len(tokenizer), (25,), generator=generator).tolist()
+        texts = TextStream(tokenizer)
         joined = "".join([*(texts.push(token) for token in ids), texts.flush()])
-        assert joined == tiny_tokenizer.decode(ids, skip_special_tokens=True)
+        assert joined == tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def test_special_tokens_give_no_text(tiny_tokenizer):
-    texts = TextStream(tiny_tokenizer)
-    ids = [0, *encode(tiny_tokenizer, "hi"), 11, *encode(tiny_tokenizer, " you"), 10]
-    assert "".join(texts.push(token) for token in ids) + texts.flush() == "hi you"
+def test_a_byte_that_undoes_a_shown_character_does_not_end_the_answer():
+    """With byte fallback a stray byte makes the whole run of bytes before it unreadable, shown or not."""
+    tokenizer = byte_fallback_tokenizer()
+    texts = TextStream(tokenizer)
+    tokens = ["<0xE2>", "<0x82>", "<0xAC>", "<0x80>", "a", "b"]
+    pieces = [texts.push(token) for token in tokenizer.convert_tokens_to_ids(tokens)]
+    assert pieces == ["", "", "€", "", "\ufffda", "b"]
 
 
-def test_a_cut_character_is_shown_when_the_answer_ends(tiny_tokenizer):
-    texts = TextStream(tiny_tokenizer)
-    for token in encode(tiny_tokenizer, "ok 😀")[:-1]:
-        texts.push(token)
-    assert texts.flush() == "\ufffd"
+def test_special_tokens_give_no_text(tokenizer):
+    texts = TextStream(tokenizer)
+    end = tokenizer.eos_token_id
+    ids = [end, *encode(tokenizer, "a"), end, *encode(tokenizer, " b"), end]
+    assert "".join(texts.push(token) for token in ids) + texts.flush() == "a b"
+
+
+def test_a_cut_character_is_shown_when_the_answer_ends(tokenizer):
+    texts = TextStream(tokenizer)
+    ids = encode(tokenizer, "a😀")[:-1]
+    shown = "".join(texts.push(token) for token in ids)
+    assert shown == "a"
+    assert shown + texts.flush() == tokenizer.decode(ids)
     assert texts.flush() == ""
+    assert "".join(map(texts.push, encode(tokenizer, "b"))) == "b"  # nothing of the cut one is left
