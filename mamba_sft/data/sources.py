@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 from mamba_sft.errors import DataError
 from mamba_sft.json_lines import BOM, Row, read_json_lines
+from mamba_sft.model.checkpoint import is_hub_id
 from mamba_sft.recipe.builtin import find_path
 
 if TYPE_CHECKING:
     from mamba_sft.recipe.fields import SourceSection
 
 _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
-_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 _BATCH = 1000
 
 
@@ -37,6 +37,12 @@ def read_source(source: SourceSection) -> Iterator[Row]:
     return islice(chain.from_iterable(_not_empty(name, rows) for name, rows in _open(source)), source.limit)
 
 
+def is_hub_dataset(path: str) -> bool:
+    """Returns whether a source's path means a data set on the hub, and no file, directory or glob here."""
+    found = find_path(path)
+    return is_hub_id(path) and found.suffix.lower() not in _READERS and not found.exists()
+
+
 def _open(source: SourceSection) -> Iterator[tuple[str, Iterator[Row]]]:
     found = find_path(source.path)
     if glob.has_magic(source.path) and not found.exists():
@@ -46,10 +52,10 @@ def _open(source: SourceSection) -> Iterator[tuple[str, Iterator[Row]]]:
         yield str(found), _read_file(found)
     elif found.is_dir():
         yield str(found), _read_hub(source, str(found))
-    elif found.suffix.lower() in _READERS or not _HUB_ID.fullmatch(source.path):
-        raise _missing(found)
-    else:
+    elif is_hub_dataset(source.path):
         yield source.path, _read_hub(source, source.path)
+    else:
+        raise _missing(found)
 
 
 def _matches(pattern: str, found: Path) -> list[Path]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,13 +16,12 @@ from mamba_sft.errors import ModelError
 from mamba_sft.merging.preparing import PreparedMerge, match_adapter
 from mamba_sft.merging.saved_adapter import EMBEDDINGS, HEAD
 from mamba_sft.merging.summed import MergedTensors
-from mamba_sft.model.checkpoint import read_config, read_tensors
+from mamba_sft.model.checkpoint import is_hub_id, read_config, read_tensors
 from mamba_sft.model.tensor_files import DTYPES, StoredTensors
 from mamba_sft.recipe.builtin import find_path
 from mamba_sft.run import ADAPTER_WEIGHTS, MERGE_REPORT, Run
 
 logger = logging.getLogger(__name__)
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -63,8 +61,9 @@ class FullModel:
     @property
     def base_id(self) -> str | None:
         """The base's hub id, or None if it is not known or was a directory."""
-        known = self.base is not None and _HUB_ID.fullmatch(self.base) and not find_path(self.base).is_dir()
-        return self.base if known else None
+        if self.base is None or "/" not in self.base or find_path(self.base).is_dir():
+            return None
+        return self.base if is_hub_id(self.base) else None
 
     @cached_property
     def tied(self) -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,6 @@ SINGLE_NAME = "model.safetensors"
 # Everything a snapshot needs and nothing that is code or a pickle.
 _TOKENIZER_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]
 _WEIGHT_FILES = ["*.safetensors"]
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # Config fields that saving a model again changes while the model stays the same.
 _INCIDENTAL = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
 _PROBES = 8
@@ -48,6 +46,21 @@ class TensorEntry:
     shape: tuple[int, ...]
     start: int
     end: int
+
+
+def is_hub_id(text: str) -> bool:
+    """Returns whether `text` can name a repository on the hub: `name` or `owner/name`, by the hub's rules.
+
+    It says nothing of whether it is there, nor of whether a file here goes by that name.
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(text)
+    except HFValidationError:
+        return False
+    return True
 
 
 def resolve_base(base: str, revision: str | None = None, *, weights: bool = True) -> Path:
@@ -169,9 +182,7 @@ def base_fingerprint(directory: str | Path) -> str:
 
 
 def _looks_local(base: str) -> bool:
-    if base.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(base):
-        return True
-    return "/" in base and any(parent.is_dir() for parent in _parents(base))
+    return not is_hub_id(base) or ("/" in base and any(parent.is_dir() for parent in _parents(base)))
 
 
 def _parents(base: str) -> list[Path]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mamba_sft.errors import ModelError
-from mamba_sft.model.checkpoint import read_config, resolve_base
+from mamba_sft.model.checkpoint import is_hub_id, read_config, resolve_base
 from mamba_sft.recipe.builtin import find_path
 from mamba_sft.recipe.fields import ModelSection
 
@@ -144,10 +144,8 @@ def find_shape(section: ModelSection) -> tuple[Shape, str]:
 
 def _cached_config(section: ModelSection) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
 
-    try:
-        found = try_to_load_from_cache(section.base, "config.json", revision=section.revision)
-    except HFValidationError:  # not a hub id: `resolve_base` says so better
+    if not is_hub_id(section.base):  # `resolve_base` says so better
         return None
+    found = try_to_load_from_cache(section.base, "config.json", revision=section.revision)
     return Path(found) if isinstance(found, str) else None

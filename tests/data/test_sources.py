@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mamba_sft.data.sources import read_source
+from mamba_sft.data.sources import is_hub_dataset, read_source
 from mamba_sft.errors import DataError
 from mamba_sft.json_lines import Row
 from mamba_sft.recipe.fields import SourceSection
@@ -186,6 +186,22 @@ def test_a_local_dataset_directory_goes_through_the_hub_loader(
     assert [row.value for row in rows] == [{"messages": chat}, {"messages": chat, "n": 1}]
     with pytest.raises(DataError, match="cannot load the dataset"):
         read(tmp_path / "set", split="dev")
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("gsm8k", True), ("owner/set", True), ("owner/set.v2", True), ("data/*.jsonl", False),
+        ("chats.csv", False), ("owner/chats.JSONL", False), ("./set", False), ("~/set", False),
+        ("a/b/c", False), ("here", False),
+    ],
+)  # fmt: skip
+def test_a_dataset_on_the_hub_is_told_from_what_lies_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, expected: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    assert is_hub_dataset(path) is expected
 
 
 def test_hub_settings_reach_the_loader(monkeypatch: pytest.MonkeyPatch) -> None:

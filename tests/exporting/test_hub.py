@@ -353,12 +353,9 @@ def test_a_hub_that_refuses_leaves_the_export_and_no_token(tmp_path: Path, hub: 
     assert (made.run.export / "hf" / "README.md").is_file()
 
 
-def test_hub_datasets_are_told_from_files(tmp_path: Path) -> None:
+def test_a_file_is_no_dataset_of_the_card(tmp_path: Path) -> None:
     made = make_run(tmp_path)
-    recipe = Recipe.load(str(made.run.recipe))
-    assert card.hub_datasets(recipe) == []
-    for path, on_hub in (("gsm8k", True), ("owner/set", True), ("data/*.jsonl", False), ("chats.csv", False)):
-        assert card._on_hub(path) is on_hub, path
+    assert card.hub_datasets(Recipe.load(str(made.run.recipe))) == []
 
 
 def test_a_tables_cells_stay_cells() -> None:

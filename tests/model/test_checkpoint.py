@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mamba_sft.errors import ModelError
-from mamba_sft.model.checkpoint import INDEX_NAME, base_fingerprint, read_tensors, resolve_base
+from mamba_sft.model.checkpoint import INDEX_NAME, base_fingerprint, is_hub_id, read_tensors, resolve_base
 from tests.conftest import build_model
 
 WEIGHTS = "model.safetensors"
@@ -27,6 +27,18 @@ def shard(directory: Path) -> None:
     """Saves the model of `directory` again, in several shards."""
     build_model().save_pretrained(directory, max_shard_size="100KB")
     (directory / WEIGHTS).unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("text", ["gpt2", "tiiuae/falcon-mamba-7b", "a/b.c_d-e", "x" * 96])
+def test_what_can_be_a_hub_id(text: str) -> None:
+    assert is_hub_id(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "a/b/c", "/a/b", "./a", "~/a", "a/", "a b", "a--b", "a..b", "a.git", "*.jsonl", "x" * 97]
+)
+def test_what_cannot_be_a_hub_id(text: str) -> None:
+    assert not is_hub_id(text)
 
 
 def test_no_such_directory(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mamba_sft import __version__
+from mamba_sft.data.sources import is_hub_dataset
 from mamba_sft.evaluation.prompts import exact_match, read_samples
 from mamba_sft.evaluation.report import loss_figure
 from mamba_sft.exporting.full_model import FullModel
@@ -24,7 +25,6 @@ from mamba_sft.exporting.request import HubOptions
 from mamba_sft.exporting.texts import prompt_of
 from mamba_sft.merging.saved_adapter import EMBEDDINGS
 from mamba_sft.model.shape import Shape
-from mamba_sft.recipe.builtin import find_path
 from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.run import MODEL_CARD, Run
 from mamba_sft.wording import time_text
@@ -121,12 +121,7 @@ def licence(model: FullModel) -> dict[str, str]:
 def hub_datasets(recipe: Recipe | None) -> list[str]:
     """Returns the recipe's sources that are data sets on the hub, not files here."""
     sources = recipe.data.sources if recipe else []
-    return list(dict.fromkeys(source.path for source in sources if _on_hub(source.path)))
-
-
-def _on_hub(path: str) -> bool:
-    looks_local = find_path(path).exists() or "*" in path or path.startswith(("/", ".", "~"))
-    return not looks_local and path.count("/") <= 1 and not Path(path).suffix
+    return list(dict.fromkeys(source.path for source in sources if is_hub_dataset(source.path)))
 
 
 def _read(model: FullModel) -> _Record:
@@ -194,7 +189,7 @@ def _training(model: FullModel, record: _Record, *, plotted: bool) -> str:
 
 
 def _source(path: str) -> str:
-    return f"[{path}](https://huggingface.co/datasets/{path})" if _on_hub(path) else f"`{path}`"
+    return f"[{path}](https://huggingface.co/datasets/{path})" if is_hub_dataset(path) else f"`{path}`"
 
 
 def _procedure(recipe: Recipe) -> str:

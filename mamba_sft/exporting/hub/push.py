@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from mamba_sft.errors import ExportError, UsageError
+from mamba_sft.model.checkpoint import is_hub_id
 
 TOKEN = "HF_TOKEN"
 
@@ -20,13 +21,9 @@ def check_push(repo: str) -> str:
         UsageError: It is no repository's name, there is no token, or the hub is switched off.
     """
     from huggingface_hub import constants
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils._validators import validate_repo_id
 
-    try:
-        validate_repo_id(repo)
-    except HFValidationError as error:
-        raise UsageError(f"`{repo}` is not a repository's name", hint="give `owner/name`") from error
+    if not is_hub_id(repo):
+        raise UsageError(f"`{repo}` is not a repository's name", hint="give `owner/name`")
     if "/" not in repo:
         raise UsageError(f"`{repo}` has no owner", hint=f"give `owner/{repo}`")
     if constants.HF_HUB_OFFLINE:
