@@ -54,7 +54,7 @@ def is_hub_id(text: str) -> bool:
     It says nothing of whether it is there, nor of whether a file here goes by that name.
     """
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, not listed
 
     try:
         validate_repo_id(text)

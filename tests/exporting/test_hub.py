@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
+from jinja2 import Template
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
@@ -22,13 +23,9 @@ from mamba_sft.evaluation.prompts import Prompt, Sample, write_samples
 from mamba_sft.exporting.export_run import export
 from mamba_sft.exporting.full_model import base_of, find_model
 from mamba_sft.exporting.hub import card, checkpoint
-from mamba_sft.exporting.hub.card_tables import table
-from mamba_sft.exporting.hub.card_usage import usage
 from mamba_sft.exporting.request import GGUFOptions, HubOptions
 from mamba_sft.merging.merge_run import merge
-from mamba_sft.model.shape import Shape
 from mamba_sft.recipe.recipe import Recipe
-from tests.conftest import build_model
 from tests.merging.test_merge_run import PROMPT, Made, make_run, merged_logits, relative, weights
 
 TOKEN = "hf_SecretSecretSecret"
@@ -149,8 +146,21 @@ def test_the_card_has_valid_metadata_and_every_part(tmp_path: Path, monkeypatch:
         "tags": ["mamba-sft", "falcon-mamba", "mamba", "sft", "lora", "conversational"],
         "datasets": ["HuggingFaceH4/ultrachat_200k"],
         "base_model": "tiiuae/falcon-mamba-7b",
+        "model-index": [
+            {
+                "name": "my-model",
+                "results": [
+                    {
+                        "task": {"type": "text-generation"},
+                        "dataset": {"type": "mmlu", "name": "mmlu"},
+                        "metrics": [{"type": "acc", "value": 0.625}],
+                    }
+                ],
+            }
+        ],
     }
-    assert ModelCard(text).data.to_dict() == metadata  # as the hub's own library reads it
+    (result,) = ModelCard(text).data.eval_results or []  # as the hub's own library reads it
+    assert (result.dataset_name, result.metric_type, result.metric_value) == ("mmlu", "acc", 0.625)
     for heading in (
         "# my-model", "# TL;DR", "# Model Details", "# Usage", "## Training Data",
         "### Training Hyperparameters", "### Hardware and Time", "### Loss", "# Evaluation", "## Results",
@@ -246,10 +256,10 @@ def test_each_snippet_of_the_card_runs(
 
 def test_the_snippet_for_4_bits_leaves_out_what_has_not_whole_blocks(tmp_path: Path) -> None:
     """Plain bitsandbytes packs weights on some CPUs, and what it cannot pack ends in an assertion."""
-    directory = export(make_run(tmp_path).run, format="hf").directory
-    code = snippets((directory / "README.md").read_text(encoding="utf-8"))["4-bit"]
+    code = snippets(read_card(export(make_run(tmp_path / "a").run, format="hf").directory)[1])["4-bit"]
     assert 'llm_int8_skip_modules=["lm_head", "dt_proj", "x_proj"],' in code
-    whole = usage("a/b", "q", Shape.from_config(build_model(time_step_rank=32).config.to_dict()))
+    made = make_run(tmp_path / "b", config={"time_step_rank": 32})
+    whole = snippets(read_card(export(made.run, format="hf").directory)[1])["4-bit"]
     assert 'llm_int8_skip_modules=["lm_head", "dt_proj"],  # their weights are read directly' in whole
 
 
@@ -263,8 +273,10 @@ def test_a_base_without_its_adapter_is_not_written_as_the_run(tmp_path: Path) ->
     assert not (tmp_path / "out").exists()
 
 
-def test_a_question_is_quoted_in_the_snippets() -> None:
-    text = usage("a/b", 'Say "hi" \\ twice.\nNow.', Shape.from_config(build_model().config.to_dict()))
+def test_a_question_is_quoted_in_the_snippets(tmp_path: Path) -> None:
+    made = make_run(tmp_path)
+    write_samples(made.run.samples, [Sample(Prompt('Say "hi" \\ twice.\nNow.', "hi"), "no", "hi")])
+    _, text = read_card(export(made.run, format="hf").directory)
     assert '"content": "Say \\"hi\\" \\\\ twice.\\nNow."' in text
     for code in snippets(text).values():
         compile(code, "card", "exec")
@@ -359,7 +371,8 @@ def test_a_file_is_no_dataset_of_the_card(tmp_path: Path) -> None:
 
 
 def test_a_tables_cells_stay_cells() -> None:
-    assert table(["a"], [["x|y\nz"], [[1, 2]]]) == "| a |\n|---|\n| x\\|y z |\n| 1, 2 |\n"
+    template: Any = Template(card.TEMPLATE.read_text(encoding="utf-8")).module
+    assert template.table(["a"], [["x|y\nz"], [[1, 2]]]) == "| a |\n|---|\n| x\\|y z |\n| 1, 2 |\n"
 
 
 def test_the_format_hf_needs_no_gguf_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
