@@ -55,6 +55,24 @@ def test_the_report_holds_everything_and_nothing_from_outside(run: Run) -> None:
     ).replace("https://matplotlib.org", "")
 
 
+def test_text_of_a_run_is_text_on_the_page(run: Run) -> None:
+    """Names, answers, recipes and file names come from anywhere; nothing of them may become markup."""
+    hostile = "<img src=x onerror=alert(1)>\"'&</pre>{{ 7*7 }}"
+    write_samples(run.samples, pair([Prompt(hostile, "yes")], [hostile], [hostile]))
+    run.recipe.write_text(hostile)
+    facts = {"packages": {"mamba-sft": hostile}, "device": {"name": hostile}}
+    run.environment.write_text(json.dumps(facts))
+    run.export.mkdir()
+    run.quality.write_text(json.dumps({"files": {hostile: {"nbytes": 1, "method": "Q8_0"}}}))
+    write_report(run)
+    page = run.report.read_text()
+    tags = Tags()
+    tags.feed(page)
+    assert "img" not in tags.seen
+    assert page.count("&lt;img src=x") == 8
+    assert page.count("{{ 7*7 }}") == 8
+
+
 def test_a_plot_of_one_step_and_of_none(run: Run) -> None:
     assert loss_plot([{"step": 1, "loss": 2.0}]).startswith("<svg")
     assert loss_plot([]).startswith("<svg")
