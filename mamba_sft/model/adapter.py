@@ -35,7 +35,6 @@ from mamba_sft.kernels.falcon_mamba import FalconMambaMixer
 from mamba_sft.model.base_facts import BaseFacts
 from mamba_sft.model.checkpoint import base_fingerprint, resolve_base
 from mamba_sft.model.checksums import file_checksum, tensor_checksums
-from mamba_sft.model.lora import fuse_lora
 from mamba_sft.run import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 if TYPE_CHECKING:
@@ -235,7 +234,6 @@ def _wrap(model: Any, config: PeftConfig) -> PeftModel:
     if "bias" not in head._parameters:  # TRL asks for it, and PEFT's wrapper of trained rows hides it
         head.register_parameter("bias", None)
     for module in wrapped.modules():
-        fuse_lora(module)
         if type(module.__dict__.get("state")).__name__ == "MatmulLtState":
             module.register_forward_pre_hook(_keep_int8_scales)
     # By default a save asks the hub whether the vocabulary grew, then stores both matrices; ours has rows.
