@@ -41,7 +41,7 @@ from mamba_sft.model.shape import Shape, find_shape
 from mamba_sft.planning.environment import describe_device
 from mamba_sft.planning.gpus import recognized
 from mamba_sft.planning.memory import Work, peak, planned_parts
-from mamba_sft.planning.speed import estimate, model_flops
+from mamba_sft.planning.speed import estimate
 from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.training.activations import keep_activations
 from mamba_sft.training.streaming import backpropagate, split, sweep
@@ -55,6 +55,11 @@ ON_A_GPU = {
 ON_A_CPU = {"quickstart": ("quickstart", "data.max_length=512", "train.per_device_train_batch_size=1")}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TRAINED = (1, 2)
+
+
+def model_flops(work: Work) -> int:
+    """Returns 4 N: the operations per token that training an adapter needs, N the weights of all products."""
+    return 4 * (work.shape.products + work.shape.matrix)
 
 
 def build(recipe: Recipe, shape: Shape, dtype: torch.dtype) -> Any:

@@ -99,12 +99,10 @@ class Collator:
 
     Args:
         pad_token_id: What fills the end of a short row.
-        pad_to_multiple_of: Round the batch's length up to a multiple of this.
     """
 
-    def __init__(self, pad_token_id: int, pad_to_multiple_of: int = 1):
+    def __init__(self, pad_token_id: int):
         self.pad_token_id = pad_token_id
-        self.pad_to_multiple_of = pad_to_multiple_of
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Returns `input_ids`, `labels`, `attention_mask` int64 and `seq_idx` int32, all (B, L).
@@ -117,9 +115,7 @@ class Collator:
         """
         import torch
 
-        longest = max(len(row["input_ids"]) for row in rows)
-        width = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
-        shape = (len(rows), width)
+        shape = (len(rows), max(len(row["input_ids"]) for row in rows))
         input_ids = np.full(shape, self.pad_token_id, dtype=np.int64)
         labels = np.full(shape, IGNORED, dtype=np.int64)
         attention_mask = np.zeros(shape, dtype=np.int64)

@@ -55,7 +55,6 @@ class PreparedData:
         validation: The same, or None.
         summary: What became of the rows.
         train_origins: Where each training row came from, e.g. `chats.jsonl:12`.
-        validation_origins: The same for validation rows.
         rejected: The bad rows that `on_bad_row: skip` left out, each with the reason; see `write_rejected`.
     """
 
@@ -63,7 +62,6 @@ class PreparedData:
     validation: Dataset | None
     summary: DataSummary
     train_origins: list[str]
-    validation_origins: list[str]
     rejected: list[tuple[Row, str]]
 
 
@@ -120,7 +118,6 @@ def prepare_data(data: DataSection, setup: TemplateSetup, *, system: str | None,
         validation=_dataset(validation) if validation else None,
         summary=summary,
         train_origins=[piece.where for piece in train],
-        validation_origins=[piece.where for piece in validation],
         rejected=bad,
     )
 

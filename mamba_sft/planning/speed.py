@@ -80,11 +80,6 @@ def flops(work: Work) -> float:
     return 2 * work.shape.products * (2 + _again(work)) + head + 6 * work.lora_values
 
 
-def model_flops(work: Work) -> int:
-    """Returns 4 N: the operations per token that training an adapter needs, N the weights of all products."""
-    return 4 * (work.shape.products + work.shape.matrix)
-
-
 def _repeats(work: Work) -> float:
     """Forwards of the cheap part of a layer, beyond the first."""
     chunks = -(-work.length // work.chunk)

@@ -121,10 +121,6 @@ class Boundaries:
             return self._initial
         return [(self._leaf(conv[chunk]), self._leaf(scan[chunk])) for conv, scan in self._states]
 
-    @staticmethod
-    def _room(chunks: int, state: Tensor) -> Tensor:
-        return state.new_empty((chunks, *state.shape), device="cpu")
-
     def _leaf(self, kept: Tensor) -> Tensor:
         return kept.to(self._device).detach().requires_grad_()
 

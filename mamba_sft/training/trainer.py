@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
+from trl.trainer import add_fused_lm_head
 
 from mamba_sft.errors import RecipeError, TrainingError
 from mamba_sft.model.adapter import keep_float32
@@ -23,6 +24,9 @@ from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.run import Run, write_atomically
 from mamba_sft.training.resuming import newest_resume_point
 from mamba_sft.training.steps import ChunkedSteps, Figures
+
+FUSED_OUTPUTS = ("log_probs", "entropy", "is_top1")
+"""What the fused head computes of each trained token: the loss, and what is logged beside it."""
 
 
 class Trainer(SFTTrainer):  # type: ignore[misc]
@@ -42,6 +46,9 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
     ):
         self.run = run
         self.schedule = section.lr_scheduler_type
+        # The loss never sees the full logits: its head is asked for log-probabilities in tiles. TRL does this
+        # too, today; our own steps ask for the same head, so it is not left to TRL.
+        add_fused_lm_head(arguments["model"].get_base_model(), outputs=FUSED_OUTPUTS)
         super().__init__(callbacks=list(callbacks), **arguments)
         self.remove_callback(PrinterCallback)
         if any(hasattr(callback, "console") for callback in callbacks):

@@ -95,12 +95,12 @@ def test_a_batch_of_packed_rows() -> None:
     }  # fmt: skip
 
 
-def test_a_batch_of_plain_rows_rounds_its_length_up() -> None:
+def test_a_batch_of_plain_rows_is_padded_to_the_longest() -> None:
     rows = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}, {"input_ids": [4], "labels": [4]}]
-    batch = Collator(pad_token_id=0, pad_to_multiple_of=4)(rows)
-    assert batch["input_ids"].tolist() == [[1, 2, 3, 0], [4, 0, 0, 0]]
-    assert batch["labels"].tolist() == [[-100, 2, 3, -100], [-100] * 4]
-    assert batch["seq_idx"].tolist() == [[0, 0, 0, 1], [0, 1, 1, 1]]
+    batch = Collator(pad_token_id=0)(rows)
+    assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 0, 0]]
+    assert batch["labels"].tolist() == [[-100, 2, 3], [-100] * 3]
+    assert batch["seq_idx"].tolist() == [[0, 0, 0], [0, 1, 1]]
 
 
 def test_packed_datasets_go_through_the_collator() -> None:

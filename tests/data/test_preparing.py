@@ -253,7 +253,10 @@ def test_validation_is_a_share_or_a_number(
 
 def test_validation_depends_on_the_seed_and_nothing_else(setup: TemplateSetup, tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [chat(f"q {i}", "a") for i in range(30)])
-    first, again, other = (prepare(setup, path, validation=5, seed=s).validation_origins for s in (0, 0, 1))
+    first, again, other = (
+        list(prepare(setup, path, validation=5, seed=s).validation["input_ids"])  # type: ignore[index]
+        for s in (0, 0, 1)
+    )
     assert first == again
     assert first != other
 

@@ -202,6 +202,15 @@ def test_the_trial_gives_back_the_states_it_carried(recipe: Any) -> None:
     assert losses(tried) == pytest.approx(losses(alone), rel=1e-6)
 
 
+def test_the_fused_head_is_ours_whatever_trl_does(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TRL's loss and our own steps never materialise the logits, even if TRL no longer saw to it."""
+    theirs = train(recipe("train.max_steps=2", name="theirs"))
+    monkeypatch.setattr("trl.trainer.sft_trainer.add_fused_lm_head", lambda *args, **options: None)
+    for number, more in enumerate(((), ("train.stream_tokens=16",))):
+        ours = train(recipe("train.max_steps=2", *more, name=f"ours-{number}"))
+        assert losses(ours) == pytest.approx(losses(theirs), rel=1e-5)
+
+
 def test_out_of_memory_without_auto_batch_names_it(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     Narrow(monkeypatch, tokens=8)
     with pytest.raises(TrainingError, match="out of memory") as caught:
