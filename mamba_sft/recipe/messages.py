@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from typing import Any, NamedTuple, get_args
 
 from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
 
 from mamba_sft.recipe.conflicts import ConflictError, Keys
 from mamba_sft.recipe.other_tools import FOREIGN_KEYS, FOREIGN_VALUES, UNWANTED_KEYS
+
+Error = Mapping[str, Any]
+"""What pydantic says of one wrong value: `type`, `loc`, `input`, and the `ctx` that it was held against."""
 
 
 class Place(NamedTuple):
@@ -70,7 +72,7 @@ def dotted(path: Keys) -> str:
     return ".".join(map(str, path))
 
 
-def _errors(model: type[BaseModel], tree: dict[str, Any]) -> list[ErrorDetails]:
+def _errors(model: type[BaseModel], tree: dict[str, Any]) -> list[Any]:
     try:
         model.model_validate(tree)
     except ValidationError as error:
@@ -112,7 +114,7 @@ def _repair(tree: Any, path: Keys) -> None:
         tree.pop(last, None)
 
 
-def _describe(model: type[BaseModel], error: ErrorDetails) -> str:
+def _describe(model: type[BaseModel], error: Error) -> str:
     path = error["loc"]
     if error["type"] == "extra_forbidden":
         return f"unknown field `{dotted(path)}`{_suggestion(model, path)}"
@@ -204,7 +206,7 @@ BOOLEANS = dict.fromkeys(("yes", "on", "true", "1"), "true") | dict.fromkeys(
 )
 
 
-def _expectation(error: ErrorDetails) -> str:
+def _expectation(error: Error) -> str:
     kind, value, context = error["type"], error["input"], error.get("ctx", {})
     if kind == "literal_error":
         return _choice(error["ctx"]["expected"], value)
