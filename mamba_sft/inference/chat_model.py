@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +10,7 @@ from mamba_sft.errors import AdapterError, DataError, UsageError
 from mamba_sft.inference.generation import stop_token_ids
 from mamba_sft.model.adapter import load_adapter
 from mamba_sft.model.base_facts import BaseFacts
+from mamba_sft.model.base_view import without_adapter
 from mamba_sft.model.chat_template import TemplateSetup, find_stop_token
 from mamba_sft.model.checkpoint import base_fingerprint, read_config
 from mamba_sft.model.loading import apply_setup, load_model, load_setup, load_tokenizer, resolve_base
@@ -47,55 +46,6 @@ class ChatModel:
         conv = config.intermediate_size * config.conv_kernel * self.model.dtype.itemsize
         scan = config.intermediate_size * config.state_size * 4
         return int(config.num_hidden_layers * (conv + scan))
-
-    def held(self) -> AbstractContextManager[None]:
-        """Keeps the model in this model's voice inside the block, which makes many short steps cheap."""
-        return self.model.held() if isinstance(self.model, AdapterOff) else nullcontext()
-
-
-class AdapterOff:
-    """A model with its adapter switched off while it computes: what it was before training.
-
-    Args:
-        model: A PEFT-wrapped model. Outside a call of this object its adapter is on.
-    """
-
-    def __init__(self, model: Any):
-        self._model = model
-        self._off = False
-        self.config, self.device, self.dtype = model.config, model.device, model.dtype
-
-    def __call__(self, **inputs: Any) -> Any:
-        """Calls the base model."""
-        with self.held():
-            return self._model(**inputs)
-
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """Leaves the adapter off between the calls inside the block: switching visits every layer."""
-        if self._off:
-            yield
-            return
-        self._off = True
-        self._model.base_model.disable_adapter_layers()
-        try:
-            yield
-        finally:
-            self._model.base_model.enable_adapter_layers()
-            self._off = False
-
-    @property
-    def training(self) -> bool:
-        """Whether the shared model is in training mode."""
-        return bool(self._model.training)
-
-    def eval(self) -> None:
-        """Switches dropout off."""
-        self._model.eval()
-
-    def train(self) -> None:
-        """Switches dropout on."""
-        self._model.train()
 
 
 @dataclass(frozen=True)
@@ -175,17 +125,15 @@ def require_template(name: str, tokenizer: Any) -> None:
 def split_chat_model(chat_model: ChatModel) -> tuple[ChatModel, ChatModel]:
     """Returns the base and the tuned model inside one adapted model; both use the tuned one's template.
 
+    They share their weights and nothing else, so any number of threads may ask either of them.
+
     Raises:
         UsageError: The model has no adapter, so there is nothing to compare with.
     """
     if not hasattr(chat_model.model, "peft_config"):
         raise _no_adapter(chat_model.name)
-    base = ChatModel(
-        "base", AdapterOff(chat_model.model), chat_model.tokenizer, chat_model.stop_ids, chat_model.system
-    )
-    return base, ChatModel(
-        "tuned", chat_model.model, chat_model.tokenizer, chat_model.stop_ids, chat_model.system
-    )
+    base = replace(chat_model, name="base", model=without_adapter(chat_model.model))
+    return base, replace(chat_model, name="tuned")
 
 
 def _no_adapter(name: str) -> UsageError:

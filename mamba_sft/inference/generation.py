@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -20,6 +19,7 @@ import torch
 from tokenizers.decoders import DecodeStream
 
 from mamba_sft.errors import UsageError
+from mamba_sft.inference.evaluating import evaluation_mode
 from mamba_sft.inference.sampling import Sampling, choose
 
 PREFILL_CHUNK = 2048
@@ -86,7 +86,7 @@ def stream(
     """
     if not ids and not state.read:
         raise UsageError("the prompt is empty: there is nothing to answer")
-    with evaluating(model):
+    with evaluation_mode(model):
         prefill(model, ids, state)
         generators = [sampling.generator(model.device)]
         for _ in range(sampling.max_new_tokens):
@@ -148,7 +148,7 @@ def answers(
         raise UsageError("a prompt is empty: there is nothing to answer")
     by_length = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))  # little padding
     found: dict[int, Answer] = {}
-    with evaluating(model):
+    with evaluation_mode(model):
         for start in range(0, len(by_length), batch_size):
             batch = {number: prompts[number] for number in by_length[start : start + batch_size]}
             for number, ids in _answer_batch(model, batch, sampling, stop_ids):
@@ -222,19 +222,6 @@ def stop_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:
     configured = model.generation_config.eos_token_id
     ids = configured if isinstance(configured, list) else [configured]
     return frozenset(number for number in [*ids, tokenizer.eos_token_id] if number is not None)
-
-
-@contextmanager
-def evaluating(model: Any) -> Iterator[None]:
-    """Switches dropout off inside the block."""
-    was_training = model.training
-    if was_training:
-        model.eval()
-    try:
-        yield
-    finally:
-        if was_training:
-            model.train()
 
 
 class TextStream:

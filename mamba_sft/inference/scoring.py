@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from mamba_sft.errors import DataError
+from mamba_sft.inference.evaluating import evaluation_mode
 
 # Positions projected at a time: 65,024 float32 logits each make 0.25 GB, however long the rows.
 _POSITIONS = 1024
@@ -33,7 +33,7 @@ def heldout_loss(
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     device = base.get_input_embeddings().weight.device
     total, count = 0.0, 0
-    with torch.no_grad(), _evaluating(model):
+    with torch.no_grad(), evaluation_mode(model):
         for start in range(0, len(dataset), batch_size):
             rows = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
             batch = {name: tensor.to(device) for name, tensor in collator(rows).items()}
@@ -58,14 +58,3 @@ def _losses(head: Any, hidden: torch.Tensor, labels: torch.Tensor) -> float:
         logits = head(piece.to(dtype)).float()
         total += torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
     return total
-
-
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

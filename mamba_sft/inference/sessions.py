@@ -193,9 +193,6 @@ class CompareSession:
         right: A session with the other, such as the tuned model.
     """
 
-    BURST = 8
-    """Pieces one side writes before the other goes on: switching an adapter costs as much as a token."""
-
     def __init__(self, left: ChatSession, right: ChatSession):
         self.sides = (left, right)
 
@@ -239,11 +236,11 @@ class CompareSession:
         try:
             while going:
                 for number, answer in list(going.items()):
-                    with self.sides[number].chat_model.held():
-                        burst = [piece for _, piece in zip(range(self.BURST), answer, strict=False)]
-                    yield from ((number, piece) for piece in burst)
-                    if len(burst) < self.BURST:
+                    piece = next(answer, None)
+                    if piece is None:
                         del going[number]
+                    else:
+                        yield number, piece
         finally:
             self._stop(answers)
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.models.falcon_mamba import modeling_falcon_mamba as stock
 
 from mamba_sft.kernels import FAST_DTYPES, backends
+from mamba_sft.kernels.time_step import innermost, project_dt
 
 if TYPE_CHECKING:
     from transformers.cache_utils import Cache
@@ -97,7 +98,7 @@ def _can_step(block: Any, batch: int, cache: Cache) -> bool:
         and _is_at_hand(parameters["A_log"])
         and _is_at_hand(parameters["D"])
         and _is_at_hand(modules["conv1d"]._parameters["weight"])
-        and _is_at_hand(_innermost(modules["dt_proj"])._parameters.get("bias"))
+        and _is_at_hand(innermost(modules["dt_proj"])._parameters.get("bias"))
     )
 
 
@@ -141,7 +142,7 @@ def _step(mixer: Any, normed: Tensor, cache: Cache) -> Tensor:
     epsilons = [modules[name].eps for name in ("dt_layernorm", "b_layernorm", "c_layernorm")]
     cpu_steps.norm_step(batch, rank, states, parts.data_ptr(), *epsilons)
     parts = parts.to(dtype)
-    dt, dt_bias = _project_dt(modules["dt_proj"], parts[..., :rank])
+    dt, dt_bias = project_dt(modules["dt_proj"], parts[..., :rank])
 
     past_state, y = layer.recurrent_states[0], torch.empty(batch, 1, channels)
     state = _floats(past_state)
@@ -151,28 +152,6 @@ def _step(mixer: Any, normed: Tensor, cache: Cache) -> Tensor:
     if state is not past_state:
         past_state.copy_(state)
     return modules["out_proj"](y.to(dtype))
-
-
-def _project_dt(dt_proj: nn.Module, dt: Tensor) -> tuple[Tensor, Tensor]:
-    """Apply `dt_proj` but leave its bias to the scan, as `FalconMambaMixer._project_dt` does for its reason.
-
-    The bias is taken away for the call, which is faster than `functional_call` and does as well without
-    gradients.
-    """
-    parameters = _innermost(dt_proj)._parameters
-    bias = parameters["bias"]
-    parameters["bias"] = None
-    try:
-        return dt_proj(dt), bias
-    finally:
-        parameters["bias"] = bias
-
-
-def _innermost(linear: Any) -> Any:
-    """Return the layer that PEFT has wrapped, or the layer itself if it is bare."""
-    while "base_layer" in linear._modules:
-        linear = linear._modules["base_layer"]
-    return linear
 
 
 def _floats(x: Tensor | None) -> Tensor | None:

@@ -27,6 +27,7 @@ from transformers.models.falcon_mamba import modeling_falcon_mamba as stock
 from mamba_sft.kernels import BACKENDS, causal_conv1d, selective_scan
 from mamba_sft.kernels.carry import Carry
 from mamba_sft.kernels.decoding import can_decode, decode
+from mamba_sft.kernels.time_step import project_dt
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -112,7 +113,7 @@ class FalconMambaMixer(stock.FalconMambaMixer):
 
         sizes = [self.time_step_rank, self.ssm_state_size, self.ssm_state_size]
         dt, B, C = self.x_proj(x).split(sizes, dim=-1)
-        dt, dt_bias = self._project_dt(self.dt_layernorm(dt))
+        dt, dt_bias = project_dt(self.dt_proj, self.dt_layernorm(dt))
         y, scan_state = selective_scan(
             x,
             dt,
@@ -148,25 +149,6 @@ class FalconMambaMixer(stock.FalconMambaMixer):
         if torch.is_grad_enabled():  # the cache is overwritten in place, and autograd keeps what it was given
             return conv_state.clone(), scan_state.clone()
         return conv_state, scan_state
-
-    def _project_dt(self, dt: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Apply `dt_proj` but leave its bias to the scan, which adds it in float32.
-
-        The bias is several times larger than the product it is added to, so rounding their sum to bfloat16
-        would put an error of up to 1% on every step size. Calling the module with a bias of zeros is exact
-        whatever the module is (LoRA around NF4, say). Where the bias is not at hand the module adds it as
-        it always does.
-        """
-        linear, path = self.dt_proj, "bias"
-        while hasattr(linear, "base_layer"):
-            linear, path = linear.base_layer, f"base_layer.{path}"
-        bias = linear._parameters.get("bias")
-        if (
-            bias is None or bias.is_meta
-        ):  # no bias; or offloaded, and accelerate brings it back for the call only
-            return self.dt_proj(dt), None
-        zeros = bias.new_zeros(()).expand_as(bias)
-        return torch.func.functional_call(self.dt_proj, {path: zeros}, (dt,), tie_weights=False), bias
 
 
 class FalconMambaBlock(stock.FalconMambaBlock):

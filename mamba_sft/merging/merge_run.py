@@ -27,7 +27,6 @@ from mamba_sft.merging.disk import disk_errors_explained
 from mamba_sft.merging.preparing import PreparedMerge, prepare_merge
 from mamba_sft.merging.saved_adapter import SavedAdapter
 from mamba_sft.merging.summed import MergedTensors, write_companions
-from mamba_sft.model.adapter import adapter_allowed
 from mamba_sft.model.chat_template import render
 from mamba_sft.model.checkpoint import TensorEntry, read_tensors
 from mamba_sft.model.loading import load_model
@@ -231,8 +230,7 @@ def _attach(adapter: SavedAdapter, block: torch.nn.Module, layer: int) -> None:
     holder = torch.nn.ModuleDict({str(layer): block})
     for name in ("layers", "backbone"):
         holder = torch.nn.ModuleDict({name: holder})
-    with adapter_allowed(holder):
-        inject_adapter_in_model(config, holder, low_cpu_mem_usage=True)  # no start values: DoRA's are costly
+    inject_adapter_in_model(config, holder, low_cpu_mem_usage=True)  # no start values: DoRA's are costly
     result = set_peft_model_state_dict(holder, weights, low_cpu_mem_usage=True)
     if result.unexpected_keys:
         raise MergeError(f"PEFT does not know the adapter's tensor `{result.unexpected_keys[0]}`")

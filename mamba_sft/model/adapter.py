@@ -3,7 +3,7 @@
 PEFT refuses LoRA on `out_proj` of every Mamba model, by name, because the compiled path of `transformers`
 multiplies by `out_proj.weight` and would skip the adapter without a word. Our mixer calls `in_proj`,
 `x_proj`, `dt_proj` and `out_proj` as modules and hands only activations to its kernels, so an adapter on any
-of them takes part in forward and backward. `adapter_allowed` lifts the refusal for models with our mixer.
+of them takes part in forward and backward. Importing this module lifts the refusal for models with our mixer.
 
 Adapter weights are float32 whatever the base is: the steps of training are too small for 16 bits to hold.
 """
@@ -11,10 +11,9 @@ Adapter weights are float32 whatever the base is: the steps of training are too 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from copy import copy
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,33 +50,32 @@ _REFUSED = {
 }
 
 
-@contextmanager
-def adapter_allowed(model: Any) -> Iterator[None]:
-    """Lifts PEFT's refusal of `out_proj`, inside the block, for models whose every mixer is ours.
+def _allow_on_our_mixer(
+    check: Callable[[PeftConfig, Any, str], None],
+) -> Callable[[PeftConfig, Any, str], None]:
+    """Returns PEFT's check of one target, lifted for `out_proj` of models whose every mixer is ours.
 
     Safe because the refusal guards against mixers that read `out_proj.weight`; ours never does, which the
-    tests of this module and the gradient check in training hold. Any other model meets PEFT's own check,
-    inside the block too.
-
-    Raises:
-        AdapterError: `model` does not carry our mixer.
+    tests of this module and the gradient check in training hold. Any other model meets PEFT's own check.
     """
-    if not _has_our_mixer(model):
-        raise AdapterError(
-            "this model does not carry mamba-sft's mixer, so it could skip an adapter on `out_proj`",
-            hint="call `mamba_sft.kernels.falcon_mamba.install(model)` first",
-        )
-    check = tuners_utils._check_lora_target_modules_mamba
 
-    def allow(config: PeftConfig, module: Any, target: str) -> None:
-        if target != "out_proj" or not _has_our_mixer(module):
-            check(config, module, target)
+    @wraps(check)
+    def allow(config: PeftConfig, model: Any, target: str) -> None:
+        if target != "out_proj" or not _has_our_mixer(model):
+            check(config, model, target)
 
-    tuners_utils._check_lora_target_modules_mamba = allow
-    try:
-        yield
-    finally:
-        tuners_utils._check_lora_target_modules_mamba = check
+    return allow
+
+
+def _has_our_mixer(model: Any) -> bool:
+    mixers = [module for module in model.modules() if hasattr(module, "A_log")]
+    return bool(mixers) and all(isinstance(mixer, FalconMambaMixer) for mixer in mixers)
+
+
+# Once, when this module is imported: a check that comes and goes with a call would do so for every thread.
+tuners_utils._check_lora_target_modules_mamba = _allow_on_our_mixer(
+    tuners_utils._check_lora_target_modules_mamba
+)
 
 
 def attach_adapter(
@@ -228,8 +226,12 @@ def _is_dead(name: str, parameter: torch.nn.Parameter, parameters: dict[str, tor
 
 
 def _wrap(model: Any, config: PeftConfig) -> PeftModel:
-    with adapter_allowed(model):
-        wrapped = get_peft_model(model, config, adapter_name=_ADAPTER)
+    if not _has_our_mixer(model):
+        raise AdapterError(
+            "this model does not carry mamba-sft's mixer, so it could skip an adapter on `out_proj`",
+            hint="call `mamba_sft.kernels.falcon_mamba.install(model)` first",
+        )
+    wrapped = get_peft_model(model, config, adapter_name=_ADAPTER)
     head = wrapped.get_output_embeddings()
     if "bias" not in head._parameters:  # TRL asks for it, and PEFT's wrapper of trained rows hides it
         head.register_parameter("bias", None)
@@ -257,15 +259,10 @@ def _trained_rows(model: Any, token_ids: Sequence[int]) -> dict[str, list[int]] 
 
 
 def _write_rows(model: PeftModel) -> None:
-    # Otherwise every forward copies both whole matrices. Disabling the adapter undoes it.
+    # Otherwise every forward copies both whole matrices. Disabling the adapter, PEFT's way, undoes it.
     for module in model.modules():
         if isinstance(module, TrainableTokensWrapper):
             module.token_adapter.merge()
-
-
-def _has_our_mixer(model: Any) -> bool:
-    mixers = [module for module in model.modules() if hasattr(module, "A_log")]
-    return bool(mixers) and all(isinstance(mixer, FalconMambaMixer) for mixer in mixers)
 
 
 def _check_targets(model: Any, targets: Sequence[str]) -> None:

@@ -18,7 +18,13 @@ from mamba_sft.errors import ModelError
 from mamba_sft.kernels.falcon_mamba import install
 from mamba_sft.model.chat_template import TemplateSetup, prepare_tokenizer
 from mamba_sft.model.checkpoint import base_fingerprint, read_config, read_tensors, resolve_base
-from mamba_sft.model.quantization import UNQUANTIZED, bitsandbytes_config, misfits, never_pack
+from mamba_sft.model.quantization import (
+    UNQUANTIZED,
+    bitsandbytes_config,
+    misfits,
+    never_pack,
+    settle_int8,
+)
 from mamba_sft.model.shape import Shape
 from mamba_sft.recipe.builtin import find_path
 from mamba_sft.recipe.fields import ChatSection, ModelSection
@@ -148,6 +154,8 @@ def load_model(section: ModelSection, *, device: str | torch.device | None = Non
     model.name_or_path = section.base if not find_path(section.base).is_dir() else str(directory.resolve())
     if section.quantization == "nf4":
         never_pack(model)
+    if section.quantization == "int8":
+        settle_int8(model)
     install(model, section.kernels)
     return model.eval()
 

@@ -97,6 +97,18 @@ def never_pack(model: torch.nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
+def settle_int8(model: torch.nn.Module) -> None:
+    """Moves the scales of 8-bit weights to where products read them, in place.
+
+    bitsandbytes does so at a layer's first call, in two steps: a second thread would find no weight.
+    """
+    from bitsandbytes.nn import Linear8bitLt
+
+    for module in model.modules():
+        if isinstance(module, Linear8bitLt) and module.weight.CB is not None:
+            module.init_8bit_state()
+
+
 def check_nf4() -> None:
     """Evaluates with, then trains through, a 4-bit layer of the smallest real shape, on the GPU or the CPU.
 

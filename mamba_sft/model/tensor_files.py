@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -204,12 +205,27 @@ def _write_all(file: RawIOBase, data: bytes | memoryview) -> int:
     return len(data)
 
 
+_pool_lock = threading.Lock()
+_pool = {"users": 0, "threads": 0}
+"""Who computes on one core now, and how many threads torch had before."""
+
+
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Computes on one core: work in cache-sized pieces is done before threads would have met."""
-    count = torch.get_num_threads()
-    torch.set_num_threads(1)
+    """Computes on one core: work in cache-sized pieces is done before threads would have met.
+
+    The number is torch's own, for all threads of the process. Blocks may overlap: the last one to end puts
+    back what was there before the first.
+    """
+    with _pool_lock:
+        if _pool["users"] == 0:
+            _pool["threads"] = torch.get_num_threads()
+            torch.set_num_threads(1)
+        _pool["users"] += 1
     try:
         yield
     finally:
-        torch.set_num_threads(count)
+        with _pool_lock:
+            _pool["users"] -= 1
+            if _pool["users"] == 0:
+                torch.set_num_threads(_pool["threads"])

@@ -26,7 +26,7 @@ from mamba_sft.evaluation.prompts import Prompt, load_prompts, pair, write_sampl
 from mamba_sft.evaluation.report import write_report
 from mamba_sft.inference.generation import answers, stop_token_ids
 from mamba_sft.inference.sampling import Sampling
-from mamba_sft.model.adapter import adapter_allowed, attach_adapter, save_adapter
+from mamba_sft.model.adapter import attach_adapter, save_adapter
 from mamba_sft.model.chat_template import TemplateSetup, render
 from mamba_sft.model.loading import apply_setup, load_model, recommend_sampling
 from mamba_sft.planning.environment import describe_environment
@@ -204,7 +204,7 @@ def _build_trainer(
 
 
 def _run_trainer(trainer: Trainer, resume_point: Path | None, interruption: Interruption) -> None:
-    with interruption.listening(), adapter_allowed(trainer.model), _out_of_memory_explained():
+    with interruption.listening(), _out_of_memory_explained():
         try:
             trainer.train(resume_from_checkpoint=str(resume_point) if resume_point else None)
         except KeyboardInterrupt:

@@ -36,9 +36,7 @@ def test_a_run_talks_with_its_adapter_and_splits_into_base_and_tuned(run, base, 
     before, after = scores(bare), scores(tuned_side.model)
     assert (before - after).abs().max() > 0.1
     torch.testing.assert_close(scores(base_side.model), before, rtol=1e-5, atol=1e-5)
-    assert torch.equal(scores(tuned_side.model), after)  # the adapter is back on
-    with base_side.held():
-        torch.testing.assert_close(scores(base_side.model), before, rtol=1e-5, atol=1e-5)
+    assert torch.equal(scores(tuned_side.model), after)  # its adapter was never off
     assert torch.equal(scores(chat_model.model), after)
     assert chat_model.system == "be brief"
     assert chat_model.stop_ids == {11, chat_model.tokenizer.convert_tokens_to_ids("<|im_end|>")}

@@ -12,6 +12,7 @@ from transformers.models.falcon_mamba import modeling_falcon_mamba as stock
 
 from mamba_sft.kernels import falcon_mamba
 from mamba_sft.kernels.falcon_mamba import install
+from mamba_sft.kernels.time_step import project_dt
 from tests.conftest import build_model
 
 from .cases import relative_rms
@@ -130,7 +131,7 @@ def test_bfloat16_stays_as_close_as_stock(tiny_model, tokens):
 def test_bfloat16_adds_the_time_step_bias_in_float32(tiny_model):
     mixer = install(tiny_model.bfloat16()).backbone.layers[0].mixer
     x = torch.randn(1, 5, mixer.time_step_rank, dtype=torch.bfloat16)
-    dt, bias = mixer._project_dt(x)
+    dt, bias = project_dt(mixer.dt_proj, x)
     assert torch.equal(dt, torch.nn.functional.linear(x, mixer.dt_proj.weight))
     assert bias is mixer.dt_proj.bias
 
@@ -176,7 +177,8 @@ def test_checkpointing_changes_no_gradient(tiny_model, tokens):
 
 def test_every_adapter_learns_also_around_dt_proj(tiny_model, tokens):
     targets = ["in_proj", "x_proj", "dt_proj"]
-    model = get_peft_model(tiny_model, LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
+    config = LoraConfig(r=4, target_modules=targets, init_lora_weights=False)
+    model = get_peft_model(tiny_model, config)
     install(model)
     exact = loss_gradients(copy.deepcopy(model).double(), tokens)
     gradients = loss_gradients(model, tokens)
