@@ -9,6 +9,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from mamba_sft.noise import drop_noise
+
 if TYPE_CHECKING:
     from mamba_sft.errors import MambaSFTError
     from mamba_sft.exporting.export_run import export
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
     from mamba_sft.recipe.recipe import Recipe
     from mamba_sft.run import Run
     from mamba_sft.training.fine_tuning import train
+
+drop_noise()  # before any module of ours imports a library that would make some
 
 __version__ = "0.1.0"
 __all__ = ["MambaSFTError", "Recipe", "Run", "export", "generate", "merge", "train"]

@@ -14,6 +14,7 @@ from mamba_sft.model.base_view import without_adapter
 from mamba_sft.model.chat_template import TemplateSetup, find_stop_token
 from mamba_sft.model.checkpoint import base_fingerprint, read_config
 from mamba_sft.model.loading import apply_setup, load_model, load_setup, load_tokenizer, resolve_base
+from mamba_sft.model.warming_up import warm_up
 from mamba_sft.recipe.fields import ModelSection
 from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.run import ADAPTER_CONFIG, Run
@@ -102,6 +103,7 @@ def load_chat_model(
     if setup is not None and source.adapter is not None:
         apply_setup(model, setup)
         model = load_adapter(model, source.adapter)
+    warm_up(model)
     stops = stop_token_ids(model, tokenizer)
     if tokenizer.chat_template:
         stops |= {tokenizer.convert_tokens_to_ids(find_stop_token(tokenizer, name))}

@@ -2,7 +2,7 @@
 
 Both take activations, channels last, and return gradients for every tensor that requires them. `backend`
 picks who computes: `reference` (the definition, a Python loop), `cpu` (numba) or `triton`; `auto` picks the
-fastest that works for the tensors at hand and says once, through `logging`, what it picked.
+fastest that works for the tensors at hand, and warns once, through `logging`, if that is the slow definition.
 
 Read `README.md` (the mathematics, the layouts, the measured speed), `reference` (the definition), `autograd`
 (what both fast backends share), `cpu` with `cpu_loops`, `cpu_rows` and `cpu_steps`, `triton_ops` with
@@ -181,7 +181,7 @@ def _automatic(device_type: str, dtype: torch.dtype) -> str:
     """Pick the backend for `auto` and say so; cached, so each kind of tensor is spoken of once."""
     backend, reason = automatic(device_type, dtype)
     if reason is None:
-        logger.info("scan and convolution: backend %s for %s on %s", backend, dtype, device_type)
+        logger.debug("scan and convolution: backend %s for %s on %s", backend, dtype, device_type)
     else:
         logger.warning(
             "scan and convolution: backend reference, a slow Python loop, for %s on %s: %s",

@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -249,8 +250,16 @@ def _run(loop: Callable[..., None], tasks: int, work: int, *arguments: Any) -> N
 
 @functools.cache
 def _announce() -> None:
-    """Say once why the first call may take long."""
-    logger.info("preparing the CPU kernels (compiled once, some 20 s; then read from numba's cache)")
+    """Say once why the first call takes long, where it does."""
+    if not _were_compiled():
+        logger.info("compiling the CPU kernels, once: some 20 s; then they are read from numba's cache")
+
+
+def _were_compiled() -> bool:
+    """Whether numba's cache holds the loops as they are now, going by the dates of the files."""
+    cache, source = Path(loops.scan_forward.stats.cache_path), Path(loops.__file__)
+    kept = [path.stat().st_mtime for path in cache.glob(f"{source.stem}.scan_forward-*.nbi")]
+    return bool(kept) and max(kept) >= source.stat().st_mtime
 
 
 @functools.cache

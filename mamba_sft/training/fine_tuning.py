@@ -26,6 +26,7 @@ from mamba_sft.evaluation.prompts import Prompt, load_prompts, pair, write_sampl
 from mamba_sft.evaluation.report import write_report
 from mamba_sft.inference.generation import answers, stop_token_ids
 from mamba_sft.inference.sampling import Sampling
+from mamba_sft.kernels import automatic
 from mamba_sft.model.adapter import attach_adapter, save_adapter
 from mamba_sft.model.chat_template import TemplateSetup, render
 from mamba_sft.model.loading import apply_setup, load_model, recommend_sampling
@@ -150,6 +151,7 @@ def train_prepared(preparation: Preparation, *, callbacks: Sequence[TrainerCallb
     logger.info("loading `%s`", recipe.model.base)
     set_seed(recipe.seed)  # before the adapter draws its first weights
     model = load_model(recipe.model)
+    logger.info("scan and convolution: backend %s", _backend(recipe.model.kernels, model))
     apply_setup(model, preparation.setup)
     recommend_sampling(model, recipe.chat)
     model = attach_adapter(model, recipe.adapter, trained_token_ids=preparation.setup.trained_token_ids)
@@ -164,6 +166,10 @@ def train_prepared(preparation: Preparation, *, callbacks: Sequence[TrainerCallb
         _save(preparation, trainer, before, after, time.time() - started)
     trainer.accelerator.wait_for_everyone()
     return run
+
+
+def _backend(wanted: str, model: Any) -> str:
+    return automatic(model.device.type, model.dtype)[0] if wanted == "auto" else wanted
 
 
 def _start_directory(preparation: Preparation) -> None:

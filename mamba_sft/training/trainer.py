@@ -149,7 +149,7 @@ def trainer_arguments(recipe: Recipe, run: Run, *, has_validation: bool) -> SFTC
         "use_cpu": not torch.cuda.is_available(),
         "bf16": dtype == torch.bfloat16,
         "fp16": dtype == torch.float16,
-        "gradient_checkpointing": False,  # `checkpointing.py` does it
+        "gradient_checkpointing": False,  # `activations.py` does it
         "lr_scheduler_type": TRAINER_NAMES[recipe.train.lr_scheduler_type],
         "ddp_find_unused_parameters": False,
         "max_length": None,

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from mamba_sft.inference.answering import generate, open_session
 from mamba_sft.inference.chat_model import load_chat_model, split_chat_model
 from mamba_sft.inference.generation import State, prefill, stream
 from mamba_sft.inference.sampling import Sampling
+from mamba_sft.kernels import cpu
 from mamba_sft.model.chat_template import prepare_tokenizer, render
 from mamba_sft.model.loading import apply_setup, load_model, load_tokenizer
 from mamba_sft.recipe.fields import ChatSection
@@ -127,3 +129,19 @@ def test_a_checkpoint_talks_before_its_run_has_finished(tmp_path, base):
     found = load_chat_model(checkpoint)
     assert (found.system, found.stop_ids) == ("be brief", finished.stop_ids)
     assert generate(found, "hello", sampling=SHORT) == generate(finished, "hello", sampling=SHORT)
+
+
+def test_nothing_is_said_between_a_question_and_its_answer(
+    run: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(cpu, "_were_compiled", lambda: False)  # as on a new machine
+    cpu._announce.cache_clear()
+    drawn = torch.random.get_rng_state()
+    with caplog.at_level(logging.INFO):
+        chat_model = load_chat_model(run)
+        assert "compiling the CPU kernels, once" in caplog.text
+        assert torch.equal(torch.random.get_rng_state(), drawn)  # loading draws no random numbers
+        caplog.clear()
+        answer = stream(chat_model.model, [5, 6, 7], State(), sampling=Sampling(4), stop_ids=frozenset())
+        assert len(list(answer)) == 4
+    assert not caplog.records

@@ -10,7 +10,7 @@ import torch
 from numba import njit
 
 from mamba_sft import kernels
-from mamba_sft.kernels import backends, causal_conv1d, cpu_loops, selective_scan
+from mamba_sft.kernels import backends, causal_conv1d, cpu, cpu_loops, selective_scan
 
 from .cases import FAST, conv_inputs, placed, scan_inputs
 
@@ -47,13 +47,25 @@ def test_auto_takes_triton_on_a_gpu_and_the_definition_where_there_is_nothing_fa
 def test_auto_takes_the_compiled_loops_and_says_so_once(caplog):
     kernels._automatic.cache_clear()
     inputs = scan_inputs(1, 2, 4, 2)
-    with caplog.at_level(logging.INFO, logger="mamba_sft.kernels"):
+    with caplog.at_level(logging.DEBUG, logger="mamba_sft.kernels"):
         y = selective_scan(**inputs)
         selective_scan(**inputs)
     assert [record.message for record in caplog.records if "backend cpu" in record.message] == [
         "scan and convolution: backend cpu for torch.float32 on cpu"
     ]
     assert torch.equal(y, selective_scan(**inputs, backend="cpu"))
+
+
+def test_a_compiler_that_need_not_run_is_not_spoken_of(monkeypatch):
+    selective_scan(**scan_inputs(1, 2, 4, 2), backend="cpu")
+    assert cpu._were_compiled()
+    said = []
+    monkeypatch.setattr(cpu.logger, "info", lambda *message: said.append(message))
+    for compiled in (True, False):
+        monkeypatch.setattr(cpu, "_were_compiled", lambda compiled=compiled: compiled)
+        cpu._announce.cache_clear()
+        cpu._announce()
+        assert len(said) == (not compiled)
 
 
 def test_auto_takes_the_definition_for_float64():
