@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mamba_sft.data import formats
-from mamba_sft.data.chats import BadRowError, Chat
+from mamba_sft.data.chats import Chat, LeftOut
 from mamba_sft.data.packing import IGNORED, list_table, pack
 from mamba_sft.data.selecting import SourceRows, cut_row, take_validation, weighted
 from mamba_sft.data.sources import read_source
 from mamba_sft.data.summary import DataSummary, SourceSummary
 from mamba_sft.data.tokenizing import Example, Renderer, Tokens
+from mamba_sft.data.values import BadRowError
 from mamba_sft.errors import DataError
 from mamba_sft.json_lines import Row
 from mamba_sft.model.chat_template import TemplateSetup
@@ -144,9 +145,7 @@ def _read(
     summary.sources.append(source.summary)
     bad_before = len(bad)
     stops = data.on_bad_row == "stop"
-    for rendered in renderer.render(
-        _examples(section, renderer.control_tokens(), source.summary, bad, stops)
-    ):
+    for rendered in renderer.render(_examples(section, renderer, source.summary, bad, stops)):
         if not isinstance(rendered, Tokens):
             bad.append(rendered)
         elif pieces := cut_row(rendered, data, summary):
@@ -158,7 +157,7 @@ def _read(
 
 def _examples(
     section: SourceSection,
-    control: re.Pattern[str],
+    renderer: Renderer,
     summary: SourceSummary,
     bad: list[tuple[Row, str]],
     stops: bool,
@@ -167,29 +166,34 @@ def _examples(
 
     Once a row is bad and the run is to stop there is nothing to render: the rest is only counted.
     """
+    reading, control = formats.Reading.of(section, renderer.setup), renderer.control_tokens()
     for file, rows in groupby(read_source(section), key=lambda row: row.file):
         head = list(islice(rows, formats.LOOKED_AT))
-        expected = _file_format(file, head, section.format, summary)
+        expected = _file_format(file, head, section.format, reading, summary)
         for row in chain(head, rows):
             summary.read += 1
             if summary.read % _ANNOUNCED == 0:
                 logger.info("`%s`: %s rows read", section.path, f"{summary.read:,}")
             try:
-                example = _parse(row, expected, control)
+                example = _parse(row, expected, control, reading)
             except BadRowError as error:
                 bad.append((row, str(error)))
                 continue
+            summary.notes.add(example.notes)
             summary.trimmed += isinstance(example, Chat) and example.trimmed > 0
-            if not (stops and bad):
+            if not (isinstance(example, LeftOut) or (stops and bad)):
                 yield row, example
 
 
-def _file_format(file: str, head: list[Row], wanted: str, summary: SourceSummary) -> str:
+def _file_format(
+    file: str, head: list[Row], wanted: str, reading: formats.Reading, summary: SourceSummary
+) -> str:
     readable = [row.value for row in head if row.problem is None]
     if not readable:
         raise DataError(f"none of the first {len(head)} rows can be read: {head[0].where}: {head[0].problem}")
+    formats.refuse_preference_file(file, readable, reading)
     if wanted == "auto":
-        wanted, seen = formats.detect_file(file, readable)
+        wanted, seen = formats.detect_file(file, readable, reading)
     else:
         seen = f"`{file}` is read as {wanted}, as the recipe says"
     logger.info("%s", seen)
@@ -198,10 +202,10 @@ def _file_format(file: str, head: list[Row], wanted: str, summary: SourceSummary
     return wanted
 
 
-def _parse(row: Row, expected: str, control: re.Pattern[str]) -> Example:
+def _parse(row: Row, expected: str, control: re.Pattern[str], reading: formats.Reading) -> Example | LeftOut:
     if row.problem is not None:
         raise BadRowError(row.problem)
-    return formats.parse(row.value, expected, control)
+    return formats.parse(row.value, expected, control, reading)
 
 
 def _listed(bad: list[tuple[Row, str]]) -> list[str]:

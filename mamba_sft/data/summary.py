@@ -6,8 +6,16 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from mamba_sft.data.notes import Notes
+
 if TYPE_CHECKING:
     from mamba_sft.data.tokenizing import Tokens
+
+FITS_NO_CHAT = (
+    "no row goes through the chat template, so chat, generate, the answers to `eval.prompts` and Ollama will"
+    " not fit what is learned; `format: prompt_completion` under `data.sources` makes turns of prompts and"
+    " completions"
+)
 
 
 @dataclass
@@ -22,6 +30,8 @@ class SourceSummary:
     train_rows: int = 0
     trimmed: int = 0
     """Chats that lost turns at their end, after the last assistant turn."""
+    notes: Notes = field(default_factory=Notes)
+    """What else was done with rows, and the keys that nothing reads."""
     formats: dict[str, str] = field(default_factory=dict)
     """File -> the format its rows were read as."""
     seen: list[str] = field(default_factory=list)
@@ -70,6 +80,19 @@ class DataSummary:
         return sum(source.trimmed for source in self.sources)
 
     @property
+    def notes(self) -> Notes:
+        """What else was done with rows, and the keys that nothing reads."""
+        notes = Notes()
+        for source in self.sources:
+            notes.add(source.notes)
+        return notes
+
+    @property
+    def fits_no_chat(self) -> bool:
+        """Whether nothing that is trained goes through the chat template."""
+        return self.notes.fits_no_chat
+
+    @property
     def trained_share(self) -> float:
         """Trained tokens per training token."""
         return self.trained_tokens / max(1, self.train_tokens)
@@ -85,7 +108,8 @@ class DataSummary:
     def warnings(self) -> list[str]:
         """What a reader should look at before training, most costly first."""
         kept = max(1, self.read - self.bad)
-        found = []
+        notes = self.notes
+        found = [FITS_NO_CHAT] if notes.fits_no_chat else []
         if self.bad:
             found.append(f"{self.bad} of {self.read} rows are bad and left out")
         if self.untrained:
@@ -101,6 +125,7 @@ class DataSummary:
             )
         if self.trimmed:
             found.append(f"{self.trimmed} chats lose their last turns: no assistant turn follows them")
+        found += notes.sentences()
         if self.duplicates:
             found.append(f"{self.duplicates} rows repeat another row word for word")
         if not self.validation_rows:
@@ -113,6 +138,8 @@ class DataSummary:
             "read": self.read,
             "bad": self.bad,
             "trimmed": self.trimmed,
+            "fits_no_chat": self.fits_no_chat,
+            "notes": asdict(self.notes),
             "trained_share": self.trained_share,
             "longest": max(self.lengths, default=0),
             "warnings": self.warnings(),

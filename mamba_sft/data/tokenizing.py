@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
 
-from mamba_sft.data.chats import BadRowError, Chat
+from mamba_sft.data.chats import Chat
 from mamba_sft.data.formats import Passage
+from mamba_sft.data.values import BadRowError
 from mamba_sft.errors import DataError
 from mamba_sft.json_lines import Row
 from mamba_sft.model.chat_template import (
@@ -19,6 +20,7 @@ from mamba_sft.model.chat_template import (
     encode_batch,
     join_pieces,
     split_rendered,
+    with_reasoning_as_text,
     with_system,
 )
 
@@ -94,18 +96,28 @@ class Renderer:
             return str(error)
 
     def _chat(self, chat: Chat) -> Pieces:
+        self._check_carried(chat)
+        messages = with_system(chat.messages, self.system)
+        if not self.setup.carries.reasoning:
+            messages = with_reasoning_as_text(messages)
         try:
-            messages = with_system(chat.messages, self.system)
             pieces = split_rendered(self.tokenizer, messages, tools=chat.tools)
         except DataError as error:
             raise BadRowError(error.message) from error
-        if not self.assistant_only:
+        if not (self.assistant_only or chat.masked):
             return pieces
         marked = sum(trained for _, trained in pieces)
         turns = sum(message["role"] == "assistant" for message in chat.messages)
         if marked != turns:
             raise BadRowError(f"the chat template marks {marked} of {turns} assistant turns")
         return pieces
+
+    def _check_carried(self, chat: Chat) -> None:
+        template = f"the chat template `{self.setup.template}`"
+        if chat.tools and not self.setup.carries.tools:
+            raise BadRowError(f"`tools`: {template} does not show them; use `chat.template: chatml`")
+        if not self.setup.carries.calls and any("tool_calls" in message for message in chat.messages):
+            raise BadRowError(f"a tool call: {template} does not render it; use `chat.template: chatml`")
 
     def _passage(self, passage: Passage) -> Pieces:
         stop = self.setup.stop_token
@@ -118,8 +130,10 @@ class Renderer:
         except DataError as error:
             raise DataError(f"{where}: {error.message}", error.hint) from error
         trained = np.array(mask, dtype=bool) if self.assistant_only else np.ones(len(ids), dtype=bool)
-        if self.assistant_only and isinstance(example, Chat) and example.untrained_turns:
-            trained[: _end_of_turn(pieces, encoded, example.untrained_turns)] = False
+        if isinstance(example, Chat):
+            context = example.context if self.assistant_only else example.masked
+            for start, end in _answer_spans(pieces, encoded, context):
+                trained[start:end] = False
         trained[:1] = False
         length = (
             int(trained.nonzero()[0].max(initial=-1)) + 1
@@ -131,12 +145,13 @@ def _as_pieces(cut: Pieces | str) -> Pieces:
     return [] if isinstance(cut, str) else cut
 
 
-def _end_of_turn(pieces: Pieces, encoded: list[list[int]], turn: int) -> int:
-    """Where the assistant's `turn`-th turn ends, in tokens."""
-    end = 0
-    for (_, trained), tokens in zip(pieces, encoded, strict=True):
-        end += len(tokens)
-        turn -= trained
-        if turn == 0:
-            return end
-    return end
+def _answer_spans(
+    pieces: Pieces, encoded: list[list[int]], turns: Collection[int]
+) -> Iterator[tuple[int, int]]:
+    """Where the assistant's `turns`, counted from 0, begin and end in tokens."""
+    end, turn = 0, -1
+    for (_, trained), tokens in zip(pieces if turns else [], encoded, strict=False):
+        start, end = end, end + len(tokens)
+        turn += trained
+        if trained and turn in turns:
+            yield start, end

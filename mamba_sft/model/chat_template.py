@@ -35,6 +35,23 @@ _PROBE: list[Message] = [
 ]
 
 
+@dataclass(frozen=True)
+class Carried:
+    """What a chat template renders besides the text of turns; it drops the rest without a word.
+
+    Args:
+        tools: The tools on offer.
+        calls: Calls of tools.
+        reasoning: `reasoning_content` of an answer.
+        name: The `name` of who speaks.
+    """
+
+    tools: bool = False
+    calls: bool = False
+    reasoning: bool = False
+    name: bool = False
+
+
 @dataclass
 class TemplateSetup:
     """A tokenizer with its chat template installed, and what the model has to know about it.
@@ -56,6 +73,10 @@ class TemplateSetup:
     template: str = "chatml"
     renamed: dict[str, str] = field(default_factory=dict)
     """Old name -> new name of the vocabulary rows that were given a new meaning."""
+    carries: Carried = Carried()
+    """What the template renders besides text."""
+    reasoning: str = "keep"
+    """`chat.reasoning` of the recipe."""
 
 
 def prepare_tokenizer(
@@ -105,7 +126,31 @@ def prepare_tokenizer(
         stop_token_ids=stop_ids,
         template=source,
         renamed=renamed,
+        carries=carried(tokenizer),
+        reasoning=chat.reasoning,
     )
+
+
+def carried(tokenizer: Any) -> Carried:
+    """Returns what the tokenizer's chat template renders, found by rendering it."""
+    call = {"type": "function", "function": {"name": "probed_call", "arguments": {}}}
+    user: Message = {"role": "user", "content": "question"}
+    thought: Message = {"role": "assistant", "content": "answer", "reasoning_content": "probed_thought"}
+    answer: Message = {"role": "assistant", "content": "answer"}
+    tool = {"type": "function", "function": {"name": "probed_tool", "description": "", "parameters": {}}}
+    return Carried(
+        tools=_shows("probed_tool", tokenizer, [user, answer], [tool]),
+        calls=_shows("probed_call", tokenizer, [user, {**answer, "content": "", "tool_calls": [call]}]),
+        reasoning=_shows("probed_thought", tokenizer, [user, thought]),
+        name=_shows("probed_name", tokenizer, [{**user, "name": "probed_name"}, answer]),
+    )
+
+
+def _shows(mark: str, tokenizer: Any, messages: Sequence[Message], tools: Tools = None) -> bool:
+    try:
+        return any(mark in text for text, _ in split_rendered(tokenizer, messages, tools=tools))
+    except DataError:
+        return False
 
 
 def render(
@@ -150,7 +195,7 @@ def split_rendered(
             add_generation_prompt=add_generation_prompt,
             **tokenizer.special_tokens_map,
         )
-    except (TemplateError, TypeError) as error:
+    except (TemplateError, TypeError, RecursionError) as error:
         raise DataError(f"the chat template refuses this conversation: {error}") from error
     text, end = rendered[0], 0
     pieces: list[tuple[str, bool]] = []
@@ -219,6 +264,17 @@ def check_generation_marks(setup: TemplateSetup) -> None:
                 f" generation marks: a model trained on {text!r} never stops",
                 hint=f"move {{% endgeneration %}} behind {setup.stop_token}",
             )
+
+
+def with_reasoning_as_text(messages: Sequence[Message]) -> list[Message]:
+    """`messages`, reasoning put before the answer as text, for a template that does not know it."""
+    return [
+        message
+        if not message.get("reasoning_content")
+        else {key: value for key, value in message.items() if key != "reasoning_content"}
+        | {"content": f"<think>{message['reasoning_content']}</think>\n{message['content']}"}
+        for message in messages
+    ]
 
 
 def with_system(messages: list[Message], system: str | None) -> list[Message]:

@@ -42,6 +42,11 @@ def _as_count(value: float) -> float | int:
 CountOrShare = Annotated[float, AfterValidator(_whole_from_one), PlainSerializer(_as_count)]
 """A count from 1 up, or below 1 a share of the whole."""
 
+Part = Literal[
+    "messages", "prompt", "input", "response", "system", "history", "tools", "text", "chosen", "rejected"
+]
+"""What a column of the data can be for."""
+
 MANY = 1_000_000_000  # where a number needs a bound and has no natural one
 Text = Annotated[str, Field(min_length=1)]
 ORDINARY = BeforeValidator(_empty_is_default)  # `eval:` with nothing under it is a section of defaults
@@ -90,6 +95,9 @@ class ChatSection(Section):
     nothing. Samples of the run are always greedy."""
     top_p: float | None = Field(default=None, gt=0, le=1)
     """The same for the probability that the tokens sampled from add up to."""
+    reasoning: Literal["keep", "drop"] = "keep"
+    """What happens to the reasoning beside an answer (`reasoning_content`, `thinking`): keep trains it as
+    `<think>...</think>` before the answer, so that the model reasons first; drop leaves it out."""
 
 
 class SourceSection(Section):
@@ -101,8 +109,22 @@ class SourceSection(Section):
     """Configuration of the hub dataset, where it has several."""
     split: Text = "train"
     """Split of the hub dataset."""
-    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"] = "auto"
-    """Shape of the rows. auto looks at the rows and says what it saw."""
+    format: Literal[
+        "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "plain_completion", "text"
+    ] = "auto"
+    """Shape of the rows. auto looks at the rows and says what it saw. prompt_completion makes a user and an
+    assistant turn of a pair of texts; plain_completion and text keep the chat template out, so that chat does
+    not fit what is learned."""
+    columns: dict[Part, Text] = {}
+    """Columns with names of their own, part -> column: `{prompt: task, response: reply}`. Parts are messages
+    (a list of turns), or prompt (maybe with input below it) and response, or text; beside them system,
+    history, tools, chosen and rejected. Common names are known without it."""
+    roles: dict[Text, Literal["system", "user", "assistant", "tool"]] = {}
+    """Names of roles that are not known by themselves: `{customer: user, agent: assistant}`. Case and blanks
+    around a name do not matter."""
+    preference: Literal["chosen"] | None = None
+    """What to learn from preference data: chosen trains on the preferred answer, or on the rows whose `label`
+    is true, and leaves the others out. null refuses such data."""
     weight: float = Field(default=1.0, gt=0, le=1000)
     """Share of the rows that an epoch shows: 0.5 a fixed half of them, 2.0 each one twice."""
     limit: int | None = Field(default=None, ge=1, le=MANY)

@@ -76,8 +76,14 @@ def _errors(model: type[BaseModel], tree: dict[str, Any]) -> list[Any]:
     try:
         model.model_validate(tree)
     except ValidationError as error:
-        return error.errors()
+        return [_at_its_value(found) for found in error.errors()]
     return []
+
+
+def _at_its_value(error: Error) -> Error:
+    """The error, placed at the entry where pydantic places it at the name of one."""
+    *path, last = error["loc"] or ("",)
+    return {**error, "loc": tuple(path), "names": True} if last == "[key]" else error
 
 
 def _place(path: Keys, places: dict[Keys, Place]) -> Place:
@@ -124,7 +130,8 @@ def _describe(model: type[BaseModel], error: Error) -> str:
         return f"`{dotted(path)}` is missing" + "".join(
             f"; it needs `{dotted((*path, name))}`" for name in needs
         )
-    return f"`{dotted(path)}` {_expectation(error)}"
+    named = "names in " if error.get("names") else ""
+    return f"{named}`{dotted(path[:-1] if named else path)}` {_expectation(error)}"
 
 
 def _section_at(model: type[BaseModel], path: Keys) -> type[BaseModel] | None:

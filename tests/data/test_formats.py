@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from mamba_sft.data.chats import BadRowError, Chat
+from mamba_sft.data.chats import Chat
 from mamba_sft.data.formats import Passage, detect, detect_file, parse
+from mamba_sft.data.values import BadRowError
 from mamba_sft.errors import DataError
 
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
@@ -33,7 +34,8 @@ def chat(*messages: dict[str, Any], **columns: Any) -> Chat:
         ({"instruction": "i", "input": "", "output": "o"}, "alpaca"),
         ({"prompt": "p", "completion": "c"}, "prompt_completion"),
         ({"text": "t"}, "text"),
-        ({"instruction": "i", "response": "o"}, None),
+        ({"instruction": "i", "response": "o"}, "prompt_completion"),
+        ({"instruction": "i", "reply": "o"}, None),
         ({}, None),
     ],
 )
@@ -62,7 +64,7 @@ def test_openai_roles_and_content_parts() -> None:
     found = chat({"role": "developer", "content": "be kind"}, {"role": "user", "content": parts}, ANSWER)
     assert found.messages == [
         {"role": "system", "content": "be kind"},
-        {"role": "user", "content": "one two"},
+        {"role": "user", "content": "one \n\ntwo"},
         ANSWER,
     ]
 
@@ -89,10 +91,14 @@ def test_alpaca_joins_instruction_and_input() -> None:
 
 
 def test_prompt_completion_as_texts_or_messages() -> None:
-    assert parse({"prompt": "p", "completion": " c"}, "prompt_completion") == Passage(" c", "p")
+    pair = {"prompt": "p", "completion": " c"}
+    assert parse(pair, "plain_completion") == Passage(" c", "p")
+    as_turns = parse(pair, "prompt_completion")
+    assert isinstance(as_turns, Chat)
+    assert as_turns.messages == [{"role": "user", "content": "p"}, {"role": "assistant", "content": " c"}]
     found = parse({"prompt": [USER, ANSWER, USER], "completion": [ANSWER]}, "prompt_completion")
     assert isinstance(found, Chat)
-    assert (len(found.messages), found.untrained_turns) == (4, 1)
+    assert (len(found.messages), found.context) == (4, {0})
 
 
 def test_tools_and_calls_are_kept() -> None:
@@ -112,7 +118,8 @@ def test_tools_and_calls_are_kept() -> None:
             tools=column,
         )
         assert found.tools == tools
-        assert found.messages[1] == {"role": "assistant", "content": "", "tool_calls": call["tool_calls"]}
+        calls = [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]
+        assert found.messages[1] == {"role": "assistant", "content": "", "tool_calls": calls}
 
 
 def test_turns_after_the_last_answer_are_left_out_and_counted() -> None:
@@ -129,8 +136,8 @@ def test_an_empty_system_turn_counts_as_none_and_users_may_write_twice() -> None
     ("messages", "reason"),
     [
         ([{"role": "usr", "content": "q"}, ANSWER], "turn 1: unknown role 'usr'; did you mean `user`?"),
-        ([{"role": "narrator", "content": "q"}, ANSWER], "roles are system, developer, user"),
-        ([{"content": "q"}, ANSWER], "turn 1: unknown role None"),
+        ([{"role": "narrator", "content": "q"}, ANSWER], "say who it is: `roles: {narrator: user}`"),
+        ([{"content": "q"}, ANSWER], "turn 1 has no `role`; its keys are `content`"),
         ([{"role": "user", "content": "  "}, ANSWER], "turn 1 (user): empty content"),
         ([USER, {"role": "assistant", "content": None}], "turn 2 (assistant): empty content"),
         ([USER, {"role": "assistant", "content": 7}], "turn 2: content is a number, not text"),
@@ -140,8 +147,8 @@ def test_an_empty_system_turn_counts_as_none_and_users_may_write_twice() -> None
         ([], "`messages` is empty"),
         ("hello", "`messages` is a text, not a list"),
         (["hello"], "turn 1 is a text"),
-        ([USER, SYSTEM, ANSWER], "turn 2: a system turn must come first, this one follows user"),
-        ([ANSWER, USER, ANSWER], "turn 1: an assistant turn that comes first"),
+        ([ANSWER], "no turn asks for its only answer"),
+        ([SYSTEM, ANSWER], "no turn asks for its only answer"),
         ([USER, ANSWER, ANSWER], "turn 3: an assistant turn that follows another"),
         ([USER, {"role": "tool", "content": "1"}, ANSWER], "a tool turn must follow"),
         (
@@ -162,13 +169,13 @@ def test_bad_chats_say_which_turn_and_why(messages: Any, reason: str) -> None:
     [
         ({"text": "t"}, "messages", "not messages: it looks like text"),
         ({"q": 1}, "alpaca", "its columns are `q`; alpaca needs `instruction` and `output`"),
-        ({"conversations": [{"from": "human", "value": "q"}]}, "messages", "it looks like sharegpt"),
         ({"text": ""}, "text", "`text` is empty"),
         ({"text": 5}, "text", "`text` is a number, not text"),
         ({"prompt": "p", "completion": " "}, "prompt_completion", "`completion` is empty"),
-        ({"prompt": "p", "completion": [ANSWER]}, "prompt_completion", "both must be texts, or both lists"),
+        ({"prompt": "p", "completion": [ANSWER]}, "plain_completion", "both must be texts"),
+        ({"prompt": 7, "completion": "c"}, "prompt_completion", "`prompt` is a number, not text"),
         ({"prompt": [USER], "completion": [USER]}, "prompt_completion", "`completion` has no assistant turn"),
-        ({"instruction": "i", "output": ""}, "alpaca", "turn 2 (assistant): empty content"),
+        ({"instruction": "i", "output": ""}, "alpaca", "`output` is empty"),
         ({"messages": [USER, ANSWER], "tools": "none"}, "messages", "`tools` is a text"),
     ],
 )

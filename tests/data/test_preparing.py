@@ -28,11 +28,21 @@ def write(path: Path, rows: list[Any]) -> Path:
 
 
 def prepare(
-    setup: TemplateSetup, *paths: Path, weights: tuple[float, ...] = (), **fields: Any
+    setup: TemplateSetup,
+    *paths: Path,
+    weights: tuple[float, ...] = (),
+    formats: tuple[Any, ...] = (),
+    **fields: Any,
 ) -> PreparedData:
     system, seed = fields.pop("system", None), fields.pop("seed", 0)
     sources = [
-        SourceSection(path=str(path), weight=weights[i] if weights else 1.0) for i, path in enumerate(paths)
+        SourceSection(
+            path=str(path),
+            weight=weights[i] if weights else 1.0,
+            format=formats[i] if formats else "auto",
+            **fields.pop("source", {}),
+        )
+        for i, path in enumerate(paths)
     ]
     data = DataSection(sources=sources, **({"validation": 0} | fields))
     return prepare_data(data, setup, system=system, seed=seed)
@@ -87,7 +97,7 @@ def test_a_template_without_marks_is_fine_when_all_tokens_are_trained(
 def test_completions_and_texts_are_plain_and_stop(setup: TemplateSetup, tmp_path: Path) -> None:
     pairs = write(tmp_path / "pairs.jsonl", [{"prompt": "hello ", "completion": " world"}])
     plain = write(tmp_path / "plain.jsonl", [{"text": "the quick fox"}, {"text": "already ends<|im_end|>"}])
-    prepared = prepare(setup, pairs, plain)
+    prepared = prepare(setup, pairs, plain, formats=("plain_completion", "auto"))
     assert texts(setup, prepared) == [
         "hello  world<|im_end|>",
         "the quick fox<|im_end|>",

@@ -1,0 +1,105 @@
+"""What was done with rows beyond reading them, for the report: plain counts that add up over batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Level = Literal["row", "turn", "tool call"]
+"""Where a key stands."""
+
+CHAT = "through the chat template"
+PLAIN = "outside the chat template"
+WEIGHT_ZERO = "left out for weight 0"
+NOT_CHOSEN = "left out as rejected"
+CONTEXT = "answers kept as context"
+ASSISTANT_FIRST = "assistant first"
+SYSTEM_JOINED = "system turns joined"
+SYSTEM_LATER = "system turn later on"
+REASONING_KEPT = "reasoning kept"
+REASONING_DROPPED = "reasoning dropped"
+TOOLS_LISTED = "tools listed in the system turn"
+ASKED_MASKED = "weight 0 on a turn that is no answer"
+
+_SENTENCES = {
+    WEIGHT_ZERO: "{rows} have weight 0 and are left out",
+    NOT_CHOSEN: "{rows} are left out: what they answer was rejected",
+    CONTEXT: "{rows} have answers that are context only, as their weight of 0 says",
+    ASSISTANT_FIRST: "{chats} begin with the assistant: that turn is context, not trained",
+    SYSTEM_JOINED: "{chats} begin with several system texts: joined into one turn",
+    SYSTEM_LATER: "{chats} have a system turn later on: it stays where it is",
+    REASONING_KEPT: "{chats} have reasoning: trained as <think>...</think> before the answer;"
+    " `chat.reasoning: drop` leaves it out",
+    REASONING_DROPPED: "{chats} lose their reasoning, as `chat.reasoning: drop` says",
+    TOOLS_LISTED: "{chats} list their tools in the system turn: `tools` is not added once more",
+    ASKED_MASKED: "{chats} say weight 0 of a turn that is not the assistant's: with"
+    " `data.assistant_only_loss: false` it is trained like all others",
+}
+"""What the report says of a note; those without a sentence are counted only."""
+
+_NAMED = 100
+"""Unused keys that are told apart, at each level: rows may have a name of their own for every column."""
+
+
+@dataclass
+class Notes:
+    """Counts of rows, under what happened to them.
+
+    Args:
+        counts: Note -> rows.
+        unused: Level -> key that nothing reads -> rows that have it.
+    """
+
+    counts: dict[str, int] = field(default_factory=dict)
+    unused: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    def note(self, what: str) -> None:
+        """Notes something of one row; twice is once."""
+        self.counts[what] = 1
+
+    def note_unused(self, level: Level, key: str) -> None:
+        """Notes a key of one row that nothing reads."""
+        self.unused.setdefault(level, {})[key] = 1
+
+    def add(self, other: Notes) -> None:
+        """Adds the counts of other rows."""
+        for what, count in other.counts.items():
+            self.counts[what] = self.counts.get(what, 0) + count
+        for level, keys in other.unused.items():
+            own = self.unused.setdefault(level, {})
+            for key, count in keys.items():
+                if key in own or len(own) < _NAMED:
+                    own[key] = own.get(key, 0) + count
+
+    def sentences(self) -> list[str]:
+        """What a reader should know of it."""
+        found = [
+            sentence.format(
+                rows=_counted(self.counts[what], "row"), chats=_counted(self.counts[what], "chat")
+            )
+            for what, sentence in _SENTENCES.items()
+            if self.counts.get(what)
+        ]
+        parts = [
+            _keys(level, self.unused[level])
+            for level in ("row", "turn", "tool call")
+            if self.unused.get(level)
+        ]
+        if parts:
+            found.append("columns not used: " + "; ".join(parts))
+        return found
+
+    @property
+    def fits_no_chat(self) -> bool:
+        """Whether rows are trained on, and none of them goes through the chat template."""
+        return bool(self.counts.get(PLAIN)) and not self.counts.get(CHAT)
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count:,} {what}" + ("s" if count != 1 else "")
+
+
+def _keys(level: str, keys: dict[str, int]) -> str:
+    names = ", ".join(f"`{key}`" for key in sorted(keys, key=lambda key: -keys[key])[:12])
+    more = f" and {len(keys) - 12} more" if len(keys) > 12 else ""
+    return names + more if level == "row" else f"of {level}s {names}{more}"
