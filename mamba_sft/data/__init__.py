@@ -4,6 +4,10 @@
     files      which      one      ids and       length,      full rows,
     or hub     layout?    shape    labels        validation,  boundaries
                                                  weights
+    formats reads a row with  columns  which column plays which part   turns  roles, contents, reasoning
+                              keys     harmless, honoured, refused     roles  who speaks
+                              values   JSON as text, empty, NaN        tool_calls   one form of a call
+                              preferences   chosen and rejected        notes  counts for the report
     preparing runs these from the recipe; summary counts what each of them did
 
 Read `preparing` first (the flow), then the files in the order of the box.

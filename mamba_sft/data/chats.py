@@ -33,6 +33,7 @@ class Chat:
         tools: JSON schemas of the tools on offer, or None.
         context: Which assistant turns, counted from 0, are not trained.
         masked: Those of them that are not even trained where every token is, because the row says so.
+        masked_others: A turn of another role that the row says is not trained, by its number, or None.
         trimmed: Turns left out at the end because no assistant turn follows them.
         notes: What else was done.
     """
@@ -41,6 +42,7 @@ class Chat:
     tools: list[Message] | None = None
     context: frozenset[int] = frozenset()
     masked: frozenset[int] = frozenset()
+    masked_others: int | None = None
     trimmed: int = 0
     notes: Notes = field(default_factory=Notes)
 
@@ -88,7 +90,8 @@ def make_chat(
     messages = [turn.message for turn in joined]
     kept = messages[: answers[-1] + 1]
     offered = _offered(kept, tools, notes)
-    return Chat(kept, offered, untrained, masked, len(messages) - len(kept), notes)
+    others = (turn.number for turn in joined if turn.trained is False and turn.message["role"] != "assistant")
+    return Chat(kept, offered, untrained, masked, next(others, None), len(messages) - len(kept), notes)
 
 
 def _is_empty_system(message: Message) -> bool:

@@ -68,11 +68,8 @@ class Reading:
     def of(cls, source: SourceSection, setup: TemplateSetup) -> Reading:
         """Returns what the recipe says of a source, for one chat template."""
         rules = TurnRules(known_roles(source.roles), setup.reasoning == "keep", setup.carries.name)
-        return cls(
-            {str(part): column for part, column in source.columns.items()},
-            rules,
-            source.preference == "chosen",
-        )
+        columns = {str(part): column for part, column in source.columns.items()}
+        return cls(columns, rules, source.preference == "chosen")
 
 
 _AS_IT_STANDS = Reading()

@@ -19,21 +19,18 @@ SYSTEM_LATER = "system turn later on"
 REASONING_KEPT = "reasoning kept"
 REASONING_DROPPED = "reasoning dropped"
 TOOLS_LISTED = "tools listed in the system turn"
-ASKED_MASKED = "weight 0 on a turn that is no answer"
 
 _SENTENCES = {
-    WEIGHT_ZERO: "{rows} have weight 0 and are left out",
-    NOT_CHOSEN: "{rows} are left out: what they answer was rejected",
-    CONTEXT: "{rows} have answers that are context only, as their weight of 0 says",
-    ASSISTANT_FIRST: "{chats} begin with the assistant: that turn is context, not trained",
-    SYSTEM_JOINED: "{chats} begin with several system texts: joined into one turn",
-    SYSTEM_LATER: "{chats} have a system turn later on: it stays where it is",
-    REASONING_KEPT: "{chats} have reasoning: trained as <think>...</think> before the answer;"
+    WEIGHT_ZERO: "left out for a weight of 0: {rows}",
+    NOT_CHOSEN: "left out because the answer was rejected: {rows}",
+    CONTEXT: "answers with weight 0 are context, not trained, in {rows}",
+    ASSISTANT_FIRST: "the assistant begins in {rows}: that turn is context, not trained",
+    SYSTEM_JOINED: "several system texts at the start are joined into one turn in {rows}",
+    SYSTEM_LATER: "a system turn stands later on, and stays there, in {rows}",
+    REASONING_KEPT: "reasoning is trained as <think>...</think> before the answer in {rows};"
     " `chat.reasoning: drop` leaves it out",
-    REASONING_DROPPED: "{chats} lose their reasoning, as `chat.reasoning: drop` says",
-    TOOLS_LISTED: "{chats} list their tools in the system turn: `tools` is not added once more",
-    ASKED_MASKED: "{chats} say weight 0 of a turn that is not the assistant's: with"
-    " `data.assistant_only_loss: false` it is trained like all others",
+    REASONING_DROPPED: "reasoning is left out of {rows}, as `chat.reasoning: drop` says",
+    TOOLS_LISTED: "the system turn lists the tools already, so they are not added again, in {rows}",
 }
 """What the report says of a note; those without a sentence are counted only."""
 
@@ -74,9 +71,7 @@ class Notes:
     def sentences(self) -> list[str]:
         """What a reader should know of it."""
         found = [
-            sentence.format(
-                rows=_counted(self.counts[what], "row"), chats=_counted(self.counts[what], "chat")
-            )
+            sentence.format(rows=_counted(self.counts[what], "row"))
             for what, sentence in _SENTENCES.items()
             if self.counts.get(what)
         ]

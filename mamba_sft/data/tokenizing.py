@@ -113,6 +113,11 @@ class Renderer:
         return pieces
 
     def _check_carried(self, chat: Chat) -> None:
+        if chat.masked_others is not None and not self.assistant_only:
+            raise BadRowError(
+                f"turn {chat.masked_others}: weight 0 on a turn that is not the assistant's, and"
+                " `data.assistant_only_loss: false` trains all of these"
+            )
         template = f"the chat template `{self.setup.template}`"
         if chat.tools and not self.setup.carries.tools:
             raise BadRowError(f"`tools`: {template} does not show them; use `chat.template: chatml`")

@@ -145,7 +145,7 @@ def read_tools(column: str, tools: Any) -> list[Tool]:
     """
     if is_empty(tools):
         return []
-    read = from_json(tools)
+    read = from_json(tools, f"`{column}`")
     listed = [read] if isinstance(read, dict) else read
     if not isinstance(listed, list):
         raise BadRowError(f"`{column}` is {kind_of(read)}, not a list of JSON schemas")

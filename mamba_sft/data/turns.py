@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mamba_sft.data.keys import FLAGS, is_trained, note_unused, refuse_media
-from mamba_sft.data.notes import ASKED_MASKED, REASONING_DROPPED, REASONING_KEPT, Notes
+from mamba_sft.data.notes import REASONING_DROPPED, REASONING_KEPT, Notes
 from mamba_sft.data.roles import CALLING, ROLES, fold_role, read_role
 from mamba_sft.data.tool_calls import read_calls, split_calls, split_results
 from mamba_sft.data.values import BadRowError, from_json, is_empty, kind_of, python_list
@@ -55,7 +55,7 @@ def read_turns(column: str, turns: Any) -> list[Any]:
     Raises:
         BadRowError: It is none of these, or empty.
     """
-    turns = from_json(turns)
+    turns = from_json(turns, f"`{column}`")
     if python_list(turns) or (isinstance(turns, str) and turns.lstrip().startswith("[{'")):
         raise BadRowError(
             f"`{column}` is a Python list written as text, not JSON; pandas writes JSON with"
@@ -147,8 +147,6 @@ def _read_turn(number: int, turn: dict[str, Any], rules: TurnRules, notes: Notes
     role = read_role(number, name, rules.roles)
     refuse_media(f"{what}: ", turn)
     trained = is_trained(what, turn)
-    if trained is False and role != "assistant":
-        notes.note(ASKED_MASKED)
     note_unused("turn", turn, {*_READ, str(role_key), str(content_key)}, notes)
     if role == "assistant":
         message = _read_answer(what, turn, fold_role(str(name)) in CALLING, content_key, notes)

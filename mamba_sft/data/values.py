@@ -12,8 +12,12 @@ class BadRowError(Exception):
     """A row that cannot be trained on; its text is the reason."""
 
 
-def from_json(value: Any) -> Any:
+def from_json(value: Any, what: str = "a value") -> Any:
     """A list or object written as JSON text, as CSV and some hub data sets have them; else `value` itself.
+
+    Args:
+        value: Any value of a row.
+        what: What it is, for messages.
 
     Raises:
         BadRowError: It is nested too deeply to be read.
@@ -22,7 +26,7 @@ def from_json(value: Any) -> Any:
         try:
             return json.loads(value)
         except RecursionError as error:
-            raise BadRowError("holds JSON that is nested too deeply") from error
+            raise BadRowError(f"{what} is JSON nested too deeply") from error
         except ValueError:
             return value
     return value
