@@ -84,9 +84,30 @@ def read_messages(turns: list[Any], rules: TurnRules, notes: Notes, start: int =
     """
     read: list[Turn] = []
     for number, turn in enumerate(turns, start=start):
+        plain = _plain_turn(number, turn, rules)
+        if plain is not None:
+            read.append(plain)
+            continue
         for one in _expanded(number, turn):
             read += _read_turn(number, one, rules, notes)
     return read
+
+
+def _plain_turn(number: int, turn: Any, rules: TurnRules) -> Turn | None:
+    """A turn of a role and a text and nothing else, as nearly all are; None where more has to be asked."""
+    if not isinstance(turn, dict) or len(turn) != 2:
+        return None
+    name, content = turn.get("role"), turn.get("content")
+    if name is None:
+        name, content = turn.get("from"), turn.get("value")
+    if not (isinstance(name, str) and isinstance(content, str)):
+        return None
+    role = rules.roles.get(name)
+    if role is None or role == "tool" or name in CALLING:
+        return None
+    if role == "assistant" and ("</tool_call>" in content or "</think>" in content):
+        return None
+    return Turn({"role": role, "content": content}, number=number)
 
 
 def looks_like_turns(value: Any) -> bool:
