@@ -97,7 +97,8 @@ def _layout(keys: tuple[str, ...], mapped: tuple[tuple[str, str], ...]) -> Layou
         turns = tuple(names[name] for name in TURN_COLUMNS if name in names)
         maybe = tuple(names[name] for name in _MAYBE_TURNS if name in names)
         return Layout(beside, turns, maybe, pair, names.get("text"), unclear)
-    pair, unclear = _pair(names, own, beside) if wanted & {"prompt", "response"} else (None, ())
+    asks_for_pair = bool(wanted & {"prompt", "response"}) and wanted <= own.keys()
+    pair, unclear = _pair(names, own, beside) if asks_for_pair else (None, ())
     turns = (own["messages"],) if "messages" in own else ()
     return Layout(beside, turns, (), pair, own.get("text"), unclear)
 

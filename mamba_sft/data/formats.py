@@ -228,6 +228,7 @@ def _parse(
             return LeftOut(notes)
     example = _READERS[expected](one)
     note_unused("row", row, one.used, notes)
+    notes.missing = {column: 1 for column in reading.columns.values() if column not in row}
     if isinstance(example, Chat):
         notes.note(CHAT)
         check_text(example, control_tokens)

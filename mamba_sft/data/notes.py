@@ -45,10 +45,12 @@ class Notes:
     Args:
         counts: Note -> rows.
         unused: Level -> key that nothing reads -> rows that have it.
+        missing: Column that the recipe names -> rows that do not have it.
     """
 
     counts: dict[str, int] = field(default_factory=dict)
     unused: dict[str, dict[str, int]] = field(default_factory=dict)
+    missing: dict[str, int] = field(default_factory=dict)
 
     def note(self, what: str) -> None:
         """Notes something of one row; twice is once."""
@@ -60,13 +62,14 @@ class Notes:
 
     def add(self, other: Notes) -> None:
         """Adds the counts of other rows."""
-        for what, count in other.counts.items():
-            self.counts[what] = self.counts.get(what, 0) + count
+        for own, others in ((self.counts, other.counts), (self.missing, other.missing)):
+            for what, count in others.items():
+                own[what] = own.get(what, 0) + count
         for level, keys in other.unused.items():
-            own = self.unused.setdefault(level, {})
+            known = self.unused.setdefault(level, {})
             for key, count in keys.items():
-                if key in own or len(own) < _NAMED:
-                    own[key] = own.get(key, 0) + count
+                if key in known or len(known) < _NAMED:
+                    known[key] = known.get(key, 0) + count
 
     def sentences(self) -> list[str]:
         """What a reader should know of it."""
@@ -83,6 +86,11 @@ class Notes:
         if parts:
             found.append("columns not used: " + "; ".join(parts))
         return found
+
+    def never_found(self) -> list[str]:
+        """Columns that the recipe names and no row has."""
+        rows = self.counts.get(CHAT, 0) + self.counts.get(PLAIN, 0)
+        return [column for column, count in self.missing.items() if count == rows]
 
     @property
     def fits_no_chat(self) -> bool:

@@ -126,6 +126,11 @@ class DataSummary:
         if self.trimmed:
             found.append(f"{self.trimmed} chats lose their last turns: no assistant turn follows them")
         found += notes.sentences()
+        for source in self.sources:
+            found += [
+                f"`columns` of `{source.path}` names `{column}`, which no row has"
+                for column in source.notes.never_found()
+            ]
         if self.duplicates:
             found.append(f"{self.duplicates} rows repeat another row word for word")
         if not self.validation_rows:

@@ -183,7 +183,8 @@ def _read_turn(number: int, turn: dict[str, Any], rules: TurnRules, notes: Notes
     identity = turn.get("tool_call_id")
     link = {"tool_call_id": identity} if isinstance(identity, str) and identity else {}
     return [
-        Turn({**message, "content": text} | link, number=number) for text in split_results(message["content"])
+        Turn({**message, "content": text} | link, trained, number)
+        for text in split_results(message["content"])
     ]
 
 
