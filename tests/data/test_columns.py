@@ -33,10 +33,7 @@ PAIR = [("user", "q"), ("assistant", "a")]
         {"prompt": json.dumps([USER]), "completion": "a"},
         {"prompt": "q", "completion": [ANSWER]},
         {"prompt": USER, "completion": ANSWER},
-        *(
-            {name: [USER, ANSWER]}
-            for name in ("conversation", "conversations", "chat", "dialog", "dialogue", "turns")
-        ),
+        *({name: [USER, ANSWER]} for name in ("conversation", "chat", "dialog", "dialogue", "turns")),
         {"chat": json.dumps([USER, ANSWER])},
         {"conversation": [{"human": "q", "assistant": "a"}]},
         {"conversation": [{"assistant": "a", "human": "q"}]},

@@ -113,13 +113,14 @@ def test_media_without_entries_say_nothing(value: Any) -> None:
 
 def test_unknown_keys_are_named_once_at_each_level() -> None:
     calls = [{"function": {"name": "f", "arguments": {}, "strict": True}, "speed": "high", "id": "c"}]
+    moody = {**CALL, "tool_calls": calls, "mood": "bad"}
     found = chat_of(
         {
             "messages": [
                 {**USER, "mood": "sad"},
                 {**CALL, "tool_calls": calls},
                 TOOL,
-                {**ANSWER, "mood": "gay"},
+                {**ANSWER, "mood": "good"},
             ],
             "score": 3,
             "id": 7,
@@ -167,7 +168,7 @@ def test_names_go_to_templates_that_have_them() -> None:
 
 @pytest.mark.parametrize(
     ("value", "expected"),
-    [(1, True), (0.0, False), ("FALSE", False), (2, None), ("on time", None), ([], None)],
+    [(1, True), (0.0, False), ("FALSE", False), (2, None), ("on it", None), ([], None)],
 )
 def test_switches(value: Any, expected: bool | None) -> None:
     assert switch(value) is expected
