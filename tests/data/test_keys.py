@@ -118,7 +118,7 @@ def test_unknown_keys_are_named_once_at_each_level() -> None:
         {
             "messages": [
                 {**USER, "mood": "sad"},
-                {**CALL, "tool_calls": calls},
+                moody,
                 TOOL,
                 {**ANSWER, "mood": "good"},
             ],
