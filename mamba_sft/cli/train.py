@@ -32,9 +32,11 @@ def train(
 
     loaded = Recipe.load(recipe, overrides=overrides or [])
     from mamba_sft.cli.progress import TrainingBar
+    from mamba_sft.data.summary import FITS_NO_CHAT
     from mamba_sft.training.fine_tuning import prepare, train_prepared
 
     preparation = prepare(loaded, resume=resume, overwrite=overwrite or dry_run)
+    fits_no_chat = preparation.data.summary.fits_no_chat
     if dry_run:
         from mamba_sft.cli.preview import statistics
 
@@ -45,17 +47,19 @@ def train(
         )
         return
     quiet_loading()
+    if fits_no_chat:
+        err.print(f"[bold yellow]![/] {escape(FITS_NO_CHAT)}")
     bar = TrainingBar(err)
     try:
         run = train_prepared(preparation, callbacks=[bar])
     finally:
         bar.close()
-    _show_samples(run)
+    _show_samples(run, fits_no_chat)
     out.print(f"trained: {run.path}  (report: {run.report})")
     out.print(f"next:    mamba-sft chat {run.path}   or   mamba-sft merge {run.path}")
 
 
-def _show_samples(run: Run, rows: int = 6) -> None:
+def _show_samples(run: Run, fits_no_chat: bool, rows: int = 6) -> None:
     from mamba_sft.evaluation.prompts import exact_match, read_samples
 
     if not run.samples.exists():
@@ -73,6 +77,8 @@ def _show_samples(run: Run, rows: int = 6) -> None:
     if before is not None and after is not None:
         count = sum(prompt.answer is not None for prompt in prompts)
         out.print(f"exact match on {count} held-out prompts: {before:.1%} before, {after:.1%} after")
+    if fits_no_chat:
+        err.print("[bold yellow]![/] these prompts went through the chat template, which no trained row did")
 
 
 def _short(text: str, limit: int = 160) -> str:

@@ -22,6 +22,7 @@ from mamba_sft.errors import ExportError, UsageError
 from mamba_sft.exporting.export_run import export
 from mamba_sft.exporting.full_model import find_model
 from mamba_sft.exporting.gguf import lora
+from mamba_sft.exporting.gguf.metadata import plain_template
 from mamba_sft.exporting.gguf.probe import Job, run_probe
 from mamba_sft.exporting.ollama.go_template import _CHATS, learn_turns, to_go_template
 from mamba_sft.exporting.ollama.modelfile import modelfile_text, stop_strings
@@ -265,6 +266,26 @@ def test_a_modelfile_has_template_stops_system_and_the_file(tmp_path: Path) -> N
         wanted = model.tokenizer.apply_chat_template(list(chat), tokenize=False, add_generation_prompt=True)
         assert render_go(template, chat) == wanted
     assert stop_strings(model)[0] == "<|im_end|>"
+
+
+def test_a_modelfile_says_that_tools_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    made = make_run(tmp_path)
+    model = find_model(made.run)
+    assert "{%- if tools %}" in plain_template(model.tokenizer.chat_template)  # what the GGUF file has
+    said = "# tools and tool calls are left out of this Modelfile's template"
+    lines = modelfile_text(model, "m.gguf").splitlines()
+    assert sum(line.startswith(said) for line in lines) == 1
+    export(made.run, format="ollama", quantization="Q8_0", options=GGUFOptions(verify=False))
+    assert [record.message for record in caplog.records if "tool calls are left out" in record.message]
+
+
+def test_a_template_without_tools_leaves_nothing_out(tmp_path: Path) -> None:
+    model = find_model(make_run(tmp_path).run)
+    model.tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    assert "#" not in modelfile_text(model, "m.gguf")
 
 
 def test_a_modelfile_can_load_the_adapter_on_its_base(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mamba_sft.errors import ExportError, UsageError
 from mamba_sft.evaluation.report import write_report
-from mamba_sft.exporting.full_model import base_of, find_model
+from mamba_sft.exporting.full_model import FullModel, base_of, find_model
 from mamba_sft.exporting.gguf.files import (
     PreparedFiles,
     prepare_files,
@@ -19,7 +19,7 @@ from mamba_sft.exporting.gguf.files import (
 )
 from mamba_sft.exporting.gguf.lora import write_adapter
 from mamba_sft.exporting.gguf.types import choose_methods
-from mamba_sft.exporting.ollama.modelfile import modelfile_text
+from mamba_sft.exporting.ollama.modelfile import modelfile_text, what_ollama_lacks
 from mamba_sft.exporting.request import Exported, ExportRequest, GGUFFile, output_of
 from mamba_sft.merging.disk import disk_errors_explained
 from mamba_sft.merging.preparing import match_adapter
@@ -40,6 +40,7 @@ def export_model(request: ExportRequest, *, ollama: bool) -> Exported:
     """Writes a model's GGUF files and, for Ollama, a Modelfile for each."""
     prepared = prepare_model(request)
     texts = [modelfile_text(prepared.model, file.path.name) for file in prepared.files] if ollama else []
+    _tell_what_ollama_lacks(prepared.model, ollama=ollama)
     files = write_gguf(prepared, request.gguf, request.progress)
     _refresh_report(prepared)
     return Exported(prepared.output, files, _write_modelfiles(prepared.output, files, texts))
@@ -71,6 +72,7 @@ def export_adapter(request: ExportRequest, *, ollama: bool) -> Exported:
         base_files.of = "base"
     bases = base_files.files if base_files and ollama else []
     texts = [modelfile_text(model, file.path.name, adapter=path.name) for file in bases]
+    _tell_what_ollama_lacks(model, ollama=ollama)
     output.mkdir(parents=True, exist_ok=True)
     try:
         with disk_errors_explained(output, "the adapter does not fit", ExportError):
@@ -86,6 +88,11 @@ def export_adapter(request: ExportRequest, *, ollama: bool) -> Exported:
     on = {"on": files[-1].path.name} if files else {}
     record_quality(output / QUALITY, [adapter], {"fix_epsilon": options.fix_epsilon} | on)
     return Exported(output, [*files, adapter], _write_modelfiles(output, files, texts))
+
+
+def _tell_what_ollama_lacks(model: FullModel, *, ollama: bool) -> None:
+    if ollama and (left_out := what_ollama_lacks(model)) is not None:
+        logger.warning("%s", left_out)
 
 
 def _refresh_report(prepared: PreparedFiles) -> None:

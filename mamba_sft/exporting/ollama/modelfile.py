@@ -11,7 +11,7 @@ from typing import Any
 from mamba_sft.errors import ExportError
 from mamba_sft.exporting.full_model import FullModel
 from mamba_sft.exporting.ollama.go_template import Chat, to_go_template
-from mamba_sft.model.chat_template import split_rendered
+from mamba_sft.model.chat_template import carried, split_rendered
 from mamba_sft.recipe.recipe import Recipe
 
 CONTEXT = 4096
@@ -46,6 +46,8 @@ def modelfile_text(model: FullModel, gguf: str, *, adapter: str | None = None) -
     if adapter is not None:
         lines.append(f"ADAPTER ./{adapter}")
     lines.append(f'TEMPLATE """{template}"""')
+    if (left_out := what_ollama_lacks(model)) is not None:
+        lines.append(f"# {left_out}")
     system = _system(model)
     if system:
         lines.append(f'SYSTEM """{system}"""')
@@ -53,6 +55,23 @@ def modelfile_text(model: FullModel, gguf: str, *, adapter: str | None = None) -
     lines.append(f"PARAMETER num_ctx {CONTEXT}")
     lines += [f"PARAMETER {name} {value}" for name, value in sampling(model).items()]
     return "\n".join(lines) + "\n"
+
+
+def what_ollama_lacks(model: FullModel) -> str | None:
+    """Returns what the model's chat template renders and its Modelfile does not, as a sentence, or None.
+
+    Go writes JSON in another way than the template the model was trained with, so tools are not carried over.
+    """
+    tokenizer = model.tokenizer
+    if tokenizer.chat_template is None:
+        return None
+    template = carried(tokenizer)
+    if not (template.tools or template.calls):
+        return None
+    return (
+        "tools and tool calls are left out of this Modelfile's template, so Ollama will say that the model"
+        " does not support tools; the chat template inside the GGUF file has them (`llama-server --jinja`)"
+    )
 
 
 def stop_strings(model: FullModel) -> list[str]:
