@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
-from mamba_sft.recipe.fields import AdapterSection, DataSection, EvalSection, TrainSection
+from mamba_sft.recipe.fields import AdapterSection, DataSection, EvalSection, SourceSection, TrainSection
 
 Keys = tuple[str | int, ...]
 
@@ -146,12 +146,40 @@ def _data_conflicts(data: DataSection) -> Iterator[Problem]:
             (("data", "packing"),),
         )
     for index, source in enumerate(data.sources):
+        yield from _column_conflicts(("data", "sources", index), source)
         if data.assistant_only_loss and source.format == "text":
             yield Problem(
                 ("data", "sources", index, "format"),
                 "must not be `text` when `data.assistant_only_loss` is true: plain text has no assistant "
                 "turn, so none of it would be trained; set `data.assistant_only_loss: false`",
                 (("data", "assistant_only_loss"),),
+            )
+
+
+_STRUCTURES = {
+    "messages": ("messages", "sharegpt"),
+    "prompt": ("alpaca", "prompt_completion", "plain_completion"),
+    "response": ("alpaca", "prompt_completion", "plain_completion"),
+    "text": ("text",),
+}
+"""Parts that a format is made of, and the formats."""
+
+
+def _column_conflicts(path: Keys, source: SourceSection) -> Iterator[Problem]:
+    columns = (*path, "columns")
+    made_of = {_STRUCTURES[part]: part for part in _STRUCTURES if part in source.columns}
+    if len(made_of) > 1:
+        first, second, *_ = made_of.values()
+        yield Problem(columns, f"must not have both `{first}` and `{second}`: rows have one format")
+    repeated = [f"`{column}`" for column, count in Counter(source.columns.values()).items() if count > 1]
+    if repeated:
+        yield Problem(columns, f"must not give {', '.join(repeated)} two parts")
+    for formats, part in made_of.items():
+        if source.format not in ("auto", *formats):
+            yield Problem(
+                columns,
+                f"must not have `{part}` with `format: {source.format}`; leave the format out",
+                ((*path, "format"),),
             )
 
 

@@ -1,4 +1,4 @@
-"""Rows that people really had, and what each is to become; skipped where they are not beside this checkout."""
+"""Rows that people really had, and what each is to become; skipped where they are not beside us."""
 
 from __future__ import annotations
 

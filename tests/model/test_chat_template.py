@@ -8,7 +8,15 @@ import pytest
 from transformers import AutoTokenizer
 
 from mamba_sft.errors import DataError
-from mamba_sft.model.chat_template import check_generation_marks, prepare_tokenizer, render, with_system
+from mamba_sft.model.chat_template import (
+    Carried,
+    carried,
+    check_generation_marks,
+    prepare_tokenizer,
+    render,
+    with_reasoning_as_text,
+    with_system,
+)
 from mamba_sft.recipe.fields import ChatSection
 
 USER, ANSWER = {"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}
@@ -210,6 +218,47 @@ def test_tools_reach_the_template(tiny_tokenizer: Any) -> None:
     ]
     ids, _ = render(tokenizer, chat[1:], tools=tools)
     assert tokenizer.decode(ids).startswith("<|im_start|>system\nYou may call these tools")
+
+
+@pytest.mark.parametrize("nothing", ["", "  ", None, {}, "{}"])
+def test_a_call_without_arguments_is_still_json(tiny_tokenizer: Any, nothing: Any) -> None:
+    tokenizer = prepare_tokenizer(tiny_tokenizer, ChatSection(), {0, 11}).tokenizer
+    calls = [{"function": {"name": "off", "arguments": nothing}}, {"function": {"name": "off"}}]
+    ids, mask = render(tokenizer, [USER, {"role": "assistant", "content": None, "tool_calls": calls}])
+    off = '<tool_call>{"name": "off", "arguments": {}}</tool_call>'
+    assert trained_runs(tokenizer, ids, mask) == [f"{off}\n{off}<|im_end|>"]
+
+
+def test_reasoning_is_written_before_the_answer(tiny_tokenizer: Any) -> None:
+    tokenizer = prepare_tokenizer(tiny_tokenizer, ChatSection(), {0, 11}).tokenizer
+    thought = ANSWER | {"reasoning_content": "because"}
+    ids, mask = render(tokenizer, [USER, thought, USER, ANSWER])
+    assert trained_runs(tokenizer, ids, mask) == [
+        "<think>because</think>\nanswer<|im_end|>",
+        "answer<|im_end|>",
+    ]
+    assert with_reasoning_as_text([USER, thought]) == [
+        USER,
+        ANSWER | {"content": "<think>because</think>\nanswer"},
+    ]
+
+
+def test_a_later_system_turn_is_rendered(tiny_tokenizer: Any) -> None:
+    tokenizer = prepare_tokenizer(tiny_tokenizer, ChatSection(), {0, 11}).tokenizer
+    system = {"role": "system", "content": "be brief"}
+    for tools in (None, [{"name": "f"}]):
+        text = tokenizer.decode(render(tokenizer, [USER, ANSWER, system, USER, ANSWER], tools=tools)[0])
+        assert "answer<|im_end|>\n<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\n" in text
+
+
+def test_what_a_template_carries_is_found_by_asking_it(tiny_tokenizer: Any) -> None:
+    assert prepare_tokenizer(tiny_tokenizer, ChatSection(), {0, 11}).carries == Carried(
+        tools=True, calls=True, reasoning=True, name=False
+    )
+    plain = "{% for m in messages %}{{ (m.name or m.role) + ': ' + m.content + eos_token }}{% endfor %}"
+    assert carried(own_template(tiny_tokenizer, plain)) == Carried(name=True)
+    strict = plain + "{% if messages[0].name or tools %}{{ raise_exception('no') }}{% endif %}"
+    assert carried(own_template(tiny_tokenizer, strict)) == Carried()
 
 
 def test_a_default_system_message_is_for_chats_without_one() -> None:

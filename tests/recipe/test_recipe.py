@@ -535,3 +535,52 @@ def test_schema_describes_the_fields() -> None:
     assert train["properties"]["checkpointing"]["enum"] == ["none", "block", "mamba"]
     assert train["additionalProperties"] is False
     assert schema["required"] == ["output_dir", "model", "data"]
+
+
+def source(text: str) -> str:
+    return MINIMAL.replace("- path: rows.jsonl", "- {path: rows.jsonl, " + text + "}")
+
+
+def test_columns_roles_and_preference_of_a_source() -> None:
+    recipe = Recipe.from_text(
+        source("columns: {prompt: task, response: reply}, roles: {Customer: user}, preference: chosen")
+    )
+    found = recipe.data.sources[0]
+    assert found.columns == {"prompt": "task", "response": "reply"}
+    assert (found.roles, found.preference) == ({"Customer": "user"}, "chosen")
+    assert Recipe.from_text(recipe.to_yaml()) == recipe
+    assert Recipe.from_text(MINIMAL, overrides=["data.sources.0.columns={prompt: q}"]).data.sources[
+        0
+    ].columns == {"prompt": "q"}
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (
+            "columns: {promt: a}",
+            "names in `data.sources.0.columns` must be one of `messages`, `prompt`, `input`, `response`,"
+            " `system`, `history`, `tools`, `text`,"
+            " `chosen`, `rejected`, got `promt`; did you mean `prompt`?",
+        ),
+        ("columns: {prompt: 3}", "`data.sources.0.columns.prompt` must be text, got 3; put it in quotes"),
+        (
+            "roles: {agent: usr}",
+            "`data.sources.0.roles.agent` must be one of `system`, `user`, `assistant`, `tool`, got `usr`;"
+            " did you mean `user`?",
+        ),
+        (
+            "columns: {messages: a, prompt: b}",
+            "`data.sources.0.columns` must not have both `messages` and `prompt`: rows have one format",
+        ),
+        ("columns: {prompt: a, response: a}", "`data.sources.0.columns` must not give `a` two parts"),
+        (
+            "columns: {prompt: a}, format: sharegpt",
+            "`data.sources.0.columns` must not have `prompt` with `format: sharegpt`; leave the format out",
+        ),
+    ],
+)
+def test_what_columns_and_roles_cannot_be(text: str, problem: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        Recipe.from_text(source(text))
+    assert [line.partition(": ")[2] for line in caught.value.message.splitlines()] == [problem]
