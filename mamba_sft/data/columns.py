@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from mamba_sft.data.values import from_json
+from mamba_sft.data.values import BadRowError, from_json
 
 Columns = Mapping[str, str]
 """Part -> column."""
@@ -143,7 +143,10 @@ def _with_extra(pair: dict[str, str], asked: str, names: Mapping[str, str], own:
 
 
 def _is_list_of_objects(value: Any) -> bool:
-    read = from_json(value)
+    try:
+        read = from_json(value)
+    except BadRowError:
+        return False
     if isinstance(read, dict):
         return bool(read) and all(isinstance(values, list) for values in read.values())
     return isinstance(read, list) and bool(read) and all(isinstance(entry, dict | list) for entry in read)

@@ -112,7 +112,10 @@ def _plain_turn(number: int, turn: Any, rules: TurnRules) -> Turn | None:
 
 def looks_like_turns(value: Any) -> bool:
     """Whether a value is a list of turns, maybe as JSON text, and nothing that a text might be."""
-    read = from_json(value)
+    try:
+        read = from_json(value)
+    except BadRowError:
+        return False
     return (
         isinstance(read, list)
         and bool(read)

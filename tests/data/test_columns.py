@@ -187,7 +187,7 @@ def test_json_nested_too_deeply_is_a_bad_row() -> None:
     for row in (
         {"messages": [USER, ANSWER], "tools": deep},
         {"messages": deep},
-        {"prompt": deep, "completion": "a"},
+        {"messages": [USER, ANSWER], "history": deep},
     ):
         with pytest.raises(BadRowError, match="nested too deeply"):
             read(row)
