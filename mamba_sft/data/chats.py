@@ -153,7 +153,8 @@ def check_text(chat: Chat, control_tokens: re.Pattern[str] | None) -> None:
     """
     for number, message in enumerate(chat.messages, start=1):
         turn, text = f"turn {number} ({message['role']})", message["content"]
-        text += message.get("reasoning_content", "")
+        if len(message) > 2:
+            text += "".join(message.get(key, "") for key in ("reasoning_content", "name", "tool_call_id"))
         if "tool_calls" in message:
             text += _as_json(message["tool_calls"])
         found = control_tokens.search(text) if control_tokens else None

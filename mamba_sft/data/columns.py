@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from mamba_sft.data.keys import HARMLESS
 from mamba_sft.data.values import BadRowError, from_json
 
 Columns = Mapping[str, str]
@@ -154,16 +155,19 @@ def _is_list_of_objects(value: Any) -> bool:
 
 def likeliest_columns(row: Mapping[str, Any], layout: Layout) -> str | None:
     """The line of recipe that most likely says what the columns are, where a row has two texts."""
-    texts = [key for key, value in row.items() if isinstance(value, str) and value.strip()]
+    texts = [
+        key
+        for key, value in row.items()
+        if isinstance(value, str) and value.strip() and key.casefold() not in HARMLESS["row"]
+    ]
     names = {key.casefold(): key for key in texts}
     asked = next((names[name] for name in (*_ASKS, "input", *_SPEAKERS[0]) if name in names), None)
     answered = next((names[name] for name in (*_ANSWERS, *_SPEAKERS[1]) if name in names), None)
-    rest = [key for key in texts if key not in (asked, answered) and key not in layout.beside.values()]
-    rest.sort(key=lambda key: len(row[key]))
+    rest = [key for key in texts if key not in (asked, answered, *layout.beside.values())]
+    if asked is None and rest:
+        asked = rest.pop(0)
     if answered is None and rest:
         answered = rest.pop()
-    if asked is None and rest:
-        asked = rest.pop()
-    return (
-        None if asked is None or answered is None else f"columns: {{prompt: {asked}, response: {answered}}}"
-    )
+    if asked is None or answered is None:
+        return None
+    return f"columns: {{prompt: {asked}, response: {answered}}}"

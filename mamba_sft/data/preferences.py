@@ -59,5 +59,5 @@ def refuse_preferences(file: str, rows: Sequence[list[str]]) -> None:
     raise DataError(
         f"`{file}` is preference data: {len(having)} of the {len(rows)} rows looked at have {told},"
         " so not every answer in it is meant to be learned",
-        hint=f"`preference: chosen` under `data.sources` {what}",
+        hint=f"`preference: chosen` under `data.sources` {what}; rename {told} if that is not what it means",
     )

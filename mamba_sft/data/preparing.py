@@ -21,6 +21,7 @@ import numpy as np
 
 from mamba_sft.data import formats
 from mamba_sft.data.chats import Chat, LeftOut
+from mamba_sft.data.notes import NOT_CHOSEN, WEIGHT_ZERO
 from mamba_sft.data.packing import IGNORED, list_table, pack
 from mamba_sft.data.selecting import SourceRows, cut_row, take_validation, weighted
 from mamba_sft.data.sources import read_source
@@ -228,6 +229,8 @@ def _nothing_left(summary: DataSummary, bad: list[tuple[Row, str]]) -> DataError
         f"{count} {what}"
         for count, what in (
             (summary.bad, "bad"),
+            (summary.notes.counts.get(WEIGHT_ZERO), "left out for a weight of 0"),
+            (summary.notes.counts.get(NOT_CHOSEN), "left out because the answer was rejected"),
             (summary.dropped, f"longer than data.max_length {summary.max_length}"),
             (summary.untrained, "with no trained token within data.max_length"),
         )

@@ -21,7 +21,8 @@ ANSWERS = ("assistant", "gpt", "bot", "output", "completion", "response", "answe
 """Keys of a turn that holds a question together with its answer."""
 
 REASONING = ("reasoning_content", "thinking", "reasoning")
-_READ = frozenset((*FLAGS, *REASONING, "tool_calls", "function_call", "refusal", "name"))
+_READ = frozenset((*FLAGS, "name"))
+_READ_OF_ANSWERS = _READ.union((*REASONING, "tool_calls", "function_call", "refusal"))
 _FLAG_WORDS = frozenset(("on", "off", "true", "false", "yes", "no", "low", "medium", "high"))
 
 
@@ -171,7 +172,12 @@ def _read_turn(number: int, turn: dict[str, Any], rules: TurnRules, notes: Notes
     role = read_role(number, name, rules.roles)
     refuse_media(f"{what}: ", turn)
     trained = is_trained(what, turn)
-    note_unused("turn", turn, {*_READ, str(role_key), str(content_key)}, notes)
+    note_unused(
+        "turn",
+        turn,
+        {*(_READ_OF_ANSWERS if role == "assistant" else _READ), str(role_key), str(content_key)},
+        notes,
+    )
     if role == "assistant":
         message = _read_answer(what, turn, fold_role(str(name)) in CALLING, content_key, notes)
         _settle_reasoning(message, rules, notes)

@@ -133,7 +133,11 @@ def test_columns_that_are_not_there() -> None:
     [
         ({"question": "q", "reply": "a"}, "columns: {prompt: question, response: reply}"),
         ({"ask": "q", "answer": "a longer one"}, "columns: {prompt: ask, response: answer}"),
-        ({"title": "q", "body": "a longer one"}, "columns: {prompt: title, response: body}"),
+        ({"title": "q", "body": "a"}, "columns: {prompt: title, response: body}"),
+        (
+            {"id": "7", "dialogue": "a longer one", "summary": "a"},
+            "columns: {prompt: dialogue, response: summary}",
+        ),
     ],
 )
 def test_the_hint_names_the_likeliest_pair(row: dict[str, Any], line: str) -> None:

@@ -88,6 +88,8 @@ def test_rows_of_weight_0_are_left_out_and_counted(setup: TemplateSetup, tmp_pat
     summary = prepare(setup, path).summary
     assert (summary.read, summary.bad, summary.sources[0].kept) == (2, 0, 1)
     assert "left out for a weight of 0: 1 row" in summary.warnings()
+    with pytest.raises(DataError, match="no row is left to train on: 1 read, 1 left out for a weight of 0"):
+        prepare(setup, write(tmp_path / "b.jsonl", [chat("one", "two") | {"weight": 0}]))
 
 
 def test_what_was_done_with_rows_adds_up_over_sources(setup: TemplateSetup, tmp_path: Path) -> None:

@@ -141,6 +141,11 @@ def test_a_word_about_reasoning_is_none(value: Any) -> None:
     assert ("reasoning" in found.notes.unused.get("row", {})) == bool(value)
 
 
+def test_what_only_an_answer_has_is_named_on_other_turns() -> None:
+    found = chat_of({"messages": [{**USER, "thinking": "hm", "refusal": "no", "tool_calls": [1]}, ANSWER]})
+    assert found.notes.unused == {"turn": {"thinking": 1, "refusal": 1, "tool_calls": 1}}
+
+
 def test_reasoning_that_is_no_text_is_refused() -> None:
     with pytest.raises(BadRowError, match="turn 2: `thinking` is a list, not text"):
         read({"messages": [USER, {**ANSWER, "thinking": ["one"]}]})
