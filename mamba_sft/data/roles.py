@@ -41,9 +41,7 @@ def read_role(number: int, name: Any, roles: Mapping[str, str]) -> str:
     role = roles.get(fold_role(name)) if isinstance(name, str) else None
     if role is None:
         close = get_close_matches(str(name).casefold(), roles, n=1, cutoff=0.7)
-        suggestion = f"did you mean `{close[0]}`?" if close else "it can be mapped"
-        raise BadRowError(
-            f"turn {number}: unknown role {name!r:.60}; {suggestion}, or say who it is:"
-            f" `roles: {{{name}: user}}` on the source"
-        )
+        mapped = f"say who it is: `roles: {{{name}: user}}` on the source"
+        suggestion = f"did you mean `{close[0]}`?" if close else mapped
+        raise BadRowError(f"turn {number}: unknown role {name!r:.60}; {suggestion}")
     return role

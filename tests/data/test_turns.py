@@ -45,7 +45,7 @@ def test_developers_and_systems() -> None:
 
 def test_roles_of_the_recipe() -> None:
     row = {"messages": [{"role": " Customer", "content": "q"}, {"role": "AGENT", "content": "a"}]}
-    with pytest.raises(BadRowError, match=re.escape("unknown role ' Customer'; it can be mapped, or say")):
+    with pytest.raises(BadRowError, match=re.escape("unknown role ' Customer'; say who it is")):
         read(row)
     mapped = {"customer": "user", "Agent ": "assistant"}
     assert turns_of(row, roles=mapped) == [("user", "q"), ("assistant", "a")]
@@ -194,3 +194,10 @@ def test_a_turn_without_a_role_says_its_keys() -> None:
 def test_turns_as_arrow_has_them() -> None:
     columns = {"role": ["user", "assistant"], "content": ["q", "a"]}
     assert turns_of({"messages": columns}) == turns_of({"messages": json.dumps([USER, ANSWER])})
+
+
+def test_context_is_counted_in_the_turns_that_are_left() -> None:
+    empty, second = {"role": "system", "content": " "}, {"role": "system", "content": "t"}
+    prompt = [SYSTEM, second, empty, USER, ANSWER, USER]
+    found = chat_of({"prompt": prompt, "completion": [ANSWER]})
+    assert (len(found.messages), found.context) == (5, {0})
