@@ -279,6 +279,24 @@ def test_a_modelfile_says_that_tools_are_left_out(tmp_path: Path, caplog: pytest
     assert [record.message for record in caplog.records if "tool calls are left out" in record.message]
 
 
+def test_the_template_of_a_gguf_file_carries_tools(tmp_path: Path) -> None:
+    from jinja2 import Environment
+
+    model = find_model(make_run(tmp_path).run)
+    text = plain_template(model.tokenizer.chat_template)
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    call = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+    chat = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "1"},
+    ]
+    plain = Environment(trim_blocks=True, lstrip_blocks=True).from_string(text)
+    rendered = plain.render(messages=chat, tools=tools, add_generation_prompt=True)
+    assert '<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call><|im_end|>\n' in rendered
+    assert '<tools>\n{"function": {"name": "f"}, "type": "function"}\n</tools>\n' in rendered
+
+
 def test_a_template_without_tools_leaves_nothing_out(tmp_path: Path) -> None:
     model = find_model(make_run(tmp_path).run)
     model.tokenizer.chat_template = (
