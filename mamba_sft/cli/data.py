@@ -32,4 +32,5 @@ def data(
         content = preview.to_dict(prepared, setup.tokenizer, rows=rows, packing=packing)
         sys.stdout.write(json.dumps(content, ensure_ascii=False, indent=2) + "\n")
     else:
-        out.print(preview.overview(prepared, setup.tokenizer, rows=rows, packing=packing))
+        shown = preview.overview(prepared, setup.tokenizer, rows=rows, packing=packing)
+        out.print(shown, soft_wrap=False)  # long warnings wrap; else they would be cut off

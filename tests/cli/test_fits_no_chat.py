@@ -37,7 +37,9 @@ def said(*words: str) -> str:
 
 def test_plain_rows(settings: Path) -> None:
     plain = "data.sources.0.format=plain_completion"
-    assert SAYS in said("data", str(settings), plain)
+    shown = said("data", str(settings), plain)
+    assert SAYS in shown
+    assert "makes turns of prompts and completions" in shown  # the end of the sentence is not cut off
     assert SAYS in said("train", str(settings), plain, "--dry-run")
     trained = said("train", str(settings), plain)
     assert SAYS in trained
