@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console, RenderableType
 
 from mamba_sft.cli import preview
-from mamba_sft.data.packing import IGNORED, pack
+from mamba_sft.data.rows import IGNORED
 from mamba_sft.data.preparing import PreparedData, prepare_data
 from mamba_sft.data.summary import DataSummary
 from mamba_sft.model.chat_template import TemplateSetup, prepare_tokenizer

@@ -7,7 +7,8 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mamba_sft.data.packing import IGNORED, Collator, assign_bins, pack, row_lengths
+from mamba_sft.data.packing import Collator, assign_bins, pack
+from mamba_sft.data.rows import IGNORED, row_lengths
 
 
 def rows_of(lengths: list[int]) -> Dataset:

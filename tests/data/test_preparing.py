@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from mamba_sft.data.packing import IGNORED
-from mamba_sft.data.preparing import PreparedData, prepare_data, write_rejected
+from mamba_sft.data.preparing import PreparedData, prepare_data
+from mamba_sft.data.rows import IGNORED
 from mamba_sft.errors import DataError
 from mamba_sft.model.chat_template import TemplateSetup, prepare_tokenizer
 from mamba_sft.recipe.fields import ChatSection, DataSection, SourceSection
