@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Prepared rows are the tests' own, and gone with them.
+os.environ["MAMBA_SFT_CACHE"] = tempfile.mkdtemp(prefix="mamba-sft-tests-")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does
 
+import atexit
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +23,7 @@ import torch
 
 if not torch.cuda.is_available():  # read when the kernels are defined: they then run as Python on the CPU
     os.environ.setdefault("TRITON_INTERPRET", "1")
+atexit.register(shutil.rmtree, os.environ["MAMBA_SFT_CACHE"], ignore_errors=True)
 
 SHARED_FALCON = Path(__file__).parents[2] / "shared" / "falcon-tokenizer"
 

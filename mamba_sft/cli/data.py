@@ -4,33 +4,87 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from typing import Annotated
 
 import typer
+from rich.table import Table
 
-from mamba_sft.cli.console import Json, Overrides, RecipeArgument, out
+from mamba_sft.cli.console import Json, Overrides, err, out
+from mamba_sft.errors import UsageError
+from mamba_sft.wording import size_text, time_text
 
 
 def data(
-    recipe: RecipeArgument,
+    recipe: Annotated[
+        str | None, typer.Argument(metavar="[RECIPE]", help="A recipe file, or the name of a built-in one.")
+    ] = None,
     overrides: Overrides = None,
     rows: Annotated[int, typer.Option(help="Rows to show as tokens.", min=0)] = 3,
     as_json: Json = False,
+    prepare: Annotated[
+        bool, typer.Option("--prepare", help="Only prepare the rows, so that `train` finds them done.")
+    ] = False,
+    cached: Annotated[bool, typer.Option("--cached", help="List the prepared rows that are kept.")] = False,
+    clear: Annotated[
+        bool, typer.Option("--clear", help="With `--cached`: remove them; what is in use stays readable.")
+    ] = False,
 ) -> None:
     """Show what a recipe trains on: tokens, lengths, and what is dropped, truncated and packed."""
+    if cached or clear:
+        if recipe is not None or prepare:
+            raise UsageError("`--cached` is about all recipes", hint="leave out the recipe and `--prepare`")
+        _show_cached(as_json, clear=clear)
+        return
+    if recipe is None:
+        raise UsageError("which recipe?", hint="`mamba-sft data RECIPE`, or `mamba-sft data --cached`")
     from mamba_sft.recipe.recipe import Recipe
 
     loaded = Recipe.load(recipe, overrides=overrides or [])
     from mamba_sft.cli import preview
     from mamba_sft.data.preparing import read_corpus
 
+    started = time.monotonic()
     setup, prepared = read_corpus(loaded)
-    packing = None
-    if loaded.data.packing and loaded.data.max_length:
-        packing = preview.packed(prepared.summary, loaded.data.max_length, loaded.seed)
-    if as_json:
+    packing = preview.packed(prepared)
+    if prepare:
+        err.print(preview.statistics(prepared.summary, packing))
+        out.print(f"prepared in {time_text(time.monotonic() - started)}: {prepared.path}")
+    elif as_json:
         content = preview.to_dict(prepared, setup.tokenizer, rows=rows, packing=packing)
         sys.stdout.write(json.dumps(content, ensure_ascii=False, indent=2) + "\n")
     else:
         shown = preview.overview(prepared, setup.tokenizer, rows=rows, packing=packing)
         out.print(shown, soft_wrap=False)  # long warnings wrap; else they would be cut off
+
+
+def _show_cached(as_json: bool, *, clear: bool) -> None:
+    from mamba_sft.data import cache
+
+    found = cache.clear() if clear else cache.entries()
+    if as_json:
+        content = [
+            {
+                "path": str(one.path),
+                "sources": one.sources,
+                "rows": one.rows,
+                "tokens": one.tokens,
+                "bytes": one.nbytes,
+            }
+            for one in found
+        ]
+        sys.stdout.write(json.dumps(content, ensure_ascii=False, indent=2) + "\n")
+        return
+    table = Table(box=None, pad_edge=False)
+    table.add_column("sources", overflow="fold")
+    for name in ("rows", "tokens", "size", "last used"):
+        table.add_column(name, justify="right")
+    for one in found:
+        age = f"{time_text(time.time() - one.used)} ago"
+        counts = (f"{one.rows:,}", f"{one.tokens:,}", size_text(one.nbytes), age)
+        table.add_row(", ".join(one.sources), *counts)
+    if found:
+        out.print(table)
+    total = size_text(sum(one.nbytes for one in found))
+    done = "removed" if clear else "kept in"
+    out.print(f"{len(found)} entries, {total}, {done} {cache.cache_root()}")

@@ -18,8 +18,8 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from mamba_sft.data.packing import IGNORED, assign_bins
 from mamba_sft.data.preparing import PreparedData
+from mamba_sft.data.rows import IGNORED
 from mamba_sft.data.summary import DataSummary
 
 TRAINED = ("black on #9fd6ad", "black on #cfeccb")
@@ -44,10 +44,13 @@ class Packed:
     fill: float
 
 
-def packed(summary: DataSummary, max_length: int, seed: int) -> Packed:
-    """Packs lengths only, as `pack` will pack the rows."""
-    rows = len(assign_bins(np.array(summary.lengths), max_length, np.random.default_rng(seed)))
-    return Packed(rows, max_length, summary.train_tokens / max(1, rows * max_length))
+def packed(data: PreparedData) -> Packed | None:
+    """What packing made of the training rows; None where rows are not packed."""
+    limit = data.summary.max_length
+    if limit is None or data.train_rows is data.train:
+        return None
+    rows = len(data.train_rows)
+    return Packed(rows, limit, data.summary.train_tokens / max(1, rows * limit))
 
 
 def overview(
@@ -63,7 +66,7 @@ def overview(
     """
     count = min(rows, len(data.train))
     chosen = [i * len(data.train) // max(1, count) for i in range(count)]
-    shown = [row_panel(tokenizer, data.train[i], data.train_origins[i]) for i in chosen]
+    shown = [row_panel(tokenizer, data.train[i]) for i in chosen]
     parts: list[RenderableType] = [legend(), "", *shown, ""] if shown else []
     return Group(*parts, histogram(data.summary), statistics(data.summary, packing))
 
@@ -78,11 +81,11 @@ def legend() -> Text:
     return text
 
 
-def row_panel(tokenizer: Any, row: dict[str, Any], origin: str) -> Panel:
+def row_panel(tokenizer: Any, row: dict[str, Any]) -> Panel:
     """A row as tokens, under where it came from and its counts."""
     length, trained = len(row["labels"]), sum(label != IGNORED for label in row["labels"])
     counts = f"  {length:,} tokens, {trained:,} trained ({trained / length:.0%})"
-    title = Text.assemble((origin, "bold not dim"), (counts, "not dim"))
+    title = Text.assemble((row["where"], "bold not dim"), (counts, "not dim"))
     return Panel(
         token_text(tokenizer, row["input_ids"], row["labels"]),
         title=title,
@@ -180,7 +183,7 @@ def _is_word(character: str) -> bool:
 
 def histogram(summary: DataSummary) -> RenderableType:
     """Lengths of the training rows in tokens, a bar for each of about ten ranges."""
-    lengths = np.array(summary.lengths)
+    lengths = summary.lengths
     if not len(lengths):
         return Text("no rows")
     width = _nice_width(int(lengths.max()))
@@ -278,7 +281,7 @@ def to_dict(
         ]
         shown.append(
             {
-                "where": data.train_origins[i],
+                "where": row["where"],
                 "text": tokenizer.decode(row["input_ids"]),
                 "trained_text": tokenizer.decode(trained),
                 "input_ids": row["input_ids"],

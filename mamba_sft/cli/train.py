@@ -42,7 +42,7 @@ def train(
 
         err.print(statistics(preparation.data.summary))
         out.print(
-            f"{len(preparation.train_rows):,} training rows, {preparation.max_steps:,} steps;"
+            f"{len(preparation.data.train_rows):,} training rows, {preparation.max_steps:,} steps;"
             f" all is well before the weights; without `--dry-run` this trains into {preparation.run.path}"
         )
         return

@@ -1,14 +1,14 @@
 """Training data: files in, rows of tokens with labels out, and a summary of what happened on the way.
 
-    sources -> formats -> chats -> tokenizing -> selecting -> packing -> trainer
-    files      which      one      ids and       length,      full rows,
-    or hub     layout?    shape    labels        validation,  boundaries
-                                                 weights
+    sources -> formats -> chats -> tokenizing -> rows ----> selecting -> packing -> trainer
+    files      which      one      ids and       Arrow on   validation,  full rows,
+    or hub     layout?    shape    labels        disk       weights      boundaries
     formats reads a row with  columns  which column plays which part   turns  roles, contents, reasoning
                               keys     harmless, honoured, refused     roles  who speaks
                               values   JSON as text, empty, NaN        tool_calls   one form of a call
                               preferences   chosen and rejected        notes  counts for the report
-    preparing runs these from the recipe; summary counts what each of them did
+    preparing runs these from the recipe, once: cache keeps what they made; bad_rows lists what could
+    not be read; summary counts what each of them did
 
 Read `preparing` first (the flow), then the files in the order of the box.
 """

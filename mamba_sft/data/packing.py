@@ -1,59 +1,98 @@
 """Packed rows and their sequence boundaries.
 
-Rows are packed whole (best fit, longest first), never cut. The boundaries travel with each packed row as
+Rows are packed whole (best fit, longest first), never cut. A packed row is a list of rows; their tokens are
+fetched when it is asked for, so packing copies nothing. The boundaries travel with each packed row as
 `seq_lengths`; the collator turns them into `seq_idx`, where the model resets its state.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mamba_sft.data.rows import IGNORED, list_table, row_lengths
+
 if TYPE_CHECKING:
     import torch
     from datasets import Dataset
-
-IGNORED = -100
-"""The label of a token that is not trained, by PyTorch's convention."""
 
 
 def pack(dataset: Dataset, max_length: int, seed: int) -> Dataset:
     """Packs rows into rows of at most `max_length` tokens.
 
     Args:
-        dataset: Columns `input_ids` and `labels`, lists of equal length per row.
+        dataset: Columns `input_ids`, `labels` (lists of equal length per row) and `length`.
         max_length: Tokens a packed row may hold; no row may be longer.
         seed: Which of equally long rows meet, and the order of the result.
 
     Returns:
-        Columns `input_ids`, `labels` and `seq_lengths` (the lengths of the rows inside, in order).
+        Rows of `input_ids`, `labels` and `seq_lengths` (the lengths of the rows inside, in order), put
+        together when they are read.
 
     Raises:
         ValueError: A row is longer than `max_length`.
     """
     from datasets import Dataset as ArrowDataset
 
-    ids, offsets = _flat_column(dataset, "input_ids")
-    labels, _ = _flat_column(dataset, "labels")
-    lengths = np.diff(offsets)
+    return ArrowDataset(_bin_table(dataset, max_length, seed)).with_transform(Fetch(dataset))
+
+
+def write_bins(path: Path, dataset: Dataset, max_length: int, seed: int) -> None:
+    """Writes which rows `pack` puts together, for `open_packed`."""
+    import pyarrow as pa
+
+    table = _bin_table(dataset, max_length, seed)
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+
+
+def open_packed(path: Path, dataset: Dataset) -> Dataset:
+    """Returns the packed rows of `dataset` that `write_bins` found."""
+    from datasets import Dataset as ArrowDataset
+
+    return ArrowDataset.from_file(str(path)).with_transform(Fetch(dataset))
+
+
+class Fetch:
+    """Puts packed rows together from the rows they name.
+
+    Args:
+        dataset: The rows.
+    """
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset.select_columns(["input_ids", "labels"]).with_format("arrow")
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[np.ndarray]]:
+        """Returns `input_ids`, `labels` and `seq_lengths` of some packed rows, int32 each."""
+        import pyarrow.compute as pc
+
+        counts = [len(rows) for rows in batch["rows"]]
+        table = self.dataset[[row for rows in batch["rows"] for row in rows]].combine_chunks()
+        ids, labels = (table.column(name).combine_chunks() for name in ("input_ids", "labels"))
+        lengths = pc.list_value_length(ids).to_numpy(zero_copy_only=False).astype(np.int32)
+        rows = np.cumsum(counts)[:-1]
+        tokens = np.cumsum([part.sum() for part in np.split(lengths, rows)])[:-1]
+        return {
+            "input_ids": np.split(ids.flatten().to_numpy(zero_copy_only=False), tokens),
+            "labels": np.split(labels.flatten().to_numpy(zero_copy_only=False), tokens),
+            "seq_lengths": np.split(lengths, rows),
+        }
+
+
+def _bin_table(dataset: Dataset, max_length: int, seed: int) -> Any:
+    """Columns `rows` (indices into the data set) and `length` (their tokens) of each packed row."""
+    import pyarrow as pa
+
+    lengths = row_lengths(dataset)
     bins = assign_bins(lengths, max_length, np.random.default_rng(seed))
-    order = (
-        np.concatenate([np.asarray(rows, dtype=np.int64) for rows in bins]) if bins else np.zeros(0, np.int64)
-    )
-    rows_per_bin = np.array([len(rows) for rows in bins])
-    tokens_per_bin = np.array([lengths[rows].sum() for rows in bins])
-    take = _gather(offsets, order)
-    return ArrowDataset(
-        list_table(
-            {
-                "input_ids": (ids[take], tokens_per_bin),
-                "labels": (labels[take], tokens_per_bin),
-                "seq_lengths": (lengths[order].astype(np.int32), rows_per_bin),
-            }
-        )
-    )
+    order = np.concatenate([np.zeros(0, np.int64), *(np.asarray(rows, dtype=np.int64) for rows in bins)])
+    tokens = np.array([lengths[rows].sum() for rows in bins], dtype=np.int32)
+    counts = np.array([len(rows) for rows in bins], dtype=np.int64)
+    return list_table({"rows": (order, counts)}).append_column("length", pa.array(tokens))
 
 
 def assign_bins(lengths: np.ndarray, capacity: int, rng: np.random.Generator) -> list[list[int]]:
@@ -122,7 +161,7 @@ class Collator:
         seq_idx = np.zeros(shape, dtype=np.int32)
         for i, row in enumerate(rows):
             length = len(row["input_ids"])
-            lengths = np.asarray(row.get("seq_lengths") or [length])
+            lengths = np.asarray(row.get("seq_lengths", [length]))
             input_ids[i, :length] = row["input_ids"]
             labels[i, :length] = row["labels"]
             labels[i, np.cumsum(lengths) - lengths] = IGNORED
@@ -136,45 +175,3 @@ class Collator:
             "seq_idx": seq_idx,
         }
         return {name: torch.from_numpy(value) for name, value in batch.items()}
-
-
-def row_lengths(dataset: Dataset) -> np.ndarray:
-    """Returns the number of tokens of each row, (n,) int64."""
-    import pyarrow.compute as pc
-
-    column = dataset.select_columns("input_ids").with_format("arrow")[:].column(0)
-    lengths: np.ndarray = pc.list_value_length(column).to_numpy().astype(np.int64)
-    return lengths
-
-
-def list_table(columns: dict[str, tuple[np.ndarray, np.ndarray]]) -> Any:
-    """A `pyarrow.Table` of list columns, each given as (all values in a row, the length of each list)."""
-    import pyarrow as pa
-
-    arrays = {}
-    for name, (values, lengths) in columns.items():
-        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        narrow = offsets[-1] < np.iinfo(np.int32).max
-        kind = pa.ListArray if narrow else pa.LargeListArray
-        arrays[name] = kind.from_arrays(
-            pa.array(offsets.astype(np.int32) if narrow else offsets), pa.array(values)
-        )
-    return pa.table(arrays)
-
-
-def _flat_column(dataset: Dataset, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """All values of a list column in a row (int32), and the offsets of its rows (n + 1,)."""
-    table = dataset.with_format("arrow")[:]
-    chunks = table.column(name).chunks
-    lengths = [np.asarray(chunk.value_lengths()) for chunk in chunks]
-    values = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in chunks]
-    offsets = np.concatenate([[0], *[np.asarray(length) for length in lengths]]).cumsum()
-    return np.concatenate([np.zeros(0, np.int32), *values]).astype(np.int32), offsets.astype(np.int64)
-
-
-def _gather(offsets: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """Positions in the flat column of the rows `order`, one after the other."""
-    lengths = offsets[order + 1] - offsets[order]
-    ends = np.cumsum(lengths)
-    shifts = np.repeat(offsets[order] - (ends - lengths), lengths)
-    return shifts + np.arange(len(shifts))

@@ -1,9 +1,10 @@
 """Training data: rows in, `input_ids` and `labels` out, and a summary of what happened on the way.
 
 Rows are read (`sources`), recognised (`formats`), rendered and tokenized (`tokenizing`), cut to the longest
-length, split into training and validation rows, and weighted (`selecting`). A source of weight w gives w
-times its training rows to each epoch: below 1 a fixed random share of them, above 1 copies and a share of one
-more.
+length and written to disk (`rows`) in batches; then they are split into training and validation rows, weighted
+(`selecting`) and packed (`packing`), which moves no token. All of it is done once and kept (`cache`). A source
+of weight w gives w times its training rows to each epoch: below 1 a fixed random share of them, above 1 copies
+and a share of one more.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, groupby, islice
 from pathlib import Path
@@ -20,11 +21,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mamba_sft.data import formats
+from mamba_sft.data.bad_rows import BadRows
+from mamba_sft.data.cache import key_of, made_once
 from mamba_sft.data.chats import Chat, LeftOut
 from mamba_sft.data.notes import NOT_CHOSEN, WEIGHT_ZERO
-from mamba_sft.data.packing import IGNORED, list_table, pack
-from mamba_sft.data.selecting import SourceRows, cut_row, take_validation, weighted
-from mamba_sft.data.sources import read_source
+from mamba_sft.data.packing import open_packed, write_bins
+from mamba_sft.data.rows import RowIndex, RowWriter, open_rows
+from mamba_sft.data.selecting import cut_row, take_validation, weighted
+from mamba_sft.data.sources import identity, read_source
 from mamba_sft.data.summary import DataSummary, SourceSummary
 from mamba_sft.data.tokenizing import Example, Renderer, Tokens
 from mamba_sft.data.values import BadRowError
@@ -42,33 +46,39 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_LISTED = 10
-"""Bad rows that an error lists."""
+FORMAT = 1
+"""Version of what is kept: raised when the same recipe and files would give other rows."""
 _ANNOUNCED = 50_000
 """Rows after which a long read says that it is alive."""
+ROWS, SUMMARY, REJECTED = "rows.arrow", "summary.json", "rejected.jsonl"
 
 
 @dataclass
 class PreparedData:
-    """What a run trains and validates on.
+    """What a run trains and validates on; its tokens lie on disk and are mapped.
 
     Args:
-        train: Columns `input_ids` and `labels` (-100 where a token is not trained), lists of int32.
+        train: Columns `input_ids`, `labels` (-100 where a token is not trained), lists of int32, `length`, and
+            `where` each row came from, e.g. `chats.jsonl:12`.
         validation: The same, or None.
+        train_rows: The training rows as the trainer takes them: packed where `data.packing` is on.
+        validation_rows: The same of the validation rows, or None.
         summary: What became of the rows.
-        train_origins: Where each training row came from, e.g. `chats.jsonl:12`.
-        rejected: The bad rows that `on_bad_row: skip` left out, each with the reason; see `write_rejected`.
+        rejected: The bad rows that `on_bad_row: skip` left out, as JSON Lines with their reasons, or None.
+        path: Where all this is kept.
     """
 
     train: Dataset
     validation: Dataset | None
+    train_rows: Dataset
+    validation_rows: Dataset | None
     summary: DataSummary
-    train_origins: list[str]
-    rejected: list[tuple[Row, str]]
+    rejected: Path | None
+    path: Path
 
 
 def read_corpus(recipe: Recipe) -> tuple[TemplateSetup, PreparedData]:
-    """Returns the recipe's tokenizer, ready to chat, and its rows as tokens. Writes nothing.
+    """Returns the recipe's tokenizer, ready to chat, and its rows as tokens.
 
     Args:
         recipe: Names the base, the template and the data.
@@ -81,87 +91,128 @@ def read_corpus(recipe: Recipe) -> tuple[TemplateSetup, PreparedData]:
     return setup, data
 
 
-def as_trained(dataset: Dataset | None, data: DataSection, seed: int) -> Any:
-    """Returns the rows as the trainer takes them: packed when `data.packing` is on. None stays None."""
-    if dataset is None or not data.packing or data.max_length is None:
-        return dataset
-    return pack(dataset, data.max_length, seed)
-
-
 def prepare_data(data: DataSection, setup: TemplateSetup, *, system: str | None, seed: int) -> PreparedData:
-    """Reads, renders and splits the rows of all sources; the same recipe and seed give the same rows.
+    """Reads, renders and splits the rows of all sources, or finds them done.
 
     Args:
         data: The recipe's `data` section.
         setup: The tokenizer with its chat template.
         system: System message of chats that have none.
-        seed: Decides the validation rows and the shares that weights take.
+        seed: Decides the validation rows, the shares that weights take, and which rows are packed together.
 
     Raises:
         DataError: A source cannot be read, rows are bad and `on_bad_row` is `stop`, the template's marks are
             unfit for the mask, or no row is left.
     """
+    key = key_of(_what_decides(data, setup, system, seed))
+    new = False
+
+    def make(directory: Path) -> Mapping[str, Any]:
+        nonlocal new
+        new = True
+        return _prepare(directory, data, Renderer(setup, system, data.assistant_only_loss), seed)
+
+    prepared = _open(made_once(key, make), packed=data.packing and data.max_length is not None)
+    if not new:
+        for seen in chain.from_iterable(source.seen for source in prepared.summary.sources):
+            logger.info("%s", seen)
+    return prepared
+
+
+def _what_decides(data: DataSection, setup: TemplateSetup, system: str | None, seed: int) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "files": [identity(source) for source in data.sources],
+        "data": data.model_dump(mode="json"),
+        "system": system,
+        "seed": seed,
+        "setup": setup.identity(),
+    }
+
+
+def _prepare(directory: Path, data: DataSection, renderer: Renderer, seed: int) -> Mapping[str, Any]:
+    """Fills an entry of the cache."""
     summary = DataSummary(max_length=data.max_length)
-    renderer = Renderer(setup, system, data.assistant_only_loss)
-    bad: list[tuple[Row, str]] = []
-    sources = [_read(section, data, renderer, summary, bad) for section in data.sources]
-    if bad and data.on_bad_row == "stop":
-        raise DataError(
-            "\n".join([f"{len(bad)} of {summary.read} rows cannot be trained on:", *_listed(bad)]),
-            hint="mend them, or set `data.on_bad_row: skip` to leave them out (listed in rejected.jsonl)",
-        )
-    if not any(source.rows for source in sources):
+    with RowWriter(directory / ROWS) as writer, BadRows(directory / REJECTED, data.on_bad_row) as bad:
+        for number, section in enumerate(data.sources):
+            _read(number, section, data, renderer, summary, writer, bad)
+    bad.stop(summary.read)
+    index = writer.index
+    if not len(index.source):
         raise _nothing_left(summary, bad)
-    validation = take_validation(sources, data.validation, np.random.default_rng(seed), summary)
-    train = [piece for i, source in enumerate(sources) for piece in weighted(source, (seed, i))]
-    summary.count_tokens(train, validation)
+    train, validation = _select(index, data, seed, summary)
+    rows = open_rows(directory / ROWS)
+    for name, pieces in (("train", train), ("validation", validation)):
+        np.save(directory / f"{name}.npy", pieces)
+        if data.packing and data.max_length is not None and len(pieces):
+            write_bins(directory / f"{name}-packed.arrow", rows.select(pieces), data.max_length, seed)
+    summary.count_tokens(index, train, validation)
+    write_atomically(directory / SUMMARY, json.dumps(summary.to_dict()) + "\n")
+    return {
+        "sources": [section.path for section in data.sources],
+        "rows": summary.train_rows,
+        "tokens": summary.train_tokens,
+    }
+
+
+def _open(directory: Path, *, packed: bool) -> PreparedData:
+    rows = open_rows(directory / ROWS)
+    pieces = {name: np.load(directory / f"{name}.npy") for name in ("train", "validation")}
+    single = {name: rows.select(chosen) if len(chosen) else None for name, chosen in pieces.items()}
+    trained = {
+        name: open_packed(directory / f"{name}-packed.arrow", dataset) if packed and dataset else dataset
+        for name, dataset in single.items()
+    }
+    summary = DataSummary.from_dict(json.loads((directory / SUMMARY).read_text(encoding="utf-8")))
+    summary.lengths = rows.with_format("numpy")["length"][:][pieces["train"]]
+    rejected = directory / REJECTED
     return PreparedData(
-        train=_dataset(train),
-        validation=_dataset(validation) if validation else None,
+        train=single["train"],
+        validation=single["validation"],
+        train_rows=trained["train"],
+        validation_rows=trained["validation"],
         summary=summary,
-        train_origins=[piece.where for piece in train],
-        rejected=bad,
+        rejected=rejected if rejected.is_file() else None,
+        path=directory,
     )
 
 
-def write_rejected(rows: list[tuple[Row, str]], path: Path) -> None:
-    """Writes bad rows as JSON Lines: where each came from, why it is bad, and the row itself."""
-    lines = [
-        json.dumps({"where": row.where, "reason": reason, "row": row.value}, ensure_ascii=False, default=str)
-        for row, reason in rows
-    ]
-    # half a surrogate pair, a reason to reject a row, has no UTF-8: it is written as JSON escapes it
-    text = "".join(line + "\n" for line in lines).encode("utf-8", "backslashreplace").decode("utf-8")
-    write_atomically(path, text)
+def _select(
+    index: RowIndex, data: DataSection, seed: int, summary: DataSummary
+) -> tuple[np.ndarray, np.ndarray]:
+    """The pieces of an epoch and those to validate on."""
+    rows, held_out = take_validation(index, data.validation, np.random.default_rng(seed), summary)
+    epoch = []
+    for number, section in enumerate(data.sources):
+        own = weighted(rows[index.source[rows] == number], section.weight, (seed, number))
+        summary.sources[number].train_rows = len(own)
+        epoch.append(own)
+    return index.pieces_of(np.concatenate(epoch)), index.pieces_of(held_out)
 
 
 def _read(
+    number: int,
     section: SourceSection,
     data: DataSection,
     renderer: Renderer,
     summary: DataSummary,
-    bad: list[tuple[Row, str]],
-) -> SourceRows:
-    source = SourceRows(section, SourceSummary(section.path, section.weight))
-    summary.sources.append(source.summary)
-    bad_before = len(bad)
-    stops = data.on_bad_row == "stop"
-    for rendered in renderer.render(_examples(section, renderer, source.summary, bad, stops)):
+    writer: RowWriter,
+    bad: BadRows,
+) -> None:
+    source = SourceSummary(section.path, section.weight)
+    summary.sources.append(source)
+    bad_before = bad.count
+    for rendered in renderer.render(_examples(section, renderer, source, bad)):
         if not isinstance(rendered, Tokens):
-            bad.append(rendered)
+            bad.add(*rendered)
         elif pieces := cut_row(rendered, data, summary):
-            source.rows.append(pieces)
-    source.summary.bad = len(bad) - bad_before
-    source.summary.kept = len(source.rows)
-    return source
+            writer.add(number, pieces)
+            source.kept += 1
+    source.bad = bad.count - bad_before
 
 
 def _examples(
-    section: SourceSection,
-    renderer: Renderer,
-    summary: SourceSummary,
-    bad: list[tuple[Row, str]],
-    stops: bool,
+    section: SourceSection, renderer: Renderer, summary: SourceSummary, bad: BadRows
 ) -> Iterator[tuple[Row, Example]]:
     """Yields the good rows of a source as examples; adds the others to `bad`.
 
@@ -178,11 +229,11 @@ def _examples(
             try:
                 example = _parse(row, expected, control, reading)
             except BadRowError as error:
-                bad.append((row, str(error)))
+                bad.add(row, str(error))
                 continue
             summary.notes.add(example.notes)
             summary.trimmed += isinstance(example, Chat) and example.trimmed > 0
-            if not (isinstance(example, LeftOut) or (stops and bad)):
+            if not (isinstance(example, LeftOut) or bad.stops):
                 yield row, example
 
 
@@ -209,22 +260,7 @@ def _parse(row: Row, expected: str, control: re.Pattern[str], reading: formats.R
     return formats.parse(row.value, expected, control, reading)
 
 
-def _listed(bad: list[tuple[Row, str]]) -> list[str]:
-    shown = [f"  {row.where}: {reason}" for row, reason in bad[:_LISTED]]
-    return shown if len(bad) <= _LISTED else [*shown, f"  ... and {len(bad) - _LISTED} more"]
-
-
-def _dataset(pieces: list[Tokens]) -> Dataset:
-    from datasets import Dataset as ArrowDataset
-
-    lengths = np.array([len(piece.ids) for piece in pieces])
-    ids = np.concatenate([piece.ids for piece in pieces])
-    trained = np.concatenate([piece.trained for piece in pieces])
-    labels = np.where(trained, ids, np.int32(IGNORED))
-    return ArrowDataset(list_table({"input_ids": (ids, lengths), "labels": (labels, lengths)}))
-
-
-def _nothing_left(summary: DataSummary, bad: list[tuple[Row, str]]) -> DataError:
+def _nothing_left(summary: DataSummary, bad: BadRows) -> DataError:
     reasons = [
         f"{count} {what}"
         for count, what in (
@@ -237,6 +273,6 @@ def _nothing_left(summary: DataSummary, bad: list[tuple[Row, str]]) -> DataError
         if count
     ]
     return DataError(
-        "\n".join([f"no row is left to train on: {summary.read} read, {', '.join(reasons)}", *_listed(bad)]),
+        "\n".join([f"no row is left to train on: {summary.read} read, {', '.join(reasons)}", *bad.listed()]),
         hint="`data.max_length` and `data.too_long` decide on long rows, `data.on_bad_row` on bad ones",
     )

@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from hashlib import blake2b
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mamba_sft.data.summary import DataSummary, SourceSummary
+from mamba_sft.data.rows import RowIndex
+from mamba_sft.data.summary import DataSummary
 from mamba_sft.data.tokenizing import Tokens
 from mamba_sft.errors import DataError
 
 if TYPE_CHECKING:
-    from mamba_sft.recipe.fields import DataSection, SourceSection
-
-
-@dataclass
-class SourceRows:
-    """A source's rows after rendering and fitting: each row is one piece, or several if it was split."""
-
-    section: SourceSection
-    summary: SourceSummary
-    rows: list[list[Tokens]] = field(default_factory=list)
+    from mamba_sft.recipe.fields import DataSection
 
 
 def cut_row(row: Tokens, data: DataSection, summary: DataSummary) -> list[Tokens]:
@@ -65,60 +55,53 @@ def _piece(row: Tokens, start: int, end: int) -> Tokens:
 
 
 def take_validation(
-    sources: list[SourceRows], validation: float, rng: np.random.Generator, summary: DataSummary
-) -> list[Tokens]:
-    """Takes rows out of `sources` for validation, each with all its duplicates, of which one is kept.
+    index: RowIndex, validation: float, rng: np.random.Generator, summary: DataSummary
+) -> tuple[np.ndarray, np.ndarray]:
+    """Takes rows out for validation, each with all its duplicates, of which one is kept.
 
     Args:
-        sources: All sources; changed in place.
+        index: The rows of all sources.
         validation: `data.validation`: below 1 a share of the different rows, from 1 up a number of them.
         rng: Which ones.
         summary: Counts duplicates.
 
     Returns:
-        The pieces of the validation rows, in the order of the sources.
+        The rows to train on and those to validate on, in the order of the sources: numbers, int64.
 
     Raises:
         DataError: No row would be left to train on.
     """
-    groups: dict[bytes, list[tuple[int, int]]] = {}
-    for i, source in enumerate(sources):
-        for j, row in enumerate(source.rows):
-            groups.setdefault(_digest(row), []).append((i, j))
-    summary.duplicates = sum(map(len, groups.values())) - len(groups)
-    target = int(validation) if validation >= 1 else round(validation * len(groups))
+    rows = np.arange(len(index.source))
+    _, first, group = np.unique(index.digest, return_index=True, return_inverse=True)
+    count = len(first)
+    summary.duplicates = len(rows) - count
+    target = int(validation) if validation >= 1 else round(validation * count)
     if 0 < validation < 1 and not target:
         target = 1
-    if target >= len(groups) and (validation >= 1 or len(groups) > 1):
+    if target >= count and (validation >= 1 or count > 1):
         raise DataError(
-            f"`data.validation` holds out {target} rows of {len(groups)} different ones: none is"
-            " left to train on",
+            f"`data.validation` holds out {target} rows of {count} different ones: none is left to train on",
             hint="lower `data.validation`, or set it to 0",
         )
-    if not target or len(groups) == 1:
-        return []
-    places = list(groups.values())
-    chosen = [places[k] for k in sorted(rng.permutation(len(places))[:target].tolist())]
-    taken = [piece for (i, j), *_ in chosen for piece in sources[i].rows[j]]
-    summary.validation_duplicates = sum(map(len, chosen)) - len(chosen)
-    gone = {place for group in chosen for place in group}
-    for i, source in enumerate(sources):
-        source.rows = [row for j, row in enumerate(source.rows) if (i, j) not in gone]
-    return taken
+    if not target or count == 1:
+        return rows, rows[:0]
+    by_appearance = np.argsort(first)  # groups in the order of their first rows
+    chosen = by_appearance[np.sort(rng.permutation(count)[:target])]
+    held_out = np.isin(group, chosen)
+    summary.validation_duplicates = int(held_out.sum()) - target
+    return rows[~held_out], first[chosen]
 
 
-def _digest(row: list[Tokens]) -> bytes:
-    return blake2b(b"".join(piece.ids.tobytes() for piece in row), digest_size=16).digest()
+def weighted(rows: np.ndarray, weight: float, seed: tuple[int, int]) -> np.ndarray:
+    """The training rows of a source for one epoch: each of its rows `weight` times.
 
-
-def weighted(source: SourceRows, seed: tuple[int, int]) -> list[Tokens]:
-    """The training pieces of a source for one epoch: its rows `weight` times."""
-    count = len(source.rows)
-    if not count:
-        return []
-    wanted = max(1, round(count * source.section.weight))
-    copies, rest = divmod(wanted, count)
-    share = np.random.default_rng(seed).permutation(count)[:rest]
-    order = [*range(count)] * copies + sorted(share.tolist())
-    source.summary.train_rows = len(order)
-    return [piece for index in order for piece in source.rows[index]]
+    Args:
+        rows: (n,) numbers of the rows.
+        weight: The source's weight.
+        seed: Which rows the share of one more copy takes.
+    """
+    if not len(rows):
+        return rows
+    copies, rest = divmod(max(1, round(len(rows) * weight)), len(rows))
+    share = np.sort(np.random.default_rng(seed).permutation(len(rows))[:rest])
+    return np.concatenate([np.tile(rows, copies), rows[share]])

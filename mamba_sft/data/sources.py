@@ -11,6 +11,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from itertools import chain, islice
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from mamba_sft.errors import DataError
 from mamba_sft.json_lines import BOM, Row, read_json_lines
 from mamba_sft.model.checkpoint import is_hub_id
+from mamba_sft.model.checksums import file_checksum
 from mamba_sft.recipe.builtin import find_path
 
 if TYPE_CHECKING:
@@ -35,6 +37,36 @@ def read_source(source: SourceSection) -> Iterator[Row]:
         DataError: Nothing is there, it is no kind of file we read, it is damaged as a whole, or it is empty.
     """
     return islice(chain.from_iterable(_not_empty(name, rows) for name, rows in _open(source)), source.limit)
+
+
+def identity(source: SourceSection) -> dict[str, str]:
+    """Returns what tells one content of a source from another: digests of its files, or the hub's commit.
+
+    Raises:
+        DataError: Nothing is there.
+    """
+    found = find_path(source.path)
+    if glob.has_magic(source.path) and not found.exists():
+        files = _matches(source.path, found)
+    elif found.is_file():
+        files = [found]
+    elif found.is_dir():
+        files = sorted(path for path in found.rglob("*") if path.is_file())
+    elif is_hub_dataset(source.path):
+        return {source.path: _hub_commit(source)}
+    else:
+        raise _missing(found)
+    try:
+        return {str(path): file_checksum(path) for path in files}
+    except OSError as error:
+        raise DataError(f"cannot read `{error.filename}`: {error.strerror or error}") from error
+
+
+def _hub_commit(source: SourceSection) -> str:
+    from datasets import load_dataset_builder
+
+    with _hub_errors(source.path):
+        return str(load_dataset_builder(source.path, source.name).hash)
 
 
 def is_hub_dataset(path: str) -> bool:
@@ -201,20 +233,26 @@ def _read_parquet(path: Path) -> Iterator[Row]:
 def _read_hub(source: SourceSection, path: str) -> Iterator[Row]:
     from datasets import load_dataset
 
-    try:
-        dataset = load_dataset(path, source.name, split=source.split)
-    except Exception as error:  # datasets, huggingface_hub, fsspec and httpx each raise their own kinds
-        raise DataError(
-            f"cannot load the dataset `{path}`: {type(error).__name__}: {str(error).strip()}",
-            hint="`path` is a hub id, a file or a glob; `name` picks a configuration, `split` a split;"
-            " private datasets need `hf auth login`",
-        ) from error
+    with _hub_errors(path):
+        dataset = load_dataset(path, source.name, split=source.split, streaming=source.stream)
     number = 0
     for batch in dataset.iter(_BATCH):
         for values in zip(*batch.values(), strict=True):
             number += 1
             value = without_nulls(dict(zip(batch, values, strict=True)))
             yield Row(path, f"{path} ({source.split}): row {number}", value)
+
+
+@contextmanager
+def _hub_errors(path: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # datasets, huggingface_hub, fsspec and httpx each raise their own kinds
+        raise DataError(
+            f"cannot load the dataset `{path}`: {type(error).__name__}: {str(error).strip()}",
+            hint="`path` is a hub id, a file or a glob; `name` picks a configuration, `split` a split;"
+            " private datasets need `hf auth login`",
+        ) from error
 
 
 def without_nulls(value: Any) -> Any:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from mamba_sft.data.notes import Notes
 
 if TYPE_CHECKING:
-    from mamba_sft.data.tokenizing import Tokens
+    from mamba_sft.data.rows import RowIndex
 
 FITS_NO_CHAT = (
     "no row goes through the chat template, so chat, generate, the answers to `eval.prompts` and Ollama will"
@@ -61,8 +62,8 @@ class DataSummary:
     train_tokens: int = 0
     trained_tokens: int = 0
     validation_tokens: int = 0
-    lengths: list[int] = field(default_factory=list)
-    """Tokens of each training row."""
+    lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32), compare=False)
+    """Tokens of each training row, (n,)."""
 
     @property
     def read(self) -> int:
@@ -97,13 +98,13 @@ class DataSummary:
         """Trained tokens per training token."""
         return self.trained_tokens / max(1, self.train_tokens)
 
-    def count_tokens(self, train: Sequence[Tokens], validation: Sequence[Tokens]) -> None:
-        """Counts the final rows."""
-        self.lengths = [len(row.ids) for row in train]
+    def count_tokens(self, index: RowIndex, train: np.ndarray, validation: np.ndarray) -> None:
+        """Counts the final rows, given as numbers of pieces."""
+        self.lengths = index.length[train]
         self.train_rows, self.validation_rows = len(train), len(validation)
-        self.train_tokens = sum(self.lengths)
-        self.trained_tokens = sum(int(row.trained.sum()) for row in train)
-        self.validation_tokens = sum(len(row.ids) for row in validation)
+        self.train_tokens = int(self.lengths.sum())
+        self.trained_tokens = int(index.trained[train].sum())
+        self.validation_tokens = int(index.length[validation].sum())
 
     def warnings(self) -> list[str]:
         """What a reader should look at before training, most costly first."""
@@ -139,15 +140,24 @@ class DataSummary:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the single lengths, as JSON can hold it."""
-        content = asdict(self) | {
+        content = {name: value for name, value in vars(self).items() if name != "lengths"}
+        return content | {
+            "sources": [asdict(source) for source in self.sources],
             "read": self.read,
             "bad": self.bad,
             "trimmed": self.trimmed,
             "fits_no_chat": self.fits_no_chat,
             "notes": asdict(self.notes),
             "trained_share": self.trained_share,
-            "longest": max(self.lengths, default=0),
+            "longest": int(self.lengths.max(initial=0)),
             "warnings": self.warnings(),
         }
-        del content["lengths"]
-        return content
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> DataSummary:
+        """Returns the summary that `to_dict` wrote; the single lengths are not in it."""
+        stored = {one.name: content[one.name] for one in fields(cls) if one.name != "lengths"}
+        sources = [
+            SourceSummary(**source | {"notes": Notes(**source["notes"])}) for source in content["sources"]
+        ]
+        return cls(**stored | {"sources": sources})

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from mamba_sft.data.packing import Collator
-from mamba_sft.data.preparing import as_trained, read_corpus
+from mamba_sft.data.preparing import read_corpus
 from mamba_sft.errors import MambaSFTError, MergeError, UsageError
 from mamba_sft.inference.scoring import heldout_loss
 from mamba_sft.merging.check import CheckResult, MergeCheck, MergeResult
@@ -269,8 +269,7 @@ def _heldout_losses(
 def _validation(recipe: Recipe) -> tuple[Dataset | None, Collator]:
     """The rows that training measured its validation loss on, in the form it had them."""
     setup, data = read_corpus(recipe)
-    rows = as_trained(data.validation, recipe.data, recipe.seed)
-    return rows, Collator(setup.tokenizer.pad_token_id)
+    return data.validation_rows, Collator(setup.tokenizer.pad_token_id)
 
 
 def _require_memory(prepared: PreparedMerge) -> None:

@@ -78,6 +78,19 @@ class TemplateSetup:
     reasoning: str = "keep"
     """`chat.reasoning` of the recipe."""
 
+    def identity(self) -> dict[str, Any]:
+        """Returns everything that decides which tokens a conversation becomes, as JSON can hold it."""
+        import tokenizers
+
+        return {
+            "tokenizer": self.tokenizer.backend_tokenizer.to_str(),
+            "special_tokens": {name: str(token) for name, token in self.tokenizer.special_tokens_map.items()},
+            "template": self.tokenizer.chat_template,
+            "stop_token": self.stop_token,
+            "reasoning": self.reasoning,
+            "version": tokenizers.__version__,
+        }
+
 
 def prepare_tokenizer(
     tokenizer: Any, chat: ChatSection, reserved_ids: Collection[int], embedding_rows: int | None = None

@@ -159,11 +159,11 @@ def _training_rows(recipe: Recipe) -> list[int]:
     here = [recipe.model.base, *(source.path for source in recipe.data.sources)]
     if not all(find_path(path).exists() for path in here):
         return []
-    from mamba_sft.data.packing import row_lengths
-    from mamba_sft.data.preparing import as_trained, read_corpus
+    from mamba_sft.data.preparing import read_corpus
+    from mamba_sft.data.rows import row_lengths
 
     _, data = read_corpus(recipe)
-    lengths: list[int] = row_lengths(as_trained(data.train, recipe.data, recipe.seed)).tolist()
+    lengths: list[int] = row_lengths(data.train_rows).tolist()
     return lengths
 
 

@@ -129,6 +129,9 @@ class SourceSection(Section):
     """Share of the rows that an epoch shows: 0.5 a fixed half of them, 2.0 each one twice."""
     limit: int | None = Field(default=None, ge=1, le=MANY)
     """Take at most this many rows. null takes all."""
+    stream: bool = False
+    """Read the hub dataset as it comes, without downloading all of it first; with `limit`, only that much is
+    ever fetched."""
 
 
 class DataSection(Section):

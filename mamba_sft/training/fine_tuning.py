@@ -19,8 +19,9 @@ import torch
 from accelerate import PartialState
 from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 
-from mamba_sft.data.packing import Collator, row_lengths
-from mamba_sft.data.preparing import PreparedData, as_trained, read_corpus, write_rejected
+from mamba_sft.data.packing import Collator
+from mamba_sft.data.preparing import PreparedData, read_corpus
+from mamba_sft.data.rows import row_lengths
 from mamba_sft.errors import TrainingError
 from mamba_sft.evaluation.prompts import Prompt, load_prompts, pair, write_samples
 from mamba_sft.evaluation.report import write_report
@@ -42,7 +43,6 @@ from mamba_sft.training.resuming import find_resume_point, newest_resume_point, 
 from mamba_sft.training.trainer import Trainer, trainer_arguments
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from trl import SFTConfig
 
 logger = logging.getLogger(__name__)
@@ -65,8 +65,6 @@ class Preparation:
         run: Where it will be written.
         setup: The tokenizer with its chat template and special tokens settled.
         data: The prepared rows and what was seen while preparing them.
-        train_rows: Rows as the trainer takes them: packed when `data.packing` is on.
-        validation_rows: Held-out rows in the same form, or None.
         arguments: The trainer's own configuration.
         prompts: Sample prompts to answer before and after.
         max_steps: Optimizer steps of the whole run.
@@ -77,8 +75,6 @@ class Preparation:
     run: Run
     setup: TemplateSetup
     data: PreparedData
-    train_rows: Dataset
-    validation_rows: Dataset | None
     arguments: SFTConfig
     prompts: list[Prompt]
     max_steps: int
@@ -103,21 +99,17 @@ def prepare(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) ->
     if not resume and PartialState().is_main_process:
         refuse_to_overwrite(run, overwrite=overwrite)
     setup, data = read_corpus(recipe)
-    train_rows = as_trained(data.train, recipe.data, recipe.seed)
-    validation_rows = as_trained(data.validation, recipe.data, recipe.seed)
-    longest = int(row_lengths(train_rows).max(initial=0))
+    longest = int(row_lengths(data.train_rows).max(initial=0))
     refuse_what_cannot_fit(recipe, longest=longest, trained_rows=len(setup.trained_token_ids))
-    arguments = trainer_arguments(recipe, run, has_validation=validation_rows is not None)
+    arguments = trainer_arguments(recipe, run, has_validation=data.validation_rows is not None)
     return Preparation(
         recipe=recipe,
         run=run,
         setup=setup,
         data=data,
-        train_rows=train_rows,
-        validation_rows=validation_rows,
         arguments=arguments,
         prompts=load_prompts(find_path(recipe.eval.prompts)) if recipe.eval.prompts else [],
-        max_steps=count_steps(recipe, len(train_rows), arguments.world_size),
+        max_steps=count_steps(recipe, len(data.train_rows), arguments.world_size),
         resume_point=resume_point,
     )
 
@@ -185,7 +177,7 @@ def _clear(preparation: Preparation) -> None:
         run.path.mkdir(parents=True)
     write_atomically(run.recipe, preparation.recipe.to_yaml())
     if preparation.data.rejected:
-        write_rejected(preparation.data.rejected, run.rejected)
+        shutil.copyfile(preparation.data.rejected, run.rejected)
     write_atomically(run.environment, json.dumps(describe_environment(), indent=2) + "\n")
 
 
@@ -194,7 +186,7 @@ def _build_trainer(
 ) -> Trainer:
     recipe, run = preparation.recipe, preparation.run
     watchers: list[TrainerCallback] = [MetricsLog(run.metrics), AdapterWatch(), interruption, *callbacks]
-    if recipe.eval.early_stopping_patience and preparation.validation_rows is not None:
+    if recipe.eval.early_stopping_patience and preparation.data.validation_rows is not None:
         watchers.append(EarlyStoppingCallback(recipe.eval.early_stopping_patience))
     return Trainer(
         run=run,
@@ -202,8 +194,8 @@ def _build_trainer(
         model=model,
         args=preparation.arguments,
         data_collator=Collator(preparation.setup.tokenizer.pad_token_id),
-        train_dataset=preparation.train_rows,
-        eval_dataset=preparation.validation_rows,
+        train_dataset=preparation.data.train_rows,
+        eval_dataset=preparation.data.validation_rows,
         processing_class=preparation.setup.tokenizer,
         callbacks=watchers,
     )

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mamba_sft.data.packing import IGNORED, row_lengths
+from mamba_sft.data.rows import IGNORED, row_lengths
 from mamba_sft.errors import TrainingError
 from mamba_sft.kernels.carry import Carry
 from mamba_sft.recipe.fields import TrainSection

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from mamba_sft.data.packing import IGNORED
+from mamba_sft.data.rows import IGNORED
 from mamba_sft.kernels.carry import Carry, LayerState
 from mamba_sft.training.random_state import current_random_state, restore_random_state
 

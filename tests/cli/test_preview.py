@@ -4,12 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from rich.console import Console, RenderableType
 
 from mamba_sft.cli import preview
-from mamba_sft.data.packing import IGNORED, pack
 from mamba_sft.data.preparing import PreparedData, prepare_data
+from mamba_sft.data.rows import IGNORED
 from mamba_sft.data.summary import DataSummary
 from mamba_sft.model.chat_template import TemplateSetup, prepare_tokenizer
 from mamba_sft.recipe.fields import ChatSection, DataSection, SourceSection
@@ -79,7 +80,7 @@ def test_long_rows_leave_out_their_middle(setup: TemplateSetup) -> None:
 
 
 def test_the_whole_picture(setup: TemplateSetup, prepared: PreparedData) -> None:
-    packing = preview.packed(prepared.summary, 64, seed=0)
+    packing = preview.packed(prepared)
     text = shown(preview.overview(prepared, setup.tokenizer, rows=2, packing=packing))
     assert "⟦trained tokens<|stop|>⟧" in text
     assert text.count("chats.jsonl:") == 2
@@ -92,11 +93,11 @@ def test_the_whole_picture(setup: TemplateSetup, prepared: PreparedData) -> None
     assert "█" in text
 
 
-def test_packing_is_predicted_exactly(prepared: PreparedData) -> None:
-    rows = pack(prepared.train, 64, seed=0)
-    packing = preview.packed(prepared.summary, 64, seed=0)
+def test_packing_is_counted_exactly(prepared: PreparedData) -> None:
+    rows = prepared.train_rows
+    packing = preview.packed(prepared)
     assert packing.rows == len(rows)
-    assert packing.fill == sum(map(len, rows["input_ids"])) / (len(rows) * 64)
+    assert packing.fill == sum(len(row["input_ids"]) for row in rows) / (len(rows) * 64)
 
 
 def test_the_histogram_counts_every_row(prepared: PreparedData) -> None:
@@ -107,7 +108,7 @@ def test_the_histogram_counts_every_row(prepared: PreparedData) -> None:
 
 @pytest.mark.parametrize("lengths", [[], [1], [5] * 3, [1, 100_000], list(range(1, 2049))])
 def test_the_histogram_takes_any_lengths(lengths: list[int]) -> None:
-    assert shown(preview.histogram(DataSummary(lengths=lengths)))
+    assert shown(preview.histogram(DataSummary(lengths=np.array(lengths, dtype=np.int32))))
 
 
 def test_narrow_terminals_wrap(setup: TemplateSetup, prepared: PreparedData) -> None:
@@ -115,7 +116,7 @@ def test_narrow_terminals_wrap(setup: TemplateSetup, prepared: PreparedData) -> 
 
 
 def test_json_has_the_same_facts(setup: TemplateSetup, prepared: PreparedData) -> None:
-    packing = preview.packed(prepared.summary, 64, seed=0)
+    packing = preview.packed(prepared)
     content = json.loads(json.dumps(preview.to_dict(prepared, setup.tokenizer, rows=2, packing=packing)))
     assert content["train_rows"] == 39
     assert content["packed"] == {"rows": packing.rows, "max_length": 64, "fill": packing.fill}

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from mamba_sft.data.packing import IGNORED
-from mamba_sft.data.preparing import PreparedData, prepare_data, write_rejected
+from mamba_sft.data.preparing import PreparedData, prepare_data
+from mamba_sft.data.rows import IGNORED
 from mamba_sft.errors import DataError
 from mamba_sft.model.chat_template import TemplateSetup, prepare_tokenizer
 from mamba_sft.recipe.fields import ChatSection, DataSection, SourceSection
@@ -52,6 +52,10 @@ def texts(setup: TemplateSetup, prepared: PreparedData, split: str = "train") ->
     return [setup.tokenizer.decode(row["input_ids"]) for row in getattr(prepared, split)]
 
 
+def origins(prepared: PreparedData) -> list[str]:
+    return list(prepared.train["where"])
+
+
 def trained(setup: TemplateSetup, row: dict[str, Any]) -> str:
     return str(setup.tokenizer.decode([label for label in row["labels"] if label != IGNORED]))
 
@@ -70,7 +74,7 @@ def test_chats_train_on_answers_and_end_with_the_last_stop_token(
     assert all(
         label in (IGNORED, token) for token, label in zip(row["input_ids"], row["labels"], strict=True)
     )
-    assert prepared.train_origins == [f"{tmp_path / 'a.jsonl'}:1"]
+    assert origins(prepared) == [f"{tmp_path / 'a.jsonl'}:1"]
 
 
 def test_all_tokens_are_trained_on_request(setup: TemplateSetup, tmp_path: Path) -> None:
@@ -146,10 +150,10 @@ def test_bad_rows_stop_and_ten_are_listed(setup: TemplateSetup, tmp_path: Path) 
 
 
 def test_bad_rows_are_skipped_counted_and_written(setup: TemplateSetup, tmp_path: Path) -> None:
-    path, rejected = bad_file(tmp_path / "a.jsonl", 3), tmp_path / "run" / "rejected.jsonl"
+    path = bad_file(tmp_path / "a.jsonl", 3)
     prepared = prepare(setup, path, on_bad_row="skip")
-    assert not rejected.parent.exists()
-    write_rejected(prepared.rejected, rejected)
+    rejected = prepared.rejected
+    assert rejected is not None
     assert len(prepared.train) == 2
     assert (prepared.summary.read, prepared.summary.bad) == (6, 4)
     entries = [json.loads(line) for line in rejected.read_text().splitlines()]
@@ -157,22 +161,19 @@ def test_bad_rows_are_skipped_counted_and_written(setup: TemplateSetup, tmp_path
     assert entries[0]["row"] == '{"messages": oops}'
     assert entries[3]["row"] == chat("control", "a<|im_end|>b")
     assert "control token <|im_end|>" in entries[3]["reason"]
-    assert list(rejected.parent.iterdir()) == [rejected]
 
 
 def test_rejected_rows_may_hold_what_utf8_cannot(setup: TemplateSetup, tmp_path: Path) -> None:
-    path, rejected = (
-        write(tmp_path / "a.jsonl", [chat("q", "a"), chat("q", "é \ud83d")]),
-        tmp_path / "rejected.jsonl",
-    )
-    write_rejected(prepare(setup, path, on_bad_row="skip").rejected, rejected)
+    path = write(tmp_path / "a.jsonl", [chat("q", "a"), chat("q", "é \ud83d")])
+    rejected = prepare(setup, path, on_bad_row="skip").rejected
+    assert rejected is not None
     assert json.loads(rejected.read_text())["row"] == chat("q", "é \ud83d")
     assert "é" in rejected.read_text()
 
 
 def test_without_bad_rows_none_are_rejected(setup: TemplateSetup, tmp_path: Path) -> None:
     prepared = prepare(setup, write(tmp_path / "a.jsonl", [chat("q", "a")]), on_bad_row="skip")
-    assert prepared.rejected == []
+    assert prepared.rejected is None
 
 
 def test_rows_the_template_refuses_are_bad_rows(tiny_tokenizer: Any, tmp_path: Path) -> None:
@@ -241,7 +242,7 @@ def test_split_rows_lose_no_trained_token_but_the_first_of_a_piece(
     lost = sum(label != IGNORED for label in whole["labels"]) - prepared.summary.trained_tokens
     assert 0 <= lost <= len(pieces)
     assert (prepared.summary.split, prepared.summary.pieces) == (1, len(pieces))
-    assert prepared.train_origins == [f"{tmp_path / 'a.jsonl'}:1"] * len(pieces)
+    assert origins(prepared) == [f"{tmp_path / 'a.jsonl'}:1"] * len(pieces)
 
 
 def test_dropped_rows_are_counted(setup: TemplateSetup, tmp_path: Path) -> None:
@@ -286,14 +287,12 @@ def test_weights_give_copies_and_shares(setup: TemplateSetup, tmp_path: Path) ->
     a = write(tmp_path / "a.jsonl", [chat(f"first {i}", "a") for i in range(10)])
     b = write(tmp_path / "b.jsonl", [chat(f"second {i}", "a") for i in range(10)])
     prepared = prepare(setup, a, b, weights=(2.5, 0.3))
-    counts = [prepared.train_origins.count(f"{a}:{i + 1}") for i in range(10)]
+    counts = [origins(prepared).count(f"{a}:{i + 1}") for i in range(10)]
     assert sorted(counts) == [2] * 5 + [3] * 5
-    assert (
-        sum(str(b) in origin for origin in prepared.train_origins) == len({*prepared.train_origins}) - 10 == 3
-    )
+    assert sum(str(b) in origin for origin in origins(prepared)) == len({*origins(prepared)}) - 10 == 3
     assert [source.train_rows for source in prepared.summary.sources] == [25, 3]
-    assert prepare(setup, a, b, weights=(2.5, 0.3)).train_origins == prepared.train_origins
-    assert prepare(setup, a, b, weights=(2.5, 0.3), seed=1).train_origins != prepared.train_origins
+    assert origins(prepare(setup, a, b, weights=(2.5, 0.3))) == origins(prepared)
+    assert origins(prepare(setup, a, b, weights=(2.5, 0.3), seed=1)) != origins(prepared)
 
 
 def test_too_many_validation_rows(setup: TemplateSetup, tmp_path: Path) -> None:
@@ -311,7 +310,7 @@ def test_the_report_counts_tokens(setup: TemplateSetup, tmp_path: Path) -> None:
     prepared = prepare(setup, write(tmp_path / "a.jsonl", rows), validation=2)
     summary = prepared.summary
     lengths = [len(ids) for ids in prepared.train["input_ids"]]
-    assert summary.lengths == lengths
+    assert summary.lengths.tolist() == lengths
     assert summary.train_tokens == sum(lengths)
     assert summary.trained_tokens == sum(
         label != IGNORED for row in prepared.train["labels"] for label in row

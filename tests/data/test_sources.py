@@ -209,15 +209,17 @@ def test_hub_settings_reach_the_loader(monkeypatch: pytest.MonkeyPatch) -> None:
 
     asked: dict[str, Any] = {}
 
-    def load_dataset(path: str, name: str | None, split: str) -> datasets.Dataset:
+    def load_dataset(path: str, name: str | None, split: str, streaming: bool) -> Any:
         asked.update(path=path, name=name, split=split)
-        return datasets.Dataset.from_list([{"text": str(i)} for i in range(2500)])
+        rows = datasets.Dataset.from_list([{"text": str(i)} for i in range(2500)])
+        return rows.to_iterable_dataset() if streaming else rows
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    rows = read("someone/chats", name="en", split="train_sft", limit=2001)
-    assert asked == {"path": "someone/chats", "name": "en", "split": "train_sft"}
-    assert len(rows) == 2001
-    assert rows[-1] == Row("someone/chats", "someone/chats (train_sft): row 2001", {"text": "2000"})
+    for stream in (False, True):
+        rows = read("someone/chats", name="en", split="train_sft", limit=2001, stream=stream)
+        assert asked == {"path": "someone/chats", "name": "en", "split": "train_sft"}
+        assert len(rows) == 2001
+        assert rows[-1] == Row("someone/chats", "someone/chats (train_sft): row 2001", {"text": "2000"})
 
 
 def test_a_hub_failure_names_the_dataset_and_the_ways_out() -> None:

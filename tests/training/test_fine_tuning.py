@@ -149,7 +149,7 @@ def test_checkpointing_changes_nothing(recipe: Any, policy: str) -> None:
 
 def test_a_masked_prompt_gives_no_gradient(recipe: Any) -> None:
     preparation = prepare(recipe("data.packing=false"))
-    row = preparation.train_rows[0]
+    row = preparation.data.train_rows[0]
     trained = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label != -100]
     text = preparation.setup.tokenizer.decode(trained)
     assert text.startswith("quick")
@@ -221,7 +221,7 @@ def test_dry_run_needs_no_weights(recipe: Any, tiny_base: Path, tmp_path: Path) 
     (tiny_base / "model.safetensors").unlink()
     preparation = prepare(recipe())
     assert preparation.max_steps == 4
-    assert len(preparation.train_rows) > 0
+    assert len(preparation.data.train_rows) > 0
     assert not (tmp_path / "run").exists()
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from mamba_sft import Run
+from mamba_sft.data.rows import row_lengths
 from mamba_sft.errors import TrainingError
 from mamba_sft.training.fine_tuning import RunInterruptedError, prepare, train, train_prepared
 from mamba_sft.training.steps import ChunkedSteps
@@ -191,7 +192,7 @@ def test_the_longest_rows_come_first(recipe: Any, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(ChunkedSteps, "_run_rows", watch)
     preparation = prepare(recipe("train.auto_batch=true", "data.packing=false", "train.max_steps=1"))
     train_prepared(preparation)
-    assert widths[0] == max(len(row) for row in preparation.train_rows["input_ids"])
+    assert widths[0] == row_lengths(preparation.data.train_rows).max()
 
 
 def test_the_trial_gives_back_the_states_it_carried(recipe: Any) -> None:
@@ -263,7 +264,7 @@ def test_two_processes(recipe: Any, tmp_path: Path) -> None:
     unpacked = "data.packing=false"
     whole = ("train.max_steps=1", "train.gradient_accumulation_steps=1")
     eight = "data.max_length=138"
-    packed_rows = len(prepare(recipe(eight)).train_rows)
+    packed_rows = len(prepare(recipe(eight)).data.train_rows)
     assert packed_rows == 8, "or a process would get a row twice"
     jobs: dict[str, tuple[str, ...]] = {
         "plain": ("train.gradient_accumulation_steps=2",),

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from trl.trainer.utils import add_fused_lm_head
 
-from mamba_sft.data.packing import IGNORED, Collator
+from mamba_sft.data.packing import Collator
+from mamba_sft.data.rows import IGNORED
 from mamba_sft.kernels.carry import Carry
 from mamba_sft.kernels.falcon_mamba import install
 from mamba_sft.model.adapter import adapter_tensors, attach_adapter
