@@ -206,15 +206,15 @@ def _prefill_batch(model: Any, prompts: Sequence[Sequence[int]]) -> tuple[Any, A
 def _forward(model: Any, ids: Any, cache: Any, mask: Any = None) -> tuple[Any, Any]:
     """Returns the next token's scores `(B, vocabulary)` in fp32, and the cache."""
     with torch.no_grad():
-        output = model(
+        logits, cache, *_ = model(
             input_ids=ids,
             attention_mask=mask,
             cache_params=cache,
             use_cache=True,
             logits_to_keep=1,
-            return_dict=True,
+            return_dict=False,
         )
-    return output.logits[:, -1].float(), output.cache_params
+    return logits[:, -1].float(), cache
 
 
 def stop_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:

@@ -15,6 +15,7 @@ policies refer to classes by name.
 
 from __future__ import annotations
 
+from dataclasses import fields
 from types import MethodType
 from typing import Any, TypeVar
 
@@ -30,6 +31,9 @@ from mamba_sft.kernels.decoding import can_decode, decode
 from mamba_sft.kernels.time_step import project_dt
 
 Model = TypeVar("Model", bound=nn.Module)
+
+CACHE = "cache" if "cache" in {field.name for field in fields(stock.FalconMambaOutput)} else "cache_params"
+"""What `transformers` calls the cache in outputs, and `generate` in calls: `cache` from release 5.24 on."""
 
 
 def install(model: Model, backend: str = "auto") -> Model:
@@ -183,6 +187,7 @@ class FalconMambaModel(stock.FalconMambaModel):
         attention_mask: Tensor | None = None,
         seq_idx: Tensor | None = None,
         carry: Carry | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> tuple | stock.FalconMambaOutput:
         """Return the last hidden states, as `transformers` does, for tokens or embeddings.
@@ -197,6 +202,7 @@ class FalconMambaModel(stock.FalconMambaModel):
             attention_mask: (B, L); zeros silence padding.
             seq_idx: (B, L) integers, states restart where the value changes.
             carry: States to continue and to hand on, differentiable; instead of a cache.
+            cache: Another name of `cache_params`.
             kwargs: Ignored, as in `transformers`.
 
         Raises:
@@ -205,6 +211,7 @@ class FalconMambaModel(stock.FalconMambaModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
+        cache_params = cache if cache_params is None else cache_params
         if carry is not None:
             if cache_params is not None:
                 raise ValueError("give either cache_params or carry")
@@ -247,8 +254,8 @@ class FalconMambaModel(stock.FalconMambaModel):
             return tuple(v for v in (hidden_states, cache_params, all_hidden_states) if v is not None)
         return stock.FalconMambaOutput(
             last_hidden_state=hidden_states,
-            cache_params=cache_params if use_cache else None,
             hidden_states=all_hidden_states,
+            **{CACHE: cache_params if use_cache else None},
         )
 
 
@@ -268,6 +275,7 @@ class FalconMambaForCausalLM(stock.FalconMambaForCausalLM):
         logits_to_keep: int | Tensor = 0,
         seq_idx: Tensor | None = None,
         carry: Carry | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> tuple | stock.FalconMambaCausalLMOutput:
         """Return logits and, with labels, the loss, as `transformers` does.
@@ -284,13 +292,14 @@ class FalconMambaForCausalLM(stock.FalconMambaForCausalLM):
             logits_to_keep: How many last positions to compute logits for (0: all), or their indices.
             seq_idx: (B, L) integers, states restart where the value changes.
             carry: States to continue and to hand on, differentiable; instead of a cache.
+            cache: Another name of `cache_params`.
             kwargs: For the loss function (`num_items_in_batch`); others are ignored.
         """
         return_dict = self.config.return_dict if return_dict is None else return_dict
         outputs = self.backbone(
             input_ids,
             inputs_embeds=inputs_embeds,
-            cache_params=cache_params,
+            cache_params=cache if cache_params is None else cache_params,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
             return_dict=return_dict,
@@ -314,7 +323,7 @@ class FalconMambaForCausalLM(stock.FalconMambaForCausalLM):
         if not return_dict:
             return (logits, *outputs[1:]) if loss is None else (loss, logits, *outputs[1:])
         return stock.FalconMambaCausalLMOutput(
-            loss=loss, logits=logits, cache_params=outputs.cache_params, hidden_states=outputs.hidden_states
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, **{CACHE: outputs.get(CACHE)}
         )
 
 

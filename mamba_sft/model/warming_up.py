@@ -39,5 +39,5 @@ def warm_up(model: Any) -> None:
         for tensor in (*tiny.parameters(), *tiny.buffers()):
             tensor.zero_()
         install(tiny)
-        read = tiny(torch.zeros(1, 2, dtype=torch.int64), use_cache=True)
-        tiny(torch.zeros(1, 1, dtype=torch.int64), cache_params=read.cache_params, use_cache=True)
+        read = tiny(torch.zeros(1, 2, dtype=torch.int64), use_cache=True, return_dict=False)
+        tiny(torch.zeros(1, 1, dtype=torch.int64), cache_params=read[1], use_cache=True)

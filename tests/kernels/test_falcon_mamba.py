@@ -108,6 +108,20 @@ def test_embeddings_hidden_states_and_tuples_as_stock(pair, tokens):
         model.backbone()
 
 
+@torch.no_grad()
+def test_a_cache_goes_on_under_either_name(pair, tokens):
+    """`transformers` says `cache_params`, and from 5.24 on `cache`: what is ignored would give nonsense."""
+    model = pair[1]
+    whole = model(tokens).logits[:, -1]
+    for name in ("cache", "cache_params"):
+        state = model(tokens[:, :-1], use_cache=True)[falcon_mamba.CACHE]
+        last = model(tokens[:, -1:], **{name: state}, use_cache=True)
+        assert far_apart(last.logits[:, 0], whole) < 1e-5
+        assert last[falcon_mamba.CACHE] is state
+        _, again = model.backbone(tokens[:, -1:], **{name: state}, return_dict=False)
+        assert again is state
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_as_stock(pair, tokens, side):
     expected, model = pair
