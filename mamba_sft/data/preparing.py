@@ -1,10 +1,10 @@
 """Training data: rows in, `input_ids` and `labels` out, and a summary of what happened on the way.
 
 Rows are read (`sources`), recognised (`formats`), rendered and tokenized (`tokenizing`), cut to the longest
-length and written to disk (`rows`) in batches; then they are split into training and validation rows, weighted
-(`selecting`) and packed (`packing`), which moves no token. All of it is done once and kept (`cache`). A source
-of weight w gives w times its training rows to each epoch: below 1 a fixed random share of them, above 1 copies
-and a share of one more.
+length and written to disk (`rows`) in batches; then they are split into training and validation rows,
+weighted (`selecting`) and packed (`packing`), which moves no token. All of it is done once and kept
+(`cache`). A source of weight w gives w times its training rows to each epoch: below 1 a fixed random share of
+them, above 1 copies and a share of one more.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ class PreparedData:
     """What a run trains and validates on; its tokens lie on disk and are mapped.
 
     Args:
-        train: Columns `input_ids`, `labels` (-100 where a token is not trained), lists of int32, `length`, and
-            `where` each row came from, e.g. `chats.jsonl:12`.
+        train: Columns `input_ids` and `labels` (-100 where a token is not trained), lists of int32, `length`,
+            and `where` each row came from, e.g. `chats.jsonl:12`.
         validation: The same, or None.
         train_rows: The training rows as the trainer takes them: packed where `data.packing` is on.
         validation_rows: The same of the validation rows, or None.

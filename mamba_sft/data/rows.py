@@ -1,8 +1,8 @@
 """Rows of tokens on disk: written in batches, then mapped, so that memory does not grow with their number.
 
 A row of the data is one piece, or several if it was cut. Tokens, labels and origins of all pieces lie in one
-Arrow file, which the `datasets` library maps; what is known of them without reading a token (lengths, digests,
-where each came from) is a few numbers a row, kept as arrays.
+Arrow file, which the `datasets` library maps; what is known of them without reading a token (lengths,
+digests, where each came from) is a few numbers a row, kept as arrays.
 """
 
 from __future__ import annotations
