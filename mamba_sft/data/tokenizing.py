@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 
@@ -17,16 +18,19 @@ from mamba_sft.json_lines import Row
 from mamba_sft.model.chat_template import (
     TemplateSetup,
     check_generation_marks,
+    check_stops,
     encode_batch,
-    join_pieces,
     split_rendered,
     with_reasoning_as_text,
     with_system,
 )
 
-_BATCH = 1000  # rows tokenized in one call, which the tokenizer spreads over the cores
+_BATCH = 256
+"""Rows tokenized in one call, which the tokenizer spreads over the cores. What it returns takes some 150
+bytes a token before it is an array."""
 Example = Chat | Passage
 Pieces = list[tuple[str, bool]]
+Batch = list[tuple[Row, Example]]
 
 
 @dataclass(frozen=True)
@@ -68,16 +72,27 @@ class Renderer:
     def render(self, examples: Iterable[tuple[Row, Example]]) -> Iterator[Tokens | tuple[Row, str]]:
         """Yields the tokens of each (row, example), in order, or (row, reason) if the template refuses it.
 
+        While the tokenizer, which needs no Python, works on one batch, the next one is read and rendered.
+
         Raises:
             DataError: The template has no generation marks, or they leave out the stop token.
         """
-        examples = iter(examples)
-        while batch := list(islice(examples, _BATCH)):
-            yield from self._render_batch(batch)
+        waiting: tuple[Batch, list[Pieces | str], Future[list[list[int]]]] | None = None
+        with ThreadPoolExecutor(1, "encode") as pool:
+            for batch in _batches(examples):
+                pieces = [self._pieces_or_reason(example) for _, example in batch]
+                texts = [text for cut in pieces for text, _ in _as_pieces(cut)]
+                encoded = pool.submit(encode_batch, self.tokenizer, texts)
+                if waiting is not None:
+                    yield from self._finish(*waiting)
+                waiting = batch, pieces, encoded
+            if waiting is not None:
+                yield from self._finish(*waiting)
 
-    def _render_batch(self, batch: Sequence[tuple[Row, Example]]) -> Iterator[Tokens | tuple[Row, str]]:
-        pieces = [self._pieces_or_reason(example) for _, example in batch]
-        encoded = iter(encode_batch(self.tokenizer, [text for cut in pieces for text, _ in _as_pieces(cut)]))
+    def _finish(
+        self, batch: Batch, pieces: list[Pieces | str], future: Future[list[list[int]]]
+    ) -> Iterator[Tokens | tuple[Row, str]]:
+        encoded = iter(future.result())
         for (row, example), cut in zip(batch, pieces, strict=True):
             if isinstance(cut, str):
                 yield row, cut
@@ -131,10 +146,12 @@ class Renderer:
 
     def _tokens(self, where: str, example: Example, pieces: Pieces, encoded: list[list[int]]) -> Tokens:
         try:
-            ids, mask = join_pieces(self.tokenizer, pieces, encoded)
+            check_stops(self.tokenizer, pieces, encoded)
         except DataError as error:
             raise DataError(f"{where}: {error.message}", error.hint) from error
-        trained = np.array(mask, dtype=bool) if self.assistant_only else np.ones(len(ids), dtype=bool)
+        ids = np.concatenate([np.array(tokens, dtype=np.int32) for tokens in encoded])
+        marks = np.array([is_trained or not self.assistant_only for _, is_trained in pieces])
+        trained = np.repeat(marks, [len(tokens) for tokens in encoded])
         if isinstance(example, Chat):
             context = example.context if self.assistant_only else example.masked
             for start, end in _answer_spans(pieces, encoded, context):
@@ -143,7 +160,13 @@ class Renderer:
         length = (
             int(trained.nonzero()[0].max(initial=-1)) + 1
         )  # what follows the last trained token teaches nothing
-        return Tokens(where, np.array(ids[:length], dtype=np.int32), trained[:length])
+        return Tokens(where, ids[:length], trained[:length])
+
+
+def _batches(examples: Iterable[tuple[Row, Example]]) -> Iterator[Batch]:
+    examples = iter(examples)
+    while batch := list(islice(examples, _BATCH)):
+        yield batch
 
 
 def _as_pieces(cut: Pieces | str) -> Pieces:

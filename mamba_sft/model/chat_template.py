@@ -235,18 +235,29 @@ def join_pieces(
     Raises:
         DataError: A piece the assistant writes does not hold the stop token.
     """
+    check_stops(tokenizer, pieces, encoded)
     ids: list[int] = []
     mask: list[int] = []
+    for (_, trained), tokens in zip(pieces, encoded, strict=True):
+        ids += tokens
+        mask += [int(trained)] * len(tokens)
+    return ids, mask
+
+
+def check_stops(tokenizer: Any, pieces: Sequence[tuple[str, bool]], encoded: Sequence[list[int]]) -> None:
+    """Checks that every piece the assistant writes holds the stop token.
+
+    Raises:
+        DataError: One does not.
+    """
+    stop = tokenizer.eos_token_id
     for (text, trained), tokens in zip(pieces, encoded, strict=True):
-        if trained and tokenizer.eos_token_id not in tokens:
+        if trained and stop not in tokens[-2:] and stop not in tokens:
             raise DataError(
                 f"the chat template marks an assistant turn without its stop token"
                 f" {tokenizer.eos_token}: {text[-60:]!r}",
                 hint=f"move {{% endgeneration %}} behind {tokenizer.eos_token}",
             )
-        ids += tokens
-        mask += [int(trained)] * len(tokens)
-    return ids, mask
 
 
 def check_generation_marks(setup: TemplateSetup) -> None:
