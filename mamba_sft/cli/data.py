@@ -23,13 +23,17 @@ def data(
     loaded = Recipe.load(recipe, overrides=overrides or [])
     from mamba_sft.cli import preview
     from mamba_sft.data.preparing import read_corpus
+    from mamba_sft.planning.extent import run_length
 
     setup, prepared = read_corpus(loaded)
     packing = None
     if loaded.data.packing and loaded.data.max_length:
         packing = preview.packed(prepared.summary, loaded.data.max_length, loaded.seed)
+    trained = packing.rows if packing else len(prepared.train)
+    length = run_length(loaded, rows=trained, tokens=prepared.summary.train_tokens)
     if as_json:
-        content = preview.to_dict(prepared, setup.tokenizer, rows=rows, packing=packing)
+        content = preview.to_dict(prepared, setup.tokenizer, rows=rows, packing=packing, length=length)
         sys.stdout.write(json.dumps(content, ensure_ascii=False, indent=2) + "\n")
     else:
-        out.print(preview.overview(prepared, setup.tokenizer, rows=rows, packing=packing))
+        shown = preview.overview(prepared, setup.tokenizer, rows=rows, packing=packing, length=length)
+        out.print(shown, soft_wrap=False)  # long warnings wrap; else they would be cut off

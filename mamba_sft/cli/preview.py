@@ -21,6 +21,7 @@ from rich.text import Text
 from mamba_sft.data.packing import IGNORED, assign_bins
 from mamba_sft.data.preparing import PreparedData
 from mamba_sft.data.summary import DataSummary
+from mamba_sft.planning.extent import RunLength
 
 TRAINED = ("black on #9fd6ad", "black on #cfeccb")
 """Two shades in turn, so that the borders between tokens show."""
@@ -51,7 +52,12 @@ def packed(summary: DataSummary, max_length: int, seed: int) -> Packed:
 
 
 def overview(
-    data: PreparedData, tokenizer: Any, *, rows: int = 3, packing: Packed | None = None
+    data: PreparedData,
+    tokenizer: Any,
+    *,
+    rows: int = 3,
+    packing: Packed | None = None,
+    length: RunLength | None = None,
 ) -> RenderableType:
     """The whole picture: a few training rows, spread over the data, the lengths, the counts, and warnings.
 
@@ -60,12 +66,13 @@ def overview(
         tokenizer: The one that made them.
         rows: How many rows to show.
         packing: From `packed`, where rows are packed.
+        length: What the rows come to.
     """
     count = min(rows, len(data.train))
     chosen = [i * len(data.train) // max(1, count) for i in range(count)]
     shown = [row_panel(tokenizer, data.train[i], data.train_origins[i]) for i in chosen]
     parts: list[RenderableType] = [legend(), "", *shown, ""] if shown else []
-    return Group(*parts, histogram(data.summary), statistics(data.summary, packing))
+    return Group(*parts, histogram(data.summary), statistics(data.summary, packing, length))
 
 
 def legend() -> Text:
@@ -213,15 +220,24 @@ def _bar(share: float) -> str:
     return "█" * (eighths // 8) + _EIGHTHS[eighths % 8].strip()
 
 
-def statistics(summary: DataSummary, packing: Packed | None = None) -> RenderableType:
+def statistics(
+    summary: DataSummary, packing: Packed | None = None, length: RunLength | None = None
+) -> RenderableType:
     """Sources, totals, and what deserves a look before training."""
     parts: list[RenderableType] = [_heading("sources"), _sources(summary)]
     parts += [_heading("training data"), _totals(summary, packing)]
-    warnings = summary.warnings()
+    warnings = [*summary.warnings(), *(length.warnings() if length else [])]
     if warnings:
-        lines = Text("\n").join(Text.assemble(("! ", "bold yellow"), warning) for warning in warnings)
-        parts += [_heading("worth a look"), Padding(lines, (0, 0, 0, 2))]
+        parts += [_heading("worth a look"), Padding(warning_list(warnings), (0, 0, 0, 2))]
     return Group(*parts)
+
+
+def warning_list(warnings: Sequence[str]) -> RenderableType:
+    """A mark before each warning; what is on a line of its own stays on one, to be copied."""
+    table = Table.grid(padding=(0, 1))
+    for warning in warnings:
+        table.add_row(Text("!", "bold yellow"), Text(warning))
+    return table
 
 
 def _sources(summary: DataSummary) -> RenderableType:
@@ -267,7 +283,12 @@ def _heading(title: str, note: str = "") -> Text:
 
 
 def to_dict(
-    data: PreparedData, tokenizer: Any, *, rows: int = 3, packing: Packed | None = None
+    data: PreparedData,
+    tokenizer: Any,
+    *,
+    rows: int = 3,
+    packing: Packed | None = None,
+    length: RunLength | None = None,
 ) -> dict[str, Any]:
     """The same picture for `--json`: the summary, and rows with their text and what of it is trained."""
     shown = []
@@ -288,4 +309,7 @@ def to_dict(
     content = data.summary.to_dict() | {"rows": shown}
     if packing:
         content["packed"] = {"rows": packing.rows, "max_length": packing.max_length, "fill": packing.fill}
+    if length:
+        content["length"] = length.to_dict()
+        content["warnings"] += length.warnings()
     return content

@@ -9,9 +9,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from mamba_sft.cli.console import Overrides, RecipeArgument, err, out, quiet_loading
+from mamba_sft.wording import count_text
 
 if TYPE_CHECKING:
     from mamba_sft.run import Run
+    from mamba_sft.training.fine_tuning import Preparation
 
 
 def train(
@@ -31,20 +33,17 @@ def train(
     from mamba_sft.recipe.recipe import Recipe
 
     loaded = Recipe.load(recipe, overrides=overrides or [])
+    from mamba_sft.cli.preview import warning_list
     from mamba_sft.cli.progress import TrainingBar
     from mamba_sft.training.fine_tuning import prepare, train_prepared
 
     preparation = prepare(loaded, resume=resume, overwrite=overwrite or dry_run)
     if dry_run:
-        from mamba_sft.cli.preview import statistics
-
-        err.print(statistics(preparation.data.summary))
-        out.print(
-            f"{len(preparation.train_rows):,} training rows, {preparation.max_steps:,} steps;"
-            f" all is well before the weights; without `--dry-run` this trains into {preparation.run.path}"
-        )
+        _show_dry_run(preparation)
         return
     quiet_loading()
+    if warnings := preparation.length.warnings():
+        err.print(warning_list(warnings))
     bar = TrainingBar(err)
     try:
         run = train_prepared(preparation, callbacks=[bar])
@@ -53,6 +52,22 @@ def train(
     _show_samples(run)
     out.print(f"trained: {run.path}  (report: {run.report})")
     out.print(f"next:    mamba-sft chat {run.path}   or   mamba-sft merge {run.path}")
+
+
+def _show_dry_run(preparation: Preparation) -> None:
+    from mamba_sft.cli.preview import statistics
+
+    summary, length = preparation.data.summary, preparation.length
+    err.print(statistics(summary, length=length))
+    rows = f"{summary.train_rows:,} rows to train on"
+    if length.rows != summary.train_rows:
+        rows += f", packed into {length.rows:,}"
+    if length.chosen:
+        rows += f"; train.gradient_accumulation_steps is left out, so {length.accumulation}"
+    out.print(
+        f"{rows}; {count_text(length.steps, 'step')}; all is well before the weights;"
+        f" without `--dry-run` this trains into {preparation.run.path}"
+    )
 
 
 def _show_samples(run: Run, rows: int = 6) -> None:

@@ -31,8 +31,8 @@ from mamba_sft.model.adapter import attach_adapter, save_adapter
 from mamba_sft.model.chat_template import TemplateSetup, render
 from mamba_sft.model.loading import apply_setup, load_model, recommend_sampling
 from mamba_sft.planning.environment import describe_environment
+from mamba_sft.planning.extent import RunLength, run_length, with_accumulation
 from mamba_sft.planning.fitting import refuse_what_cannot_fit
-from mamba_sft.planning.schedule import count_steps
 from mamba_sft.recipe.builtin import find_path
 from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.run import Run, atomic_directory, write_atomically
@@ -69,7 +69,7 @@ class Preparation:
         validation_rows: Held-out rows in the same form, or None.
         arguments: The trainer's own configuration.
         prompts: Sample prompts to answer before and after.
-        max_steps: Optimizer steps of the whole run.
+        length: What the rows come to: the optimizer steps of the whole run, and whether they are too few.
         resume_point: The checkpoint to go on from, or None.
     """
 
@@ -81,8 +81,13 @@ class Preparation:
     validation_rows: Dataset | None
     arguments: SFTConfig
     prompts: list[Prompt]
-    max_steps: int
+    length: RunLength
     resume_point: Path | None
+
+    @property
+    def max_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.length.steps
 
 
 def prepare(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> Preparation:
@@ -99,13 +104,17 @@ def prepare(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) ->
         MambaSFTError: Anything in recipe, base, data, memory or output directory that would make it fail.
     """
     run = Run(Path(recipe.output_dir))
-    resume_point = find_resume_point(run, recipe) if resume else None
+    recipe, resume_point = find_resume_point(run, recipe) if resume else (recipe, None)
     if not resume and PartialState().is_main_process:
         refuse_to_overwrite(run, overwrite=overwrite)
     setup, data = read_corpus(recipe)
     train_rows = as_trained(data.train, recipe.data, recipe.seed)
     validation_rows = as_trained(data.validation, recipe.data, recipe.seed)
-    longest = int(row_lengths(train_rows).max(initial=0))
+    lengths = row_lengths(train_rows)
+    length = run_length(
+        recipe, rows=len(lengths), tokens=int(lengths.sum()), processes=PartialState().num_processes
+    )
+    recipe, longest = with_accumulation(recipe, length.accumulation), int(lengths.max(initial=0))
     refuse_what_cannot_fit(recipe, longest=longest, trained_rows=len(setup.trained_token_ids))
     arguments = trainer_arguments(recipe, run, has_validation=validation_rows is not None)
     return Preparation(
@@ -117,7 +126,7 @@ def prepare(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) ->
         validation_rows=validation_rows,
         arguments=arguments,
         prompts=load_prompts(find_path(recipe.eval.prompts)) if recipe.eval.prompts else [],
-        max_steps=count_steps(recipe, len(train_rows), arguments.world_size),
+        length=length,
         resume_point=resume_point,
     )
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mamba_sft.errors import RecipeError, TrainingError
+from mamba_sft.planning.extent import with_accumulation
 from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.run import Run
 
@@ -29,8 +30,8 @@ def newest_resume_point(run: Run) -> Path | None:
     return max(complete)[1] if complete else None
 
 
-def find_resume_point(run: Run, recipe: Recipe) -> Path:
-    """Returns the checkpoint that `--resume` goes on from.
+def find_resume_point(run: Run, recipe: Recipe) -> tuple[Recipe, Path]:
+    """Returns the recipe with what the run settled of it, and the checkpoint that `--resume` goes on from.
 
     Raises:
         RecipeError: The recipe is not the one the run was started with; the message lists what differs.
@@ -38,6 +39,8 @@ def find_resume_point(run: Run, recipe: Recipe) -> Path:
     """
     Run.open(run)
     trained = Recipe.load(run.recipe)
+    if recipe.train.gradient_accumulation_steps is None and trained.train.gradient_accumulation_steps:
+        recipe = with_accumulation(recipe, trained.train.gradient_accumulation_steps)
     changed = [
         f"  `{name}` was {old!r}, now {new!r}"
         for name, old, new in differences(trained, recipe)
@@ -55,7 +58,7 @@ def find_resume_point(run: Run, recipe: Recipe) -> Path:
         raise TrainingError(
             f"`{run.path}` has no complete checkpoint to resume from", hint="start anew with `--overwrite`"
         )
-    return resume_point
+    return recipe, resume_point
 
 
 def differences(old: Recipe, new: Recipe) -> list[tuple[str, Any, Any]]:
