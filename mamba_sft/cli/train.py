@@ -35,6 +35,7 @@ def train(
     loaded = Recipe.load(recipe, overrides=overrides or [])
     from mamba_sft.cli.preview import warning_list
     from mamba_sft.cli.progress import TrainingBar
+    from mamba_sft.evaluation.losses import loss_warnings
     from mamba_sft.training.fine_tuning import prepare, train_prepared
 
     preparation = prepare(loaded, resume=resume, overwrite=overwrite or dry_run)
@@ -50,6 +51,8 @@ def train(
     finally:
         bar.close()
     _show_samples(run)
+    if warnings := loss_warnings(run.read_metrics()):
+        err.print(warning_list(warnings))
     out.print(f"trained: {run.path}  (report: {run.report})")
     out.print(f"next:    mamba-sft chat {run.path}   or   mamba-sft merge {run.path}")
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment
 
+from mamba_sft.evaluation.losses import loss_warnings
 from mamba_sft.evaluation.prompts import Sample, exact_match, read_samples
 from mamba_sft.run import Run, write_atomically
 from mamba_sft.wording import size_text, time_text
@@ -86,6 +87,7 @@ def write_report(run: Run) -> None:
         plot=loss_plot(metrics) if metrics else None,
         samples=[(s.prompt.prompt, s.before, s.after) for s in samples[:SHOWN_SAMPLES]],
         files=list(_files(run)),
+        warnings=loss_warnings(metrics),
         recipe=run.recipe.read_text(encoding="utf-8"),
         environment=json.dumps(environment, indent=2),
     )

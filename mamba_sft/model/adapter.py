@@ -33,7 +33,7 @@ from mamba_sft.errors import AdapterError
 from mamba_sft.kernels.falcon_mamba import FalconMambaMixer
 from mamba_sft.model.base_facts import BaseFacts
 from mamba_sft.model.checkpoint import base_fingerprint, resolve_base
-from mamba_sft.model.checksums import file_checksum, tensor_checksums
+from mamba_sft.model.checksums import file_checksum, new_digest, tensor_checksums
 from mamba_sft.run import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 if TYPE_CHECKING:
@@ -185,6 +185,16 @@ def adapter_tensors(model: Any) -> dict[str, torch.nn.Parameter]:
         for name, parameter in model.named_parameters()
         if ".lora_" in name or ".trainable_tokens_delta." in name
     }
+
+
+def trained_digest(model: Any) -> str:
+    """Returns a digest of everything that is trained: the same until a step has changed something."""
+    digest = new_digest()
+    for name, parameter in sorted(model.named_parameters()):
+        if parameter.requires_grad:
+            digest.update(name.encode())
+            digest.update(parameter.detach().float().cpu().contiguous().numpy().tobytes())
+    return str(digest.hexdigest())
 
 
 def keep_float32(model: Any) -> None:

@@ -27,7 +27,7 @@ from mamba_sft.evaluation.report import write_report
 from mamba_sft.inference.generation import answers, stop_token_ids
 from mamba_sft.inference.sampling import Sampling
 from mamba_sft.kernels import automatic
-from mamba_sft.model.adapter import attach_adapter, save_adapter
+from mamba_sft.model.adapter import attach_adapter, save_adapter, trained_digest
 from mamba_sft.model.chat_template import TemplateSetup, render
 from mamba_sft.model.loading import apply_setup, load_model, recommend_sampling
 from mamba_sft.planning.environment import describe_environment
@@ -40,6 +40,7 @@ from mamba_sft.training.activations import keep_activations
 from mamba_sft.training.callbacks import AdapterWatch, Interruption, MetricsLog
 from mamba_sft.training.resuming import find_resume_point, newest_resume_point, refuse_to_overwrite
 from mamba_sft.training.trainer import Trainer, trainer_arguments
+from mamba_sft.wording import count_text
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -49,6 +50,7 @@ logger = logging.getLogger(__name__)
 
 ANSWERED_TOGETHER = 32
 """Sample prompts answered in one batch."""
+_CAUSES = ("learning_rate", "grad_norm")
 
 
 class RunInterruptedError(TrainingError):
@@ -168,8 +170,10 @@ def train_prepared(preparation: Preparation, *, callbacks: Sequence[TrainerCallb
     _start_directory(preparation)  # an earlier run goes only when this one has all it needs
     interruption = Interruption()
     trainer = _build_trainer(preparation, model, interruption, callbacks)
+    start = trained_digest(trainer.model)
     before = _answer(preparation, trainer, "before")
     _run_trainer(trainer, preparation.resume_point, interruption)
+    _refuse_unchanged(trainer, start)
     after = _answer(preparation, trainer, "after")
     if trainer.is_world_process_zero():
         _save(preparation, trainer, before, after, time.time() - started)
@@ -237,6 +241,20 @@ def _interrupted(trainer: Trainer) -> RunInterruptedError:
     return RunInterruptedError(
         f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; saved `{kept}`",
         hint=f"continue with `mamba-sft train {trainer.run.recipe} --resume`",
+    )
+
+
+def _refuse_unchanged(trainer: Trainer, start: str) -> None:
+    """Raises `TrainingError` when what was trained is what it was: such a run must not look finished."""
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or trained_digest(trainer.model) != start:
+        return
+    log = trainer.state.log_history
+    rate, norm = (max((line.get(name, 0.0) for line in log), default=0.0) for name in _CAUSES)
+    steps = count_text(trainer.state.global_step, "step")
+    raise TrainingError(
+        f"nothing was learned: after {steps} the adapter is what it was at the start, to the last bit",
+        hint=f"the learning rate reached {rate:.3g} and the norm of the gradient {norm:.3g}, see "
+        f"`{trainer.run.metrics}`; raise `train.learning_rate`, and start anew with `--overwrite`",
     )
 
 

@@ -1,0 +1,44 @@
+"""Runs that people really started, and what each is to say; skipped where they are not beside us."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from mamba_sft import Run
+from mamba_sft.cli.app import app
+from tests.training.test_fine_tuning import adapter
+
+CASES = Path(__file__).parents[3] / "shared" / "cases"
+pytestmark = pytest.mark.skipif(not CASES.is_dir(), reason="the collected cases are not beside this checkout")
+
+
+@pytest.fixture
+def case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Runs a verb on a recipe of the cases, in a directory that holds its files."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(verb: str, recipe: str, *words: str) -> Any:
+        for path in CASES.glob(f"{recipe.partition('-')[0]}-*"):
+            shutil.copy(path, tmp_path)
+        return CliRunner().invoke(app, [verb, recipe, *words])
+
+    return call
+
+
+def test_six_chats_teach_something_and_their_run_is_too_short(case: Any) -> None:
+    recipe = "01-one-step-at-rate-zero.yaml"
+    for verb, words in (("data", ()), ("plan", ()), ("train", ("--dry-run",)), ("train", ())):
+        shown = case(verb, recipe, *words)
+        assert shown.exit_code == 0, shown.output
+        assert "1 step, too few to learn much" in " ".join(shown.output.split()), verb
+        assert "train.num_train_epochs=20" in shown.output
+    run = Run(Path("runs/case"))
+    rates = [line["learning_rate"] for line in run.read_metrics() if "loss" in line]
+    assert len(rates) == 1
+    assert rates[0] > 0
+    assert all(tensor.any() for name, tensor in adapter(run).items() if "lora_B" in name)
