@@ -7,7 +7,6 @@ stands between brackets, so that it reads the same under `NO_COLOR`, in a pipe, 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,8 +17,9 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from mamba_sft.data.packing import IGNORED, assign_bins
+from mamba_sft.data.packing import IGNORED, Packed, assign_bins
 from mamba_sft.data.preparing import PreparedData
+from mamba_sft.data.shown import length_histogram, shown_rows
 from mamba_sft.data.summary import DataSummary
 from mamba_sft.planning.extent import RunLength
 
@@ -36,19 +36,10 @@ _BAR_WIDTH = 40
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 
 
-@dataclass(frozen=True)
-class Packed:
-    """What packing makes of an epoch: rows, what each may hold, and the share of it that holds tokens."""
-
-    rows: int
-    max_length: int
-    fill: float
-
-
 def packed(summary: DataSummary, max_length: int, seed: int) -> Packed:
     """Packs lengths only, as `pack` will pack the rows."""
     rows = len(assign_bins(np.array(summary.lengths), max_length, np.random.default_rng(seed)))
-    return Packed(rows, max_length, summary.train_tokens / max(1, rows * max_length))
+    return Packed.of(rows, max_length, summary.train_tokens)
 
 
 def overview(
@@ -187,32 +178,22 @@ def _is_word(character: str) -> bool:
 
 def histogram(summary: DataSummary) -> RenderableType:
     """Lengths of the training rows in tokens, a bar for each of about ten ranges."""
-    lengths = np.array(summary.lengths)
-    if not len(lengths):
+    found = length_histogram(summary.lengths)
+    if not found:
         return Text("no rows")
-    width = _nice_width(int(lengths.max()))
-    counts = np.bincount((lengths - 1) // width)
+    width, counts = found["width"], found["counts"]
     table = Table.grid(padding=(0, 1))
     for justify in ("right", "left", "right", "right"):
         table.add_column(justify=justify)  # type: ignore[arg-type]
-    for index, count in enumerate(counts.tolist()):
+    for index, count in enumerate(counts):
         span = f"{index * width + 1:,} to {(index + 1) * width:,}"
-        table.add_row(
-            span, Text(_bar(count / counts.max()), BAR), f"{count:,}", f"{count / len(lengths):.1%}"
-        )
-    middle, high = (int(np.percentile(lengths, q)) for q in (50, 95))
-    note = f"median {middle:,}, 95% at most {high:,}, longest {lengths.max():,}"
+        share = f"{count / sum(counts):.1%}"
+        table.add_row(span, Text(_bar(count / max(counts)), BAR), f"{count:,}", share)
+    middle, high, longest = (found[name] for name in ("median", "percentile_95", "longest"))
+    note = f"median {middle:,}, 95% at most {high:,}, longest {longest:,}"
     if summary.max_length:
         note += f", limit {summary.max_length:,}"
     return Group(_heading("row lengths in tokens", note), Padding(table, (0, 0, 1, 2)))
-
-
-def _nice_width(longest: int) -> int:
-    """The smallest power of two that gives at most twelve ranges: lengths and limits are powers of two."""
-    width = 1
-    while longest > 12 * width:
-        width *= 2
-    return width
 
 
 def _bar(share: float) -> str:
@@ -291,24 +272,9 @@ def to_dict(
     length: RunLength | None = None,
 ) -> dict[str, Any]:
     """The same picture for `--json`: the summary, and rows with their text and what of it is trained."""
-    shown = []
-    for i in range(min(rows, len(data.train))):
-        row = data.train[i]
-        trained = [
-            token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label != IGNORED
-        ]
-        shown.append(
-            {
-                "where": data.train_origins[i],
-                "text": tokenizer.decode(row["input_ids"]),
-                "trained_text": tokenizer.decode(trained),
-                "input_ids": row["input_ids"],
-                "labels": row["labels"],
-            }
-        )
-    content = data.summary.to_dict() | {"rows": shown}
+    content = data.summary.to_dict() | {"rows": shown_rows(data, tokenizer, rows)}
     if packing:
-        content["packed"] = {"rows": packing.rows, "max_length": packing.max_length, "fill": packing.fill}
+        content["packed"] = packing.to_dict()
     if length:
         content["length"] = length.to_dict()
         content["warnings"] += length.warnings()

@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from mamba_sft.cli.console import Overrides, RecipeArgument, err, out, quiet_loading
+from mamba_sft.errors import UsageError
 from mamba_sft.wording import count_text
 
 if TYPE_CHECKING:
@@ -25,6 +26,10 @@ def train(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier run of the same name.")
     ] = False,
+    allow_changed_data: Annotated[
+        bool,
+        typer.Option("--allow-changed-data", help="Resume though rows or prompts are not what they were."),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, stop before the weights.")
     ] = False,
@@ -38,7 +43,11 @@ def train(
     from mamba_sft.evaluation.losses import loss_warnings
     from mamba_sft.training.fine_tuning import prepare, train_prepared
 
-    preparation = prepare(loaded, resume=resume, overwrite=overwrite or dry_run)
+    if allow_changed_data and not resume:
+        raise UsageError("`--allow-changed-data` goes with `--resume`", hint="a new run takes any data")
+    preparation = prepare(
+        loaded, resume=resume, overwrite=overwrite or dry_run, allow_changed_data=allow_changed_data
+    )
     if dry_run:
         _show_dry_run(preparation)
         return

@@ -7,6 +7,7 @@ Rows are packed whole (best fit, longest first), never cut. The boundaries trave
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +18,24 @@ if TYPE_CHECKING:
 
 IGNORED = -100
 """The label of a token that is not trained, by PyTorch's convention."""
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What packing makes of an epoch: rows, what each may hold, and the share of it that holds tokens."""
+
+    rows: int
+    max_length: int
+    fill: float
+
+    @classmethod
+    def of(cls, rows: int, max_length: int, tokens: int) -> Packed:
+        """Returns it for `tokens` in `rows` packed rows."""
+        return cls(rows, max_length, tokens / max(1, rows * max_length))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns it as JSON can hold it."""
+        return asdict(self)
 
 
 def pack(dataset: Dataset, max_length: int, seed: int) -> Dataset:

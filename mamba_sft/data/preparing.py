@@ -21,6 +21,7 @@ import numpy as np
 
 from mamba_sft.data import formats
 from mamba_sft.data.chats import BadRowError, Chat
+from mamba_sft.data.digests import RowsDigest
 from mamba_sft.data.packing import IGNORED, list_table, pack
 from mamba_sft.data.selecting import SourceRows, cut_row, take_validation, weighted
 from mamba_sft.data.sources import read_source
@@ -142,7 +143,7 @@ def _read(
 ) -> SourceRows:
     source = SourceRows(section, SourceSummary(section.path, section.weight))
     summary.sources.append(source.summary)
-    bad_before = len(bad)
+    bad_before, digest = len(bad), RowsDigest()
     stops = data.on_bad_row == "stop"
     for rendered in renderer.render(
         _examples(section, renderer.control_tokens(), source.summary, bad, stops)
@@ -151,8 +152,10 @@ def _read(
             bad.append(rendered)
         elif pieces := cut_row(rendered, data, summary):
             source.rows.append(pieces)
+            digest.add(pieces)
     source.summary.bad = len(bad) - bad_before
     source.summary.kept = len(source.rows)
+    source.summary.digest = digest.text()
     return source
 
 

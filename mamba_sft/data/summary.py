@@ -19,6 +19,8 @@ class SourceSummary:
     read: int = 0
     bad: int = 0
     kept: int = 0
+    digest: str = ""
+    """Of the rows that were kept, from `digests.RowsDigest`."""
     train_rows: int = 0
     trimmed: int = 0
     """Chats that lost turns at their end, after the last assistant turn."""

@@ -8,7 +8,7 @@
                                          |    out_of_memory  a micro-batch in parts
                                          +- activations    what is kept for the backward
                                          +- callbacks      metrics on disk, Ctrl-C, an adapter that learns
-                                         +- random_state, resuming
+                                         +- random_state, resuming, data_record (are the rows the same)
 
 Read `fine_tuning` first, then `trainer`, then what it uses.
 """

@@ -38,7 +38,12 @@ from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.run import Run, atomic_directory, write_atomically
 from mamba_sft.training.activations import keep_activations
 from mamba_sft.training.callbacks import AdapterWatch, Interruption, MetricsLog
-from mamba_sft.training.resuming import find_resume_point, newest_resume_point, refuse_to_overwrite
+from mamba_sft.training.data_record import record_data, settle_changes
+from mamba_sft.training.resuming import (
+    find_resume_point,
+    newest_resume_point,
+    refuse_to_overwrite,
+)
 from mamba_sft.training.trainer import Trainer, trainer_arguments
 from mamba_sft.wording import count_text
 
@@ -73,6 +78,7 @@ class Preparation:
         prompts: Sample prompts to answer before and after.
         length: What the rows come to: the optimizer steps of the whole run, and whether they are too few.
         resume_point: The checkpoint to go on from, or None.
+        record: What the run keeps of its data.
     """
 
     recipe: Recipe
@@ -85,6 +91,7 @@ class Preparation:
     prompts: list[Prompt]
     length: RunLength
     resume_point: Path | None
+    record: dict[str, Any]
 
     @property
     def max_steps(self) -> int:
@@ -92,7 +99,9 @@ class Preparation:
         return self.length.steps
 
 
-def prepare(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> Preparation:
+def prepare(
+    recipe: Recipe, *, resume: bool = False, overwrite: bool = False, allow_changed_data: bool = False
+) -> Preparation:
     """Does everything that comes before the weights: reads and renders the data, checks every setting.
 
     Writes nothing: `recipe.output_dir` is as it was until the run starts.
@@ -101,6 +110,7 @@ def prepare(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) ->
         recipe: What to train.
         resume: Go on from the newest complete checkpoint in `recipe.output_dir`.
         overwrite: Delete what is in `recipe.output_dir` when training starts.
+        allow_changed_data: Resume with other rows, or other prompts, than the run was started with.
 
     Raises:
         MambaSFTError: Anything in recipe, base, data, memory or output directory that would make it fail.
@@ -119,6 +129,10 @@ def prepare(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) ->
     recipe, longest = with_accumulation(recipe, length.accumulation), int(lengths.max(initial=0))
     refuse_what_cannot_fit(recipe, longest=longest, trained_rows=len(setup.trained_token_ids))
     arguments = trainer_arguments(recipe, run, has_validation=validation_rows is not None)
+    prompts = load_prompts(find_path(recipe.eval.prompts)) if recipe.eval.prompts else []
+    record = record_data(recipe, data, setup.tokenizer, length, prompts)
+    if resume_point is not None:
+        record["changes"] = settle_changes(run, record, resume_point, allowed=allow_changed_data)
     return Preparation(
         recipe=recipe,
         run=run,
@@ -127,9 +141,10 @@ def prepare(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) ->
         train_rows=train_rows,
         validation_rows=validation_rows,
         arguments=arguments,
-        prompts=load_prompts(find_path(recipe.eval.prompts)) if recipe.eval.prompts else [],
+        prompts=prompts,
         length=length,
         resume_point=resume_point,
+        record=record,
     )
 
 
@@ -138,6 +153,7 @@ def train(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    allow_changed_data: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Run:
     """Trains `recipe` and returns the finished run.
@@ -146,13 +162,15 @@ def train(
         recipe: What to train.
         resume: Go on exactly where the newest complete checkpoint of `recipe.output_dir` stopped.
         overwrite: Replace an earlier run in `recipe.output_dir`.
+        allow_changed_data: Resume with other rows, or other prompts, than the run was started with.
         callbacks: More trainer callbacks. When one of them shows progress, the trainer's own bar is off.
 
     Raises:
         MambaSFTError: The run cannot start, diverged, or holds an adapter that cannot learn.
         RunInterruptedError: Ctrl-C or SIGTERM; a checkpoint was saved.
     """
-    return train_prepared(prepare(recipe, resume=resume, overwrite=overwrite), callbacks=callbacks)
+    preparation = prepare(recipe, resume=resume, overwrite=overwrite, allow_changed_data=allow_changed_data)
+    return train_prepared(preparation, callbacks=callbacks)
 
 
 def train_prepared(preparation: Preparation, *, callbacks: Sequence[TrainerCallback] = ()) -> Run:
@@ -197,6 +215,7 @@ def _clear(preparation: Preparation) -> None:
         shutil.rmtree(run.path, ignore_errors=True)
         run.path.mkdir(parents=True)
     write_atomically(run.recipe, preparation.recipe.to_yaml())
+    write_atomically(run.data, json.dumps(preparation.record, indent=2, ensure_ascii=False) + "\n")
     if preparation.data.rejected:
         write_rejected(preparation.data.rejected, run.rejected)
     write_atomically(run.environment, json.dumps(describe_environment(), indent=2) + "\n")

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from mamba_sft import Run
+from mamba_sft import Recipe, Run
 from mamba_sft.cli.app import app
-from tests.training.test_fine_tuning import adapter
+from mamba_sft.training.fine_tuning import RunInterruptedError, prepare, train_prepared
+from tests.training.test_fine_tuning import SignalAt, adapter
 
 CASES = Path(__file__).parents[3] / "shared" / "cases"
 pytestmark = pytest.mark.skipif(not CASES.is_dir(), reason="the collected cases are not beside this checkout")
@@ -42,3 +43,26 @@ def test_six_chats_teach_something_and_their_run_is_too_short(case: Any) -> None
     assert len(rates) == 1
     assert rates[0] > 0
     assert all(tensor.any() for name, tensor in adapter(run).items() if "lora_B" in name)
+
+
+def test_a_run_does_not_go_on_with_other_rows(recipe: Any, chats: Path, tmp_path: Path) -> None:
+    assert (CASES / "18-resume-after-data-changed.txt").is_file()
+    path, rows = tmp_path / "recipe.yaml", chats.read_text()
+    path.write_text(recipe("train.max_steps=12").to_yaml())
+    with pytest.raises(RunInterruptedError):
+        train_prepared(prepare(Recipe.load(path)), callbacks=[SignalAt(9)])
+    for changed in (rows.replace("quick", "slow"), "".join(rows.splitlines(keepends=True)[::2])):
+        chats.write_text(changed)
+        refused = CliRunner().invoke(app, ["train", str(path), "--resume"])
+        assert refused.exit_code != 0
+        assert f"`{chats}`" in refused.exception.message  # type: ignore[union-attr]
+    went_on = CliRunner().invoke(app, ["train", str(path), "--resume", "--allow-changed-data"])
+    assert went_on.exit_code == 0, went_on.output
+    assert "48 rows then, 24 now" in Run(tmp_path / "run").report.read_text()
+
+
+def test_allowing_it_needs_a_run_to_resume(recipe: Any, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe().to_yaml())
+    refused = CliRunner().invoke(app, ["train", str(path), "--allow-changed-data"])
+    assert "goes with `--resume`" in str(refused.exception)
