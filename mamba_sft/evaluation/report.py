@@ -74,6 +74,12 @@ def _smooth(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
     return smooth
 
 
+def sample_titles(run: Run) -> tuple[str, str]:
+    """Returns what gave the two answers to a sample prompt: base and tuned model, or before and after."""
+    started = run.read_data().get("start")
+    return ("before", "after") if started else ("base", "tuned")
+
+
 def write_report(run: Run) -> None:
     """Writes `report.html` of a finished run from the files beside it."""
     metrics = run.read_metrics()
@@ -87,6 +93,7 @@ def write_report(run: Run) -> None:
         figures=list(_figures(environment, metrics, samples)),
         plot=loss_plot(metrics) if metrics else None,
         samples=[(s.prompt.prompt, s.before, s.after) for s in samples[:SHOWN_SAMPLES]],
+        sample_titles=["prompt", *sample_titles(run)],
         files=list(_files(run)),
         warnings=[*loss_warnings(metrics), *_changes(data)],
         data=data,

@@ -62,6 +62,9 @@ class ModelSection(Section):
     """The model to fine-tune: a hub id such as `tiiuae/falcon-mamba-7b`, or a directory."""
     revision: Text | None = None
     """Branch, tag or commit on the hub; a commit makes the run repeatable. null takes the newest."""
+    adapter: Text | None = None
+    """A run, or its adapter directory, from whose adapter training goes on. Base and LoRA have to be as they
+    were there; everything else may differ. null starts anew."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "bfloat16"
     """Number format of the base weights and of the computation. float32 doubles the memory of 16 bits;
     float16 is for GPUs without bfloat16 (T4, V100); auto keeps the checkpoint's own."""

@@ -10,5 +10,7 @@
                                          +- callbacks      metrics on disk, Ctrl-C, an adapter that learns
                                          +- random_state, resuming, data_record (are the rows the same)
 
+`starting` finds the adapter that a run goes on from, where it starts from one.
+
 Read `fine_tuning` first, then `trainer`, then what it uses.
 """

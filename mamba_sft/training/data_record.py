@@ -46,7 +46,7 @@ def record_data(
     if prompts:
         found = {"rows": len(prompts), "digest": prompts_digest(prompts)}
         record["prompts"] = {"path": recipe.eval.prompts} | found
-    return record | {"changes": []}
+    return record | {"start": recipe.model.adapter, "changes": []}
 
 
 def settle_changes(

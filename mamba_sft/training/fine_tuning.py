@@ -27,7 +27,7 @@ from mamba_sft.evaluation.report import write_report
 from mamba_sft.inference.generation import answers, stop_token_ids
 from mamba_sft.inference.sampling import Sampling
 from mamba_sft.kernels import automatic
-from mamba_sft.model.adapter import attach_adapter, save_adapter, trained_digest
+from mamba_sft.model.adapter import attach_adapter, load_weights, save_adapter, trained_digest
 from mamba_sft.model.chat_template import TemplateSetup, render
 from mamba_sft.model.loading import apply_setup, load_model, recommend_sampling
 from mamba_sft.planning.environment import describe_environment
@@ -44,6 +44,7 @@ from mamba_sft.training.resuming import (
     newest_resume_point,
     refuse_to_overwrite,
 )
+from mamba_sft.training.starting import check_base, find_start
 from mamba_sft.training.trainer import Trainer, trainer_arguments
 from mamba_sft.wording import count_text
 
@@ -77,6 +78,7 @@ class Preparation:
         arguments: The trainer's own configuration.
         prompts: Sample prompts to answer before and after.
         length: What the rows come to: the optimizer steps of the whole run, and whether they are too few.
+        start: The adapter that training starts from, where `model.adapter` names one, or None.
         resume_point: The checkpoint to go on from, or None.
         record: What the run keeps of its data.
     """
@@ -90,6 +92,7 @@ class Preparation:
     arguments: SFTConfig
     prompts: list[Prompt]
     length: RunLength
+    start: Path | None
     resume_point: Path | None
     record: dict[str, Any]
 
@@ -120,6 +123,7 @@ def prepare(
     if not resume and PartialState().is_main_process:
         refuse_to_overwrite(run, overwrite=overwrite)
     setup, data = read_corpus(recipe)
+    start = find_start(recipe, setup)
     train_rows = as_trained(data.train, recipe.data, recipe.seed)
     validation_rows = as_trained(data.validation, recipe.data, recipe.seed)
     lengths = row_lengths(train_rows)
@@ -143,6 +147,7 @@ def prepare(
         arguments=arguments,
         prompts=prompts,
         length=length,
+        start=start,
         resume_point=resume_point,
         record=record,
     )
@@ -178,6 +183,8 @@ def train_prepared(preparation: Preparation, *, callbacks: Sequence[TrainerCallb
     recipe, run = preparation.recipe, preparation.run
     started = time.time()
     logger.info("loading `%s`", recipe.model.base)
+    if preparation.start is not None:
+        check_base(preparation.start, recipe.model)
     set_seed(recipe.seed)  # before the adapter draws its first weights
     model = load_model(recipe.model)
     logger.info("scan and convolution: backend %s", _backend(recipe.model.kernels, model))
@@ -188,6 +195,8 @@ def train_prepared(preparation: Preparation, *, callbacks: Sequence[TrainerCallb
     _start_directory(preparation)  # an earlier run goes only when this one has all it needs
     interruption = Interruption()
     trainer = _build_trainer(preparation, model, interruption, callbacks)
+    if preparation.start is not None:  # not before: TRL rounds what is trained when the base is quantized
+        load_weights(trainer.model, preparation.start)
     start = trained_digest(trainer.model)
     before = _answer(preparation, trainer, "before")
     _run_trainer(trainer, preparation.resume_point, interruption)
