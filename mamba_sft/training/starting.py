@@ -116,9 +116,7 @@ def _check_shape(path: Path, section: AdapterSection) -> None:
     if kind != "LORA" or used:
         what = f"uses {', '.join(used)}" if kind == "LORA" else f"is {kind}, not LORA"
         raise AdapterError(f"the adapter in `{path}` {what}, which no recipe can go on with")
-    wrong = [
-        (f"adapter.{name}", _shown(its), _shown(ours)) for name, its, ours in _differences(config, section)
-    ]
+    wrong = list(_differences(config, section))
     if wrong:
         lines = [f"  `{name}` is {ours}, and {its} there" for name, its, ours in wrong]
         raise AdapterError(

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from mamba_sft import Run
+from mamba_sft.cli.app import app
 from mamba_sft.errors import DataError, RecipeError, TrainingError
 from mamba_sft.training.fine_tuning import RunInterruptedError, prepare, train, train_prepared
 from tests.training.test_fine_tuning import SignalAt
@@ -117,6 +119,13 @@ def test_a_run_that_kept_no_digests_goes_on(
     with caplog.at_level(logging.WARNING, "mamba_sft"):
         prepare(stopped, resume=True)
     assert "whether it is the same is not known" in caplog.text
+
+
+def test_allowing_it_needs_a_run_to_resume(recipe: Any, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe().to_yaml())
+    refused = CliRunner().invoke(app, ["train", str(path), "--allow-changed-data"])
+    assert "goes with `--resume`" in str(refused.exception)
 
 
 @pytest.mark.parametrize("more", ["train.max_steps=8", "train.num_train_epochs=9"])

@@ -59,10 +59,3 @@ def test_a_run_does_not_go_on_with_other_rows(recipe: Any, chats: Path, tmp_path
     went_on = CliRunner().invoke(app, ["train", str(path), "--resume", "--allow-changed-data"])
     assert went_on.exit_code == 0, went_on.output
     assert "48 rows then, 24 now" in Run(tmp_path / "run").report.read_text()
-
-
-def test_allowing_it_needs_a_run_to_resume(recipe: Any, tmp_path: Path) -> None:
-    path = tmp_path / "recipe.yaml"
-    path.write_text(recipe().to_yaml())
-    refused = CliRunner().invoke(app, ["train", str(path), "--allow-changed-data"])
-    assert "goes with `--resume`" in str(refused.exception)
