@@ -28,9 +28,9 @@ def time_text(seconds: float) -> str:
     return f"{hours:.1f} h" if hours < 48 else f"{hours / 24:.1f} days"
 
 
-def count_text(count: int, what: str) -> str:
-    """Returns a number of things: `1 step`, `2,000 steps`."""
-    return f"{count:,} {what}" + ("s" if count != 1 else "")
+def count_text(count: int, what: str, plural: str = "s") -> str:
+    """Returns a number of things: `1 step`, `2,000 steps`; `plural` is what more than one has at the end."""
+    return f"{count:,} {what}" + (plural if count != 1 else "")
 
 
 def path_text(path: Path) -> str:

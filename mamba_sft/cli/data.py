@@ -36,4 +36,4 @@ def data(
         sys.stdout.write(json.dumps(content, ensure_ascii=False, indent=2) + "\n")
     else:
         shown = preview.overview(prepared, setup.tokenizer, rows=rows, packing=packing, length=length)
-        out.print(shown, soft_wrap=False)  # long warnings wrap; else they would be cut off
+        out.print(shown, soft_wrap=False, crop=False)  # texts wrap, names of files do not

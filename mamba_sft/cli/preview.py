@@ -10,18 +10,19 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from rich import box
 from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from mamba_sft.cli.lines import WarningList, WholeLine
 from mamba_sft.data.packing import IGNORED, Packed, assign_bins
 from mamba_sft.data.preparing import PreparedData
 from mamba_sft.data.shown import length_histogram, shown_rows
 from mamba_sft.data.summary import DataSummary
 from mamba_sft.planning.extent import RunLength
+from mamba_sft.wording import count_text
 
 TRAINED = ("black on #9fd6ad", "black on #cfeccb")
 """Two shades in turn, so that the borders between tokens show."""
@@ -71,22 +72,22 @@ def legend() -> Text:
     text = Text("  ")
     for index, word in enumerate(("trained", " tokens")):
         text.append((OPENING if index == 0 else "") + word, TRAINED[index])
-    text.append("<|stop|>" + CLOSING, TRAINED_SPECIAL).append("   not trained   ", PLAIN)
-    text.append("<|special|>", SPECIAL).append("   · space   ↵ newline   → tab", "dim")
+    text.append("<|stop|>" + CLOSING, TRAINED_SPECIAL).append("  not trained  ", PLAIN)
+    text.append("<|special|>", SPECIAL).append("  · space  ↵ newline  → tab", "dim")
     return text
 
 
-def row_panel(tokenizer: Any, row: dict[str, Any], origin: str) -> Panel:
+def row_panel(tokenizer: Any, row: dict[str, Any], origin: str) -> RenderableType:
     """A row as tokens, under where it came from and its counts."""
     length, trained = len(row["labels"]), sum(label != IGNORED for label in row["labels"])
-    counts = f"  {length:,} tokens, {trained:,} trained ({trained / length:.0%})"
-    title = Text.assemble((origin, "bold not dim"), (counts, "not dim"))
-    return Panel(
+    counts = f"{length:,} tokens, {trained:,} trained ({trained / length:.0%})"
+    panel = Panel(
         token_text(tokenizer, row["input_ids"], row["labels"]),
-        title=title,
+        title=Text(counts, "not dim"),
         title_align="left",
         border_style="dim",
     )
+    return Group(WholeLine(Text(origin, "bold")), panel)
 
 
 def token_text(
@@ -206,45 +207,40 @@ def statistics(
 ) -> RenderableType:
     """Sources, totals, and what deserves a look before training."""
     parts: list[RenderableType] = [_heading("sources"), _sources(summary)]
-    parts += [_heading("training data"), _totals(summary, packing)]
+    parts += [_heading("training data"), _totals(summary, packing, length)]
     warnings = [*summary.warnings(), *(length.warnings() if length else [])]
     if warnings:
-        parts += [_heading("worth a look"), Padding(warning_list(warnings), (0, 0, 0, 2))]
+        parts += [_heading("worth a look"), WarningList(warnings, indent=2)]
     return Group(*parts)
 
 
-def warning_list(warnings: Sequence[str]) -> RenderableType:
-    """A mark before each warning; what is on a line of its own stays on one, to be copied."""
-    table = Table.grid(padding=(0, 1))
-    for warning in warnings:
-        table.add_row(Text("!", "bold yellow"), Text(warning))
-    return table
-
-
 def _sources(summary: DataSummary) -> RenderableType:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("source", overflow="fold")
-    table.add_column("format")
-    for name in ("read", "bad", "kept", "weight", "rows an epoch"):
-        table.add_column(name, justify="right")
+    """Each source under its name, which has a line of its own: no table is wide enough for every path."""
+    lines: list[RenderableType] = []
     for source in summary.sources:
-        bad = Text(f"{source.bad:,}", "bold red" if source.bad else "")
-        formats = ", ".join(sorted(set(source.formats.values())))
-        counts = (f"{source.read:,}", bad, f"{source.kept:,}", f"{source.weight:g}", f"{source.train_rows:,}")
-        table.add_row(Text(source.path), formats, *counts)
-    return Padding(table, (0, 0, 0, 2))
+        lines.append(WholeLine(source.path, indent=2))
+        bad = (f"{source.bad:,} bad", "bold red" if source.bad else "")
+        before = f"{', '.join(sorted(set(source.formats.values())))}: {source.read:,} read, "
+        after = f", {source.kept:,} kept, weight {source.weight:g}: {source.train_rows:,} rows an epoch"
+        lines.append(Padding(Text.assemble(before, bad, after), (0, 0, 0, 4)))
+    return Group(*lines, "")  # no padding around it all, which would cut the names
 
 
-def _totals(summary: DataSummary, packing: Packed | None) -> RenderableType:
+def _totals(summary: DataSummary, packing: Packed | None, length: RunLength | None) -> RenderableType:
     trained = f"{summary.trained_tokens:,}  ({summary.trained_share:.1%} of the tokens)"
     lines = [
         ("rows", f"{summary.train_rows:,} to train on, {summary.validation_rows:,} to validate on"),
         ("tokens an epoch", f"{summary.train_tokens:,}"),
         ("trained tokens", trained),
     ]
+    if summary.duplicates:
+        lines.append(("repeated rows", f"{summary.duplicates:,}, word for word as another row"))
     if packing:
         rows = f"{packing.rows:,} of {packing.max_length:,} tokens, {packing.fill:.1%} full"
-        lines.append(("packed rows", rows))
+        lines.append(("packed rows", f"{summary.train_rows:,} rows packed into {rows}"))
+    if length:
+        lines.append(("steps", f"{length.steps:,}, of {length.tokens_per_step:,.0f} tokens in the mean"))
+        lines.append(("in a step", _a_step(length, "packed row" if packing else "row")))
     cut = [
         (summary.dropped, "left out"),
         (summary.truncated, "truncated"),
@@ -257,6 +253,13 @@ def _totals(summary: DataSummary, packing: Packed | None) -> RenderableType:
     for name, value in lines:
         table.add_row(Text(name, "dim"), value)
     return Padding(table, (0, 0, 1, 2))
+
+
+def _a_step(length: RunLength, row: str) -> str:
+    """What an optimizer step reads."""
+    batches = count_text(length.accumulation, "micro-batch", "es")
+    chosen = "; gradient_accumulation_steps is left out" if length.chosen else ""
+    return f"{batches} of {count_text(length.batch_size, row)}{chosen}"
 
 
 def _heading(title: str, note: str = "") -> Text:

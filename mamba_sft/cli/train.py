@@ -38,7 +38,7 @@ def train(
     from mamba_sft.recipe.recipe import Recipe
 
     loaded = Recipe.load(recipe, overrides=overrides or [])
-    from mamba_sft.cli.preview import warning_list
+    from mamba_sft.cli.lines import WarningList
     from mamba_sft.cli.progress import TrainingBar
     from mamba_sft.evaluation.losses import loss_warnings
     from mamba_sft.training.fine_tuning import prepare, train_prepared
@@ -53,7 +53,7 @@ def train(
         return
     quiet_loading()
     if warnings := preparation.length.warnings():
-        err.print(warning_list(warnings))
+        err.print(WarningList(warnings), crop=False)
     bar = TrainingBar(err)
     try:
         run = train_prepared(preparation, callbacks=[bar])
@@ -61,18 +61,22 @@ def train(
         bar.close()
     _show_samples(run)
     if warnings := loss_warnings(run.read_metrics()):
-        err.print(warning_list(warnings))
+        err.print(WarningList(warnings), crop=False)
     out.print(f"trained: {run.path}  (report: {run.report})")
     out.print(f"next:    mamba-sft chat {run.path}   or   mamba-sft merge {run.path}")
 
 
 def _show_dry_run(preparation: Preparation) -> None:
     from mamba_sft.cli.preview import statistics
+    from mamba_sft.data.packing import Packed
 
     summary, length = preparation.data.summary, preparation.length
-    err.print(statistics(summary, length=length))
+    data, packing = preparation.recipe.data, None
+    if data.packing and data.max_length:
+        packing = Packed.of(length.rows, data.max_length, length.tokens)
+    err.print(statistics(summary, packing, length), crop=False)
     rows = f"{summary.train_rows:,} rows to train on"
-    if length.rows != summary.train_rows:
+    if packing:
         rows += f", packed into {length.rows:,}"
     if length.chosen:
         rows += f"; train.gradient_accumulation_steps is left out, so {length.accumulation}"

@@ -103,8 +103,8 @@ class DataSummary:
             )
         if self.trimmed:
             found.append(f"{self.trimmed} chats lose their last turns: no assistant turn follows them")
-        if self.duplicates:
-            found.append(f"{self.duplicates} rows repeat another row word for word")
+        if self.duplicates > kept / 2:
+            found.append(f"{self.duplicates} rows repeat another row word for word, more than half of them")
         if not self.validation_rows:
             found.append("no validation rows: overfitting will not show")
         return found
