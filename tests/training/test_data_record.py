@@ -121,6 +121,20 @@ def test_a_run_that_kept_no_digests_goes_on(
     assert "whether it is the same is not known" in caplog.text
 
 
+def test_what_data_shows_is_kept_in_the_run(recipe: Any, tmp_path: Path) -> None:
+    path, held_out = tmp_path / "recipe.yaml", ("data.validation=0.1", "eval.eval_steps=2")
+    path.write_text(recipe(*held_out).to_yaml())
+    shown = json.loads(CliRunner().invoke(app, ["data", str(path), "--json"]).stdout)
+    run = train(recipe(*held_out))
+    kept = run.read_data()
+    rows, kept_rows = shown.pop("rows"), kept.pop("rows")
+    assert kept["packed"]["rows"] == shown["packed"]["rows"] > 0
+    assert {name: kept[name] for name in shown} == shown
+    assert [row["trained_text"] for row in kept_rows] == [row["trained_text"] for row in rows]
+    assert sum(kept["lengths"]["counts"]) == kept["train_rows"] == 43
+    assert f"{kept['train_rows']} to train on, 5 to validate on" in run.report.read_text()
+
+
 def test_allowing_it_needs_a_run_to_resume(recipe: Any, tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(recipe().to_yaml())
