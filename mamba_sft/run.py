@@ -72,6 +72,18 @@ class Run:
         return [json.loads(line) for line in self.metrics.read_text(encoding="utf-8").splitlines()]
 
     @property
+    def data(self) -> Path:
+        """What the rows were, as `mamba-sft data` shows it, and digests of them, as JSON."""
+        return self.path / "data.json"
+
+    def read_data(self) -> dict[str, Any]:
+        """Returns what was kept of the data; nothing in a run from before it was kept."""
+        if not self.data.exists():
+            return {}
+        found: dict[str, Any] = json.loads(self.data.read_text(encoding="utf-8"))
+        return found
+
+    @property
     def samples(self) -> Path:
         """Answers to the sample prompts, before and after training, one JSON object per prompt."""
         return self.path / "samples.jsonl"

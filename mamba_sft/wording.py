@@ -1,4 +1,4 @@
-"""How sizes, times and paths are written for people: one spelling each, everywhere."""
+"""How counts, sizes, times and paths are written for people: one spelling each, everywhere."""
 
 from __future__ import annotations
 
@@ -26,6 +26,11 @@ def time_text(seconds: float) -> str:
         return f"{minutes:.0f} min"
     hours = minutes / 60
     return f"{hours:.1f} h" if hours < 48 else f"{hours / 24:.1f} days"
+
+
+def count_text(count: int, what: str, plural: str = "s") -> str:
+    """Returns a number of things: `1 step`, `2,000 steps`; `plural` is what more than one has at the end."""
+    return f"{count:,} {what}" + (plural if count != 1 else "")
 
 
 def path_text(path: Path) -> str:

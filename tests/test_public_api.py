@@ -15,7 +15,10 @@ from mamba_sft import Recipe, Run, errors, kernels
 from mamba_sft.kernels.falcon_mamba import install
 
 SIGNATURES: dict[str, tuple[Any, str]] = {
-    "train": (mamba_sft.train, "recipe, *, resume=False, overwrite=False, callbacks=()"),
+    "train": (
+        mamba_sft.train,
+        "recipe, *, resume=False, overwrite=False, allow_changed_data=False, callbacks=()",
+    ),
     "merge": (mamba_sft.merge, "run, *, output=None, dtype=None, onto='base', progress=None"),
     "export": (
         mamba_sft.export,

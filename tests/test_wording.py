@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mamba_sft.wording import path_text, size_text, time_text
+from mamba_sft.wording import count_text, path_text, size_text, time_text
 
 
 @pytest.mark.parametrize(
@@ -36,3 +36,7 @@ def test_paths_start_at_the_working_directory(tmp_path: Path, monkeypatch: pytes
     assert path_text(tmp_path / "runs" / "x") == "runs/x"
     assert path_text(tmp_path.parent / "elsewhere") == str(tmp_path.parent / "elsewhere")
     assert path_text(Path("runs/x")) == "runs/x"
+
+
+def test_one_thing_has_no_s() -> None:
+    assert [count_text(count, "step") for count in (0, 1, 2000)] == ["0 steps", "1 step", "2,000 steps"]

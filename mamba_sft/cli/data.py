@@ -43,19 +43,21 @@ def data(
     loaded = Recipe.load(recipe, overrides=overrides or [])
     from mamba_sft.cli import preview
     from mamba_sft.data.preparing import read_corpus
+    from mamba_sft.planning.extent import run_length
 
     started = time.monotonic()
     setup, prepared = read_corpus(loaded)
     packing = preview.packed(prepared)
+    length = run_length(loaded, rows=len(prepared.train_rows), tokens=prepared.summary.train_tokens)
     if prepare:
-        err.print(preview.statistics(prepared.summary, packing))
+        err.print(preview.statistics(prepared.summary, packing, length), crop=False)
         out.print(f"prepared in {time_text(time.monotonic() - started)}: {prepared.path}")
     elif as_json:
-        content = preview.to_dict(prepared, setup.tokenizer, rows=rows, packing=packing)
+        content = preview.to_dict(prepared, setup.tokenizer, rows=rows, packing=packing, length=length)
         sys.stdout.write(json.dumps(content, ensure_ascii=False, indent=2) + "\n")
     else:
-        shown = preview.overview(prepared, setup.tokenizer, rows=rows, packing=packing)
-        out.print(shown, soft_wrap=False)  # long warnings wrap; else they would be cut off
+        shown = preview.overview(prepared, setup.tokenizer, rows=rows, packing=packing, length=length)
+        out.print(shown, soft_wrap=False, crop=False)  # texts wrap, names of files do not
 
 
 def _show_cached(as_json: bool, *, clear: bool) -> None:

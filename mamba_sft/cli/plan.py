@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from textwrap import wrap
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -60,6 +61,8 @@ def plan(
         sys.stdout.write(made.to_json() + "\n")
         return
     for line in (*_model(made), *_memory(made), *_room(made), *_time(made), *_disk(made), *_fixes(made)):
+        out.print(line)
+    for line in _warnings(made):
         out.print(line)
 
 
@@ -142,6 +145,8 @@ def _longest(made: Plan) -> str:
 def _time(made: Plan) -> Iterator[Text]:
     steps = "steps: known when the data is here" if made.steps is None else f"{made.steps:,} steps"
     yield _line("tokens", f"{made.tokens_per_step:,} a step on one device; {steps}")
+    if made.length is not None and made.length.chosen:
+        yield _line("", f"gradient_accumulation_steps left out, so {made.accumulation}")
     if made.most_tokens is not None:
         known = "about" if made.steps is not None else "at most"
         yield _line("", f"{known} {_count(made.most_tokens)} in all")
@@ -182,6 +187,16 @@ def _fixes(made: Plan) -> Iterator[Text]:
         yield _line("change" if number == 0 else "", cost)
         for override in fix.overrides:
             yield _line("", f"  {override}", "cyan")
+
+
+def _warnings(made: Plan) -> Iterator[Text]:
+    """What makes so short a run learn little; the fields to change on lines of their own."""
+    for warning in made.length.warnings() if made.length else []:
+        text, _, fields = warning.partition("\n")
+        lines = wrap(text, max(40, out.width - INDENT), break_long_words=False, break_on_hyphens=False)
+        for number, line in enumerate(lines):
+            yield _line("look" if number == 0 else "", line, "yellow")
+        yield _line("", f"  {fields}", "cyan")
 
 
 def _count(number: int) -> str:

@@ -7,20 +7,22 @@ stands between brackets, so that it reads the same under `NO_COLOR`, in a pipe, 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from rich import box
 from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from mamba_sft.cli.lines import WarningList, WholeLine
+from mamba_sft.data.packing import Packed
 from mamba_sft.data.preparing import PreparedData
 from mamba_sft.data.rows import IGNORED
+from mamba_sft.data.shown import length_histogram, shown_rows
 from mamba_sft.data.summary import DataSummary
+from mamba_sft.planning.extent import RunLength
+from mamba_sft.wording import count_text
 
 TRAINED = ("black on #9fd6ad", "black on #cfeccb")
 """Two shades in turn, so that the borders between tokens show."""
@@ -35,26 +37,21 @@ _BAR_WIDTH = 40
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 
 
-@dataclass(frozen=True)
-class Packed:
-    """What packing makes of an epoch: rows, what each may hold, and the share of it that holds tokens."""
-
-    rows: int
-    max_length: int
-    fill: float
-
-
 def packed(data: PreparedData) -> Packed | None:
     """What packing made of the training rows; None where rows are not packed."""
     limit = data.summary.max_length
     if limit is None or data.train_rows is data.train:
         return None
-    rows = len(data.train_rows)
-    return Packed(rows, limit, data.summary.train_tokens / max(1, rows * limit))
+    return Packed.of(len(data.train_rows), limit, data.summary.train_tokens)
 
 
 def overview(
-    data: PreparedData, tokenizer: Any, *, rows: int = 3, packing: Packed | None = None
+    data: PreparedData,
+    tokenizer: Any,
+    *,
+    rows: int = 3,
+    packing: Packed | None = None,
+    length: RunLength | None = None,
 ) -> RenderableType:
     """The whole picture: a few training rows, spread over the data, the lengths, the counts, and warnings.
 
@@ -63,12 +60,13 @@ def overview(
         tokenizer: The one that made them.
         rows: How many rows to show.
         packing: From `packed`, where rows are packed.
+        length: What the rows come to.
     """
     count = min(rows, len(data.train))
     chosen = [i * len(data.train) // max(1, count) for i in range(count)]
     shown = [row_panel(tokenizer, data.train[i]) for i in chosen]
     parts: list[RenderableType] = [legend(), "", *shown, ""] if shown else []
-    return Group(*parts, histogram(data.summary), statistics(data.summary, packing))
+    return Group(*parts, histogram(data.summary), statistics(data.summary, packing, length))
 
 
 def legend() -> Text:
@@ -76,22 +74,22 @@ def legend() -> Text:
     text = Text("  ")
     for index, word in enumerate(("trained", " tokens")):
         text.append((OPENING if index == 0 else "") + word, TRAINED[index])
-    text.append("<|stop|>" + CLOSING, TRAINED_SPECIAL).append("   not trained   ", PLAIN)
-    text.append("<|special|>", SPECIAL).append("   · space   ↵ newline   → tab", "dim")
+    text.append("<|stop|>" + CLOSING, TRAINED_SPECIAL).append("  not trained  ", PLAIN)
+    text.append("<|special|>", SPECIAL).append("  · space  ↵ newline  → tab", "dim")
     return text
 
 
-def row_panel(tokenizer: Any, row: dict[str, Any]) -> Panel:
+def row_panel(tokenizer: Any, row: dict[str, Any]) -> RenderableType:
     """A row as tokens, under where it came from and its counts."""
     length, trained = len(row["labels"]), sum(label != IGNORED for label in row["labels"])
-    counts = f"  {length:,} tokens, {trained:,} trained ({trained / length:.0%})"
-    title = Text.assemble((row["where"], "bold not dim"), (counts, "not dim"))
-    return Panel(
+    counts = f"{length:,} tokens, {trained:,} trained ({trained / length:.0%})"
+    panel = Panel(
         token_text(tokenizer, row["input_ids"], row["labels"]),
-        title=title,
+        title=Text(counts, "not dim"),
         title_align="left",
         border_style="dim",
     )
+    return Group(WholeLine(Text(row["where"], "bold")), panel)
 
 
 def token_text(
@@ -183,32 +181,22 @@ def _is_word(character: str) -> bool:
 
 def histogram(summary: DataSummary) -> RenderableType:
     """Lengths of the training rows in tokens, a bar for each of about ten ranges."""
-    lengths = summary.lengths
-    if not len(lengths):
+    found = length_histogram(summary.lengths)
+    if not found:
         return Text("no rows")
-    width = _nice_width(int(lengths.max()))
-    counts = np.bincount((lengths - 1) // width)
+    width, counts = found["width"], found["counts"]
     table = Table.grid(padding=(0, 1))
     for justify in ("right", "left", "right", "right"):
         table.add_column(justify=justify)  # type: ignore[arg-type]
-    for index, count in enumerate(counts.tolist()):
+    for index, count in enumerate(counts):
         span = f"{index * width + 1:,} to {(index + 1) * width:,}"
-        table.add_row(
-            span, Text(_bar(count / counts.max()), BAR), f"{count:,}", f"{count / len(lengths):.1%}"
-        )
-    middle, high = (int(np.percentile(lengths, q)) for q in (50, 95))
-    note = f"median {middle:,}, 95% at most {high:,}, longest {lengths.max():,}"
+        share = f"{count / sum(counts):.1%}"
+        table.add_row(span, Text(_bar(count / max(counts)), BAR), f"{count:,}", share)
+    middle, high, longest = (found[name] for name in ("median", "percentile_95", "longest"))
+    note = f"median {middle:,}, 95% at most {high:,}, longest {longest:,}"
     if summary.max_length:
         note += f", limit {summary.max_length:,}"
     return Group(_heading("row lengths in tokens", note), Padding(table, (0, 0, 1, 2)))
-
-
-def _nice_width(longest: int) -> int:
-    """The smallest power of two that gives at most twelve ranges: lengths and limits are powers of two."""
-    width = 1
-    while longest > 12 * width:
-        width *= 2
-    return width
 
 
 def _bar(share: float) -> str:
@@ -216,41 +204,45 @@ def _bar(share: float) -> str:
     return "█" * (eighths // 8) + _EIGHTHS[eighths % 8].strip()
 
 
-def statistics(summary: DataSummary, packing: Packed | None = None) -> RenderableType:
+def statistics(
+    summary: DataSummary, packing: Packed | None = None, length: RunLength | None = None
+) -> RenderableType:
     """Sources, totals, and what deserves a look before training."""
     parts: list[RenderableType] = [_heading("sources"), _sources(summary)]
-    parts += [_heading("training data"), _totals(summary, packing)]
-    warnings = summary.warnings()
+    parts += [_heading("training data"), _totals(summary, packing, length)]
+    warnings = [*summary.warnings(), *(length.warnings() if length else [])]
     if warnings:
-        lines = Text("\n").join(Text.assemble(("! ", "bold yellow"), warning) for warning in warnings)
-        parts += [_heading("worth a look"), Padding(lines, (0, 0, 0, 2))]
+        parts += [_heading("worth a look"), WarningList(warnings, indent=2)]
     return Group(*parts)
 
 
 def _sources(summary: DataSummary) -> RenderableType:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("source", overflow="fold")
-    table.add_column("format")
-    for name in ("read", "bad", "kept", "weight", "rows an epoch"):
-        table.add_column(name, justify="right")
+    """Each source under its name, which has a line of its own: no table is wide enough for every path."""
+    lines: list[RenderableType] = []
     for source in summary.sources:
-        bad = Text(f"{source.bad:,}", "bold red" if source.bad else "")
-        formats = ", ".join(sorted(set(source.formats.values())))
-        counts = (f"{source.read:,}", bad, f"{source.kept:,}", f"{source.weight:g}", f"{source.train_rows:,}")
-        table.add_row(Text(source.path), formats, *counts)
-    return Padding(table, (0, 0, 0, 2))
+        lines.append(WholeLine(source.path, indent=2))
+        bad = (f"{source.bad:,} bad", "bold red" if source.bad else "")
+        before = f"{', '.join(sorted(set(source.formats.values())))}: {source.read:,} read, "
+        after = f", {source.kept:,} kept, weight {source.weight:g}: {source.train_rows:,} rows an epoch"
+        lines.append(Padding(Text.assemble(before, bad, after), (0, 0, 0, 4)))
+    return Group(*lines, "")  # no padding around it all, which would cut the names
 
 
-def _totals(summary: DataSummary, packing: Packed | None) -> RenderableType:
+def _totals(summary: DataSummary, packing: Packed | None, length: RunLength | None) -> RenderableType:
     trained = f"{summary.trained_tokens:,}  ({summary.trained_share:.1%} of the tokens)"
     lines = [
         ("rows", f"{summary.train_rows:,} to train on, {summary.validation_rows:,} to validate on"),
         ("tokens an epoch", f"{summary.train_tokens:,}"),
         ("trained tokens", trained),
     ]
+    if summary.duplicates:
+        lines.append(("repeated rows", f"{summary.duplicates:,}, word for word as another row"))
     if packing:
         rows = f"{packing.rows:,} of {packing.max_length:,} tokens, {packing.fill:.1%} full"
-        lines.append(("packed rows", rows))
+        lines.append(("packed rows", f"{summary.train_rows:,} rows packed into {rows}"))
+    if length:
+        lines.append(("steps", f"{length.steps:,}, of {length.tokens_per_step:,.0f} tokens in the mean"))
+        lines.append(("in a step", _a_step(length, "packed row" if packing else "row")))
     cut = [
         (summary.dropped, "left out"),
         (summary.truncated, "truncated"),
@@ -265,30 +257,30 @@ def _totals(summary: DataSummary, packing: Packed | None) -> RenderableType:
     return Padding(table, (0, 0, 1, 2))
 
 
+def _a_step(length: RunLength, row: str) -> str:
+    """What an optimizer step reads."""
+    batches = count_text(length.accumulation, "micro-batch", "es")
+    chosen = "; gradient_accumulation_steps is left out" if length.chosen else ""
+    return f"{batches} of {count_text(length.batch_size, row)}{chosen}"
+
+
 def _heading(title: str, note: str = "") -> Text:
     return Text.assemble((title, "bold"), (f"  {note}" if note else "", "dim"))
 
 
 def to_dict(
-    data: PreparedData, tokenizer: Any, *, rows: int = 3, packing: Packed | None = None
+    data: PreparedData,
+    tokenizer: Any,
+    *,
+    rows: int = 3,
+    packing: Packed | None = None,
+    length: RunLength | None = None,
 ) -> dict[str, Any]:
     """The same picture for `--json`: the summary, and rows with their text and what of it is trained."""
-    shown = []
-    for i in range(min(rows, len(data.train))):
-        row = data.train[i]
-        trained = [
-            token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label != IGNORED
-        ]
-        shown.append(
-            {
-                "where": row["where"],
-                "text": tokenizer.decode(row["input_ids"]),
-                "trained_text": tokenizer.decode(trained),
-                "input_ids": row["input_ids"],
-                "labels": row["labels"],
-            }
-        )
-    content = data.summary.to_dict() | {"rows": shown}
+    content = data.summary.to_dict() | {"rows": shown_rows(data, tokenizer, rows)}
     if packing:
-        content["packed"] = {"rows": packing.rows, "max_length": packing.max_length, "fill": packing.fill}
+        content["packed"] = packing.to_dict()
+    if length:
+        content["length"] = length.to_dict()
+        content["warnings"] += length.warnings()
     return content

@@ -9,9 +9,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from mamba_sft.cli.console import Overrides, RecipeArgument, err, out, quiet_loading
+from mamba_sft.errors import UsageError
+from mamba_sft.wording import count_text
 
 if TYPE_CHECKING:
     from mamba_sft.run import Run
+    from mamba_sft.training.fine_tuning import Preparation
 
 
 def train(
@@ -23,6 +26,10 @@ def train(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier run of the same name.")
     ] = False,
+    allow_changed_data: Annotated[
+        bool,
+        typer.Option("--allow-changed-data", help="Resume though rows or prompts are not what they were."),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, stop before the weights.")
     ] = False,
@@ -31,43 +38,63 @@ def train(
     from mamba_sft.recipe.recipe import Recipe
 
     loaded = Recipe.load(recipe, overrides=overrides or [])
+    from mamba_sft.cli.lines import WarningList
     from mamba_sft.cli.progress import TrainingBar
     from mamba_sft.data.summary import FITS_NO_CHAT
+    from mamba_sft.evaluation.losses import loss_warnings
     from mamba_sft.training.fine_tuning import prepare, train_prepared
 
-    preparation = prepare(loaded, resume=resume, overwrite=overwrite or dry_run)
+    if allow_changed_data and not resume:
+        raise UsageError("`--allow-changed-data` goes with `--resume`", hint="a new run takes any data")
+    preparation = prepare(
+        loaded, resume=resume, overwrite=overwrite or dry_run, allow_changed_data=allow_changed_data
+    )
     fits_no_chat = preparation.data.summary.fits_no_chat
     if dry_run:
-        from mamba_sft.cli.preview import statistics
-
-        err.print(statistics(preparation.data.summary))
-        out.print(
-            f"{len(preparation.data.train_rows):,} training rows, {preparation.max_steps:,} steps;"
-            f" all is well before the weights; without `--dry-run` this trains into {preparation.run.path}"
-        )
+        _show_dry_run(preparation)
         return
     quiet_loading()
-    if fits_no_chat:
-        err.print(f"[bold yellow]![/] {escape(FITS_NO_CHAT)}")
+    if warnings := [FITS_NO_CHAT] * fits_no_chat + preparation.length.warnings():
+        err.print(WarningList(warnings), crop=False)
     bar = TrainingBar(err)
     try:
         run = train_prepared(preparation, callbacks=[bar])
     finally:
         bar.close()
     _show_samples(run, fits_no_chat)
+    if warnings := loss_warnings(run.read_metrics()):
+        err.print(WarningList(warnings), crop=False)
     out.print(f"trained: {run.path}  (report: {run.report})")
     out.print(f"next:    mamba-sft chat {run.path}   or   mamba-sft merge {run.path}")
 
 
+def _show_dry_run(preparation: Preparation) -> None:
+    from mamba_sft.cli.preview import packed, statistics
+
+    summary, length = preparation.data.summary, preparation.length
+    packing = packed(preparation.data)
+    err.print(statistics(summary, packing, length), crop=False)
+    rows = f"{summary.train_rows:,} rows to train on"
+    if packing:
+        rows += f", packed into {length.rows:,}"
+    if length.chosen:
+        rows += f"; train.gradient_accumulation_steps is left out, so {length.accumulation}"
+    out.print(
+        f"{rows}; {count_text(length.steps, 'step')}; all is well before the weights;"
+        f" without `--dry-run` this trains into {preparation.run.path}"
+    )
+
+
 def _show_samples(run: Run, fits_no_chat: bool, rows: int = 6) -> None:
     from mamba_sft.evaluation.prompts import exact_match, read_samples
+    from mamba_sft.evaluation.report import sample_titles
 
     if not run.samples.exists():
         return
     samples = read_samples(run.samples)
     table = Table(title="sample answers", show_lines=True, expand=True)
-    for title, ratio in (("prompt", 3), ("base", 3), ("tuned", 3)):
-        table.add_column(title, ratio=ratio, overflow="fold")
+    for title in ("prompt", *sample_titles(run)):
+        table.add_column(title, ratio=3, overflow="fold")
     for sample in samples[:rows]:
         table.add_row(*(escape(_short(text)) for text in (sample.prompt.prompt, sample.before, sample.after)))
     err.print(table)

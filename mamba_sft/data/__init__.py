@@ -8,7 +8,8 @@
                               values   JSON as text, empty, NaN        tool_calls   one form of a call
                               preferences   chosen and rejected        notes  counts for the report
     preparing runs these from the recipe, once: cache keeps what they made; bad_rows lists what could
-    not be read; summary counts what each of them did
+    not be read; summary counts what each of them did; digests tell the rows of a source from others;
+    shown is what a reader sees of them, as JSON
 
 Read `preparing` first (the flow), then the files in the order of the box.
 """

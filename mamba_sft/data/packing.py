@@ -8,6 +8,7 @@ fetched when it is asked for, so packing copies nothing. The boundaries travel w
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,24 @@ from mamba_sft.data.rows import IGNORED, list_table, row_lengths
 if TYPE_CHECKING:
     import torch
     from datasets import Dataset
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What packing makes of an epoch: rows, what each may hold, and the share of it that holds tokens."""
+
+    rows: int
+    max_length: int
+    fill: float
+
+    @classmethod
+    def of(cls, rows: int, max_length: int, tokens: int) -> Packed:
+        """Returns it for `tokens` in `rows` packed rows."""
+        return cls(rows, max_length, tokens / max(1, rows * max_length))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns it as JSON can hold it."""
+        return asdict(self)
 
 
 def pack(dataset: Dataset, max_length: int, seed: int) -> Dataset:

@@ -24,6 +24,7 @@ from mamba_sft.data import formats
 from mamba_sft.data.bad_rows import BadRows
 from mamba_sft.data.cache import key_of, made_once
 from mamba_sft.data.chats import Chat, LeftOut
+from mamba_sft.data.digests import RowsDigest
 from mamba_sft.data.notes import NOT_CHOSEN, WEIGHT_ZERO
 from mamba_sft.data.packing import open_packed, write_bins
 from mamba_sft.data.rows import RowIndex, RowWriter, open_rows
@@ -199,7 +200,7 @@ def _read(
     writer: RowWriter,
     bad: BadRows,
 ) -> None:
-    source = SourceSummary(section.path, section.weight)
+    source, digest = SourceSummary(section.path, section.weight), RowsDigest()
     summary.sources.append(source)
     bad_before = bad.count
     for rendered in renderer.render(_examples(section, renderer, source, bad)):
@@ -207,8 +208,10 @@ def _read(
             bad.add(*rendered)
         elif pieces := cut_row(rendered, data, summary):
             writer.add(number, pieces)
+            digest.add(pieces)
             source.kept += 1
     source.bad = bad.count - bad_before
+    source.digest = digest.text()
 
 
 def _examples(

@@ -28,6 +28,8 @@ class SourceSummary:
     read: int = 0
     bad: int = 0
     kept: int = 0
+    digest: str = ""
+    """Of the rows that were kept, from `digests.RowsDigest`."""
     train_rows: int = 0
     trimmed: int = 0
     """Chats that lost turns at their end, after the last assistant turn."""
@@ -132,8 +134,8 @@ class DataSummary:
                 f"`columns` of `{source.path}` names `{column}`, which no row has"
                 for column in source.notes.never_found()
             ]
-        if self.duplicates:
-            found.append(f"{self.duplicates} rows repeat another row word for word")
+        if self.duplicates > kept / 2:
+            found.append(f"{self.duplicates} rows repeat another row word for word, more than half of them")
         if not self.validation_rows:
             found.append("no validation rows: overfitting will not show")
         return found

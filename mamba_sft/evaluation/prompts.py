@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,12 @@ def _parse(row: Row) -> Prompt:
             hint='for example {"prompt": "What is the capital of France?", "answer": "Paris"}',
         )
     return Prompt(**value)
+
+
+def prompts_digest(prompts: Sequence[Prompt]) -> str:
+    """Returns a digest of prompts, the same for the same prompts in the same order."""
+    text = json.dumps([asdict(prompt) for prompt in prompts], sort_keys=True)
+    return blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def exact_match(prompts: Sequence[Prompt], answers: Sequence[str]) -> float | None:

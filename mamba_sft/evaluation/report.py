@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment
 
+from mamba_sft.evaluation.losses import loss_warnings
 from mamba_sft.evaluation.prompts import Sample, exact_match, read_samples
 from mamba_sft.run import Run, write_atomically
 from mamba_sft.wording import size_text, time_text
@@ -73,11 +74,18 @@ def _smooth(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
     return smooth
 
 
+def sample_titles(run: Run) -> tuple[str, str]:
+    """Returns what gave the two answers to a sample prompt: base and tuned model, or before and after."""
+    started = run.read_data().get("start")
+    return ("before", "after") if started else ("base", "tuned")
+
+
 def write_report(run: Run) -> None:
     """Writes `report.html` of a finished run from the files beside it."""
     metrics = run.read_metrics()
     environment = json.loads(run.environment.read_text(encoding="utf-8"))
     samples = read_samples(run.samples) if run.samples.exists() else []
+    data = run.read_data()
     template = Environment(autoescape=True).from_string(TEMPLATE.read_text(encoding="utf-8"))
     page = template.render(
         name=run.path.name,
@@ -85,7 +93,12 @@ def write_report(run: Run) -> None:
         figures=list(_figures(environment, metrics, samples)),
         plot=loss_plot(metrics) if metrics else None,
         samples=[(s.prompt.prompt, s.before, s.after) for s in samples[:SHOWN_SAMPLES]],
+        sample_titles=["prompt", *sample_titles(run)],
         files=list(_files(run)),
+        warnings=[*loss_warnings(metrics), *_changes(data)],
+        data=data,
+        data_rows=[(row["where"], row["text"], row["trained_text"]) for row in data.get("rows", [])],
+        data_facts=list(_data_facts(data)) if data else [],
         recipe=run.recipe.read_text(encoding="utf-8"),
         environment=json.dumps(environment, indent=2),
     )
@@ -107,6 +120,28 @@ def _figures(
         score = exact_match([s.prompt for s in samples], [getattr(s, when) for s in samples])
         if score is not None:
             yield f"exact match {when}", f"{100 * score:.1f} %"
+
+
+def _changes(data: dict[str, Any]) -> Iterator[str]:
+    """What the run went on with that it had not been started with."""
+    for change in data.get("changes", []):
+        lines = "\n".join(change["what"])
+        yield f"after step {change['after_step']:,} the run went on with other data:\n{lines}"
+
+
+def _data_facts(data: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """What the rows came to, in words."""
+    length, packed, lengths = data["length"], data.get("packed"), data["lengths"]
+    yield "rows", f"{data['train_rows']:,} to train on, {data['validation_rows']:,} to validate on"
+    if packed:
+        full = f"{packed['rows']:,} rows of {packed['max_length']:,} tokens, {packed['fill']:.1%} full"
+        yield "packed into", full
+    yield "tokens an epoch", f"{data['train_tokens']:,}, {data['trained_share']:.1%} of them trained"
+    if lengths:
+        middle, high, longest = (lengths[name] for name in ("median", "percentile_95", "longest"))
+        yield "tokens a row", f"median {middle:,}, 95% at most {high:,}, longest {longest:,}"
+    batches = f"{length['accumulation']:,} micro-batches of {length['batch_size']:,}"
+    yield "steps", f"{length['steps']:,}, {batches} in each, {length['tokens_per_step']:,} tokens in the mean"
 
 
 def _files(run: Run) -> Iterator[tuple[str, ...]]:

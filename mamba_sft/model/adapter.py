@@ -33,7 +33,7 @@ from mamba_sft.errors import AdapterError
 from mamba_sft.kernels.falcon_mamba import FalconMambaMixer
 from mamba_sft.model.base_facts import BaseFacts
 from mamba_sft.model.checkpoint import base_fingerprint, resolve_base
-from mamba_sft.model.checksums import file_checksum, tensor_checksums
+from mamba_sft.model.checksums import file_checksum, new_digest, tensor_checksums
 from mamba_sft.run import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 if TYPE_CHECKING:
@@ -121,25 +121,31 @@ def load_adapter(model: Any, path: str | Path, *, trainable: bool = False) -> Pe
         AdapterError: Files are missing or broken, or the adapter does not fit the model.
     """
     config, weights = _read_adapter(Path(path))
-    misfit = f"the adapter in `{path}` does not fit this model"
     config.inference_mode = not trainable
     config.base_model_name_or_path = None  # where it lay when it was trained is not where it lies now
     try:
         wrapped = _wrap(model, config)
-        result = set_peft_model_state_dict(wrapped, weights, adapter_name=_ADAPTER)
     except (RuntimeError, ValueError, IndexError, KeyError) as error:
-        raise AdapterError(f"{misfit}: {error}", hint="load the base it was trained on") from error
-    odd = sorted(adapter_tensors(wrapped).keys() & set(result.missing_keys)) + list(result.unexpected_keys)
-    if odd:
-        raise AdapterError(
-            f"{misfit}: {len(odd)} tensors are in one but not in the other, such as `{odd[0]}`",
-            hint="the base has another number of layers, or its config and weights do not belong together",
-        )
+        raise _misfit(path, error) from error
+    _fill(wrapped, path, weights)
     for parameter in adapter_tensors(wrapped).values():
         parameter.requires_grad_(trainable)
     if not trainable:
         _write_rows(wrapped)
     return wrapped.train(trainable)
+
+
+def load_weights(model: PeftModel, path: str | Path) -> None:
+    """Gives the adapter of `model` the values that are saved in `path`, in place, exactly as saved.
+
+    Args:
+        model: From `attach_adapter`, of the shape that the saved adapter has.
+        path: As `load_adapter` takes it.
+
+    Raises:
+        AdapterError: Files are missing or broken, or the adapter does not fit the model's.
+    """
+    _fill(model, path, _read_adapter(Path(path))[1])
 
 
 def save_adapter(model: PeftModel, directory: Path, *, section: ModelSection, setup: TemplateSetup) -> None:
@@ -185,6 +191,16 @@ def adapter_tensors(model: Any) -> dict[str, torch.nn.Parameter]:
         for name, parameter in model.named_parameters()
         if ".lora_" in name or ".trainable_tokens_delta." in name
     }
+
+
+def trained_digest(model: Any) -> str:
+    """Returns a digest of everything that is trained: the same until a step has changed something."""
+    digest = new_digest()
+    for name, parameter in sorted(model.named_parameters()):
+        if parameter.requires_grad:
+            digest.update(name.encode())
+            digest.update(parameter.detach().float().cpu().contiguous().numpy().tobytes())
+    return str(digest.hexdigest())
 
 
 def keep_float32(model: Any) -> None:
@@ -256,6 +272,26 @@ def _trained_rows(model: Any, token_ids: Sequence[int]) -> dict[str, list[int]] 
     tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
     # PEFT extends the rows of a tied matrix to its other use.
     return dict.fromkeys(("embeddings",) if tied else ("embeddings", "lm_head"), sorted(set(token_ids)))
+
+
+def _fill(wrapped: PeftModel, path: str | Path, weights: dict[str, torch.Tensor]) -> None:
+    try:
+        result = set_peft_model_state_dict(wrapped, weights, adapter_name=_ADAPTER)
+    except (RuntimeError, ValueError, IndexError, KeyError) as error:
+        raise _misfit(path, error) from error
+    odd = sorted(adapter_tensors(wrapped).keys() & set(result.missing_keys)) + list(result.unexpected_keys)
+    if odd:
+        raise AdapterError(
+            f"the adapter in `{path}` does not fit this model: {len(odd)} tensors are in one but not in the "
+            f"other, such as `{odd[0]}`",
+            hint="the base has another number of layers, or its config and weights do not belong together",
+        )
+
+
+def _misfit(path: str | Path, error: Exception) -> AdapterError:
+    return AdapterError(
+        f"the adapter in `{path}` does not fit this model: {error}", hint="load the base it was trained on"
+    )
 
 
 def _write_rows(model: PeftModel) -> None:

@@ -10,6 +10,7 @@ from itertools import product
 from mamba_sft.errors import TrainingError
 from mamba_sft.model.shape import find_shape
 from mamba_sft.planning.environment import describe_device
+from mamba_sft.planning.extent import settled_accumulation
 from mamba_sft.planning.gpus import Accelerator, recognized
 from mamba_sft.planning.memory import Policy, Work, peak, planned_parts, with_length
 from mamba_sft.planning.speed import estimate
@@ -144,7 +145,7 @@ def refuse_what_cannot_fit(recipe: Recipe, *, longest: int, trained_rows: int) -
     if planned <= usable:
         return
     what = f"this run needs {size_text(planned)} by plan, and {accelerator.name} has {size_text(usable)}"
-    hint = advice(fixes(work, recipe.train.gradient_accumulation_steps, accelerator))
+    hint = advice(fixes(work, settled_accumulation(recipe.train, None), accelerator))
     if planned > (1 + TOLERANCE) * usable:
         raise TrainingError(what, hint=f"{hint}; see `mamba-sft plan`")
     logger.warning("%s: it may run out of memory; %s", what, hint)

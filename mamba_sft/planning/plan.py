@@ -9,10 +9,10 @@ from typing import Any
 from mamba_sft.errors import UsageError
 from mamba_sft.model.shape import find_shape
 from mamba_sft.planning.environment import describe_device
+from mamba_sft.planning.extent import RunLength, run_length, settled_accumulation
 from mamba_sft.planning.fitting import Fix, fixes, largest_length, largest_rows
 from mamba_sft.planning.gpus import Accelerator, find_gpu, recognized
 from mamba_sft.planning.memory import Part, Work, peak, planned_parts
-from mamba_sft.planning.schedule import count_steps
 from mamba_sft.planning.speed import Rate, estimate, flops, measured
 from mamba_sft.recipe.builtin import find_path
 from mamba_sft.recipe.recipe import Recipe
@@ -35,8 +35,9 @@ class Plan:
         peak: Bytes held at once, at most.
         largest_rows: Micro-batch that still fits; 0: none.
         largest_length: Tokens of a row that still fit at the recipe's micro-batch.
+        accumulation: Micro-batches of an optimizer step.
         tokens_per_step: Positions of an optimizer step, on one device.
-        steps: Optimizer steps, None where the data has to be seen first.
+        length: What the rows come to; None where the data has to be seen first.
         most_tokens: Tokens of the run, at most, None where that is not known.
         rate: Tokens per second, None where the device's speed is not known.
         disk: Bytes of what is downloaded and written.
@@ -51,8 +52,9 @@ class Plan:
     peak: int
     largest_rows: int
     largest_length: int
+    accumulation: int
     tokens_per_step: int
-    steps: int | None
+    length: RunLength | None
     most_tokens: int | None
     rate: Rate | None
     disk: dict[str, int]
@@ -63,6 +65,11 @@ class Plan:
     def fits(self) -> bool:
         """Whether the peak is within the memory that the device gives."""
         return self.peak <= self.accelerator.usable_bytes
+
+    @property
+    def steps(self) -> int | None:
+        """Optimizer steps, None where the data has to be seen first."""
+        return self.length.steps if self.length else None
 
     @property
     def seconds(self) -> float | None:
@@ -89,6 +96,8 @@ class Plan:
             "largest_length": self.largest_length,
             "tokens_per_step": self.tokens_per_step,
             "steps": self.steps,
+            "gradient_accumulation_steps": self.accumulation,
+            "warnings": self.length.warnings() if self.length else [],
             "most_tokens": self.most_tokens,
             "gflop_per_token": flops(self.work) / 1e9,
             "tokens_per_second": self.rate and self.rate.tokens_per_second,
@@ -131,9 +140,9 @@ def make_plan(recipe: Recipe, gpu: str | None = None) -> Plan:
     trained = 0 if recipe.chat.template == "tokenizer" else TEMPLATE_TOKENS
     work = Work.of(recipe, shape, accelerator.type, length=length, trained_rows=trained)
     parts = planned_parts(work)
-    accumulation = recipe.train.gradient_accumulation_steps
+    extent = _extent(recipe, rows)
+    accumulation = extent.accumulation if extent else settled_accumulation(recipe.train, None)
     per_step = work.rows * length * accumulation
-    steps, most_tokens = _extent(recipe, rows, per_step)
     usable = accelerator.usable_bytes
     rate = (None if gpu else measured(recipe, accelerator.name)) or estimate(work, accelerator)
     return Plan(
@@ -144,9 +153,10 @@ def make_plan(recipe: Recipe, gpu: str | None = None) -> Plan:
         peak=peak(parts),
         largest_rows=largest_rows(work, usable),
         largest_length=largest_length(work, usable),
+        accumulation=accumulation,
         tokens_per_step=per_step,
-        steps=steps,
-        most_tokens=most_tokens,
+        length=extent,
+        most_tokens=_most_tokens(recipe, extent, per_step),
         rate=rate,
         disk=_disk(recipe, work),
         fixes=[] if peak(parts) <= usable else fixes(work, accumulation, accelerator),
@@ -167,19 +177,25 @@ def _training_rows(recipe: Recipe) -> list[int]:
     return lengths
 
 
-def _extent(recipe: Recipe, rows: list[int], per_step: int) -> tuple[int | None, int | None]:
-    """Optimizer steps and the most tokens of a run, as far as they are known."""
-    if rows:
-        steps = count_steps(recipe, len(rows), 1)
-        batch = recipe.train.per_device_train_batch_size * recipe.train.gradient_accumulation_steps
-        return steps, int(steps * batch * sum(rows) / len(rows))
-    if recipe.train.max_steps > 0:
-        return recipe.train.max_steps, recipe.train.max_steps * per_step
+def _extent(recipe: Recipe, rows: list[int]) -> RunLength | None:
+    """What the rows come to, as far as that is known without them."""
+    if not rows and recipe.train.max_steps <= 0:
+        return None
+    return run_length(recipe, rows=len(rows), tokens=sum(rows))
+
+
+def _most_tokens(recipe: Recipe, extent: RunLength | None, per_step: int) -> int | None:
+    """The most tokens of a run, as far as they are known."""
+    if extent is not None and extent.rows:
+        batch = extent.batch_size * extent.accumulation
+        return int(extent.steps * batch * extent.tokens / extent.rows)
+    if extent is not None:
+        return extent.steps * per_step
     limits = [source.limit for source in recipe.data.sources]
     if recipe.data.max_length is None or None in limits:
-        return None, None
+        return None
     shown = sum(source.weight * (source.limit or 0) for source in recipe.data.sources)
-    return None, int(recipe.train.num_train_epochs * shown * recipe.data.max_length)
+    return int(recipe.train.num_train_epochs * shown * recipe.data.max_length)
 
 
 def _disk(recipe: Recipe, work: Work) -> dict[str, int]:

@@ -67,6 +67,9 @@ class ModelSection(Section):
     """The model to fine-tune: a hub id such as `tiiuae/falcon-mamba-7b`, or a directory."""
     revision: Text | None = None
     """Branch, tag or commit on the hub; a commit makes the run repeatable. null takes the newest."""
+    adapter: Text | None = None
+    """A run, or its adapter directory, from whose adapter training goes on. Base and LoRA have to be as they
+    were there; everything else may differ. null starts anew."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "bfloat16"
     """Number format of the base weights and of the computation. float32 doubles the memory of 16 bits;
     float16 is for GPUs without bfloat16 (T4, V100); auto keeps the checkpoint's own."""
@@ -184,15 +187,17 @@ class TrainSection(Section):
     """Stop after this many optimizer steps, whatever num_train_epochs says. -1 has no limit."""
     per_device_train_batch_size: int = Field(default=1, ge=1, le=4096)
     """Rows that go through the model at once on each device. Activation memory is proportional to it."""
-    gradient_accumulation_steps: int = Field(default=16, ge=1, le=65536)
-    """Micro-batches added up for one optimizer step: a larger batch for time instead of memory."""
+    gradient_accumulation_steps: int | None = Field(default=None, ge=1, le=65536)
+    """Micro-batches added up for one optimizer step: a larger batch for time instead of memory. null, or left
+    out, is 16, or as many fewer as it takes to make 20 steps of a small data set."""
     learning_rate: float = Field(default=2e-4, gt=0, le=1)
     """Peak step size. LoRA likes 1e-4 to 3e-4; too high and the loss jumps or becomes NaN."""
     lr_scheduler_type: Literal["wsd", "cosine", "linear", "constant"] = "wsd"
     """Course of the learning rate after the warmup: wsd holds the peak and falls at the end, cosine and
     linear fall all the way, constant stays."""
     warmup_steps: CountOrShare = Field(default=0.03, ge=0, le=MANY)
-    """How long the learning rate rises from 0: below 1 a share of the run, from 1 up a number of steps."""
+    """How long the learning rate rises to its peak: below 1 a share of the run, from 1 up a number of steps.
+    The first step is above 0 already."""
     weight_decay: float = Field(default=0.0, ge=0, le=1)
     """Pulls adapter weights towards zero. Seldom needed with LoRA."""
     max_grad_norm: float = Field(default=1.0, gt=0, le=1e6)

@@ -8,7 +8,9 @@
                                          |    out_of_memory  a micro-batch in parts
                                          +- activations    what is kept for the backward
                                          +- callbacks      metrics on disk, Ctrl-C, an adapter that learns
-                                         +- random_state, resuming
+                                         +- random_state, resuming, data_record (are the rows the same)
+
+`starting` finds the adapter that a run goes on from, where it starts from one.
 
 Read `fine_tuning` first, then `trainer`, then what it uses.
 """

@@ -28,19 +28,26 @@ from mamba_sft.evaluation.report import write_report
 from mamba_sft.inference.generation import answers, stop_token_ids
 from mamba_sft.inference.sampling import Sampling
 from mamba_sft.kernels import automatic
-from mamba_sft.model.adapter import attach_adapter, save_adapter
+from mamba_sft.model.adapter import attach_adapter, load_weights, save_adapter, trained_digest
 from mamba_sft.model.chat_template import TemplateSetup, render
 from mamba_sft.model.loading import apply_setup, load_model, recommend_sampling
 from mamba_sft.planning.environment import describe_environment
+from mamba_sft.planning.extent import RunLength, run_length, with_accumulation
 from mamba_sft.planning.fitting import refuse_what_cannot_fit
-from mamba_sft.planning.schedule import count_steps
 from mamba_sft.recipe.builtin import find_path
 from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.run import Run, atomic_directory, write_atomically
 from mamba_sft.training.activations import keep_activations
 from mamba_sft.training.callbacks import AdapterWatch, Interruption, MetricsLog
-from mamba_sft.training.resuming import find_resume_point, newest_resume_point, refuse_to_overwrite
+from mamba_sft.training.data_record import record_data, settle_changes
+from mamba_sft.training.resuming import (
+    find_resume_point,
+    newest_resume_point,
+    refuse_to_overwrite,
+)
+from mamba_sft.training.starting import check_base, find_start
 from mamba_sft.training.trainer import Trainer, trainer_arguments
+from mamba_sft.wording import count_text
 
 if TYPE_CHECKING:
     from trl import SFTConfig
@@ -49,6 +56,7 @@ logger = logging.getLogger(__name__)
 
 ANSWERED_TOGETHER = 32
 """Sample prompts answered in one batch."""
+_CAUSES = ("learning_rate", "grad_norm")
 
 
 class RunInterruptedError(TrainingError):
@@ -67,8 +75,10 @@ class Preparation:
         data: The prepared rows and what was seen while preparing them.
         arguments: The trainer's own configuration.
         prompts: Sample prompts to answer before and after.
-        max_steps: Optimizer steps of the whole run.
+        length: What the rows come to: the optimizer steps of the whole run, and whether they are too few.
+        start: The adapter that training starts from, where `model.adapter` names one, or None.
         resume_point: The checkpoint to go on from, or None.
+        record: What the run keeps of its data.
     """
 
     recipe: Recipe
@@ -77,11 +87,20 @@ class Preparation:
     data: PreparedData
     arguments: SFTConfig
     prompts: list[Prompt]
-    max_steps: int
+    length: RunLength
+    start: Path | None
     resume_point: Path | None
+    record: dict[str, Any]
+
+    @property
+    def max_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.length.steps
 
 
-def prepare(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> Preparation:
+def prepare(
+    recipe: Recipe, *, resume: bool = False, overwrite: bool = False, allow_changed_data: bool = False
+) -> Preparation:
     """Does everything that comes before the weights: reads and renders the data, checks every setting.
 
     Writes nothing: `recipe.output_dir` is as it was until the run starts.
@@ -90,27 +109,39 @@ def prepare(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) ->
         recipe: What to train.
         resume: Go on from the newest complete checkpoint in `recipe.output_dir`.
         overwrite: Delete what is in `recipe.output_dir` when training starts.
+        allow_changed_data: Resume with other rows, or other prompts, than the run was started with.
 
     Raises:
         MambaSFTError: Anything in recipe, base, data, memory or output directory that would make it fail.
     """
     run = Run(Path(recipe.output_dir))
-    resume_point = find_resume_point(run, recipe) if resume else None
+    recipe, resume_point = find_resume_point(run, recipe) if resume else (recipe, None)
     if not resume and PartialState().is_main_process:
         refuse_to_overwrite(run, overwrite=overwrite)
     setup, data = read_corpus(recipe)
-    longest = int(row_lengths(data.train_rows).max(initial=0))
+    start = find_start(recipe, setup)
+    lengths = row_lengths(data.train_rows)
+    length = run_length(
+        recipe, rows=len(lengths), tokens=int(lengths.sum()), processes=PartialState().num_processes
+    )
+    recipe, longest = with_accumulation(recipe, length.accumulation), int(lengths.max(initial=0))
     refuse_what_cannot_fit(recipe, longest=longest, trained_rows=len(setup.trained_token_ids))
     arguments = trainer_arguments(recipe, run, has_validation=data.validation_rows is not None)
+    prompts = load_prompts(find_path(recipe.eval.prompts)) if recipe.eval.prompts else []
+    record = record_data(recipe, data, setup.tokenizer, length, prompts)
+    if resume_point is not None:
+        record["changes"] = settle_changes(run, record, resume_point, allowed=allow_changed_data)
     return Preparation(
         recipe=recipe,
         run=run,
         setup=setup,
         data=data,
         arguments=arguments,
-        prompts=load_prompts(find_path(recipe.eval.prompts)) if recipe.eval.prompts else [],
-        max_steps=count_steps(recipe, len(data.train_rows), arguments.world_size),
+        prompts=prompts,
+        length=length,
+        start=start,
         resume_point=resume_point,
+        record=record,
     )
 
 
@@ -119,6 +150,7 @@ def train(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    allow_changed_data: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Run:
     """Trains `recipe` and returns the finished run.
@@ -127,13 +159,15 @@ def train(
         recipe: What to train.
         resume: Go on exactly where the newest complete checkpoint of `recipe.output_dir` stopped.
         overwrite: Replace an earlier run in `recipe.output_dir`.
+        allow_changed_data: Resume with other rows, or other prompts, than the run was started with.
         callbacks: More trainer callbacks. When one of them shows progress, the trainer's own bar is off.
 
     Raises:
         MambaSFTError: The run cannot start, diverged, or holds an adapter that cannot learn.
         RunInterruptedError: Ctrl-C or SIGTERM; a checkpoint was saved.
     """
-    return train_prepared(prepare(recipe, resume=resume, overwrite=overwrite), callbacks=callbacks)
+    preparation = prepare(recipe, resume=resume, overwrite=overwrite, allow_changed_data=allow_changed_data)
+    return train_prepared(preparation, callbacks=callbacks)
 
 
 def train_prepared(preparation: Preparation, *, callbacks: Sequence[TrainerCallback] = ()) -> Run:
@@ -141,6 +175,8 @@ def train_prepared(preparation: Preparation, *, callbacks: Sequence[TrainerCallb
     recipe, run = preparation.recipe, preparation.run
     started = time.time()
     logger.info("loading `%s`", recipe.model.base)
+    if preparation.start is not None:
+        check_base(preparation.start, recipe.model)
     set_seed(recipe.seed)  # before the adapter draws its first weights
     model = load_model(recipe.model)
     logger.info("scan and convolution: backend %s", _backend(recipe.model.kernels, model))
@@ -151,8 +187,12 @@ def train_prepared(preparation: Preparation, *, callbacks: Sequence[TrainerCallb
     _start_directory(preparation)  # an earlier run goes only when this one has all it needs
     interruption = Interruption()
     trainer = _build_trainer(preparation, model, interruption, callbacks)
+    if preparation.start is not None:  # not before: TRL rounds what is trained when the base is quantized
+        load_weights(trainer.model, preparation.start)
+    start = trained_digest(trainer.model)
     before = _answer(preparation, trainer, "before")
     _run_trainer(trainer, preparation.resume_point, interruption)
+    _refuse_unchanged(trainer, start)
     after = _answer(preparation, trainer, "after")
     if trainer.is_world_process_zero():
         _save(preparation, trainer, before, after, time.time() - started)
@@ -176,6 +216,7 @@ def _clear(preparation: Preparation) -> None:
         shutil.rmtree(run.path, ignore_errors=True)
         run.path.mkdir(parents=True)
     write_atomically(run.recipe, preparation.recipe.to_yaml())
+    write_atomically(run.data, json.dumps(preparation.record, indent=2, ensure_ascii=False) + "\n")
     if preparation.data.rejected:
         shutil.copyfile(preparation.data.rejected, run.rejected)
     write_atomically(run.environment, json.dumps(describe_environment(), indent=2) + "\n")
@@ -220,6 +261,20 @@ def _interrupted(trainer: Trainer) -> RunInterruptedError:
     return RunInterruptedError(
         f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; saved `{kept}`",
         hint=f"continue with `mamba-sft train {trainer.run.recipe} --resume`",
+    )
+
+
+def _refuse_unchanged(trainer: Trainer, start: str) -> None:
+    """Raises `TrainingError` when what was trained is what it was: such a run must not look finished."""
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or trained_digest(trainer.model) != start:
+        return
+    log = trainer.state.log_history
+    rate, norm = (max((line.get(name, 0.0) for line in log), default=0.0) for name in _CAUSES)
+    steps = count_text(trainer.state.global_step, "step")
+    raise TrainingError(
+        f"nothing was learned: after {steps} the adapter is what it was at the start, to the last bit",
+        hint=f"the learning rate reached {rate:.3g} and the norm of the gradient {norm:.3g}, see "
+        f"`{trainer.run.metrics}`; raise `train.learning_rate`, and start anew with `--overwrite`",
     )
 
 

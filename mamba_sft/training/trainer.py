@@ -18,7 +18,7 @@ from trl.trainer import add_fused_lm_head
 from mamba_sft.errors import RecipeError, TrainingError
 from mamba_sft.model.adapter import keep_float32
 from mamba_sft.model.loading import resolve_dtype
-from mamba_sft.planning.schedule import TRAINER_NAMES, scheduler_arguments
+from mamba_sft.planning.schedule import TRAINER_NAMES, make_scheduler
 from mamba_sft.recipe.fields import TrainSection
 from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.run import Run, write_atomically
@@ -30,7 +30,7 @@ FUSED_OUTPUTS = ("log_probs", "entropy", "is_top1")
 
 
 class Trainer(SFTTrainer):  # type: ignore[misc]
-    """TRL's trainer, which stops at the first loss or gradient that is not a number, and knows `wsd`.
+    """TRL's trainer, which stops at the first loss or gradient that is not a number, and wastes no step.
 
     With `stream_tokens`, `carry_state` or `auto_batch` it takes its own training steps (`ChunkedSteps`).
 
@@ -57,9 +57,15 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         self.steps = ChunkedSteps(self, section) if ChunkedSteps.wanted(section) else None
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Adds what `wsd` needs to know to the trainer's own schedulers."""
-        self.args.lr_scheduler_kwargs = scheduler_arguments(self.schedule, num_training_steps)
-        return super().create_scheduler(num_training_steps, optimizer)
+        """Makes the recipe's schedule, with a first and a last step that count."""
+        if self.lr_scheduler is None:  # type: ignore[has-type]
+            self.lr_scheduler = make_scheduler(
+                TRAINER_NAMES[self.schedule],
+                self.optimizer if optimizer is None else optimizer,
+                warmup=self.args.get_warmup_steps(num_training_steps),
+                steps=num_training_steps,
+            )
+        return self.lr_scheduler
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """One forward and backward; raises `TrainingError` before a NaN can reach the weights."""

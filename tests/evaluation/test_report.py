@@ -84,3 +84,45 @@ def test_a_run_without_samples_or_metrics_still_has_a_report(run: Run) -> None:
     assert run.read_metrics() == []
     write_report(run)
     assert "<h2>Loss" not in run.report.read_text()
+
+
+DATA = {
+    "sources": [
+        {"path": "my <chats>.jsonl", "formats": {"a": "messages", "b": "messages"}, "read": 60, "bad": 1,
+         "kept": 59, "weight": 2.0, "train_rows": 110},
+    ],
+    "train_rows": 110, "validation_rows": 4, "train_tokens": 5_500, "trained_share": 0.4,
+    "lengths": {"width": 8, "counts": [1], "median": 50, "percentile_95": 61, "longest": 64},
+    "packed": {"rows": 12, "max_length": 512, "fill": 0.9},
+    "length": {"steps": 24, "accumulation": 3, "batch_size": 2, "tokens_per_step": 917},
+    "rows": [{"where": "my <chats>.jsonl:7", "text": "hello", "trained_text": "world"}],
+    "warnings": ["columns not used: `note`"],
+    "changes": [{"after_step": 9, "what": ["`my <chats>.jsonl`: 60 rows then, 30 now"]}],
+}  # fmt: skip
+
+
+def test_the_report_has_what_was_seen_of_the_data(run: Run) -> None:
+    write_report(run)
+    assert "<h2>Data" not in run.report.read_text()
+    run.data.write_text(json.dumps(DATA))
+    write_report(run)
+    page = run.report.read_text()
+    cells = ("messages", "60", "1", "59", "2.0", "110")
+    for text in (
+        "my &lt;chats&gt;.jsonl</td>" + "".join(f"<td>{cell}</td>" for cell in cells),
+        "110 to train on, 4 to validate on", "12 rows of 512 tokens, 90.0% full",
+        "5,500, 40.0% of them trained",
+        "24, 3 micro-batches of 2 in each, 917 tokens in the mean", "columns not used: `note`",
+        "after step 9 the run went on with other data", "60 rows then, 30 now", "<pre>world</pre>",
+        "median 50, 95% at most 61, longest 64",
+    ):  # fmt: skip
+        assert text in page, text
+
+
+def test_a_run_without_packing_has_a_data_section_too(run: Run) -> None:
+    run.data.write_text(json.dumps(DATA | {"packed": None, "lengths": {}, "warnings": [], "changes": []}))
+    write_report(run)
+    page = run.report.read_text()
+    assert "<h2>Data" in page
+    assert "packed into" not in page
+    assert "Worth a look" not in page

@@ -177,6 +177,7 @@ def _training_facts(recipe: Recipe | None) -> dict[str, Any]:
     rows: list[tuple[str, Any]] = [("seed", recipe.seed), ("dtype", recipe.model.dtype)]
     if recipe.model.quantization != "none":
         rows.append(("quantization", recipe.model.quantization))
+    rows.append(("started from the adapter", recipe.model.adapter))
     rows.append(("max_length", recipe.data.max_length))
     for section in (recipe.adapter, recipe.train):
         rows += [(name, value) for name, value in section.model_dump().items() if name not in _NOT_SHOWN]
