@@ -45,13 +45,19 @@ def test_the_filter_is_there_before_bitsandbytes(code: str) -> None:
     assert "gemm_4bit" not in found.stderr
 
 
-def test_only_these_messages_are_dropped(caplog: pytest.LogCaptureFixture) -> None:
+def test_only_these_messages_are_dropped() -> None:
+    heard: list[str] = []
+    listener = logging.Handler()
+    listener.emit = lambda record: heard.append(record.getMessage())  # type: ignore[method-assign]
     drop_noise()
     for name, beginning in DROPPED.items():
-        logging.getLogger(name).warning(beginning + ": %s", "why")
-        logging.getLogger(name).warning("something else: %s", "why")
-        assert logging.getLogger(name).filters.count(logging.getLogger(name).filters[0]) == 1
-    assert [record.getMessage() for record in caplog.records] == ["something else: why"] * len(DROPPED)
+        logger = logging.getLogger(name)
+        logger.addHandler(listener)  # the library's own root need not hand records on
+        logger.warning(beginning + ": %s", "why")
+        logger.warning("something else: %s", "why")
+        logger.removeHandler(listener)
+        assert logger.filters.count(logger.filters[0]) == 1
+    assert heard == ["something else: why"] * len(DROPPED)
 
 
 def test_only_the_old_name_of_a_setting_is_dropped() -> None:

@@ -35,7 +35,7 @@ def test_a_log_file_gets_about_twenty_lines() -> None:
     text = io.StringIO()
     drive(Console(file=text, width=100), 200)
     lines = text.getvalue().splitlines()
-    assert len(lines) == 20
+    assert 20 <= len(lines) <= 22  # a slow step may have a word of its own
     assert lines[-1].startswith("step 200/200  loss 0.015  val 1.500  ")
     assert "tokens/s" in lines[-1]
     assert lines[-1].endswith("0 s left")

@@ -98,7 +98,16 @@ def results(operation, operands: dict[str, Tensor], dtype: torch.dtype, **option
 
 
 def worst(values: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:
-    """The largest relative error and whose it is; empty tensors have none."""
-    errors = [(relative_rms(values[name], x), name) for name, x in expected.items() if x.numel()]
+    """The largest relative error and whose it is; empty tensors have none.
+
+    An error of a tensor that is small beside the others, such as a sum whose terms cancel, is held against a
+    tenth of the largest of them: its terms are of that size.
+    """
+    sizes = {name: float(x.double().square().mean().sqrt()) for name, x in expected.items() if x.numel()}
+    floor = 0.1 * max((size for size in sizes.values() if size < float("inf")), default=0.0)
+    errors = [
+        (relative_rms(values[name], expected[name]) * (size / max(size, floor) if size > 0 else 1.0), name)
+        for name, size in sizes.items()
+    ]
     broken = [pair for pair in errors if pair[0] != pair[0]]
     return broken[0] if broken else max(errors)
