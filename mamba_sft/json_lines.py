@@ -6,11 +6,12 @@ but say nothing, and what is wrong with a line is told with its file, line and c
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 BOM = b"\xef\xbb\xbf"
 
@@ -32,13 +33,22 @@ class Row:
     problem: str | None = None
 
 
+def open_bytes(path: Path) -> IO[bytes]:
+    """Opens a file to read bytes; one whose name ends in `.gz` is unpacked on the way.
+
+    Raises:
+        OSError: The file cannot be read, or is not packed with gzip.
+    """
+    return cast(IO[bytes], gzip.open(path)) if path.suffix.lower() == ".gz" else path.open("rb")
+
+
 def read_json_lines(path: Path) -> Iterator[Row]:
     """Yields every line that is not blank; one that is not JSON has a `problem`.
 
     Raises:
         OSError: The file cannot be read.
     """
-    with path.open("rb") as file:
+    with open_bytes(path) as file:
         for number, line in enumerate(file, start=1):
             text = line.removeprefix(BOM) if number == 1 else line
             if text.strip():

@@ -3,6 +3,7 @@
     sources -> formats -> chats -> tokenizing -> rows ----> selecting -> packing -> trainer
     files      which      one      ids and       Arrow on   validation,  full rows,
     or hub     layout?    shape    labels        disk       weights      boundaries
+    sources finds files, readers reads each kind of them
     formats reads a row with  columns  which column plays which part   turns  roles, contents, reasoning
                               keys     harmless, honoured, refused     roles  who speaks
                               values   JSON as text, empty, NaN        tool_calls   one form of a call

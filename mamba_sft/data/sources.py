@@ -5,20 +5,19 @@ Reading never judges what a row means; it only says which rows could not be read
 
 from __future__ import annotations
 
-import csv
 import glob
-import json
-import re
-import sys
-from collections.abc import Callable, Iterator
+import zlib
+from collections import Counter
+from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mamba_sft.data.readers import READERS, kind_of_file, without_nulls
 from mamba_sft.errors import DataError
-from mamba_sft.json_lines import BOM, Row, read_json_lines
+from mamba_sft.json_lines import Row, open_bytes
 from mamba_sft.model.checkpoint import is_hub_id
 from mamba_sft.model.checksums import file_checksum
 from mamba_sft.recipe.builtin import find_path
@@ -28,6 +27,16 @@ if TYPE_CHECKING:
 
 _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 _BATCH = 1000
+_SAVED = ("dataset_dict.json", "state.json")
+"""What tells a directory that `save_to_disk` wrote."""
+_CONVERTED = {
+    ".zst": "zstd -d {path}",
+    ".xz": "xz -dk {path}",
+    ".bz2": "bzip2 -dk {path}",
+    ".zip": "unzip {path}",
+    ".xlsx": "python -c \"import pandas; pandas.read_excel('{path}').to_csv('data.csv', index=False)\"",
+}
+"""Other kinds of files, and the command that makes one of ours of them."""
 
 
 def read_source(source: SourceSection) -> Iterator[Row]:
@@ -72,7 +81,7 @@ def _hub_commit(source: SourceSection) -> str:
 def is_hub_dataset(path: str) -> bool:
     """Returns whether a source's path means a data set on the hub, and no file, directory or glob here."""
     found = find_path(path)
-    return is_hub_id(path) and found.suffix.lower() not in _READERS and not found.exists()
+    return is_hub_id(path) and kind_of_file(found) not in READERS and not found.exists()
 
 
 def _open(source: SourceSection) -> Iterator[tuple[str, Iterator[Row]]]:
@@ -83,11 +92,24 @@ def _open(source: SourceSection) -> Iterator[tuple[str, Iterator[Row]]]:
     elif found.is_file():
         yield str(found), _read_file(found)
     elif found.is_dir():
-        yield str(found), _read_hub(source, str(found))
+        yield str(found), _read_directory(source, found)
     elif is_hub_dataset(source.path):
         yield source.path, _read_hub(source, source.path)
     else:
         raise _missing(found)
+
+
+def _read_directory(source: SourceSection, path: Path) -> Iterator[Row]:
+    if any((path / name).is_file() for name in _SAVED):
+        return _read_hub(source, str(path))
+    kinds = Counter(kind_of_file(file) for file in path.rglob("*") if kind_of_file(file) in READERS)
+    if len(kinds) > 1:
+        found = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+        globs = " or ".join(f"`{path}/**/*{kind}`" for kind in sorted(kinds))
+        raise DataError(
+            f"`{path}` holds files of several kinds: {found}", hint=f"name those you mean: {globs}"
+        )
+    return _read_hub(source, str(path))
 
 
 def _matches(pattern: str, found: Path) -> list[Path]:
@@ -107,7 +129,7 @@ def _missing(path: Path) -> DataError:
     close = get_close_matches(path.name, names, n=1)
     if close:
         return DataError(f"no file `{path}`", hint=f"did you mean `{path.with_name(close[0])}`?")
-    readable = sorted(name for name in names if Path(name).suffix.lower() in _READERS)[:8]
+    readable = sorted(name for name in names if kind_of_file(Path(name)) in READERS)[:8]
     listing = (
         f"`{path.parent}` has {', '.join(readable)}" if readable else "paths start from the working directory"
     )
@@ -123,118 +145,35 @@ def _not_empty(name: str, rows: Iterator[Row]) -> Iterator[Row]:
 
 
 def _read_file(path: Path) -> Iterator[Row]:
-    reader = _READERS.get(path.suffix.lower())
+    reader = READERS.get(kind_of_file(path))
     if reader is None:
-        raise DataError(f"cannot read `{path}`", hint=f"data files end in {', '.join(_READERS)}")
+        raise _unknown_kind(path)
     try:
-        with path.open("rb") as file:
+        with open_bytes(path) as file:
             start = file.read(4096)
         if start.startswith(_UTF16_MARKS):
             raise DataError(
                 f"`{path}` is UTF-16", hint=f"iconv -f UTF-16 -t UTF-8 {path} > converted{path.suffix}"
             )
         yield from reader(path)
-    except OSError as error:
-        raise DataError(f"cannot read `{path}`: {error.strerror or error}") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"cannot read `{path}`: {getattr(error, 'strerror', None) or error}") from error
 
 
-def _read_json(path: Path) -> Iterator[Row]:
-    """One object a line, or one array of objects: what the file starts with decides, not its name."""
-    with path.open("rb") as file:
-        start = file.read(4096).removeprefix(BOM).lstrip()
-    return _read_array(path) if start.startswith(b"[") else _read_lines(path)
-
-
-def _read_lines(path: Path) -> Iterator[Row]:
-    for row in read_json_lines(path):
-        yield row if row.problem else _row(row.file, row.where, row.value)
-
-
-def _row(file: str, where: str, value: Any) -> Row:
-    if isinstance(value, dict):
-        return Row(file, where, value)
-    return Row(file, where, value, f"not an object but {type(value).__name__}")
-
-
-def _read_array(path: Path) -> Iterator[Row]:
-    data = path.read_bytes().removeprefix(BOM)
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path}:{line}: not UTF-8: byte 0x{data[error.start]:02x}") from error
-    decoder, space = json.JSONDecoder(), re.compile(r"[\s,]*")
-    position, line = text.index("[") + 1, text.count("\n", 0, text.index("[")) + 1
-    while True:
-        start = space.match(text, position).end()  # type: ignore[union-attr]
-        line += text.count("\n", position, start)
-        if text.startswith("]", start):
-            return
-        try:
-            value, position = decoder.raw_decode(text, start)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}:{error.lineno}: not JSON: {error.msg}, column {error.colno}") from error
-        except (RecursionError, ValueError) as error:
-            raise DataError(f"{path}:{line}: not readable as JSON: {error}") from error
-        yield _row(str(path), f"{path}:{line}", value)
-        line += text.count("\n", start, position)
-
-
-def _read_csv(path: Path) -> Iterator[Row]:
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default, 128 KiB, is shorter than a long answer
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        reader = csv.reader(file, strict=True)
-        header: list[str] = []
-        line = 1
-        try:
-            for fields in reader:
-                if fields and not header:
-                    header = _checked_header(path, line, fields)
-                elif fields:
-                    yield _parse_fields(f"{path}:{line}", str(path), header, fields)
-                line = reader.line_num + 1
-        except csv.Error as error:
-            raise DataError(f"{path}:{line}: not CSV: {error}") from error
-
-
-def _checked_header(path: Path, line: int, fields: list[str]) -> list[str]:
-    if len(set(fields)) < len(fields) or not all(fields):
-        raise DataError(f"{path}:{line}: the header names a column twice or not at all: {', '.join(fields)}")
-    return fields
-
-
-def _parse_fields(where: str, file: str, header: list[str], fields: list[str]) -> Row:
-    if len(fields) != len(header):
-        return Row(file, where, fields, f"{len(fields)} fields where the header has {len(header)}")
-    try:
-        "".join(fields).encode("utf-8")
-    except UnicodeEncodeError:
-        shown = [
-            field.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace") for field in fields
-        ]
-        return Row(file, where, shown, "not UTF-8")
-    return Row(file, where, dict(zip(header, fields, strict=True)))
-
-
-def _read_parquet(path: Path) -> Iterator[Row]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        number = 0
-        for batch in pq.ParquetFile(path).iter_batches(_BATCH):
-            for value in batch.to_pylist():
-                number += 1
-                yield Row(str(path), f"{path}: row {number}", without_nulls(value))
-    except pa.ArrowException as error:
-        raise DataError(f"`{path}` is not a readable parquet file: {error}") from error
+def _unknown_kind(path: Path) -> DataError:
+    command = _CONVERTED.get(path.suffix.lower())
+    hint = f"data files end in {', '.join(READERS)}, and all but parquet may be packed as .gz"
+    return DataError(f"cannot read `{path}`", hint=command.format(path=path) if command else hint)
 
 
 def _read_hub(source: SourceSection, path: str) -> Iterator[Row]:
     from datasets import load_dataset
 
     with _hub_errors(path):
-        dataset = load_dataset(path, source.name, split=source.split, streaming=source.stream)
+        if any((Path(path) / name).is_file() for name in _SAVED):
+            dataset = _load_saved(path, source.split)
+        else:
+            dataset = load_dataset(path, source.name, split=source.split, streaming=source.stream)
     number = 0
     for batch in dataset.iter(_BATCH):
         for values in zip(*batch.values(), strict=True):
@@ -243,30 +182,27 @@ def _read_hub(source: SourceSection, path: str) -> Iterator[Row]:
             yield Row(path, f"{path} ({source.split}): row {number}", value)
 
 
+def _load_saved(path: str, split: str) -> Any:
+    """A directory that `save_to_disk` wrote: one data set, or one for each split."""
+    from datasets import Dataset, load_from_disk
+
+    saved = load_from_disk(path)
+    if isinstance(saved, Dataset):
+        return saved
+    if split not in saved:
+        raise DataError(f"`{path}` has no split `{split}`", hint=f"`split` is one of {', '.join(saved)}")
+    return saved[split]
+
+
 @contextmanager
 def _hub_errors(path: str) -> Iterator[None]:
     try:
         yield
+    except DataError:
+        raise
     except Exception as error:  # datasets, huggingface_hub, fsspec and httpx each raise their own kinds
         raise DataError(
             f"cannot load the dataset `{path}`: {type(error).__name__}: {str(error).strip()}",
             hint="`path` is a hub id, a file or a glob; `name` picks a configuration, `split` a split;"
             " private datasets need `hf auth login`",
         ) from error
-
-
-def without_nulls(value: Any) -> Any:
-    """`value` without keys that hold null, at any depth: Arrow fills every key any row has."""
-    if isinstance(value, dict):
-        return {key: without_nulls(entry) for key, entry in value.items() if entry is not None}
-    if isinstance(value, list):
-        return [without_nulls(entry) for entry in value]
-    return value
-
-
-_READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
-    ".jsonl": _read_json,
-    ".json": _read_json,
-    ".csv": _read_csv,
-    ".parquet": _read_parquet,
-}

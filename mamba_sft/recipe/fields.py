@@ -107,7 +107,8 @@ class SourceSection(Section):
     """One place that training rows come from."""
 
     path: Text
-    """A hub dataset id, a file (jsonl, json, csv, parquet), or a glob of files."""
+    """A hub dataset id, a file (jsonl, ndjson, json, csv, tsv, txt, also .gz; parquet), a glob of files, or a
+    directory that `save_to_disk` wrote. Paragraphs of a txt file are its rows."""
     name: Text | None = None
     """Configuration of the hub dataset, where it has several."""
     split: Text = "train"

@@ -1,0 +1,160 @@
+"""Every kind of file that people have is read, or refused with what mends it."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mamba_sft.data.sources import identity, read_source
+from mamba_sft.errors import DataError
+from mamba_sft.json_lines import Row
+from mamba_sft.recipe.fields import SourceSection
+
+ROWS = [{"text": "one"}, {"text": "two"}, {"text": "three"}]
+LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
+
+
+def read(path: Path | str, **fields: Any) -> list[Row]:
+    return list(read_source(SourceSection(path=str(path), **fields)))
+
+
+def values(path: Path | str, **fields: Any) -> list[Any]:
+    rows = read(path, **fields)
+    assert not [row.problem for row in rows if row.problem]
+    return [row.value for row in rows]
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    data = content.encode() if isinstance(content, str) else content
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl.gz", LINES),
+        ("A.JSONL.GZ", LINES),
+        ("b.jsonl.gz", b"\xef\xbb\xbf" + LINES.encode()),
+        ("a.ndjson", LINES),
+        ("a.ndjson.gz", LINES),
+        ("a.json.gz", json.dumps(ROWS)),
+        ("a.json", json.dumps(ROWS, indent=2)),
+        ("crlf.jsonl", LINES.replace("\n", "\r\n")),
+        ("wrapped.json", json.dumps({"version": 1, "data": ROWS})),
+        ("wrapped-pretty.json", json.dumps({"train": ROWS, "license": "x"}, indent=4)),
+        ("several.json", "".join(json.dumps([row]) + "\n" for row in ROWS)),
+        ("several-close.json", json.dumps(ROWS[:2]) + json.dumps(ROWS[2:])),
+        ("a.csv.gz", "text\none\ntwo\nthree\n"),
+        ("a.tsv", "text\none\ntwo\nthree\n"),
+        ("a.txt", "one\n\n\ntwo\r\n \nthree"),
+        ("a.txt.gz", "\n\none\n\ntwo\n\nthree\n\n"),
+    ],
+)
+def test_the_same_rows_out_of_every_kind(tmp_path: Path, name: str, content: str | bytes) -> None:
+    path = write(tmp_path / name, content)
+    if name.isupper():  # gzip by name, whatever its case
+        path.write_bytes(gzip.compress(LINES.encode()))
+    assert values(path) == ROWS
+    assert identity(SourceSection(path=str(path))).keys() == {str(path)}
+
+
+def test_a_tsv_has_columns_between_tabs_and_quotes_like_a_csv(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.tsv", 'prompt\tresponse\n"a ""b""\tc"\td, e\n')
+    assert values(path) == [{"prompt": 'a "b"\tc', "response": "d, e"}]
+
+
+def test_one_object_over_many_lines_is_one_row(tmp_path: Path) -> None:
+    chat = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    assert values(write(tmp_path / "a.json", json.dumps(chat, indent=2))) == [chat]
+    assert values(write(tmp_path / "b.json", json.dumps(chat))) == [chat]  # its turns are no rows
+    row = {"prompt": "q", "response": "a", "tools": [{"name": "look"}]}
+    assert values(write(tmp_path / "c.json", json.dumps(row))) == [row]  # nor are its tools
+
+
+def test_paragraphs_know_their_line(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", "first\nline\n\nsecond\n")
+    assert [(row.where, row.value["text"]) for row in read(path)] == [
+        (f"{path}:1", "first\nline"),
+        (f"{path}:4", "second"),
+    ]
+
+
+def test_what_stands_behind_an_array_is_not_dropped(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.json", json.dumps(ROWS) + '\n{"text": "lost"}')
+    with pytest.raises(DataError, match=r"a\.json:2: something stands behind the array: '\{.text.: .lost"):
+        read(path)
+
+
+def test_a_broken_first_line_is_one_bad_row_not_a_broken_file(tmp_path: Path) -> None:
+    rows = read(write(tmp_path / "a.jsonl", '{"text": oops}\n' + LINES))
+    assert [bool(row.problem) for row in rows] == [True, False, False, False]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message", "hint"),
+    [
+        ("a.csv", "prompt;response\na;b\n", "separated by semicolons", "sep=';'"),
+        ("a.csv", "prompt\tresponse\na\tb\n", "separated by tabs", "to_json('a.jsonl'"),
+        ("a.json", '{"text": {"0": "one", "1": "two"}}', "holds columns, not rows", "orient='records'"),
+        ("a.json", '[{"text": "caf\xe9"}]'.encode("latin-1"), "not UTF-8", "iconv -f LATIN1 -t UTF-8"),
+        ("a.jsonl.gz", None, "cannot read", None),
+        ("a.jsonl.zst", "x", "cannot read", "zstd -d"),
+        ("a.docx", "x", "cannot read", ".jsonl, .ndjson"),
+    ],
+)
+def test_what_is_refused_comes_with_what_mends_it(
+    tmp_path: Path, name: str, content: str | bytes | None, message: str, hint: str | None
+) -> None:
+    path = tmp_path / name
+    if content is None:
+        path.write_bytes(b"this is not gzip")
+    else:
+        write(path, content)
+    with pytest.raises(DataError, match=message) as caught:
+        read(path)
+    assert hint is None or hint in str(caught.value.hint)
+
+
+def test_latin_1_in_a_row_comes_with_the_command(tmp_path: Path) -> None:
+    for name, content in (("a.csv", "text\ncaf\xe9\n"), ("a.txt", "caf\xe9")):
+        (row,) = read(write(tmp_path / name, content.encode("latin-1")))
+        assert "not UTF-8" in str(row.problem)
+        assert f"iconv -f LATIN1 -t UTF-8 {tmp_path / name}" in str(row.problem)
+
+
+def test_a_truncated_gz_is_one_clear_message(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl.gz", LINES * 1000)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(DataError, match=r"cannot read .*a\.jsonl\.gz"):
+        read(path)
+
+
+def test_what_save_to_disk_wrote_is_read(tmp_path: Path) -> None:
+    from datasets import Dataset, DatasetDict
+
+    rows = Dataset.from_list(ROWS)
+    rows.save_to_disk(str(tmp_path / "one"))
+    DatasetDict({"train": rows.select([0]), "test": rows.select([1, 2])}).save_to_disk(
+        str(tmp_path / "splits")
+    )
+    assert values(tmp_path / "one") == ROWS
+    assert values(tmp_path / "splits") == ROWS[:1]
+    assert values(tmp_path / "splits", split="test") == ROWS[1:]
+    with pytest.raises(DataError, match="has no split `dev`") as caught:
+        read(tmp_path / "splits", split="dev")
+    assert "train, test" in str(caught.value.hint)
+
+
+def test_a_directory_of_several_kinds_says_which(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", LINES)
+    write(tmp_path / "README.md", "about")
+    assert values(tmp_path) == ROWS
+    write(tmp_path / "b.csv", "text\none\n")
+    with pytest.raises(DataError, match=r"several kinds: 1 \.csv, 1 \.jsonl") as caught:
+        read(tmp_path)
+    assert f"`{tmp_path}/**/*.csv`" in str(caught.value.hint)
