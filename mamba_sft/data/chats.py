@@ -145,24 +145,19 @@ def _offered(messages: Sequence[Message], tools: Sequence[Message], notes: Notes
     return list(tools) or None
 
 
-def check_text(chat: Chat, control_tokens: re.Pattern[str] | None) -> None:
-    """Checks that no message holds what the template would take for its own, or what UTF-8 cannot hold.
+def check_text(chat: Chat) -> None:
+    """Checks that no message holds what UTF-8 cannot hold.
 
     Raises:
         BadRowError: One does.
     """
     for number, message in enumerate(chat.messages, start=1):
-        turn, text = f"turn {number} ({message['role']})", message["content"]
+        text = message["content"]
         if len(message) > 2:
             text += "".join(message.get(key, "") for key in ("reasoning_content", "name", "tool_call_id"))
         if "tool_calls" in message:
             text += _as_json(message["tool_calls"])
-        found = control_tokens.search(text) if control_tokens else None
-        if found:
-            raise BadRowError(
-                f"{turn}: holds the control token {found.group()}, which means something else there"
-            )
-        check_encodable(turn, text)
+        check_encodable(f"turn {number} ({message['role']})", text)
     if chat.tools:
         check_encodable("`tools`", _as_json(chat.tools))
 

@@ -6,7 +6,6 @@ text, which it does not.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -180,7 +179,6 @@ def refuse_preference_file(file: str, rows: Sequence[dict[str, Any]], reading: R
 def parse(
     row: dict[str, Any],
     expected: str,
-    control_tokens: re.Pattern[str] | None = None,
     reading: Reading = _AS_IT_STANDS,
 ) -> Chat | Passage | LeftOut:
     """Reads a row as the format `expected`.
@@ -188,7 +186,6 @@ def parse(
     Args:
         row: Its columns.
         expected: One of `NEEDS`.
-        control_tokens: What must not occur in a chat's messages, because the template gives it a meaning.
         reading: What the recipe says of its source.
 
     Returns:
@@ -198,14 +195,12 @@ def parse(
         BadRowError: It is not that format, or cannot be trained on.
     """
     try:
-        return _parse(row, expected, control_tokens, reading)
+        return _parse(row, expected, reading)
     except RecursionError as error:
         raise BadRowError("nested too deeply") from error
 
 
-def _parse(
-    row: dict[str, Any], expected: str, control_tokens: re.Pattern[str] | None, reading: Reading
-) -> Chat | Passage | LeftOut:
+def _parse(row: dict[str, Any], expected: str, reading: Reading) -> Chat | Passage | LeftOut:
     layout = layout_of(row, reading.columns)
     if not _fits(row, layout, expected):
         found = detect(row, reading.columns)
@@ -231,7 +226,7 @@ def _parse(
     notes.missing = {column: 1 for column in reading.columns.values() if column not in row}
     if isinstance(example, Chat):
         notes.note(CHAT)
-        check_text(example, control_tokens)
+        check_text(example)
     elif isinstance(example, Passage):
         notes.note(PLAIN)
         check_encodable("text", example.prompt + example.text)

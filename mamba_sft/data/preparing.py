@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, groupby, islice
@@ -221,7 +220,7 @@ def _examples(
 
     Once a row is bad and the run is to stop there is nothing to render: the rest is only counted.
     """
-    reading, control = formats.Reading.of(section, renderer.setup), renderer.control_tokens()
+    reading = formats.Reading.of(section, renderer.setup)
     for file, rows in groupby(read_source(section), key=lambda row: row.file):
         head = list(islice(rows, formats.LOOKED_AT))
         expected = _file_format(file, head, section.format, reading, summary)
@@ -230,7 +229,7 @@ def _examples(
             if summary.read % _ANNOUNCED == 0:
                 logger.info("`%s`: %s rows read", section.path, f"{summary.read:,}")
             try:
-                example = _parse(row, expected, control, reading)
+                example = _parse(row, expected, reading)
             except BadRowError as error:
                 bad.add(row, str(error))
                 continue
@@ -257,10 +256,10 @@ def _file_format(
     return wanted
 
 
-def _parse(row: Row, expected: str, control: re.Pattern[str], reading: formats.Reading) -> Example | LeftOut:
+def _parse(row: Row, expected: str, reading: formats.Reading) -> Example | LeftOut:
     if row.problem is not None:
         raise BadRowError(row.problem)
-    return formats.parse(row.value, expected, control, reading)
+    return formats.parse(row.value, expected, reading)
 
 
 def _nothing_left(summary: DataSummary, bad: BadRows) -> DataError:

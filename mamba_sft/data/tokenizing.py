@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -63,11 +62,6 @@ class Renderer:
         self.system = system
         self.assistant_only = assistant_only
         self._marks_checked = False
-
-    def control_tokens(self) -> re.Pattern[str]:
-        """What a message must not hold: special tokens, which would be taken for the template's own."""
-        special = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
-        return re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
 
     def render(self, examples: Iterable[tuple[Row, Example]]) -> Iterator[Tokens | tuple[Row, str]]:
         """Yields the tokens of each (row, example), in order, or (row, reason) if the template refuses it.

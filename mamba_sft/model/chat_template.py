@@ -11,10 +11,12 @@ import copy
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mamba_sft.errors import DataError
+from mamba_sft.model.literal_text import SPLIT, mark_literals, special_spellings
 from mamba_sft.model.special_tokens import is_single, rename_tokens, settle_pad, unused_slots
 
 if TYPE_CHECKING:
@@ -193,16 +195,20 @@ def split_rendered(
 ) -> list[tuple[str, bool]]:
     """Renders one conversation to text, cut at the generation marks: [(text, written by the assistant)].
 
+    Special tokens that messages spell out are text, marked as such for `encode_batch` (`literal_text`).
+
     Raises:
         DataError: The template refuses the conversation.
     """
     from jinja2 import TemplateError
     from transformers.utils.chat_template_utils import render_jinja_template
 
+    special = special_spellings(tokenizer)
+    written = [{k: mark_literals(v, special) for k, v in m.items() if v is not None} for m in messages]
     try:
         rendered, marks = render_jinja_template(
-            conversations=[[{k: v for k, v in m.items() if v is not None} for m in messages]],
-            tools=tools or None,
+            conversations=[written],
+            tools=mark_literals(tools, special) if tools else None,
             chat_template=tokenizer.chat_template,
             return_assistant_tokens_mask=True,
             add_generation_prompt=add_generation_prompt,
@@ -220,11 +226,18 @@ def split_rendered(
 
 
 def encode_batch(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    """Token ids of each text; special tokens written out in a text count as such, none are added."""
+    """Token ids of each text; special tokens written out in a text count as such, none are added.
+
+    What `split_rendered` has marked is text: it is cut there, and its parts are encoded apart.
+    """
     if not texts:
         return []
-    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-    return list(encoded["input_ids"])
+    parts = [part for text in texts for part in text.split(SPLIT)]
+    encoded = tokenizer(parts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    if len(parts) == len(texts):
+        return list(encoded["input_ids"])
+    found = iter(encoded["input_ids"])
+    return [[token for part in islice(found, text.count(SPLIT) + 1) for token in part] for text in texts]
 
 
 def join_pieces(

@@ -26,7 +26,7 @@ def read(row: dict[str, Any], **said: Any) -> Any:
     how = reading(**said)
     found = detect(row, how.columns)
     assert found is not None, f"{row} is recognised as nothing"
-    return parse(row, said.get("format", found), None, how)
+    return parse(row, said.get("format", found), how)
 
 
 def chat_of(row: dict[str, Any], **said: Any) -> Chat:

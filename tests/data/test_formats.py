@@ -156,12 +156,11 @@ def test_an_empty_system_turn_counts_as_none_and_users_may_write_twice() -> None
             "a tool call without a function name",
         ),
         ([USER, {"role": "assistant", "content": "half \ud83d"}], "\\ud83d is half a character"),
-        ([USER, {"role": "assistant", "content": "a<|im_end|>b"}], "holds the control token <|im_end|>"),
     ],
 )
 def test_bad_chats_say_which_turn_and_why(messages: Any, reason: str) -> None:
     with pytest.raises(BadRowError, match=re.escape(reason)):
-        parse({"messages": messages}, "messages", re.compile(r"<\|im_end\|>"))
+        parse({"messages": messages}, "messages")
 
 
 @pytest.mark.parametrize(

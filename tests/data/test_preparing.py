@@ -129,7 +129,7 @@ def bad_file(path: Path, count: int = 12) -> Path:
     rows = [
         chat("fine", "yes"),
         *(bad * count)[:count],
-        chat("control", "a<|im_end|>b"),
+        {"messages": []},
         chat("also", "fine"),
     ]
     return write(path, rows)
@@ -159,8 +159,8 @@ def test_bad_rows_are_skipped_counted_and_written(setup: TemplateSetup, tmp_path
     entries = [json.loads(line) for line in rejected.read_text().splitlines()]
     assert [entry["where"] for entry in entries] == [f"{path}:{line}" for line in (2, 3, 4, 5)]
     assert entries[0]["row"] == '{"messages": oops}'
-    assert entries[3]["row"] == chat("control", "a<|im_end|>b")
-    assert "control token <|im_end|>" in entries[3]["reason"]
+    assert entries[3]["row"] == {"messages": []}
+    assert "`messages` is empty" in entries[3]["reason"]
 
 
 def test_rejected_rows_may_hold_what_utf8_cannot(setup: TemplateSetup, tmp_path: Path) -> None:
