@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Literal, Self
@@ -11,7 +13,23 @@ from mamba_sft.errors import DataError
 from mamba_sft.json_lines import Row
 
 _LISTED = 10
-"""Bad rows that an error lists."""
+"""Reasons that an error lists."""
+_TOLD_APART = 1000
+"""Reasons that are counted apart: a reason may hold a text of the row."""
+
+
+@dataclass
+class _Reason:
+    """Rows that are bad for the same reason, as the first of them has it."""
+
+    first: str
+    text: str
+    rows: int = 0
+
+    def line(self) -> str:
+        if self.rows == 1:
+            return f"  {self.first}: {self.text}"
+        return f"  {self.rows:,} rows: {self.text}; first at {self.first}"
 
 
 class BadRows:
@@ -27,7 +45,7 @@ class BadRows:
         self.count = 0
         self._path, self._on_bad_row = path, on_bad_row
         self._file: IO[bytes] | None = None
-        self._first: list[str] = []
+        self._reasons: dict[str, _Reason] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -46,8 +64,9 @@ class BadRows:
     def add(self, row: Row, reason: str) -> None:
         """Adds a row."""
         self.count += 1
-        if len(self._first) < _LISTED:
-            self._first.append(f"  {row.where}: {reason}")
+        kind = re.sub(r"\d+", "0", reason)  # turn 3 and turn 5, column 10 and column 14
+        if kind in self._reasons or len(self._reasons) < _TOLD_APART:
+            self._reasons.setdefault(kind, _Reason(row.where, reason)).rows += 1
         if self._file is None:
             self._file = self._path.open("wb")
         content = {"where": row.where, "reason": reason, "row": row.value}
@@ -62,7 +81,7 @@ class BadRows:
             read: Rows read.
 
         Raises:
-            DataError: It does, and there is; names the first ones.
+            DataError: It does, and there is; names the reasons and where each occurs first.
         """
         if self.stops:
             raise DataError(
@@ -71,6 +90,7 @@ class BadRows:
             )
 
     def listed(self) -> list[str]:
-        """The first bad rows, a line each, and how many more there are."""
-        more = self.count - len(self._first)
-        return [*self._first, f"  ... and {more} more"] if more else self._first
+        """The reasons, most rows first, a line each, and how many rows more there are."""
+        shown = sorted(self._reasons.values(), key=lambda reason: -reason.rows)[:_LISTED]
+        more = self.count - sum(reason.rows for reason in shown)
+        return [reason.line() for reason in shown] + ([f"  ... and {more:,} more"] if more else [])

@@ -2,8 +2,9 @@
 
 A message may quote `<|im_start|>`, as a README about chat templates does, or be written to open a turn that
 nobody took. Encoded as it stands it would become the control token. So before a template renders a
-conversation, each spelling of a special token inside it is split by a code point that is no character; where a
-text is encoded it is cut there, and both halves become ordinary tokens, which together say what was written.
+conversation, each spelling of a special token inside it is split by a code point that is no character; where
+a text is encoded it is cut there, and both halves become ordinary tokens, which together say what was
+written.
 """
 
 from __future__ import annotations

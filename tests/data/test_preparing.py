@@ -135,18 +135,27 @@ def bad_file(path: Path, count: int = 12) -> Path:
     return write(path, rows)
 
 
-def test_bad_rows_stop_and_ten_are_listed(setup: TemplateSetup, tmp_path: Path) -> None:
-    path = bad_file(tmp_path / "a.jsonl")
+def test_bad_rows_stop_and_are_told_by_their_reasons(setup: TemplateSetup, tmp_path: Path) -> None:
+    path = bad_file(tmp_path / "a.jsonl", 11)
     with pytest.raises(DataError) as error:
         prepare(setup, path)
     lines = error.value.message.splitlines()
-    assert lines[0] == "13 of 15 rows cannot be trained on:"
-    assert lines[1] == f"  {path}:2: not JSON: Expecting value, column 14"
-    assert lines[2].startswith(f"  {path}:3: turn 1: unknown role 'usr'; did you mean `user`?")
-    assert lines[3].startswith(f"  {path}:4: not messages: it looks like text")
+    assert lines[0] == "12 of 14 rows cannot be trained on:"
+    assert lines[1] == f"  4 rows: not JSON: Expecting value, column 14; first at {path}:2"
+    assert lines[2].startswith("  4 rows: turn 1: unknown role 'usr'; did you mean `user`?")
+    assert lines[3].startswith("  3 rows: not messages: it looks like text")
+    assert lines[4] == f"  {path}:13: `messages` is empty"
+    assert len(lines) == 5
+    assert "data.on_bad_row: skip" in str(error.value.hint)
+
+
+def test_ten_reasons_are_listed(setup: TemplateSetup, tmp_path: Path) -> None:
+    rows = [{"messages": [{"role": f"role {chr(97 + i)}", "content": "q"}]} for i in range(13)]
+    with pytest.raises(DataError) as error:
+        prepare(setup, write(tmp_path / "a.jsonl", rows))
+    lines = error.value.message.splitlines()
     assert len(lines) == 12
     assert lines[-1] == "  ... and 3 more"
-    assert "data.on_bad_row: skip" in str(error.value.hint)
 
 
 def test_bad_rows_are_skipped_counted_and_written(setup: TemplateSetup, tmp_path: Path) -> None:
