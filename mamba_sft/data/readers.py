@@ -29,7 +29,8 @@ _AS_LINES = (
 
 OF_A_ROW = {
     *TURN_COLUMNS, "chat", "dialog", "dialogue", "turns", "prompt", "completion", "response", "chosen",
-    "rejected", "history", "tools", "functions", "instruction", "question", "answer", "query", "text", "input", "output",
+    "rejected", "history", "tools", "functions", "instruction", "question", "answer", "query",
+    "text", "input", "output",
 }  # fmt: skip
 """Columns of a row: an object that has one is no wrapper around rows, though it may hold a list of them."""
 
