@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from mamba_sft.data.chats import Chat, LeftOut, check_encodable, check_text, make_chat
 from mamba_sft.data.columns import Columns, Layout, layout_of, likeliest_columns
 from mamba_sft.data.keys import note_unused, refuse_media, row_flags, row_is_trained
-from mamba_sft.data.notes import CHAT, NOT_CHOSEN, PLAIN, WEIGHT_ZERO, Notes
+from mamba_sft.data.notes import CHAT, MARKED, NOT_CHOSEN, PLAIN, WEIGHT_ZERO, Notes
 from mamba_sft.data.preferences import ADVICE, LABELS, is_rejected, preference_columns, refuse_preferences
 from mamba_sft.data.roles import known_roles
 from mamba_sft.data.tool_calls import read_tools
@@ -57,18 +57,20 @@ class Reading:
         columns: Part -> column, where names do not say it; see `columns`.
         turns: Roles, reasoning and names.
         prefers_chosen: Train on what preference data prefers; else such rows are refused.
+        stop_token: What ends an answer, which plain text may hold already.
     """
 
     columns: Columns = field(default_factory=dict)
     turns: TurnRules = field(default_factory=TurnRules)
     prefers_chosen: bool = False
+    stop_token: str | None = None
 
     @classmethod
     def of(cls, source: SourceSection, setup: TemplateSetup) -> Reading:
         """Returns what the recipe says of a source, for one chat template."""
         rules = TurnRules(known_roles(source.roles), setup.reasoning == "keep", setup.carries.name)
         columns = {str(part): column for part, column in source.columns.items()}
-        return cls(columns, rules, source.preference == "chosen")
+        return cls(columns, rules, source.preference == "chosen", setup.stop_token)
 
 
 _AS_IT_STANDS = Reading()
@@ -229,6 +231,9 @@ def _parse(row: dict[str, Any], expected: str, reading: Reading) -> Chat | Passa
         check_text(example)
     elif isinstance(example, Passage):
         notes.note(PLAIN)
+        stop = reading.stop_token
+        if stop and stop in example.text.rstrip().removesuffix(stop):
+            notes.note(MARKED)
         check_encodable("text", example.prompt + example.text)
     return example
 

@@ -20,7 +20,11 @@ REASONING_KEPT = "reasoning kept"
 REASONING_DROPPED = "reasoning dropped"
 TOOLS_LISTED = "tools listed in the system turn"
 
+MARKED = "chat marks in plain text"
+
 _SENTENCES = {
+    MARKED: "text holds chat marks already in {rows}: all of it is trained, the users' turns too;"
+    " as `messages` only answers would be",
     WEIGHT_ZERO: "left out for a weight of 0: {rows}",
     NOT_CHOSEN: "left out because the answer was rejected: {rows}",
     CONTEXT: "answers with weight 0 are context, not trained, in {rows}",

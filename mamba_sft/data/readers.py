@@ -233,11 +233,26 @@ def _read_parquet(path: Path) -> Iterator[Row]:
     try:
         number = 0
         for batch in pq.ParquetFile(path).iter_batches(_BATCH):
-            for value in batch.to_pylist():
+            for value, problem in _values(batch):
                 number += 1
-                yield Row(str(path), f"{path}: row {number}", without_nulls(value))
+                yield Row(str(path), f"{path}: row {number}", without_nulls(value), problem)
     except pa.ArrowException as error:
         raise DataError(f"`{path}` is not a readable parquet file: {error}") from error
+
+
+def _values(batch: Any) -> Iterator[tuple[Any, str | None]]:
+    """The rows of an Arrow batch; one that Python cannot hold (a date in the year 300,000) has a problem."""
+    try:
+        yield from ((value, None) for value in batch.to_pylist())
+        return
+    except (OverflowError, ValueError):
+        pass
+    for number in range(batch.num_rows):
+        row = batch.slice(number, 1)
+        try:
+            yield row.to_pylist()[0], None
+        except (OverflowError, ValueError) as error:
+            yield f"a row of {', '.join(batch.schema.names)}", f"Python cannot hold a value of it: {error}"
 
 
 def without_nulls(value: Any) -> Any:

@@ -135,7 +135,8 @@ class Renderer:
 
     def _passage(self, passage: Passage) -> Pieces:
         stop = self.setup.stop_token
-        text = passage.text if passage.text.endswith(stop) else passage.text + stop
+        stopped = passage.text.rstrip()  # blanks behind a stop token are not another text
+        text = stopped if stopped.endswith(stop) else passage.text + stop
         return [(passage.prompt, False), (text, True)] if passage.prompt else [(text, True)]
 
     def _tokens(self, where: str, example: Example, pieces: Pieces, encoded: list[list[int]]) -> Tokens:

@@ -112,6 +112,18 @@ def test_completions_and_texts_are_plain_and_stop(setup: TemplateSetup, tmp_path
     assert row["labels"] == [IGNORED, *row["input_ids"][1:]]
 
 
+def test_text_that_is_a_chat_already_is_not_stopped_twice_and_told(
+    setup: TemplateSetup, tmp_path: Path
+) -> None:
+    turns = "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\nworld<|im_end|>\n"
+    prepared = prepare(setup, write(tmp_path / "a.jsonl", [{"text": turns}, {"text": "the quick fox"}]))
+    assert texts(setup, prepared) == [turns.rstrip(), "the quick fox<|im_end|>"]
+    told = [warning for warning in prepared.summary.warnings() if "chat marks" in warning]
+    assert len(told) == 1
+    assert "in 1 row" in told[0]
+    assert "`messages`" in told[0]
+
+
 def test_answers_inside_a_prompt_are_context(setup: TemplateSetup, tmp_path: Path) -> None:
     row = {"prompt": chat("one", "two")["messages"] + chat("three", "-")["messages"][:1],
            "completion": chat("-", "four")["messages"][1:]}  # fmt: skip

@@ -150,6 +150,19 @@ def test_what_save_to_disk_wrote_is_read(tmp_path: Path) -> None:
     assert "train, test" in str(caught.value.hint)
 
 
+def test_a_parquet_row_that_python_cannot_hold_is_bad_alone(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "a.parquet"
+    dates = pa.array([0, 2**60, 1], pa.int64()).cast(pa.timestamp("ms"), safe=False)
+    pq.write_table(pa.table({"text": ["one", "two", "three"], "when": dates}), path)
+    rows = read(path)
+    assert [row.where for row in rows] == [f"{path}: row {number}" for number in (1, 2, 3)]
+    assert [bool(row.problem) for row in rows] == [False, True, False]
+    assert rows[2].value["text"] == "three"
+
+
 def test_a_directory_of_several_kinds_says_which(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", LINES)
     write(tmp_path / "README.md", "about")
