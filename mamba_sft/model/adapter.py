@@ -10,6 +10,7 @@ Adapter weights are float32 whatever the base is: the steps of training are too 
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from copy import copy
@@ -167,7 +168,7 @@ def save_adapter(model: PeftModel, directory: Path, *, section: ModelSection, se
     config = copy(model.peft_config[_ADAPTER])
     config.target_modules = sorted(config.target_modules)  # PEFT makes a set of them, saved in any order
     config.save_pretrained(directory, inference_mode=True)
-    setup.tokenizer.save_pretrained(directory)
+    _save_tokenizer(setup.tokenizer, directory)
     model.generation_config.save_pretrained(directory)
     base = resolve_base(section.base, section.revision)
     facts = BaseFacts(
@@ -182,6 +183,18 @@ def save_adapter(model: PeftModel, directory: Path, *, section: ModelSection, se
         adapter_checksum=file_checksum(directory / ADAPTER_WEIGHTS),
     )
     facts.write(directory)
+
+
+def _save_tokenizer(tokenizer: Any, directory: Path) -> None:
+    """Writes a tokenizer so that transformers 4 reads it too, and without the flags of how it was loaded."""
+    tokenizer.save_pretrained(directory)
+    path = directory / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if config.get("tokenizer_class") == "TokenizersBackend":  # the name of transformers 5 for the same class
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    for flag in ("is_local", "local_files_only"):
+        config.pop(flag, None)
+    path.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def adapter_tensors(model: Any) -> dict[str, torch.nn.Parameter]:

@@ -223,6 +223,21 @@ def test_what_is_saved(tiny_base: Path, tmp_path: Path) -> None:
     assert (tmp_path / ADAPTER_WEIGHTS).stat().st_mode == (tmp_path / "tokenizer.json").stat().st_mode
 
 
+def test_the_tokenizer_loads_in_older_transformers_too(tiny_base: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    where = ModelSection(base=str(tiny_base), dtype="float32")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base, local_files_only=True)  # leaves flags of the loading
+    setup = SimpleNamespace(tokenizer=tokenizer, resize_to=None, trained_token_ids=ROWS, stop_token_ids=[11])
+    model = attach_adapter(load_model(where), section(), trained_token_ids=ROWS)
+    save_adapter(model, tmp_path, section=where, setup=setup)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"  # what transformers 4 knows
+    assert not {"is_local", "local_files_only"} & set(config)
+    text = "the quick brown fox"
+    assert AutoTokenizer.from_pretrained(tmp_path).encode(text) == tokenizer.encode(text)
+
+
 def test_the_trainer_saves_rows_not_matrices(tiny_base: Path, tmp_path: Path) -> None:
     base = load_model(ModelSection(base=str(tiny_base), dtype="float32"))
     base.resize_token_embeddings(520, mean_resizing=False)
