@@ -34,8 +34,8 @@ def drive(console: Console, steps: int, start: int = 0) -> TrainingBar:
 def test_a_log_file_gets_about_twenty_lines() -> None:
     text = io.StringIO()
     drive(Console(file=text, width=100), 200)
-    lines = text.getvalue().splitlines()
-    assert 20 <= len(lines) <= 22  # a slow step may have a word of its own
+    lines = [line for line in text.getvalue().splitlines() if line]  # rich 14.0 ends with an empty one
+    assert len(lines) == 20
     assert lines[-1].startswith("step 200/200  loss 0.015  val 1.500  ")
     assert "tokens/s" in lines[-1]
     assert lines[-1].endswith("0 s left")
