@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 """Version of what is kept: raised when the same recipe and files would give other rows."""
 _ANNOUNCED = 50_000
 """Rows after which a long read says that it is alive."""

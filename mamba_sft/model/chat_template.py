@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mamba_sft.errors import DataError
-from mamba_sft.model.literal_text import SPLIT, mark_literals, special_spellings
+from mamba_sft.model.literal_text import Marked, choose_marks, spellings_of, unescaped
 from mamba_sft.model.special_tokens import is_single, rename_tokens, settle_pad, unused_slots
 
 if TYPE_CHECKING:
@@ -203,12 +202,15 @@ def split_rendered(
     from jinja2 import TemplateError
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    special = special_spellings(tokenizer)
-    written = [{k: mark_literals(v, special) for k, v in m.items() if v is not None} for m in messages]
+    written = [{k: v for k, v in m.items() if v is not None} for m in messages]
+    spellings, literal = spellings_of(tokenizer), None
     try:
+        if not (spellings.stand_apart(written) and spellings.stand_apart(tools)):
+            literal = choose_marks(written, tools)
+            written, tools = spellings.enclose(written, literal), spellings.enclose(tools, literal)
         rendered, marks = render_jinja_template(
             conversations=[written],
-            tools=mark_literals(tools, special) if tools else None,
+            tools=tools or None,
             chat_template=tokenizer.chat_template,
             return_assistant_tokens_mask=True,
             add_generation_prompt=add_generation_prompt,
@@ -222,22 +224,40 @@ def split_rendered(
         pieces += [(text[end:first], False), (text[first:last], True)]
         end = last
     pieces.append((text[end:], False))
-    return [(piece, trained) for piece, trained in pieces if piece]
+    found = [(piece, trained) for piece, trained in pieces if piece]
+    if literal is None:
+        return found
+    return [(Marked.of(unescaped(piece, literal), literal), trained) for piece, trained in found]
 
 
 def encode_batch(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     """Token ids of each text; special tokens written out in a text count as such, none are added.
 
-    What `split_rendered` has marked is text: it is cut there, and its parts are encoded apart.
+    What `split_rendered` has marked is text.
     """
+    found = _encode(tokenizer, [text for text in texts if not isinstance(text, Marked)])
+    marked = [text for text in texts if isinstance(text, Marked)]
+    if not marked:
+        return found
+    plain, literal = iter(found), iter(_encode_marked(tokenizer, marked))
+    return [next(literal if isinstance(text, Marked) else plain) for text in texts]
+
+
+def _encode(tokenizer: Any, texts: list[str], **settings: Any) -> list[list[int]]:
     if not texts:
         return []
-    parts = [part for text in texts for part in text.split(SPLIT)]
-    encoded = tokenizer(parts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-    if len(parts) == len(texts):
-        return list(encoded["input_ids"])
-    found = iter(encoded["input_ids"])
-    return [[token for part in islice(found, text.count(SPLIT) + 1) for token in part] for text in texts]
+    settings |= {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+    return list(tokenizer(texts, **settings)["input_ids"])
+
+
+def _encode_marked(tokenizer: Any, texts: list[Marked]) -> Iterator[list[int]]:
+    """Token ids of each text, its control tokens apart from what they stand between."""
+    spellings = spellings_of(tokenizer)
+    cut = [list(spellings.cut(text)) for text in texts]
+    plain = [part for parts in cut for part in parts if isinstance(part, str)]
+    found = iter(_encode(tokenizer, plain, split_special_tokens=True))
+    for parts in cut:
+        yield [token for part in parts for token in ([part] if isinstance(part, int) else next(found))]
 
 
 def join_pieces(

@@ -1,45 +1,172 @@
 """Text is text: what a message says is never taken for a mark of the template.
 
 A message may quote `<|im_start|>`, as a README about chat templates does, or be written to open a turn that
-nobody took. Encoded as it stands it would become the control token. So before a template renders a
-conversation, each spelling of a special token inside it is split by a code point that is no character; where
-a text is encoded it is cut there, and both halves become ordinary tokens, which together say what was
-written.
+nobody took. Encoded as it stands, that would become the control token. So before a template renders a
+conversation, each spelling of a special token in it is put between two code points that are no characters.
+Where the rendering is encoded, only what stands outside of them is a control token; the text between two
+control tokens is encoded as any text is, the enclosed spellings with it. A message that ends with the first
+half of a spelling could take the template's own token behind it for the second; such halves are enclosed as
+well. Conversations without either, nearly all, are rendered and encoded as they stand.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Self
+from weakref import WeakKeyDictionary
 
 from mamba_sft.errors import DataError
 
-SPLIT = "\ufdd0"
-"""A noncharacter: Unicode gives it no meaning and keeps it for use inside a program."""
+Marks = tuple[str, str]
+"""What stands before and behind a text that is none of the template's."""
+
+_PAIRS = [(chr(code), chr(code + 1)) for code in range(0xFDD0, 0xFDF0, 2)]
+"""Code points that Unicode gives no meaning and keeps for use inside a program."""
+_ROLES = frozenset(("system", "user", "assistant", "tool"))
+"""Texts that templates compare with, so that nothing may be put around them."""
 
 
-def special_spellings(tokenizer: Any) -> re.Pattern[str]:
-    """Returns a pattern of all special tokens as they are written; it matches nothing if there are none."""
-    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    return re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
+class Marked(str):
+    """Rendered text in which what stands between `marks` is text, whatever it spells."""
+
+    __slots__ = ("marks",)
+    marks: Marks
+
+    @classmethod
+    def of(cls, text: str, marks: Marks) -> Self:
+        """Returns `text` with its marks."""
+        marked = cls(text)
+        marked.marks = marks
+        return marked
 
 
-def mark_literals(value: Any, special: re.Pattern[str]) -> Any:
-    """Returns messages or tools, every spelling of a special token in their texts split.
+@dataclass(frozen=True)
+class Spellings:
+    """How the special tokens of a tokenizer are written.
 
     Args:
-        value: A text, or lists and objects of them at any depth; it is not changed.
-        special: From `special_spellings`.
+        tokens: Spelling -> (id, added token).
+        starts: First characters of spellings: a text without any of them holds none.
+        heads: Beginnings of spellings that a text might end with, longest first.
+        tails: Ends of spellings that a text might begin with, longest first.
+        pattern: Matches every spelling, or nothing.
+    """
+
+    tokens: dict[str, tuple[int, Any]]
+    starts: tuple[str, ...]
+    heads: tuple[str, ...]
+    tails: tuple[str, ...]
+    pattern: str
+
+    def stand_apart(self, value: Any) -> bool:
+        """Whether texts, or lists and objects of them at any depth, can be rendered as they are."""
+        if isinstance(value, str):
+            if any(start in value for start in self.starts) and _matcher(self.pattern).search(value):
+                return False
+            return not (value.rstrip().endswith(self.heads) or value.lstrip().startswith(self.tails))
+        if isinstance(value, dict):
+            return all(map(self.stand_apart, value)) and all(map(self.stand_apart, value.values()))
+        return not isinstance(value, list) or all(map(self.stand_apart, value))
+
+    def enclose(self, value: Any, marks: Marks) -> Any:
+        """Returns messages or tools in which every spelling stands between marks, and half of one at an end.
+
+        Args:
+            value: A text, or lists and objects of them at any depth; it is not changed.
+            marks: What to put before and behind.
+        """
+        if isinstance(value, str):
+            return value if value in _ROLES or self.stand_apart(value) else self._enclose_text(value, *marks)
+        if isinstance(value, dict):
+            return {self.enclose(key, marks): self.enclose(entry, marks) for key, entry in value.items()}
+        if isinstance(value, list):
+            return [self.enclose(entry, marks) for entry in value]
+        return value
+
+    def _enclose_text(self, text: str, opening: str, closing: str) -> str:
+        text = _matcher(self.pattern).sub(lambda found: opening + found[0] + closing, text)
+        bare = text.rstrip()
+        head = next((head for head in self.heads if bare.endswith(head)), "")
+        if head:
+            text = f"{bare[: -len(head)]}{opening}{head}{closing}{text[len(bare) :]}"
+        bare = text.lstrip()
+        tail = next((tail for tail in self.tails if bare.startswith(tail)), "")
+        if tail:
+            text = f"{text[: len(text) - len(bare)]}{opening}{tail}{closing}{bare[len(tail) :]}"
+        return text
+
+    def cut(self, text: Marked) -> Iterator[str | int]:
+        """Yields the control tokens of a rendered text, by their ids, and the texts between them."""
+        opening, closing = text.marks
+        either = _matcher(f"{opening}([^{closing}]*){closing}|({self.pattern})|({opening}|{closing})")
+        plain, at, strips = "", 0, False
+        for found in either.finditer(text):
+            plain += text[at : found.start()] + (found[1] or "")
+            at = found.end()
+            if found[2] is None:
+                continue
+            number, token = self.tokens[found[2]]
+            plain = plain.lstrip() if strips else plain
+            yield plain.rstrip() if token.lstrip else plain
+            yield number
+            plain, strips = "", token.rstrip
+        plain += text[at:]
+        yield plain.lstrip() if strips else plain
+
+
+def spellings_of(tokenizer: Any) -> Spellings:
+    """Returns how a tokenizer's special tokens are written."""
+    size, known = _known.get(tokenizer, (0, None))
+    if known is None or size != len(tokenizer):
+        known = _spellings(tokenizer)
+        _known[tokenizer] = len(tokenizer), known
+    return known
+
+
+def choose_marks(*values: Any) -> Marks:
+    """Returns marks that occur nowhere in messages and tools.
 
     Raises:
-        DataError: A text holds the code point that marks the split.
+        DataError: All of them do.
     """
-    if isinstance(value, str):
-        if SPLIT in value:
-            raise DataError("a text holds U+FDD0, a code point that is no character", hint="take it out")
-        return special.sub(lambda found: found[0][0] + SPLIT + found[0][1:], value)
-    if isinstance(value, dict):
-        return {key: mark_literals(entry, special) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [mark_literals(entry, special) for entry in value]
-    return value
+    text = json.dumps(values, ensure_ascii=False, default=str)
+    for pair in _PAIRS:
+        if not any(mark in text or f"\\u{ord(mark):04x}" in text.lower() for mark in pair):
+            return pair
+    raise DataError("a text spells special tokens and holds all of U+FDD0 to U+FDEF, which are no characters")
+
+
+def unescaped(text: str, marks: Marks) -> str:
+    """Returns rendered text with its marks as they were, where the template wrote them as ASCII JSON does."""
+    for mark in marks:
+        text = text.replace(f"\\u{ord(mark):04x}", mark)
+    return text
+
+
+_known: WeakKeyDictionary[Any, tuple[int, Spellings]] = WeakKeyDictionary()
+
+
+def _spellings(tokenizer: Any) -> Spellings:
+    special = {
+        token.content: (i, token) for i, token in tokenizer.added_tokens_decoder.items() if token.special
+    }
+    texts = sorted(special, key=len, reverse=True)
+    # halves that are words (of a token such as `eos`) end half of all texts, and templates put no words there
+    heads = {text[:size] for text in texts if not text[0].isalnum() for size in range(1, len(text))}
+    tails = {text[size:] for text in texts if not text[-1].isalnum() for size in range(1, len(text))}
+    return Spellings(
+        tokens=special,
+        starts=tuple({text[:2] for text in texts}),
+        heads=tuple(sorted(heads, key=len, reverse=True)),
+        tails=tuple(sorted(tails, key=len, reverse=True)),
+        pattern="|".join(map(re.escape, texts)) or r"(?!)",
+    )
+
+
+@lru_cache(maxsize=32)
+def _matcher(pattern: str) -> re.Pattern[str]:
+    return re.compile(pattern)
