@@ -243,11 +243,11 @@ def encode_batch(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     return [next(literal if isinstance(text, Marked) else plain) for text in texts]
 
 
-def _encode(tokenizer: Any, texts: list[str], **settings: Any) -> list[list[int]]:
+def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     if not texts:
         return []
-    settings |= {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-    return list(tokenizer(texts, **settings)["input_ids"])
+    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    return list(encoded["input_ids"])
 
 
 def _encode_marked(tokenizer: Any, texts: list[Marked]) -> Iterator[list[int]]:
@@ -255,7 +255,8 @@ def _encode_marked(tokenizer: Any, texts: list[Marked]) -> Iterator[list[int]]:
     spellings = spellings_of(tokenizer)
     cut = [list(spellings.cut(text)) for text in texts]
     plain = [part for parts in cut for part in parts if isinstance(part, str)]
-    found = iter(_encode(tokenizer, plain, split_special_tokens=True))
+    encoded = spellings.as_text.encode_batch(plain, add_special_tokens=False)
+    found = iter([one.ids for one in encoded])
     for parts in cut:
         yield [token for part in parts for token in ([part] if isinstance(part, int) else next(found))]
 

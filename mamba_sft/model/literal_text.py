@@ -61,6 +61,9 @@ class Spellings:
     heads: tuple[str, ...]
     tails: tuple[str, ...]
     pattern: str
+    as_text: Any
+    """A tokenizer that knows no control tokens, one of its own: a switch of the shared one would be seen
+    by every thread that encodes at the same time."""
 
     def stand_apart(self, value: Any) -> bool:
         """Whether texts, or lists and objects of them at any depth, can be rendered as they are."""
@@ -164,7 +167,18 @@ def _spellings(tokenizer: Any) -> Spellings:
         heads=tuple(sorted(heads, key=len, reverse=True)),
         tails=tuple(sorted(tails, key=len, reverse=True)),
         pattern="|".join(map(re.escape, texts)) or r"(?!)",
+        as_text=_without_control_tokens(tokenizer),
     )
+
+
+def _without_control_tokens(tokenizer: Any) -> Any:
+    from tokenizers import Tokenizer
+
+    own = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    own.no_truncation()
+    own.no_padding()
+    own.encode_special_tokens = True
+    return own
 
 
 @lru_cache(maxsize=32)

@@ -157,3 +157,15 @@ def test_tokens_that_swallow_blanks_still_do(tiny_tokenizer: Any) -> None:
     turn, over = (tiny_tokenizer.convert_tokens_to_ids(token) for token in ("<|turn|>", "<|over|>"))
     for text, ids in (("hello <", plain), ("hello", marked)):
         assert ids[: ids.index(over) + 1] == [turn, *tiny_tokenizer.encode(text), over]
+
+
+def test_threads_that_quote_marks_change_nothing_for_the_others(tokenizer: Any) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    asked = [chat(FORGED if number % 2 else "ordinary", "user") for number in range(200)]
+    expected = [render(tokenizer, one)[0] for one in asked[:2]]
+    before = tokenizer.backend_tokenizer.encode_special_tokens
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda one: render(tokenizer, one)[0], asked))
+    assert all(ids == expected[number % 2] for number, ids in enumerate(found))
+    assert tokenizer.backend_tokenizer.encode_special_tokens == before
