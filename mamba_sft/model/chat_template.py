@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mamba_sft.errors import DataError
-from mamba_sft.model.literal_text import Marked, choose_marks, spellings_of, unescaped
+from mamba_sft.model.literal_text import Marked, choose_marks, encode_as_text, spellings_of, unescaped
 from mamba_sft.model.special_tokens import is_single, rename_tokens, settle_pad, unused_slots
 
 if TYPE_CHECKING:
@@ -255,8 +255,7 @@ def _encode_marked(tokenizer: Any, texts: list[Marked]) -> Iterator[list[int]]:
     spellings = spellings_of(tokenizer)
     cut = [list(spellings.cut(text)) for text in texts]
     plain = [part for parts in cut for part in parts if isinstance(part, str)]
-    encoded = spellings.as_text.encode_batch(plain, add_special_tokens=False)
-    found = iter([one.ids for one in encoded])
+    found = iter(encode_as_text(tokenizer, plain))
     for parts in cut:
         yield [token for part in parts for token in ([part] if isinstance(part, int) else next(found))]
 

@@ -13,14 +13,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 from weakref import WeakKeyDictionary
 
 from mamba_sft.errors import DataError
 
+Made = TypeVar("Made")
 Marks = tuple[str, str]
 """What stands before and behind a text that is none of the template's."""
 
@@ -61,9 +62,6 @@ class Spellings:
     heads: tuple[str, ...]
     tails: tuple[str, ...]
     pattern: str
-    as_text: Any
-    """A tokenizer that knows no control tokens, one of its own: a switch of the shared one would be seen
-    by every thread that encodes at the same time."""
 
     def stand_apart(self, value: Any) -> bool:
         """Whether texts, or lists and objects of them at any depth, can be rendered as they are."""
@@ -123,11 +121,28 @@ class Spellings:
 
 def spellings_of(tokenizer: Any) -> Spellings:
     """Returns how a tokenizer's special tokens are written."""
-    size, known = _known.get(tokenizer, (0, None))
-    if known is None or size != len(tokenizer):
-        known = _spellings(tokenizer)
-        _known[tokenizer] = len(tokenizer), known
-    return known
+    return _kept(_known, tokenizer, _spellings)
+
+
+def encode_as_text(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """Returns the token ids of each text by a tokenizer like this one that knows no control tokens.
+
+    It is one of its own, made when it is first needed: a switch of the shared one would be seen by every
+    thread that encodes at the same time.
+    """
+    own = _kept(_without_special, tokenizer, _without_control_tokens)
+    return [encoded.ids for encoded in own.encode_batch(texts, add_special_tokens=False)]
+
+
+def _kept(
+    made: WeakKeyDictionary[Any, tuple[int, Made]], tokenizer: Any, make: Callable[[Any], Made]
+) -> Made:
+    """What is made once of a tokenizer, and again when it has got more tokens."""
+    size, found = made.get(tokenizer, (-1, None))
+    if found is None or size != len(tokenizer):
+        found = make(tokenizer)
+        made[tokenizer] = len(tokenizer), found
+    return found
 
 
 def choose_marks(*values: Any) -> Marks:
@@ -151,6 +166,7 @@ def unescaped(text: str, marks: Marks) -> str:
 
 
 _known: WeakKeyDictionary[Any, tuple[int, Spellings]] = WeakKeyDictionary()
+_without_special: WeakKeyDictionary[Any, tuple[int, Any]] = WeakKeyDictionary()
 
 
 def _spellings(tokenizer: Any) -> Spellings:
@@ -167,7 +183,6 @@ def _spellings(tokenizer: Any) -> Spellings:
         heads=tuple(sorted(heads, key=len, reverse=True)),
         tails=tuple(sorted(tails, key=len, reverse=True)),
         pattern="|".join(map(re.escape, texts)) or r"(?!)",
-        as_text=_without_control_tokens(tokenizer),
     )
 
 
