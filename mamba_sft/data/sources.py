@@ -54,17 +54,11 @@ def identity(source: SourceSection) -> dict[str, str]:
     Raises:
         DataError: Nothing is there.
     """
-    found = find_path(source.path)
-    if glob.has_magic(source.path) and not found.exists():
-        files = _matches(source.path, found)
-    elif found.is_file():
-        files = [found]
-    elif found.is_dir():
-        files = sorted(path for path in found.rglob("*") if path.is_file())
-    elif is_hub_dataset(source.path):
+    places = _places(source)
+    if places is None:
         return {source.path: _hub_commit(source)}
-    else:
-        raise _missing(found)
+    inside = (sorted(place.rglob("*")) if place.is_dir() else [place] for place in places)
+    files = [path for path in chain.from_iterable(inside) if path.is_file()]
     try:
         return {str(path): file_checksum(path) for path in files}
     except OSError as error:
@@ -85,22 +79,27 @@ def is_hub_dataset(path: str) -> bool:
 
 
 def _open(source: SourceSection) -> Iterator[tuple[str, Iterator[Row]]]:
+    places = _places(source)
+    if places is None:
+        yield source.path, _read_hub(source, source.path)
+    for place in places or []:
+        yield str(place), _read_directory(source, place) if place.is_dir() else _read_file(place)
+
+
+def _places(source: SourceSection) -> list[Path] | None:
+    """The files, or the one directory, that a source's path means here; None for a data set on the hub."""
     found = find_path(source.path)
     if glob.has_magic(source.path) and not found.exists():
-        for path in _matches(source.path, found):
-            yield str(path), _read_file(path)
-    elif found.is_file():
-        yield str(found), _read_file(found)
-    elif found.is_dir():
-        yield str(found), _read_directory(source, found)
-    elif is_hub_dataset(source.path):
-        yield source.path, _read_hub(source, source.path)
-    else:
-        raise _missing(found)
+        return _matches(source.path, found)
+    if found.is_file() or found.is_dir():
+        return [found]
+    if is_hub_dataset(source.path):
+        return None
+    raise _missing(found)
 
 
 def _read_directory(source: SourceSection, path: Path) -> Iterator[Row]:
-    if any((path / name).is_file() for name in _SAVED):
+    if _is_saved(path):
         return _read_hub(source, str(path))
     kinds = Counter(kind_of_file(file) for file in path.rglob("*") if kind_of_file(file) in READERS)
     if len(kinds) > 1:
@@ -110,6 +109,10 @@ def _read_directory(source: SourceSection, path: Path) -> Iterator[Row]:
             f"`{path}` holds files of several kinds: {found}", hint=f"name those you mean: {globs}"
         )
     return _read_hub(source, str(path))
+
+
+def _is_saved(path: Path) -> bool:
+    return any((path / name).is_file() for name in _SAVED)
 
 
 def _matches(pattern: str, found: Path) -> list[Path]:
@@ -170,7 +173,7 @@ def _read_hub(source: SourceSection, path: str) -> Iterator[Row]:
     from datasets import load_dataset
 
     with _hub_errors(path):
-        if any((Path(path) / name).is_file() for name in _SAVED):
+        if _is_saved(Path(path)):
             dataset = _load_saved(path, source.split)
         else:
             dataset = load_dataset(path, source.name, split=source.split, streaming=source.stream)
