@@ -47,7 +47,7 @@ def data(
 
     started = time.monotonic()
     setup, prepared = read_corpus(loaded)
-    packing = preview.packed(prepared)
+    packing = prepared.packing
     length = run_length(loaded, rows=len(prepared.train_rows), tokens=prepared.summary.train_tokens)
     if prepare:
         err.print(preview.statistics(prepared.summary, packing, length), crop=False)

@@ -37,14 +37,6 @@ _BAR_WIDTH = 40
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 
 
-def packed(data: PreparedData) -> Packed | None:
-    """What packing made of the training rows; None where rows are not packed."""
-    limit = data.summary.max_length
-    if limit is None or data.train_rows is data.train:
-        return None
-    return Packed.of(len(data.train_rows), limit, data.summary.train_tokens)
-
-
 def overview(
     data: PreparedData,
     tokenizer: Any,

@@ -69,10 +69,10 @@ def train(
 
 
 def _show_dry_run(preparation: Preparation) -> None:
-    from mamba_sft.cli.preview import packed, statistics
+    from mamba_sft.cli.preview import statistics
 
     summary, length = preparation.data.summary, preparation.length
-    packing = packed(preparation.data)
+    packing = preparation.data.packing
     err.print(statistics(summary, packing, length), crop=False)
     rows = f"{summary.train_rows:,} rows to train on"
     if packing:

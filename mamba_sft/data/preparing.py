@@ -25,8 +25,8 @@ from mamba_sft.data.cache import key_of, made_once
 from mamba_sft.data.chats import Chat, LeftOut
 from mamba_sft.data.digests import RowsDigest
 from mamba_sft.data.notes import NOT_CHOSEN, WEIGHT_ZERO
-from mamba_sft.data.packing import open_packed, write_bins
-from mamba_sft.data.rows import RowIndex, RowWriter, open_rows
+from mamba_sft.data.packing import Packed, open_packed, write_bins
+from mamba_sft.data.rows import RowIndex, RowWriter, open_rows, row_lengths
 from mamba_sft.data.selecting import cut_row, take_validation, weighted
 from mamba_sft.data.sources import identity, read_source
 from mamba_sft.data.summary import DataSummary, SourceSummary
@@ -75,6 +75,14 @@ class PreparedData:
     summary: DataSummary
     rejected: Path | None
     path: Path
+
+    @property
+    def packing(self) -> Packed | None:
+        """What packing made of the training rows; None where rows are not packed."""
+        limit = self.summary.max_length
+        if limit is None or self.train_rows is self.train:
+            return None
+        return Packed.of(len(self.train_rows), limit, self.summary.train_tokens)
 
 
 def read_corpus(recipe: Recipe) -> tuple[TemplateSetup, PreparedData]:
@@ -164,7 +172,7 @@ def _open(directory: Path, *, packed: bool) -> PreparedData:
         for name, dataset in single.items()
     }
     summary = DataSummary.from_dict(json.loads((directory / SUMMARY).read_text(encoding="utf-8")))
-    summary.lengths = rows.with_format("numpy")["length"][:][pieces["train"]]
+    summary.lengths = row_lengths(single["train"])
     rejected = directory / REJECTED
     return PreparedData(
         train=single["train"],

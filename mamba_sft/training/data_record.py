@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mamba_sft.data.packing import Packed
 from mamba_sft.data.preparing import PreparedData
 from mamba_sft.data.shown import length_histogram, shown_rows
 from mamba_sft.errors import DataError
@@ -41,8 +40,8 @@ def record_data(
     record: dict[str, Any] = data.summary.to_dict() | {"rows": rows, "length": length.to_dict()}
     record["lengths"] = length_histogram(data.summary.lengths)
     record["warnings"] += length.warnings()
-    if recipe.data.packing and recipe.data.max_length:
-        record["packed"] = Packed.of(length.rows, recipe.data.max_length, length.tokens).to_dict()
+    if data.packing:
+        record["packed"] = data.packing.to_dict()
     if prompts:
         found = {"rows": len(prompts), "digest": prompts_digest(prompts)}
         record["prompts"] = {"path": recipe.eval.prompts} | found

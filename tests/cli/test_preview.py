@@ -80,7 +80,7 @@ def test_long_rows_leave_out_their_middle(setup: TemplateSetup) -> None:
 
 
 def test_the_whole_picture(setup: TemplateSetup, prepared: PreparedData) -> None:
-    packing = preview.packed(prepared)
+    packing = prepared.packing
     text = shown(preview.overview(prepared, setup.tokenizer, rows=2, packing=packing))
     assert "⟦trained tokens<|stop|>⟧" in text
     assert text.count("chats.jsonl:") == 2
@@ -95,7 +95,7 @@ def test_the_whole_picture(setup: TemplateSetup, prepared: PreparedData) -> None
 
 def test_packing_is_counted_exactly(prepared: PreparedData) -> None:
     rows = prepared.train_rows
-    packing = preview.packed(prepared)
+    packing = prepared.packing
     assert packing.rows == len(rows)
     assert packing.fill == sum(len(row["input_ids"]) for row in rows) / (len(rows) * 64)
 
@@ -116,7 +116,7 @@ def test_narrow_terminals_wrap(setup: TemplateSetup, prepared: PreparedData) -> 
 
 
 def test_json_has_the_same_facts(setup: TemplateSetup, prepared: PreparedData) -> None:
-    packing = preview.packed(prepared)
+    packing = prepared.packing
     content = json.loads(json.dumps(preview.to_dict(prepared, setup.tokenizer, rows=2, packing=packing)))
     assert content["train_rows"] == 39
     assert content["packed"] == {"rows": packing.rows, "max_length": 64, "fill": packing.fill}
