@@ -11,6 +11,7 @@ from typing import IO, Literal, Self
 
 from mamba_sft.errors import DataError
 from mamba_sft.json_lines import Row
+from mamba_sft.wording import count_text
 
 _LISTED = 10
 """Reasons that an error lists."""
@@ -29,7 +30,7 @@ class _Reason:
     def line(self) -> str:
         if self.rows == 1:
             return f"  {self.first}: {self.text}"
-        return f"  {self.rows:,} rows: {self.text}; first at {self.first}"
+        return f"  {count_text(self.rows, 'row')}: {self.text}; first at {self.first}"
 
 
 class BadRows:

@@ -25,7 +25,7 @@ _MAYBE_TURNS = ("chat", "dialog", "dialogue", "turns")
 _ASKS = ("instruction", "prompt", "question", "query", "problem")
 _ANSWERS = ("output", "completion", "response", "answer", "solution")
 _SPEAKERS = (("human", "user"), ("assistant", "gpt", "bot"))
-_PAIRS = (("instruction", "output"), ("prompt", "completion"))
+NAMED_PAIRS = (("instruction", "output"), ("prompt", "completion"))
 """Layouts with a name of their own; they hold whatever else is in the row."""
 _EXTRAS = {
     "input": ("instruction", "prompt", "question", "query", "problem"),
@@ -110,7 +110,7 @@ def _first(names: Mapping[str, str], known: tuple[str, ...]) -> str | None:
 
 def _pair(names: dict[str, str], own: Columns, beside: Columns) -> tuple[Columns | None, tuple[str, ...]]:
     """Question and answer, with what goes with the question; or the columns that leave it unclear."""
-    for asked, answered in _PAIRS:
+    for asked, answered in NAMED_PAIRS:
         if not {"prompt", "response"} & own.keys() and asked in names and answered in names:
             return _with_extra({"prompt": names[asked], "response": names[answered]}, asked, names, own), ()
     asks = [names[name] for name in _ASKS if name in names] or _listed(names, "input")

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from mamba_sft.data.chats import Chat, LeftOut, check_encodable, check_text, make_chat
-from mamba_sft.data.columns import Columns, Layout, layout_of, likeliest_columns
+from mamba_sft.data.columns import NAMED_PAIRS, Columns, Layout, layout_of, likeliest_columns
 from mamba_sft.data.keys import note_unused, refuse_media, row_flags, row_is_trained
 from mamba_sft.data.notes import CHAT, MARKED, NOT_CHOSEN, PLAIN, WEIGHT_ZERO, Notes
 from mamba_sft.data.preferences import ADVICE, LABELS, is_rejected, preference_columns, refuse_preferences
@@ -46,7 +46,6 @@ NEEDS = {
     "text": "`text`",
 }
 _CHATS = ("messages", "sharegpt")
-_PAIRS = ("alpaca", "prompt_completion", "plain_completion")
 
 
 @dataclass(frozen=True)
@@ -153,7 +152,7 @@ def _parts_text(row: dict[str, Any], reading: Reading) -> str:
     if layout.turn_column(row) is not None or not layout.pair:
         return ""
     pair = layout.pair
-    if (pair["prompt"], pair["response"]) in (("instruction", "output"), ("prompt", "completion")):
+    if (pair["prompt"], pair["response"]) in NAMED_PAIRS:
         return ""
     extra = f" and `{pair['input']}`" if "input" in pair else ""
     return f" (`{pair['prompt']}`{extra} as the prompt, `{pair['response']}` as the answer)"

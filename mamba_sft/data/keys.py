@@ -6,7 +6,7 @@ report names unknown ones. A key without a value says nothing at any level.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from mamba_sft.data.notes import Level, Notes
@@ -58,19 +58,13 @@ def is_trained(what: str, turn: Mapping[str, Any]) -> bool | None:
         BadRowError: A flag is neither 0 nor 1, or it is one that others read in opposite ways.
     """
     said = None
-    for key in FLAGS:
-        if key in turn and not is_empty(turn[key]):
-            on = switch(turn[key])
-            if on is None:
-                raise BadRowError(
-                    f"{what}: `{key}` is {_shown(turn[key])}; a turn has 0 (context) or 1 (trained)"
-                )
-            said = on if said is None else said and on
-    for key in _UNCLEAR_FLAGS:
-        if key in turn and not is_empty(turn[key]):
-            raise BadRowError(
-                f"{what}: `{key}` may mean either way; write `weight`: 0 (context) or 1 (trained)"
-            )
+    for key, value in _said(turn, FLAGS):
+        on = switch(value)
+        if on is None:
+            raise BadRowError(f"{what}: `{key}` is {_shown(value)}; a turn has 0 (context) or 1 (trained)")
+        said = on if said is None else said and on
+    for key, _ in _said(turn, _UNCLEAR_FLAGS):
+        raise BadRowError(f"{what}: `{key}` may mean either way; write `weight`: 0 (context) or 1 (trained)")
     return said
 
 
@@ -80,16 +74,15 @@ def row_is_trained(row: Mapping[str, Any]) -> bool:
     Raises:
         BadRowError: The weight is neither 0 nor 1.
     """
-    for key in _ROW_WEIGHTS:
-        if key in row and not is_empty(row[key]):
-            on = switch(row[key])
-            if on is None:
-                raise BadRowError(
-                    f"`{key}` is {_shown(row[key])}; a row has 0 (left out) or 1: rows cannot be weighed one"
-                    " by one yet; remove the column if it means something else"
-                )
-            if not on:
-                return False
+    for key, value in _said(row, _ROW_WEIGHTS):
+        on = switch(value)
+        if on is None:
+            raise BadRowError(
+                f"`{key}` is {_shown(value)}; a row has 0 (left out) or 1: rows cannot be weighed one"
+                " by one yet; remove the column if it means something else"
+            )
+        if not on:
+            return False
     return not any(switch(row[key]) is False for key in _ROW_SWITCHES if key in row)
 
 
@@ -120,6 +113,11 @@ def note_unused(level: Level, values: Mapping[str, Any], used: Iterable[str], no
             and not is_empty(values[key])
         ):
             notes.note_unused(level, name)
+
+
+def _said(values: Mapping[str, Any], keys: Iterable[str]) -> Iterator[tuple[str, Any]]:
+    """Those of the keys that hold something, with what they hold."""
+    return ((key, values[key]) for key in keys if key in values and not is_empty(values[key]))
 
 
 def _shown(value: Any) -> str:

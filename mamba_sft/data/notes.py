@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from mamba_sft.wording import count_text
+
 Level = Literal["row", "turn", "tool call"]
 """Where a key stands."""
 
@@ -78,7 +80,7 @@ class Notes:
     def sentences(self) -> list[str]:
         """What a reader should know of it."""
         found = [
-            sentence.format(rows=_counted(self.counts[what], "row"))
+            sentence.format(rows=count_text(self.counts[what], "row"))
             for what, sentence in _SENTENCES.items()
             if self.counts.get(what)
         ]
@@ -100,10 +102,6 @@ class Notes:
     def fits_no_chat(self) -> bool:
         """Whether rows are trained on, and none of them goes through the chat template."""
         return bool(self.counts.get(PLAIN)) and not self.counts.get(CHAT)
-
-
-def _counted(count: int, what: str) -> str:
-    return f"{count:,} {what}" + ("s" if count != 1 else "")
 
 
 def _keys(level: str, keys: dict[str, int]) -> str:
