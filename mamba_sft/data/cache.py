@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +76,7 @@ def made_once(key: str, make: Callable[[Path], Mapping[str, Any]]) -> Path:
     entry = root / key
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with FileLock(root / f"{key}.lock"):
+        with _lock(key):
             if not (entry / _FACTS).is_file():
                 with atomic_directory(entry) as partial:
                     facts = make(partial)
@@ -101,23 +100,20 @@ def entries() -> list[Entry]:
     return sorted(found, key=lambda entry: entry.used, reverse=True)
 
 
-def clear(older_than: float = 0.0) -> list[Entry]:
-    """Removes entries that were not used for so many seconds, and what a process left that was killed.
+def clear() -> list[Entry]:
+    """Removes all entries, and what a process left that was killed.
 
     Returns:
         The entries that are gone. One that is mapped by a running process stays readable there.
     """
-    gone = [entry for entry in entries() if time.time() - entry.used >= older_than]
-    for entry in gone:
-        _remove(entry.path)
-    for partial in cache_root().glob("*.partial"):
-        with FileLock(partial.with_suffix(".lock")):  # whoever is making it goes on; then it is an entry
-            shutil.rmtree(partial, ignore_errors=True)
+    gone = entries()
+    left = [entry.path for entry in gone] + list(cache_root().glob("*.partial"))
+    for path in left:
+        with _lock(path.stem):  # whoever is making it goes on; then it is an entry
+            shutil.rmtree(path, ignore_errors=True)
     return gone
 
 
-def _remove(path: Path) -> None:
-    lock = path.with_name(f"{path.name}.lock")
-    with FileLock(lock):
-        shutil.rmtree(path)
-    lock.unlink(missing_ok=True)
+def _lock(key: str) -> FileLock:
+    """The lock of an entry. Its file stays: who waits on one that is gone no longer waits for the others."""
+    return FileLock(cache_root() / f"{key}.lock")
