@@ -218,7 +218,7 @@ def _clear(preparation: Preparation) -> None:
     write_atomically(run.recipe, preparation.recipe.to_yaml())
     write_atomically(run.data, json.dumps(preparation.record, indent=2, ensure_ascii=False) + "\n")
     if preparation.data.rejected:
-        shutil.copyfile(preparation.data.rejected, run.rejected)
+        write_atomically(run.rejected, preparation.data.rejected.read_text(encoding="utf-8"))
     write_atomically(run.environment, json.dumps(describe_environment(), indent=2) + "\n")
 
 
