@@ -43,6 +43,12 @@ _BESIDE = {
 }
 """Parts that may stand beside any format, and the names they go by."""
 
+NAMES = frozenset((
+    *TURN_COLUMNS, *_MAYBE_TURNS, *_ASKS, *_ANSWERS, *(name for group in _SPEAKERS for name in group),
+    *_EXTRAS, *(name for names in _BESIDE.values() for name in names), "text",
+))  # fmt: skip
+"""All names that say what a column of a row is."""
+
 STRUCTURE = ("messages", "prompt", "response", "text")
 """Parts that make a format."""
 

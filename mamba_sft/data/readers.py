@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mamba_sft.data.columns import TURN_COLUMNS
+from mamba_sft.data.columns import NAMES
 from mamba_sft.errors import DataError
 from mamba_sft.json_lines import BOM, Row, open_bytes, read_json_lines
 
@@ -25,14 +25,6 @@ _AS_LINES = (
     " orient='records', lines=True, force_ascii=False)\""
 )
 """The command that writes a table anew as one object a line."""
-
-
-OF_A_ROW = {
-    *TURN_COLUMNS, "chat", "dialog", "dialogue", "turns", "prompt", "completion", "response", "chosen",
-    "rejected", "history", "tools", "functions", "instruction", "question", "answer", "query",
-    "text", "input", "output",
-}  # fmt: skip
-"""Columns of a row: an object that has one is no wrapper around rows, though it may hold a list of them."""
 
 
 def kind_of_file(path: Path) -> str:
@@ -71,7 +63,7 @@ def _read_object(path: Path) -> Iterator[Row]:
         yield from _read_lines(path)
         return
     lists = [key for key, rows in value.items() if _is_rows(rows)]
-    if len(lists) == 1 and not OF_A_ROW & set(value):
+    if len(lists) == 1 and not NAMES & set(value):  # else it is a row, which may hold a list of objects
         for number, row in enumerate(value[lists[0]], start=1):
             yield _row(str(path), f"{path}: `{lists[0]}` {number}", row)
         return

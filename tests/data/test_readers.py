@@ -76,6 +76,12 @@ def test_one_object_over_many_lines_is_one_row(tmp_path: Path) -> None:
     assert values(write(tmp_path / "c.json", json.dumps(row))) == [row]  # nor are its tools
 
 
+def test_what_a_wrapper_says_of_its_rows_is_not_dropped(tmp_path: Path) -> None:
+    """A system text beside the list means something: it is no mere wrapping, and no format has it."""
+    whole = {"system": "be brief", "data": ROWS}
+    assert values(write(tmp_path / "a.json", json.dumps(whole))) == [whole]
+
+
 def test_paragraphs_know_their_line(tmp_path: Path) -> None:
     path = write(tmp_path / "a.txt", "first\nline\n\nsecond\n")
     assert [(row.where, row.value["text"]) for row in read(path)] == [
