@@ -110,7 +110,8 @@ def clear() -> list[Entry]:
     left = [entry.path for entry in gone] + list(cache_root().glob("*.partial"))
     for path in left:
         with _lock(path.stem):  # whoever is making it goes on; then it is an entry
-            shutil.rmtree(path, ignore_errors=True)
+            if path.exists():
+                shutil.rmtree(path)
     return gone
 
 
