@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
+import threading
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -189,6 +190,10 @@ def render(
     return join_pieces(tokenizer, pieces, encode_batch(tokenizer, [text for text, _ in pieces]))
 
 
+_rendering = threading.Lock()
+"""`transformers` keeps one compiled template for all threads, and in it where the generation marks are."""
+
+
 def split_rendered(
     tokenizer: Any, messages: Sequence[Message], *, add_generation_prompt: bool = False, tools: Tools = None
 ) -> list[tuple[str, bool]]:
@@ -208,14 +213,15 @@ def split_rendered(
         if not (spellings.stand_apart(written) and spellings.stand_apart(tools)):
             literal = choose_marks(written, tools)
             written, tools = spellings.enclose(written, literal), spellings.enclose(tools, literal)
-        rendered, marks = render_jinja_template(
-            conversations=[written],
-            tools=tools or None,
-            chat_template=tokenizer.chat_template,
-            return_assistant_tokens_mask=True,
-            add_generation_prompt=add_generation_prompt,
-            **tokenizer.special_tokens_map,
-        )
+        with _rendering:
+            rendered, marks = render_jinja_template(
+                conversations=[written],
+                tools=tools or None,
+                chat_template=tokenizer.chat_template,
+                return_assistant_tokens_mask=True,
+                add_generation_prompt=add_generation_prompt,
+                **tokenizer.special_tokens_map,
+            )
     except (TemplateError, TypeError, RecursionError) as error:
         raise DataError(f"the chat template refuses this conversation: {error}") from error
     text, end = rendered[0], 0

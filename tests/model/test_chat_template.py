@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import random
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -347,3 +349,21 @@ def test_unfit_templates(tiny_tokenizer: Any, template: str, message: str) -> No
 def test_missing_templates(tiny_tokenizer: Any, template: str, message: str) -> None:
     with pytest.raises(DataError, match=message):
         prepare_tokenizer(tiny_tokenizer, ChatSection(template=template), {0})
+
+
+def test_threads_render_as_one_does(tiny_tokenizer: Any) -> None:
+    """Marks of one conversation must not be another's: the library keeps them in the template all share."""
+    tokenizer = prepare_tokenizer(tiny_tokenizer, ChatSection(), {0, 11}).tokenizer
+    chats = [
+        [{"role": "user", "content": "q " * n}, {"role": "assistant", "content": "a " * (n + 1)}]
+        for n in range(8)
+    ]
+    expected = [render(tokenizer, chat) for chat in chats]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # threads change places in the middle of everything
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda n: render(tokenizer, chats[n % 8]), range(400)))
+    finally:
+        sys.setswitchinterval(before)
+    assert all(one == expected[n % 8] for n, one in enumerate(found))
