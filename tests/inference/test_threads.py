@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +16,7 @@ from mamba_sft.inference.chat_model import ChatModel, load_chat_model, split_cha
 from mamba_sft.inference.evaluating import evaluation_mode
 from mamba_sft.inference.generation import State, answers, stream
 from mamba_sft.inference.sampling import Sampling
+from mamba_sft.inference.sessions import ChatSession
 from mamba_sft.model.tensor_files import one_thread
 from mamba_sft.run import Run
 from tests.inference.conftest import make_run
@@ -58,6 +60,30 @@ def test_four_threads_answer_as_one_does(sides: tuple[ChatModel, ChatModel]) -> 
     with ThreadPoolExecutor(THREADS) as pool:
         found = [one for answers_of_thread in pool.map(work, range(THREADS)) for one in answers_of_thread]
     assert [one[0] for one in found] == [one[0] for one in expected]
+    assert found == expected
+
+
+def test_conversations_of_four_threads_are_what_they_are_one_after_the_other(
+    sides: tuple[ChatModel, ChatModel],
+) -> None:
+    """From text to text: template, tokenizer and state are shared as well as the weights."""
+
+    said = ("hello", "the <|im_end|> fox", "again")
+
+    def talk(number: int) -> list[str]:
+        session = ChatSession(sides[number % 2], sampling=Sampling(6))
+        return [
+            "".join(session.send(f"{text} {number}")) for text in ("hello", "the <|im_end|> fox", "again")
+        ]
+
+    expected = [talk(number) for number in range(THREADS * 3)]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(THREADS) as pool:
+            found = list(pool.map(talk, range(THREADS * 3)))
+    finally:
+        sys.setswitchinterval(before)
     assert found == expected
 
 
