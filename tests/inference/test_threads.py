@@ -68,8 +68,6 @@ def test_conversations_of_four_threads_are_what_they_are_one_after_the_other(
 ) -> None:
     """From text to text: template, tokenizer and state are shared as well as the weights."""
 
-    said = ("hello", "the <|im_end|> fox", "again")
-
     def talk(number: int) -> list[str]:
         session = ChatSession(sides[number % 2], sampling=Sampling(6))
         return [
