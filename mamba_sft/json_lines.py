@@ -6,12 +6,13 @@ but say nothing, and what is wrong with a line is told with its file, line and c
 
 from __future__ import annotations
 
-import gzip
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
+
+from mamba_sft.packed_files import open_bytes
 
 BOM = b"\xef\xbb\xbf"
 
@@ -31,15 +32,6 @@ class Row:
     where: str
     value: Any
     problem: str | None = None
-
-
-def open_bytes(path: Path) -> IO[bytes]:
-    """Opens a file to read bytes; one whose name ends in `.gz` is unpacked on the way.
-
-    Raises:
-        OSError: The file cannot be read, or is not packed with gzip.
-    """
-    return cast(IO[bytes], gzip.open(path)) if path.suffix.lower() == ".gz" else path.open("rb")
 
 
 def read_json_lines(path: Path) -> Iterator[Row]:

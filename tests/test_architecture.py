@@ -17,7 +17,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "mamba_sft"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-GROUND = {"errors", "wording", "json_lines", "noise", "run"}
+GROUND = {"errors", "wording", "packed_files", "json_lines", "noise", "run"}
 """Single files that every room but the kernels may import."""
 
 MAY_IMPORT = {
@@ -49,7 +49,7 @@ LIVES_IN = {
     "packaging": {"diagnostics"},
     "peft": {"model", "merging"},
     "psutil": {"merging", "diagnostics"},
-    "pyarrow": {"data"},
+    "pyarrow": {"packed_files", "data"},
     "pydantic": {"recipe"},
     "rich": {"cli"},
     "safetensors": {"model", "merging", "training"},

@@ -3,7 +3,8 @@
     sources -> formats -> chats -> tokenizing -> rows ----> selecting -> packing -> trainer
     files      which      one      ids and       Arrow on   validation,  full rows,
     or hub     layout?    shape    labels        disk       weights      boundaries
-    sources finds files, readers reads each kind of them
+    sources finds files, readers reads each kind of them; json_files tells the forms of JSON apart, json_text
+    reads JSON of any length in little memory
     formats reads a row with  columns  which column plays which part   turns  roles, contents, reasoning
                               keys     harmless, honoured, refused     roles  who speaks
                               values   JSON as text, empty, NaN        tool_calls   one form of a call

@@ -1,167 +1,68 @@
-"""One reader for each kind of file: rows, each with its file and line.
-
-JSON is read by what is in it, not by its name: one object a line, one array or several, one object over many
-lines, one object around a list of rows. Every kind but parquet may be packed with gzip.
-"""
+"""One reader for each kind of file: rows, each with its file and line. All but parquet may be packed."""
 
 from __future__ import annotations
 
 import csv
 import io
-import json
-import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mamba_sft.data.columns import NAMES
+from mamba_sft.data.json_files import from_latin, pandas_command, read_json
 from mamba_sft.errors import DataError
-from mamba_sft.json_lines import BOM, Row, open_bytes, read_json_lines
+from mamba_sft.json_lines import BOM, Row
+from mamba_sft.packed_files import open_bytes
 
 _BATCH = 1000
-_AS_LINES = (
-    "python -c \"import pandas; pandas.{read}('{path}'{how}).to_json('{name}.jsonl',"
-    " orient='records', lines=True, force_ascii=False)\""
-)
-"""The command that writes a table anew as one object a line."""
-
-
-def kind_of_file(path: Path) -> str:
-    """Returns the ending that says how a file is read: `.jsonl` of `chats.jsonl.gz`."""
-    return Path(path.stem if path.suffix.lower() == ".gz" else path.name).suffix.lower()
-
-
-def _read_json(path: Path) -> Iterator[Row]:
-    """What the file starts with decides, not its name."""
-    with open_bytes(path) as file:
-        first = next((line for line in file if line.removeprefix(BOM).strip()), b"")
-        more = any(line.strip() for line in file)
-    start = first.removeprefix(BOM).lstrip()
-    if start.startswith(b"["):
-        return _read_arrays(path)
-    if start.startswith(b"{") and not (more and _is_json(start)):
-        return _read_object(path)
-    return _read_lines(path)
-
-
-def _is_json(line: bytes) -> bool:
-    try:
-        json.loads(line)
-    except (ValueError, RecursionError):
-        return False
-    return True
-
-
-def _read_object(path: Path) -> Iterator[Row]:
-    """One object: over many lines, or around a list of rows; else lines, of which the first is broken."""
-    with open_bytes(path) as file:
-        data = file.read().removeprefix(BOM)
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError):
-        yield from _read_lines(path)
-        return
-    lists = [key for key, rows in value.items() if _is_rows(rows)]
-    if len(lists) == 1 and not NAMES & set(value):  # else it is a row, which may hold a list of objects
-        for number, row in enumerate(value[lists[0]], start=1):
-            yield _row(str(path), f"{path}: `{lists[0]}` {number}", row)
-        return
-    if value and all(map(_is_column, value.values())):
-        raise DataError(
-            f"`{path}` holds columns, not rows: it is what pandas writes by default",
-            hint="`df.to_json('data.jsonl', orient='records', lines=True)`, or "
-            + _AS_LINES.format(read="read_json", path=path, how="", name=path.stem),
-        )
-    yield _row(str(path), f"{path}:1", value)
-
-
-def _is_column(value: Any) -> bool:
-    """Whether it is a column as pandas writes one: an object of row numbers."""
-    return isinstance(value, dict) and list(value) == [str(row) for row in range(len(value))] and bool(value)
-
-
-def _is_rows(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)
-
-
-def _read_lines(path: Path) -> Iterator[Row]:
-    for row in read_json_lines(path):
-        yield row if row.problem else _row(row.file, row.where, row.value)
-
-
-def _row(file: str, where: str, value: Any) -> Row:
-    if isinstance(value, dict):
-        return Row(file, where, value)
-    return Row(file, where, value, f"not an object but {type(value).__name__}")
-
-
-def _read_arrays(path: Path) -> Iterator[Row]:
-    """One array of rows, or several behind each other."""
-    with open_bytes(path) as file:
-        data = file.read().removeprefix(BOM)
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise DataError(
-            f"{path}:{line}: not UTF-8: byte 0x{data[error.start]:02x}", hint=_from_latin(path)
-        ) from error
-    decoder, space = json.JSONDecoder(), re.compile(r"[\s,]*")
-    position, line = text.index("[") + 1, text.count("\n", 0, text.index("[")) + 1
-    while True:
-        start = space.match(text, position).end()  # type: ignore[union-attr]
-        line += text.count("\n", position, start)
-        if text.startswith("]", start):
-            position = space.match(text, start + 1).end()  # type: ignore[union-attr]
-            line += text.count("\n", start, position)
-            if position == len(text):
-                return
-            if not text.startswith("[", position):
-                raise DataError(
-                    f"{path}:{line}: something stands behind the array: {text[position : position + 40]!r}",
-                    hint="a file holds one array, several arrays, or one object a line",
-                )
-            position += 1
-            continue
-        try:
-            value, position = decoder.raw_decode(text, start)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}:{error.lineno}: not JSON: {error.msg}, column {error.colno}") from error
-        except (RecursionError, ValueError) as error:
-            raise DataError(f"{path}:{line}: not readable as JSON: {error}") from error
-        yield _row(str(path), f"{path}:{line}", value)
-        line += text.count("\n", start, position)
-
-
-def _from_latin(path: Path) -> str:
-    return f"if it is latin-1, as older programs write: iconv -f LATIN1 -t UTF-8 {path} > utf8-{path.name}"
 
 
 def _read_text(path: Path) -> Iterator[Row]:
     """Paragraphs: what stands between blank lines is a text."""
+    paragraph: list[bytes] = []
+    start = 1
+    for number, line in _text_lines(path):
+        if line.strip():
+            start = start if paragraph else number
+            paragraph.append(line)
+        elif paragraph:
+            yield _text(path, start, paragraph)
+            paragraph = []
+    if paragraph:
+        yield _text(path, start, paragraph)
+
+
+def _read_text_lines(path: Path) -> Iterator[Row]:
+    return (_text(path, number, [line]) for number, line in _text_lines(path) if line.strip())
+
+
+def _read_document(path: Path) -> Iterator[Row]:
+    lines = [line for _, line in _text_lines(path)]
+    if any(line.strip() for line in lines):
+        yield _text(path, 1, lines)
+
+
+TEXT_READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+    "line": _read_text_lines,
+    "paragraph": _read_text,
+    "document": _read_document,
+}
+"""How a text file is read, by `sample_by`."""
+
+
+def _text_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     with open_bytes(path) as file:
-        paragraph: list[bytes] = []
-        start = 1
         for number, line in enumerate(file, start=1):
-            text = line.removeprefix(BOM) if number == 1 else line
-            if text.strip():
-                start = start if paragraph else number
-                paragraph.append(text)
-            elif paragraph:
-                yield _paragraph(path, start, paragraph)
-                paragraph = []
-        if paragraph:
-            yield _paragraph(path, start, paragraph)
+            yield number, line.removeprefix(BOM) if number == 1 else line
 
 
-def _paragraph(path: Path, line: int, lines: list[bytes]) -> Row:
+def _text(path: Path, line: int, lines: list[bytes]) -> Row:
     where, text = f"{path}:{line}", b"".join(lines).replace(b"\r\n", b"\n").strip(b"\n")
     try:
         return Row(str(path), where, {"text": text.decode("utf-8")})
     except UnicodeDecodeError as error:
         shown = text.decode("utf-8", "backslashreplace")
-        return Row(str(path), where, shown, f"not UTF-8: byte 0x{text[error.start]:02x}; {_from_latin(path)}")
+        return Row(str(path), where, shown, f"not UTF-8: byte 0x{text[error.start]:02x}; {from_latin(path)}")
 
 
 def _read_csv(path: Path) -> Iterator[Row]:
@@ -195,12 +96,11 @@ def _read_table(path: Path, delimiter: str) -> Iterator[Row]:
 def _checked_header(path: Path, line: int, fields: list[str]) -> list[str]:
     if len(set(fields)) < len(fields) or not all(fields):
         raise DataError(f"{path}:{line}: the header names a column twice or not at all: {', '.join(fields)}")
-    for delimiter, name in ((";", "semicolons"), ("\t", "tabs")):
+    for delimiter, name in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars")):
         if len(fields) == 1 and delimiter in fields[0]:
-            how = f", sep={delimiter!r}"
             raise DataError(
                 f"{path}:{line}: the columns are separated by {name}, not commas",
-                hint=_AS_LINES.format(read="read_csv", path=path, how=how, name=path.stem),
+                hint=pandas_command(path, "read_csv", f", sep={delimiter!r}"),
             )
     return fields
 
@@ -214,7 +114,7 @@ def _parse_fields(where: str, file: str, header: list[str], fields: list[str]) -
         shown = [
             field.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace") for field in fields
         ]
-        return Row(file, where, shown, f"not UTF-8; {_from_latin(Path(file))}")
+        return Row(file, where, shown, f"not UTF-8; {from_latin(Path(file))}")
     return Row(file, where, dict(zip(header, fields, strict=True)))
 
 
@@ -257,12 +157,13 @@ def without_nulls(value: Any) -> Any:
 
 
 READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
-    ".jsonl": _read_json,
-    ".ndjson": _read_json,
-    ".json": _read_json,
+    ".jsonl": read_json,
+    ".ndjson": read_json,
+    ".json": read_json,
     ".csv": _read_csv,
     ".tsv": _read_tsv,
-    ".txt": _read_text,
     ".parquet": _read_parquet,
 }
-"""How each kind of file is read, by its ending."""
+"""How each kind of file is read, by its ending; `.txt` is one of `TEXT_READERS`."""
+KINDS = (*READERS, ".txt")
+"""The endings of files that are read."""

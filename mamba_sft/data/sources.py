@@ -6,7 +6,6 @@ Reading never judges what a row means; it only says which rows could not be read
 from __future__ import annotations
 
 import glob
-import zlib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,11 +14,12 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mamba_sft.data.readers import READERS, kind_of_file, without_nulls
+from mamba_sft.data.readers import KINDS, READERS, TEXT_READERS, without_nulls
 from mamba_sft.errors import DataError
-from mamba_sft.json_lines import Row, open_bytes
+from mamba_sft.json_lines import Row
 from mamba_sft.model.checkpoint import is_hub_id
 from mamba_sft.model.checksums import file_checksum
+from mamba_sft.packed_files import CANNOT_READ, PACKED, is_packed, kind_of_file, open_bytes
 from mamba_sft.recipe.builtin import find_path
 
 if TYPE_CHECKING:
@@ -30,11 +30,14 @@ _BATCH = 1000
 _SAVED = ("dataset_dict.json", "state.json")
 """What tells a directory that `save_to_disk` wrote."""
 _CONVERTED = {
-    ".zst": "zstd -d {path}",
-    ".xz": "xz -dk {path}",
-    ".bz2": "bzip2 -dk {path}",
     ".zip": "unzip {path}",
+    ".7z": "7z x {path}",
+    ".tar": "tar -xf {path}",
+    ".tgz": "tar -xf {path}",
     ".xlsx": "python -c \"import pandas; pandas.read_excel('{path}').to_csv('data.csv', index=False)\"",
+    ".pkl": "python -c \"import pandas; pandas.read_pickle('{path}').to_parquet('data.parquet')\"",
+    ".feather": "python -c \"import pandas; pandas.read_feather('{path}').to_parquet('data.parquet')\"",
+    ".arrow": "python -c \"import datasets; datasets.Dataset.from_file('{path}').to_json('data.jsonl')\"",
 }
 """Other kinds of files, and the command that makes one of ours of them."""
 
@@ -75,7 +78,7 @@ def _hub_commit(source: SourceSection) -> str:
 def is_hub_dataset(path: str) -> bool:
     """Returns whether a source's path means a data set on the hub, and no file, directory or glob here."""
     found = find_path(path)
-    return is_hub_id(path) and kind_of_file(found) not in READERS and not found.exists()
+    return is_hub_id(path) and kind_of_file(found) not in KINDS and not found.exists()
 
 
 def _open(source: SourceSection) -> Iterator[tuple[str, Iterator[Row]]]:
@@ -83,7 +86,7 @@ def _open(source: SourceSection) -> Iterator[tuple[str, Iterator[Row]]]:
     if places is None:
         yield source.path, _read_hub(source, source.path)
     for place in places or []:
-        yield str(place), _read_directory(source, place) if place.is_dir() else _read_file(place)
+        yield str(place), _read_directory(source, place) if place.is_dir() else _read_file(source, place)
 
 
 def _places(source: SourceSection) -> list[Path] | None:
@@ -101,7 +104,7 @@ def _places(source: SourceSection) -> list[Path] | None:
 def _read_directory(source: SourceSection, path: Path) -> Iterator[Row]:
     if _is_saved(path):
         return _read_hub(source, str(path))
-    kinds = Counter(kind_of_file(file) for file in path.rglob("*") if kind_of_file(file) in READERS)
+    kinds = Counter(kind_of_file(file) for file in path.rglob("*") if kind_of_file(file) in KINDS)
     if len(kinds) > 1:
         found = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
         globs = " or ".join(f"`{path}/**/*{kind}`" for kind in sorted(kinds))
@@ -132,7 +135,7 @@ def _missing(path: Path) -> DataError:
     close = get_close_matches(path.name, names, n=1)
     if close:
         return DataError(f"no file `{path}`", hint=f"did you mean `{path.with_name(close[0])}`?")
-    readable = sorted(name for name in names if kind_of_file(Path(name)) in READERS)[:8]
+    readable = sorted(name for name in names if kind_of_file(Path(name)) in KINDS)[:8]
     listing = (
         f"`{path.parent}` has {', '.join(readable)}" if readable else "paths start from the working directory"
     )
@@ -147,25 +150,60 @@ def _not_empty(name: str, rows: Iterator[Row]) -> Iterator[Row]:
     yield from rows
 
 
-def _read_file(path: Path) -> Iterator[Row]:
-    reader = READERS.get(kind_of_file(path))
+def _read_file(source: SourceSection, path: Path) -> Iterator[Row]:
+    kind = kind_of_file(path)
+    reader = TEXT_READERS[source.sample_by] if kind == ".txt" else READERS.get(kind)
     if reader is None:
         raise _unknown_kind(path)
+    _refuse_idle_fields(source, path)
     try:
-        with open_bytes(path) as file:
-            start = file.read(4096)
-        if start.startswith(_UTF16_MARKS):
-            raise DataError(
-                f"`{path}` is UTF-16", hint=f"iconv -f UTF-16 -t UTF-8 {path} > converted{path.suffix}"
-            )
+        if kind != ".parquet":
+            _refuse_utf16(path)
         yield from reader(path)
-    except (OSError, EOFError, zlib.error) as error:
+    except CANNOT_READ as error:
         raise DataError(f"cannot read `{path}`: {getattr(error, 'strerror', None) or error}") from error
 
 
+def _refuse_idle_fields(source: SourceSection, path: Path) -> None:
+    """Refuses fields of a source that mean nothing for a file."""
+    idle = [
+        f"{name}: {value}"
+        for name, value, is_idle in (
+            ("split", source.split, source.split != "train"),
+            ("name", source.name, source.name is not None),
+            ("stream", "true", source.stream),
+        )
+        if is_idle
+    ]
+    if idle:
+        raise DataError(
+            f"`{path}` is a file, for which `{'` and `'.join(idle)}` means nothing",
+            hint="`split`, `name` and `stream` are for data sets of the hub; name the file that you mean",
+        )
+    if source.sample_by != "paragraph" and kind_of_file(path) != ".txt":
+        raise DataError(
+            f"`sample_by: {source.sample_by}` is for txt files, and `{path}` is none",
+            hint="leave it out, or give the txt files a source of their own",
+        )
+
+
+def _refuse_utf16(path: Path) -> None:
+    """Refuses UTF-16, with a mark at its start or not: every other byte of its Latin letters is zero."""
+    with open_bytes(path) as file:
+        start = file.read(4096)
+    if start.startswith(_UTF16_MARKS):
+        coding = "UTF-16"
+    elif start[:2].count(0) == 1:
+        coding = "UTF-16BE" if start[0] == 0 else "UTF-16LE"
+    else:
+        return
+    hint = f"iconv -f {coding} -t UTF-8 {path} > converted{kind_of_file(path)}"
+    raise DataError(f"`{path}` is UTF-16", hint=f"unpack it, then {hint}" if is_packed(path) else hint)
+
+
 def _unknown_kind(path: Path) -> DataError:
-    command = _CONVERTED.get(path.suffix.lower())
-    hint = f"data files end in {', '.join(READERS)}, and all but parquet may be packed as .gz"
+    command = _CONVERTED.get(path.suffix.lower()) or _CONVERTED.get(kind_of_file(path))
+    hint = f"data files end in {', '.join(KINDS)}, and all but parquet may be packed: {', '.join(PACKED)}"
     return DataError(f"cannot read `{path}`", hint=command.format(path=path) if command else hint)
 
 

@@ -107,12 +107,14 @@ class SourceSection(Section):
     """One place that training rows come from."""
 
     path: Text
-    """A hub dataset id, a file (jsonl, ndjson, json, csv, tsv, txt, also .gz; parquet), a glob of files, or a
-    directory that `save_to_disk` wrote. Paragraphs of a txt file are its rows."""
+    """A hub dataset id, a file (jsonl, ndjson, json, csv, tsv, txt, all maybe packed as gz, bz2, xz or zst;
+    parquet), a glob of files, or a directory that `save_to_disk` wrote."""
     name: Text | None = None
     """Configuration of the hub dataset, where it has several."""
     split: Text = "train"
     """Split of the hub dataset."""
+    sample_by: Literal["line", "paragraph", "document"] = "paragraph"
+    """What of a txt file is a row: a line, a paragraph (blank lines stand between them), or all of it."""
     format: Literal[
         "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "plain_completion", "text"
     ] = "auto"

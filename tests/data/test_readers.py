@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +32,20 @@ def values(path: Path | str, **fields: Any) -> list[Any]:
 
 def write(path: Path, content: str | bytes) -> Path:
     data = content.encode() if isinstance(content, str) else content
-    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    path.write_bytes(PACK.get(path.suffix.lower(), bytes)(data))
     return path
+
+
+def zstd(data: bytes) -> bytes:
+    import pyarrow as pa
+
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as packed:
+        packed.write(data)
+    return sink.getvalue().to_pybytes()
+
+
+PACK = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstd}
 
 
 @pytest.mark.parametrize(
@@ -40,6 +54,11 @@ def write(path: Path, content: str | bytes) -> Path:
         ("a.jsonl.gz", LINES),
         ("A.JSONL.GZ", LINES),
         ("b.jsonl.gz", b"\xef\xbb\xbf" + LINES.encode()),
+        ("a.jsonl.bz2", LINES),
+        ("a.jsonl.xz", LINES),
+        ("a.jsonl.zst", LINES),
+        ("a.json.zst", json.dumps(ROWS)),
+        ("a.csv.xz", "text\none\ntwo\nthree\n"),
         ("a.ndjson", LINES),
         ("a.ndjson.gz", LINES),
         ("a.json.gz", json.dumps(ROWS)),
@@ -49,6 +68,10 @@ def write(path: Path, content: str | bytes) -> Path:
         ("wrapped-pretty.json", json.dumps({"train": ROWS, "license": "x"}, indent=4)),
         ("several.json", "".join(json.dumps([row]) + "\n" for row in ROWS)),
         ("several-close.json", json.dumps(ROWS[:2]) + json.dumps(ROWS[2:])),
+        ("objects.json", "".join(json.dumps(row, indent=2) + "\n" for row in ROWS)),
+        ("objects.jsonl", "".join(json.dumps(row, indent=2) + "\n" for row in ROWS)),
+        ("objects-with-commas.json", ",\n".join(json.dumps(row, indent=2) for row in ROWS)),
+        ("comma-at-the-end.json", "[" + "".join(json.dumps(row) + ",\n" for row in ROWS) + "]"),
         ("a.csv.gz", "text\none\ntwo\nthree\n"),
         ("a.tsv", "text\none\ntwo\nthree\n"),
         ("a.txt", "one\n\n\ntwo\r\n \nthree"),
@@ -57,8 +80,6 @@ def write(path: Path, content: str | bytes) -> Path:
 )
 def test_the_same_rows_out_of_every_kind(tmp_path: Path, name: str, content: str | bytes) -> None:
     path = write(tmp_path / name, content)
-    if name.isupper():  # gzip by name, whatever its case
-        path.write_bytes(gzip.compress(LINES.encode()))
     assert values(path) == ROWS
     assert identity(SourceSection(path=str(path))).keys() == {str(path)}
 
@@ -109,7 +130,18 @@ def test_a_broken_first_line_is_one_bad_row_not_a_broken_file(tmp_path: Path) ->
         ("a.json", '{"text": {"0": "one", "1": "two"}}', "holds columns, not rows", "orient='records'"),
         ("a.json", '[{"text": "caf\xe9"}]'.encode("latin-1"), "not UTF-8", "iconv -f LATIN1 -t UTF-8"),
         ("a.jsonl.gz", None, "cannot read", None),
-        ("a.jsonl.zst", "x", "cannot read", "zstd -d"),
+        ("a.jsonl.bz2", None, "cannot read", None),
+        ("a.jsonl.xz", None, "cannot read", None),
+        ("a.jsonl.zst", None, "cannot read", None),
+        ("a.zip", "x", "cannot read", "unzip"),
+        ("a.csv", "prompt|response\na|b\n", "separated by bars", "sep='|'"),
+        ("a.json", '{"0": {"text": "one"}, "1": {"text": "two"}}', "orient='index'", "orient='index')"),
+        ("a.json", '{"columns": ["text"], "data": [["one"]]}', "orient='split'", "orient='split')"),
+        ("a.json", json.dumps({"train": ROWS, "dev": ROWS}), "several lists of rows: `train`", "['train']"),
+        ("a.json", '{"a": 1,\n "b": [1,\n 2}\n', r"a\.json:3: not JSON: `,` is missing before '}", None),
+        ("a.jsonl", LINES.encode("utf-16"), "is UTF-16", "iconv -f UTF-16 -t"),
+        ("a.jsonl", LINES.encode("utf-16-le"), "is UTF-16", "iconv -f UTF-16LE -t"),
+        ("a.csv", "text\none\n".encode("utf-16-be"), "is UTF-16", "iconv -f UTF-16BE -t"),
         ("a.docx", "x", "cannot read", ".jsonl, .ndjson"),
     ],
 )
@@ -118,7 +150,7 @@ def test_what_is_refused_comes_with_what_mends_it(
 ) -> None:
     path = tmp_path / name
     if content is None:
-        path.write_bytes(b"this is not gzip")
+        path.write_bytes(b"this is not packed")
     else:
         write(path, content)
     with pytest.raises(DataError, match=message) as caught:
@@ -133,11 +165,68 @@ def test_latin_1_in_a_row_comes_with_the_command(tmp_path: Path) -> None:
         assert f"iconv -f LATIN1 -t UTF-8 {tmp_path / name}" in str(row.problem)
 
 
-def test_a_truncated_gz_is_one_clear_message(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.jsonl.gz", LINES * 1000)
+@pytest.mark.parametrize("packed", PACK)
+def test_a_packed_file_that_ends_early_is_one_clear_message(tmp_path: Path, packed: str) -> None:
+    path = write(tmp_path / f"a.jsonl{packed}", LINES * 1000)
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(DataError, match=r"cannot read .*a\.jsonl\.gz"):
+    with pytest.raises(DataError, match=r"cannot read .*a\.jsonl"):
         read(path)
+
+
+def test_a_text_file_by_lines_paragraphs_or_whole(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", "\ufeffone\r\ntwo\n\nthree\n")
+    assert [(row.where[-2:], row.value["text"]) for row in read(path, sample_by="line")] == [
+        (":1", "one"),
+        (":2", "two"),
+        (":4", "three"),
+    ]
+    assert values(path, sample_by="document") == [{"text": "one\ntwo\n\nthree"}]
+    assert values(path) == [{"text": "one\ntwo"}, {"text": "three"}]
+    with pytest.raises(DataError, match="holds no rows"):
+        read(write(tmp_path / "b.txt", " \n\n"), sample_by="document")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"split": "test"}, "`split: test` means nothing"),
+        ({"name": "en", "stream": True}, "`name: en` and `stream: true` means nothing"),
+        ({"sample_by": "line"}, "`sample_by: line` is for txt files"),
+    ],
+)
+def test_a_field_that_a_file_cannot_honour_is_refused(
+    tmp_path: Path, fields: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        read(write(tmp_path / "a.jsonl", LINES), **fields)
+
+
+TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "chats"),
+    [
+        ("lines.jsonl", json.dumps(TURNS) + "\n" + json.dumps(TURNS) + "\n", 2),
+        ("nested.json", json.dumps([TURNS, TURNS]), 2),
+        ("one.json", json.dumps(TURNS, indent=2), 1),
+        ("several.json", json.dumps(TURNS, indent=2) + json.dumps(TURNS), 2),
+    ],
+)
+def test_a_list_of_turns_without_a_name_is_a_chat(
+    tmp_path: Path, name: str, content: str, chats: int
+) -> None:
+    assert values(write(tmp_path / name, content)) == [{"messages": TURNS}] * chats
+
+
+def test_rows_that_only_look_like_turns_stay_rows(tmp_path: Path) -> None:
+    rows = [{"role": "engineer", "text": "one"}, {"role": "owner", "text": "two"}]
+    assert values(write(tmp_path / "a.json", json.dumps(rows))) == rows
+
+
+def test_entries_of_one_line_are_told_apart(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.json", json.dumps(ROWS))
+    assert [row.where for row in read(path)] == [f"{path}:1", f"{path}:1, entry 2", f"{path}:1, entry 3"]
 
 
 def test_what_save_to_disk_wrote_is_read(tmp_path: Path) -> None:

@@ -44,8 +44,8 @@ def test_unreadable_lines_are_rows_with_a_problem(tmp_path: Path) -> None:
     assert [problems["1"], problems["6"]] == [None, None]
     assert problems["2"] == "not JSON: Expecting value, column 10"
     assert problems["3"] == "not UTF-8: byte 0xff at 11"
-    assert problems["4"] == "not an object but list"
-    assert problems["5"] == "not an object but str"
+    assert problems["4"] == "not an object but a list"
+    assert problems["5"] == "not an object but a text"
 
 
 def test_a_line_cut_short_is_said_to_end_where_it_ends(tmp_path: Path) -> None:
