@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mamba_sft.packed_files import open_bytes
+from mamba_sft.errors import DataError
+from mamba_sft.packed_files import CANNOT_READ, kind_of_file, open_bytes
 
 BOM = b"\xef\xbb\xbf"
 
@@ -47,13 +48,63 @@ def read_json_lines(path: Path) -> Iterator[Row]:
                 yield _parse(str(path), f"{path}:{number}", text)
 
 
+def read_prompt_file(path: Path) -> list[Row]:
+    """Returns the rows of a file of prompts: JSON Lines, or a txt file with one prompt a line.
+
+    Raises:
+        DataError: It cannot be read, a line of it cannot, or it holds no prompts.
+    """
+    read = _text_prompts if kind_of_file(path) == ".txt" else read_json_lines
+    try:
+        rows = list(read(path))
+    except CANNOT_READ as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"cannot read the prompts `{path}`: {reason}") from error
+    if not rows:
+        raise DataError(
+            f"`{path}` holds no prompts",
+            hint='one a line, as JSON: {"prompt": "What is a haiku?"}, or as they are in a file called .txt',
+        )
+    first = rows[0]
+    if isinstance(first.value, list) or (first.problem and str(first.value).startswith("[")):
+        raise DataError(f"{first.where}: an array, where one prompt a line is needed", hint=_lines_of(path))
+    for row in rows:
+        if row.problem is not None:
+            raise DataError(f"{row.where}: {row.problem}")
+    return rows
+
+
+def _lines_of(path: Path) -> str:
+    """The command for a JSON array."""
+    return (
+        f"python -c \"import pandas; pandas.read_json('{path}')"
+        f".to_json('{path.stem}.jsonl', orient='records', lines=True)\""
+    )
+
+
+def _text_prompts(path: Path) -> Iterator[Row]:
+    with open_bytes(path) as file:
+        for number, line in enumerate(file, start=1):
+            text = (line.removeprefix(BOM) if number == 1 else line).strip(b"\r\n")
+            where = f"{path}:{number}"
+            try:
+                if text.strip():
+                    yield Row(str(path), where, {"prompt": text.decode("utf-8")})
+            except UnicodeDecodeError as error:
+                yield Row(str(path), where, repr(text), _not_utf8(text, error))
+
+
 def _parse(file: str, where: str, line: bytes) -> Row:
     try:
         return Row(file, where, json.loads(line.decode("utf-8").rstrip("\r\n")))
     except UnicodeDecodeError as error:
         shown = line.decode("utf-8", errors="backslashreplace").strip()
-        return Row(file, where, shown, f"not UTF-8: byte 0x{line[error.start]:02x} at {error.start + 1}")
+        return Row(file, where, shown, _not_utf8(line, error))
     except json.JSONDecodeError as error:
         return Row(file, where, line.decode("utf-8").strip(), f"not JSON: {error.msg}, column {error.colno}")
     except (RecursionError, ValueError) as error:  # nested too deep, or a number of thousands of digits
         return Row(file, where, line.decode("utf-8").strip()[:1000], f"not readable as JSON: {error}")
+
+
+def _not_utf8(line: bytes, error: UnicodeDecodeError) -> str:
+    return f"not UTF-8: byte 0x{line[error.start]:02x} at {error.start + 1}"

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 
 import pytest
 
-from mamba_sft.errors import DataError
+from mamba_sft.errors import DataError, ModelError
 from mamba_sft.evaluation.prompts import load_prompts
 from mamba_sft.inference.answering import generate
 from mamba_sft.json_lines import read_json_lines
@@ -42,3 +43,32 @@ def test_prompts_and_questions_are_read_by_the_same_reader(tmp_path: Path) -> No
     for read in (load_prompts, lambda path: generate(tmp_path / "no-model", path)):
         with pytest.raises(DataError, match=r"prompts.jsonl:2: not JSON: Expecting value, column 12"):
             read(path)
+
+
+def test_a_text_file_is_one_prompt_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\ufeffWhat is\u2028a haiku?\r\n\n  Name [one].\n".encode())
+    assert [prompt.prompt for prompt in load_prompts(path)] == ["What is\u2028a haiku?", "  Name [one]."]
+    with pytest.raises(ModelError, match="no model directory"):  # the prompts are read by then
+        generate(tmp_path / "no-model", path)
+    path.write_bytes(b"fine\ncaf\xe9\n")
+    with pytest.raises(DataError, match=r"prompts\.txt:2: not UTF-8: byte 0xe9 at 4"):
+        load_prompts(path)
+
+
+@pytest.mark.parametrize("content", [b'[{"prompt": "a"}]', b'[\n  {\n "prompt": "a"\n}\n]\n'])
+def test_an_array_of_prompts_comes_with_the_command(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "prompts.json"
+    path.write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        load_prompts(path)
+    assert str(caught.value.hint).endswith(".to_json('prompts.jsonl', orient='records', lines=True)\"")
+
+
+def test_a_packed_file_of_prompts(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"prompt": "a"}\n' * 1000))
+    assert len(load_prompts(path)) == 1000
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(DataError, match=r"cannot read the prompts .*prompts\.jsonl\.gz"):
+        load_prompts(path)

@@ -31,7 +31,7 @@ def generate(
         list[str] | None, typer.Option("--prompt", "-p", help="A prompt; may be repeated.")
     ] = None,
     input_file: Annotated[
-        Path | None, typer.Option("--input", help="Prompts, one JSON object a line.")
+        Path | None, typer.Option("--input", help="Prompts: JSON Lines, or a .txt with one a line.")
     ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", help="JSON Lines to write; default: print.")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mamba_sft.errors import DataError
-from mamba_sft.json_lines import Row, read_json_lines
+from mamba_sft.json_lines import Row, read_json_lines, read_prompt_file
 from mamba_sft.run import write_atomically
 
 
@@ -45,25 +45,15 @@ class Sample:
 
 
 def load_prompts(path: Path) -> list[Prompt]:
-    """Reads sample prompts from a JSON Lines file of `{"prompt": ..., "answer": ..., "system": ...}`.
+    """Reads sample prompts: JSON Lines of `{"prompt": ..., "answer": ..., "system": ...}`, or lines of text.
 
     Raises:
         DataError: The file is missing or a line is not such an object; the message has file and line.
     """
-    try:
-        prompts = [_parse(row) for row in read_json_lines(path)]
-    except OSError as error:
-        raise DataError(
-            f"cannot read the sample prompts `{path}`: {error.strerror}", hint="see `eval.prompts`"
-        ) from error
-    if not prompts:
-        raise DataError(f"`{path}` holds no prompts", hint='one a line: {"prompt": "What is a haiku?"}')
-    return prompts
+    return [_parse(row) for row in read_prompt_file(path)]
 
 
 def _parse(row: Row) -> Prompt:
-    if row.problem is not None:
-        raise DataError(f"{row.where}: {row.problem}")
     value, known = row.value, {"prompt", "answer", "system"}
     wrong = not isinstance(value, dict) or not isinstance(value.get("prompt"), str) or not set(value) <= known
     if wrong or not all(text is None or isinstance(text, str) for text in value.values()):
@@ -105,5 +95,5 @@ def write_samples(path: Path, samples: Sequence[Sample]) -> None:
 
 def read_samples(path: Path) -> list[Sample]:
     """Reads what `write_samples` wrote."""
-    rows: list[dict[str, Any]] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows: list[dict[str, Any]] = [row.value for row in read_json_lines(path)]
     return [Sample(Prompt(r["prompt"], r["answer"], r["system"]), r["before"], r["after"]) for r in rows]

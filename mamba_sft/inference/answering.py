@@ -12,7 +12,7 @@ from mamba_sft.inference.chat_model import ChatModel, load_chat_model, require_t
 from mamba_sft.inference.generation import Answer, answers
 from mamba_sft.inference.sampling import Sampling
 from mamba_sft.inference.sessions import ChatSession, CompareSession
-from mamba_sft.json_lines import Row, read_json_lines
+from mamba_sft.json_lines import Row, read_prompt_file
 from mamba_sft.model.chat_template import encode_batch, render, with_system
 from mamba_sft.run import Run, write_atomically
 
@@ -36,7 +36,7 @@ def generate(
     Args:
         model: A run, a model directory, a hub id, or what `load_chat_model` returned.
         prompts: A text, a list of messages, several of either, or the `Path` of a JSON Lines file with one
-            `{"prompt": ...}` or `{"messages": [...]}` a line.
+            `{"prompt": ...}` or `{"messages": [...]}` a line, or of a txt file with one prompt a line.
         output: JSON Lines file to write: prompt, `answer`, `finish_reason` (`stop` or `length`), `tokens`.
         sampling: How to choose tokens; greedy by default.
         system: System message of prompts that have none; None takes the one the model was trained with.
@@ -122,19 +122,11 @@ def _list_prompts(prompts: Prompt | Iterable[Prompt]) -> list[tuple[str, Prompt]
 
 def _read_prompts(path: Path) -> list[tuple[str, Prompt]]:
     """Returns (file:line, prompt) of every line that is not blank."""
-    try:
-        rows = [_parse(row) for row in read_json_lines(path)]
-    except OSError as error:
-        raise DataError(f"cannot read the prompts `{path}`: {error.strerror}") from error
-    if not rows:
-        raise DataError(f"`{path}` holds no prompts", hint='one a line: {"prompt": "What is a haiku?"}')
-    return rows
+    return [_parse(row) for row in read_prompt_file(path)]
 
 
 def _parse(row: Row) -> tuple[str, Prompt]:
     where, value = row.where, row.value
-    if row.problem is not None:
-        raise DataError(f"{where}: {row.problem}")
     if not isinstance(value, dict) or ("prompt" in value) == ("messages" in value):
         raise DataError(
             f"{where}: a line needs either `prompt` or `messages`",

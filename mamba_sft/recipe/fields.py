@@ -243,8 +243,8 @@ class EvalSection(Section):
     per_device_eval_batch_size: int = Field(default=1, ge=1, le=4096)
     """Rows per forward pass in evaluation. Needs far less memory per row than training."""
     prompts: Text | None = None
-    """A jsonl file of prompts to answer before and after training: {"prompt": ..., "answer": ...}, answer
-    optional. null answers none."""
+    """Prompts to answer before and after training: a jsonl file of {"prompt": ..., "answer": ...}, answer
+    optional, or a txt file with one prompt a line. null answers none."""
     max_new_tokens: int = Field(default=128, ge=1, le=65536)
     """Longest answer to a prompt."""
     load_best_model_at_end: bool = True
