@@ -11,10 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from mamba_sft.data.chat_marks import note_marks_of_chat, note_marks_of_text
 from mamba_sft.data.chats import Chat, LeftOut, check_encodable, check_text, make_chat
 from mamba_sft.data.columns import NAMED_PAIRS, Columns, Layout, layout_of, likeliest_columns
 from mamba_sft.data.keys import note_unused, refuse_media, row_flags, row_is_trained
-from mamba_sft.data.notes import CHAT, MARKED, NOT_CHOSEN, PLAIN, WEIGHT_ZERO, Notes
+from mamba_sft.data.notes import CHAT, NOT_CHOSEN, PLAIN, WEIGHT_ZERO, WHOLE, Notes
 from mamba_sft.data.preferences import ADVICE, LABELS, is_rejected, preference_columns, refuse_preferences
 from mamba_sft.data.roles import known_roles
 from mamba_sft.data.tool_calls import read_tools
@@ -227,12 +228,11 @@ def _parse(row: dict[str, Any], expected: str, reading: Reading) -> Chat | Passa
     notes.missing = {column: 1 for column in reading.columns.values() if column not in row}
     if isinstance(example, Chat):
         notes.note(CHAT)
+        note_marks_of_chat(example.messages, notes)
         check_text(example)
     elif isinstance(example, Passage):
         notes.note(PLAIN)
-        stop = reading.stop_token
-        if stop and stop in example.text.rstrip().removesuffix(stop):
-            notes.note(MARKED)
+        note_marks_of_text(example.prompt + example.text, reading.stop_token, notes)
         check_encodable("text", example.prompt + example.text)
     return example
 
@@ -392,6 +392,7 @@ def _read_text(row: _Row) -> Passage:
     text = row.text(column)
     if not text.strip():
         raise BadRowError(f"`{column}` is empty")
+    row.notes.note(WHOLE)
     return Passage(text, notes=row.notes)
 
 

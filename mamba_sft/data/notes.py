@@ -12,6 +12,7 @@ Level = Literal["row", "turn", "tool call"]
 
 CHAT = "through the chat template"
 PLAIN = "outside the chat template"
+WHOLE = "trained whole"
 WEIGHT_ZERO = "left out for weight 0"
 NOT_CHOSEN = "left out as rejected"
 CONTEXT = "answers kept as context"
@@ -23,10 +24,13 @@ REASONING_DROPPED = "reasoning dropped"
 TOOLS_LISTED = "tools listed in the system turn"
 
 MARKED = "chat marks in plain text"
+FOREIGN = "chat marks as ordinary text"
 
 _SENTENCES = {
     MARKED: "text holds chat marks already in {rows}: all of it is trained, the users' turns too;"
     " as `messages` only answers would be",
+    FOREIGN: "chat marks such as [INST] or ### Human: stand in the text of {rows} and are trained as ordinary"
+    " text; as `messages` such rows would get the marks of this chat template",
     WEIGHT_ZERO: "left out for a weight of 0: {rows}",
     NOT_CHOSEN: "left out because the answer was rejected: {rows}",
     CONTEXT: "answers with weight 0 are context, not trained, in {rows}",
@@ -84,6 +88,11 @@ class Notes:
             for what, sentence in _SENTENCES.items()
             if self.counts.get(what)
         ]
+        if self.counts.get(WHOLE) and self.counts.get(CHAT):
+            found.append(
+                f"{count_text(self.counts[WHOLE], 'row')} of text outside the chat template: all of a text is"
+                " trained, whatever `assistant_only_loss` says"
+            )
         parts = [
             _keys(level, self.unused[level])
             for level in ("row", "turn", "tool call")

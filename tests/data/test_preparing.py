@@ -124,6 +124,32 @@ def test_text_that_is_a_chat_already_is_not_stopped_twice_and_told(
     assert "`messages`" in told[0]
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"text": "<s>[INST] hello [/INST] world </s>"},
+        {"text": "### Human: hello\n### Assistant: world"},
+        {"prompt": "<s>[INST] hello [/INST]", "completion": "world"},
+        chat("<start_of_turn>user\nhello<end_of_turn>", "world"),
+        chat("<|im_start|>user\nhello", "world"),
+    ],
+)
+def test_marks_of_other_models_are_told(setup: TemplateSetup, tmp_path: Path, row: dict[str, Any]) -> None:
+    plain = chat("what is [INST] for?", "world")  # a text may speak of marks
+    prepared = prepare(setup, write(tmp_path / "a.jsonl", [row]), write(tmp_path / "b.jsonl", [plain]))
+    told = [warning for warning in prepared.summary.warnings() if "[INST]" in warning]
+    assert len(told) == 1
+    assert "the text of 1 row and" in told[0]
+
+
+def test_text_beside_chats_is_told_to_be_trained_whole(setup: TemplateSetup, tmp_path: Path) -> None:
+    chats = write(tmp_path / "a.jsonl", [chat("hello", "world")])
+    plain = write(tmp_path / "b.jsonl", [{"text": "the quick fox"}])
+    said = "1 row of text outside the chat template: all of a text is trained"
+    assert any(said in warning for warning in prepare(setup, chats, plain).summary.warnings())
+    assert not any(said in warning for warning in prepare(setup, chats).summary.warnings())
+
+
 def test_answers_inside_a_prompt_are_context(setup: TemplateSetup, tmp_path: Path) -> None:
     row = {"prompt": chat("one", "two")["messages"] + chat("three", "-")["messages"][:1],
            "completion": chat("-", "four")["messages"][1:]}  # fmt: skip
