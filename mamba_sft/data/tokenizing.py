@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 
 import numpy as np
 
@@ -144,9 +144,10 @@ class Renderer:
             check_stops(self.tokenizer, pieces, encoded)
         except DataError as error:
             raise DataError(f"{where}: {error.message}", error.hint) from error
-        ids = np.concatenate([np.array(tokens, dtype=np.int32) for tokens in encoded])
+        lengths = [len(tokens) for tokens in encoded]
+        ids = np.fromiter(chain.from_iterable(encoded), np.int32, sum(lengths))
         marks = np.array([is_trained or not self.assistant_only for _, is_trained in pieces])
-        trained = np.repeat(marks, [len(tokens) for tokens in encoded])
+        trained = np.repeat(marks, lengths)
         if isinstance(example, Chat):
             context = example.context if self.assistant_only else example.masked
             for start, end in _answer_spans(pieces, encoded, context):

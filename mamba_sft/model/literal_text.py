@@ -29,6 +29,8 @@ _PAIRS = [(chr(code), chr(code + 1)) for code in range(0xFDD0, 0xFDF0, 2)]
 """Code points that Unicode gives no meaning and keeps for use inside a program."""
 _ROLES = frozenset(("system", "user", "assistant", "tool"))
 """Texts that templates compare with, so that nothing may be put around them."""
+_KNOWN = _ROLES | {"role", "content"}
+"""These and the keys of every message: most texts of a conversation, and nothing that a user wrote."""
 
 
 class Marked(str):
@@ -66,6 +68,8 @@ class Spellings:
     def stand_apart(self, value: Any) -> bool:
         """Whether texts, or lists and objects of them at any depth, can be rendered as they are."""
         if isinstance(value, str):
+            if value in _KNOWN:
+                return True
             if any(start in value for start in self.starts) and _matcher(self.pattern).search(value):
                 return False
             return not (value.rstrip().endswith(self.heads) or value.lstrip().startswith(self.tails))

@@ -74,7 +74,10 @@ def load_tokenizer(section: ModelSection) -> Any:
             f"`{section.base}` has no `tokenizer.json`", hint="copy the tokenizer's files beside the weights"
         )
     try:
-        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+        tokenizer.backend_tokenizer.no_truncation()  # a file may say otherwise; rows are cut and padded here
+        tokenizer.backend_tokenizer.no_padding()
+        return tokenizer
     except Exception as error:  # tokenizers raises a bare Exception for a broken file
         raise ModelError(f"the tokenizer in `{directory}` cannot be read: {error}") from error
 

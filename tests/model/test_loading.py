@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 
 from mamba_sft.errors import ModelError
 from mamba_sft.kernels.falcon_mamba import FalconMambaMixer
+from mamba_sft.model.chat_template import encode_batch
 from mamba_sft.model.loading import (
     apply_setup,
     load_model,
@@ -292,3 +294,17 @@ def test_the_recipes_sampling_travels_with_the_checkpoint(
     saved = json.loads((tmp_path / "generation_config.json").read_text())
     names = ("do_sample", "temperature", "top_p")
     assert {name: saved[name] for name in names if saved.get(name) is not None} == written
+
+
+def test_a_tokenizer_that_truncates_or_pads_by_itself_does_not(tiny_base: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base, base)
+    content = json.loads((base / "tokenizer.json").read_text(encoding="utf-8"))
+    content["truncation"] = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+    content["padding"] = {"strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": None,
+                          "pad_id": 0, "pad_type_id": 0, "pad_token": "x"}  # fmt: skip
+    (base / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    texts = ["the quick brown fox", "fox"]
+    own, plain = (encode_batch(load_tokenizer(where(path)), texts) for path in (base, tiny_base))
+    assert own == plain
+    assert own == load_tokenizer(where(tiny_base))(texts, add_special_tokens=False).input_ids
