@@ -32,7 +32,7 @@ import torch
 from transformers import FalconMambaConfig, FalconMambaForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
-from mamba_sft.data.packing import Collator
+from mamba_sft.data.packing import PADDING, Collator
 from mamba_sft.kernels.falcon_mamba import install
 from mamba_sft.model.adapter import attach_adapter
 from mamba_sft.model.loading import resolve_dtype
@@ -159,7 +159,8 @@ def stock(recipe: Recipe, model: Any, dtype: torch.dtype, rows: list[dict[str, A
             row["input_ids"][end - size : end] for end, size in zip(ends, row["seq_lengths"], strict=True)
         ]
     batch = Collator(0)([{"input_ids": ids, "labels": ids} for ids in pieces])
-    batch = {name: batch[name].to(DEVICE) for name in ("input_ids", "labels", "attention_mask")}
+    batch["attention_mask"] = (batch.pop("seq_idx") != PADDING).long()  # stock knows padding by its mask alone
+    batch = {name: value.to(DEVICE) for name, value in batch.items()}
 
     def backward() -> None:
         with mixed(dtype):

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
+PADDING = 2**31 - 1
+"""What `seq_idx` is where a row has ended: a number that no sequence has."""
+
+
 @dataclass(frozen=True)
 class Packed:
     """What packing makes of an epoch: rows, what each may hold, and the share of it that holds tokens."""
@@ -163,10 +167,11 @@ class Collator:
         self.pad_token_id = pad_token_id
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Returns `input_ids`, `labels`, `attention_mask` int64 and `seq_idx` int32, all (B, L).
+        """Returns `input_ids` and `labels`, int64, and `seq_idx`, int32, all (B, L).
 
-        `seq_idx` counts the sequences within a row; padding is one more sequence of its own. The first label
-        of each sequence is -100: nothing before it predicts it.
+        `seq_idx` counts the sequences within a row; padding is one of its own, number `PADDING`. The first
+        label of each sequence is -100: nothing before it predicts it. There is no mask: padding stands behind
+        everything that is read, where nothing that comes before it can see it.
 
         Args:
             rows: `input_ids` and `labels`, and `seq_lengths` for packed rows.
@@ -176,21 +181,13 @@ class Collator:
         shape = (len(rows), max(len(row["input_ids"]) for row in rows))
         input_ids = np.full(shape, self.pad_token_id, dtype=np.int64)
         labels = np.full(shape, IGNORED, dtype=np.int64)
-        attention_mask = np.zeros(shape, dtype=np.int64)
-        seq_idx = np.zeros(shape, dtype=np.int32)
+        seq_idx = np.full(shape, PADDING, dtype=np.int32)
         for i, row in enumerate(rows):
             length = len(row["input_ids"])
             lengths = np.asarray(row.get("seq_lengths", [length]))
             input_ids[i, :length] = row["input_ids"]
             labels[i, :length] = row["labels"]
             labels[i, np.cumsum(lengths) - lengths] = IGNORED
-            attention_mask[i, :length] = 1
             seq_idx[i, :length] = np.repeat(np.arange(len(lengths)), lengths)
-            seq_idx[i, length:] = len(lengths)
-        batch = {
-            "input_ids": input_ids,
-            "labels": labels,
-            "attention_mask": attention_mask,
-            "seq_idx": seq_idx,
-        }
+        batch = {"input_ids": input_ids, "labels": labels, "seq_idx": seq_idx}
         return {name: torch.from_numpy(value) for name, value in batch.items()}

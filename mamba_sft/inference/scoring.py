@@ -24,7 +24,7 @@ def heldout_loss(
     Args:
         model: A FalconMamba model, plain, quantized or with an adapter; its training mode is restored.
         dataset: Rows with `input_ids` and `labels`, by integer index.
-        collator: Rows -> `input_ids`, `labels` (-100: not trained), `attention_mask`, `seq_idx`, all (B, L).
+        collator: Rows -> `input_ids`, `labels` (-100: not trained), `seq_idx`, all (B, L).
         batch_size: Rows at a time.
 
     Raises:

@@ -237,21 +237,24 @@ def dead_adapters(model: Any) -> list[str]:
         model: After a backward, before the gradients are cleared.
     """
     parameters = adapter_tensors(model)
+    trained = {name: p for name, p in parameters.items() if p.requires_grad and p.numel()}
+    grown = {name: parameters[name.replace(".lora_A.", ".lora_B.")] for name in trained if ".lora_A." in name}
+    gradients = {name: p.grad for name, p in trained.items() if p.grad is not None}
+    moved, reached = _not_zero(grown), _not_zero(gradients)
     return [
         name
-        for name, parameter in parameters.items()
-        if parameter.requires_grad and parameter.numel() and _is_dead(name, parameter, parameters)
+        for name in trained
+        if name not in gradients
+        or not (reached[name] or (not moved[name] if name in moved else ".embeddings." in name))
     ]
 
 
-def _is_dead(name: str, parameter: torch.nn.Parameter, parameters: dict[str, torch.nn.Parameter]) -> bool:
-    if parameter.grad is None:
-        return True
-    if parameter.grad.any():
-        return False
-    if ".lora_A." in name:
-        return bool(parameters[name.replace(".lora_A.", ".lora_B.")].any())
-    return ".embeddings." not in name
+def _not_zero(tensors: dict[str, torch.Tensor]) -> dict[str, bool]:
+    """Which tensors hold anything but zeros; waits for the device once, however many they are."""
+    if not tensors:
+        return {}
+    found = torch.stack([tensor.any() for tensor in tensors.values()]).tolist()
+    return dict(zip(tensors, found, strict=True))
 
 
 def _wrap(model: Any, config: PeftConfig) -> PeftModel:

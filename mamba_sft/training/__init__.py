@@ -3,6 +3,7 @@
     fine_tuning:  prepare  ->  load, attach  ->  answers before  ->  train  ->  answers after  ->  save
                   (all checks                                        |
                   before weights)      trainer (TRL's, as configured)
+                                         +- figures        loss and metrics, left on the device
                                          +- steps          ours, when rows are streamed or split:
                                          |    streaming      exact gradients, a chunk at a time
                                          |    out_of_memory  a micro-batch in parts

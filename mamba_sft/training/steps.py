@@ -1,47 +1,30 @@
 """The trainer's step for rows that stream, states that are carried, and micro-batches that may not fit.
 
-Loss and metrics are TRL's: log-probabilities from its chunked head, summed over the micro-batch and divided
-by the tokens of the whole optimizer step. Processes exchange nothing while they are in a micro-batch, because
+Loss and metrics are TRL's, see `figures`. Processes exchange nothing while they are in a micro-batch, because
 each may have another number of chunks; its last backward synchronizes the gradients, once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mamba_sft.data.packing import PADDING
 from mamba_sft.data.rows import IGNORED, row_lengths
 from mamba_sft.errors import TrainingError
 from mamba_sft.kernels.carry import Carry
 from mamba_sft.recipe.fields import TrainSection
+from mamba_sft.training.figures import Figures
 from mamba_sft.training.out_of_memory import AutoBatch
 from mamba_sft.training.streaming import Chunk, States, backpropagate, split, sweep
-
-
-class Figures(NamedTuple):
-    """Sums over some positions: what their loss and TRL's metrics are made of. Scalars."""
-
-    loss: Tensor
-    labels: Tensor
-    entropy: Tensor
-    correct: Tensor
-
-    @classmethod
-    def total(cls, parts: Iterable[Figures]) -> Figures:
-        """Returns the sum of several."""
-        return cls(*(sum(column[1:], column[0]) for column in zip(*parts, strict=True)))
-
-    def as_row(self) -> Tensor:
-        """Returns all four, (1, 4) float64."""
-        return torch.stack([figure.detach().double() for figure in self])[None]
 
 
 class ChunkedSteps:
@@ -98,7 +81,7 @@ class ChunkedSteps:
             self._try_longest(model)
             results = self._auto_batch.run(batch, step)
         figures = Figures.total(results)
-        self.trainer.record("train", figures, batch)
+        self.trainer.tally.add("train", figures, batch)
         return figures.loss
 
     def evaluation_loss(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
@@ -107,10 +90,10 @@ class ChunkedSteps:
         parts = []
         for chunk in split(inputs, self.tokens):
             carry = Carry(chunk.enter(states))
-            parts.append(_forward(model, chunk, carry))
+            parts.append(Figures.of(model, chunk.inputs, carry=carry))
             states = carry.after
         figures = Figures.total(parts)
-        self.trainer.record("eval", figures, inputs)
+        self.trainer.tally.add("eval", figures, inputs)
         return figures.loss / figures.labels.clamp(min=1)
 
     def save(self, directory: Path, process: int) -> None:
@@ -130,8 +113,9 @@ class ChunkedSteps:
         """Forward and backward of some rows; `last` ones synchronize the gradients if the trainer does."""
         accelerator = self.trainer.accelerator
         chunks = split(batch, self.tokens)
+        initial = self._initial_states(len(batch["input_ids"]))
         with accelerator.autocast():  # of its own: what it caches of the weights has no graph
-            boundaries = sweep(self._backbone, chunks, self._initial_states(len(batch["input_ids"])))
+            boundaries = sweep(self._backbone, chunks, initial)
         # As TRL: `num_items` counts all processes' tokens, and DDP takes the mean of their gradients.
         scale = accelerator.num_processes if self.trainer.args.average_tokens_across_devices else 1
         share = scale / torch.as_tensor(num_items).clamp(min=1)
@@ -140,7 +124,7 @@ class ChunkedSteps:
         def run(chunk: Chunk, carry: Carry, close: Callable[[Tensor], Tensor]) -> None:
             synchronizes = last and chunk is chunks[0]
             with nullcontext() if synchronizes else accelerator.no_sync(model):
-                figures = _forward(model, chunk, carry)
+                figures = Figures.of(model, chunk.inputs, carry=carry)
                 figures = figures._replace(loss=figures.loss * share)
                 accelerator.backward(close(figures.loss))
             parts.append(figures._replace(loss=figures.loss.detach()))
@@ -148,7 +132,7 @@ class ChunkedSteps:
         with self.trainer.maybe_activation_offload_context:
             final = backpropagate(chunks, boundaries, run)
         if self._carry_state:
-            self._pass_on(final, batch["attention_mask"])
+            self._pass_on(final, batch["seq_idx"], initial)
         return Figures.total(parts)
 
     @property
@@ -161,11 +145,20 @@ class ChunkedSteps:
         pick = torch.arange(rows, device=self.trainer.args.device) % len(self.passed_on[0][0])
         return [(conv[pick], scan[pick]) for conv, scan in self.passed_on]
 
-    def _pass_on(self, final: States, attention_mask: Tensor) -> None:
-        """Keeps the states of the rows that fill the batch's width; behind padding there are none."""
-        full = attention_mask[:, -1].nonzero()[:, 0]
-        if len(full):
-            self.passed_on = [(conv[full], scan[full]) for conv, scan in final]
+    def _pass_on(self, final: States, seq_idx: Tensor, initial: States | None) -> None:
+        """Keeps the states of the rows that fill the batch's width; behind padding there are none.
+
+        If none of them does, what they started from is kept. Which rows these are stays on the device: the
+        host would have to wait to know.
+        """
+        full = seq_idx[:, -1] != PADDING
+        first = torch.argsort((~full).int(), stable=True)
+        rows = first[torch.arange(len(full), device=full.device) % full.sum().clamp(min=1)]
+        earlier = initial or [(conv * 0, scan * 0) for conv, scan in final]
+        self.passed_on = [
+            (torch.where(full.any(), conv[rows], old_conv), torch.where(full.any(), scan[rows], old_scan))
+            for (conv, scan), (old_conv, old_scan) in zip(final, earlier, strict=True)
+        ]
 
     def _make_auto_batch(self) -> AutoBatch:
         args = self.trainer.args
@@ -189,16 +182,6 @@ class ChunkedSteps:
 
 
 _CARRIED = "carried-states-{}.safetensors"
-
-
-def _forward(model: Any, chunk: Chunk, carry: Carry) -> Figures:
-    outputs = model(**chunk.inputs, carry=carry, fused_lm_head=True)
-    return Figures(
-        loss=-outputs.log_probs.sum(),
-        labels=outputs.label_mask.sum(),
-        entropy=outputs.entropy.detach().sum(),
-        correct=outputs.is_top1.sum(),
-    )
 
 
 def _labels(batch: dict[str, Tensor]) -> Tensor:

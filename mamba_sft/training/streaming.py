@@ -30,7 +30,7 @@ class Chunk:
     """Some positions of a batch.
 
     Args:
-        inputs: `input_ids`, `attention_mask`, `seq_idx` and `shift_labels`, each (B, l). The label of a
+        inputs: `input_ids`, `seq_idx` and `shift_labels`, each (B, l). The label of a
             position is the token after it, for the last position the first of the next chunk.
         continues: (B, 1, 1) bool, the rows whose sequence began in an earlier chunk; None for the first.
     """
@@ -56,7 +56,7 @@ def split(inputs: dict[str, Tensor], tokens: int | None) -> list[Chunk]:
     """Cuts a batch along its length.
 
     Args:
-        inputs: From `packing.Collator`: `input_ids`, `labels`, `attention_mask` and `seq_idx`, each (B, L).
+        inputs: From `packing.Collator`: `input_ids`, `labels` and `seq_idx`, each (B, L).
         tokens: Positions per chunk, of which the last may have fewer; None makes a single chunk.
 
     Returns:
@@ -64,7 +64,7 @@ def split(inputs: dict[str, Tensor], tokens: int | None) -> list[Chunk]:
     """
     seq_idx = inputs["seq_idx"]
     length = seq_idx.shape[1]
-    columns = {name: inputs[name] for name in ("input_ids", "attention_mask", "seq_idx")}
+    columns = {name: inputs[name] for name in ("input_ids", "seq_idx")}
     columns["shift_labels"] = pad(inputs["labels"][:, 1:], (0, 1), value=IGNORED)
     size = tokens or length
     chunks = []
@@ -77,8 +77,9 @@ def split(inputs: dict[str, Tensor], tokens: int | None) -> list[Chunk]:
 class Boundaries:
     """What each chunk can be computed from again: the states before it, and the random numbers it drew.
 
-    All of it lies in a few large blocks of host memory: many small ones that live long, between the large
-    ones that come and go, would scatter the heap until it takes many times what is in it.
+    The states of all layers go to the host as one block, and come back as one: pinned, so that nobody waits
+    for the copy. On the host they lie in one large block, because many small ones that live long, between the
+    large ones that come and go, would scatter the heap until it takes many times what is in it.
 
     Args:
         chunks: How many there are.
@@ -89,7 +90,8 @@ class Boundaries:
     def __init__(self, chunks: int, device: torch.device, initial: States | None):
         self._device = device
         self._initial = initial
-        self._states: States = []
+        self._kept: Tensor | None = None  # (chunks, bytes of all states) uint8
+        self._shapes: list[tuple[torch.Size, torch.dtype]] = []
         self._random = tuple(x.new_empty((chunks, *x.shape)) for x in current_random_state(device))
 
     def save(self, chunk: int, states: States | None) -> None:
@@ -98,17 +100,14 @@ class Boundaries:
             kept[chunk] = now
         if chunk == 0 or states is None:
             return
-        if not self._states:
+        block = torch.cat([_as_bytes(x) for x in _wide_first(states)])
+        if self._kept is None:
             rows = len(self._random[0])
-            self._states = [
-                (
-                    conv.new_empty((rows, *conv.shape), device="cpu"),
-                    scan.new_empty((rows, *scan.shape), device="cpu"),
-                )
-                for conv, scan in states
-            ]
-        for (kept_conv, kept_scan), (conv, scan) in zip(self._states, states, strict=True):
-            kept_conv[chunk], kept_scan[chunk] = conv, scan
+            self._kept = torch.empty(
+                (rows, len(block)), dtype=torch.uint8, pin_memory=self._device.type == "cuda"
+            )
+            self._shapes = [(x.shape, x.dtype) for x in _wide_first(states)]
+        self._kept[chunk].copy_(block, non_blocking=True)
 
     def restore(self, chunk: int) -> States | None:
         """Returns the states before a chunk as leaves, and sets the random numbers back.
@@ -117,12 +116,25 @@ class Boundaries:
         """
         # Cloned, because torch reads a generator's state from the start of the storage, whatever the view.
         restore_random_state(tuple(kept[chunk].clone() for kept in self._random), self._device)
-        if chunk == 0:
+        if chunk == 0 or self._kept is None:
             return self._initial
-        return [(self._leaf(conv[chunk]), self._leaf(scan[chunk])) for conv, scan in self._states]
+        block = self._kept[chunk].to(self._device, non_blocking=True)
+        parts = block.split([shape.numel() * dtype.itemsize for shape, dtype in self._shapes])
+        leaves = [
+            part.view(dtype).view(shape).detach().requires_grad_()
+            for part, (shape, dtype) in zip(parts, self._shapes, strict=True)
+        ]
+        layers = len(leaves) // 2
+        return list(zip(leaves[layers:], leaves[:layers], strict=True))
 
-    def _leaf(self, kept: Tensor) -> Tensor:
-        return kept.to(self._device).detach().requires_grad_()
+
+def _wide_first(states: States) -> list[Tensor]:
+    """The scan states, in 32 bits, before those of the convolutions: each begins where its type may begin."""
+    return [scan for _, scan in states] + [conv for conv, _ in states]
+
+
+def _as_bytes(x: Tensor) -> Tensor:
+    return x.contiguous().view(-1).view(torch.uint8)
 
 
 def sweep(backbone: Any, chunks: Sequence[Chunk], initial: States | None = None) -> Boundaries:

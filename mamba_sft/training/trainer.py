@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import fields
 from difflib import get_close_matches
@@ -15,6 +16,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 from trl.trainer import add_fused_lm_head
 
+from mamba_sft.data.packing import PADDING
 from mamba_sft.errors import RecipeError, TrainingError
 from mamba_sft.model.adapter import keep_float32
 from mamba_sft.model.loading import resolve_dtype
@@ -22,8 +24,9 @@ from mamba_sft.planning.schedule import TRAINER_NAMES, make_scheduler
 from mamba_sft.recipe.fields import TrainSection
 from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.run import Run, write_atomically
+from mamba_sft.training.figures import Figures, Tally
 from mamba_sft.training.resuming import newest_resume_point
-from mamba_sft.training.steps import ChunkedSteps, Figures
+from mamba_sft.training.steps import ChunkedSteps
 
 FUSED_OUTPUTS = ("log_probs", "entropy", "is_top1")
 """What the fused head computes of each trained token: the loss, and what is logged beside it."""
@@ -54,6 +57,8 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         if any(hasattr(callback, "console") for callback in callbacks):
             self.remove_callback(ProgressCallback)
         keep_float32(self.model)
+        self.tally = Tally(self.accelerator)
+        self._micro_batches: list[tuple[torch.Tensor, dict[str, Any]]] = []
         self.steps = ChunkedSteps(self, section) if ChunkedSteps.wanted(section) else None
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -68,35 +73,62 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         return self.lr_scheduler
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        """One forward and backward; raises `TrainingError` before a NaN can reach the weights."""
+        """One forward and backward, whose loss and inputs are kept until the optimizer's step."""
         step = super().training_step if self.steps is None else self.steps.training_step
         loss: torch.Tensor = step(model, inputs, *args, **kwargs)
-        if not torch.isfinite(loss):
-            self._stop_on_nan("loss", inputs)
-        elif (
-            self.accelerator.sync_gradients
-            and self.accelerator.scaler is None
-            and not _gradients_finite(model)
-        ):
-            self._stop_on_nan("gradient", inputs)
+        self._micro_batches.append((loss.detach(), inputs))
         return loss
 
-    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """TRL's loss; in evaluation, rows stream as they do in training."""
-        if self.steps is None or model.training:
-            return super().compute_loss(model, inputs, *args, **kwargs)
-        return self.steps.evaluation_loss(model, inputs)
+    def _get_grad_norm(self, model: Any, grad_norm: torch.Tensor | None = None) -> float:
+        """Returns the gradient's norm; raises `TrainingError` before a NaN can reach the weights.
 
-    def record(self, mode: str, figures: Figures, inputs: dict[str, torch.Tensor]) -> None:
-        """Logs what TRL logs, over all processes, from sums over one micro-batch."""
-        sums = self.accelerator.gather_for_metrics(figures.as_row()).sum(0)
-        _, labels, entropy, correct = sums.tolist()
-        self._metrics[mode]["entropy"].append(entropy / max(labels, 1))
-        self._metrics[mode]["mean_token_accuracy"].append(correct / max(labels, 1))
-        if mode == "train":
-            read = self.accelerator.gather_for_metrics(inputs["attention_mask"].sum())
-            self._total_train_tokens += int(read.sum())
-        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+        Here, once in an optimizer step, the host waits for the device: for this norm and all losses together.
+        """
+        found = torch.as_tensor(super()._get_grad_norm(model, grad_norm=grad_norm))
+        batches, self._micro_batches = self._micro_batches, []
+        losses = [loss for loss, _ in batches]
+        values: list[float] = torch.stack([x.float().to(found.device) for x in (*losses, found)]).tolist()
+        norm = values.pop()
+        for loss, (_, inputs) in zip(values, batches, strict=True):
+            if not math.isfinite(loss):
+                self._stop_on_nan("loss", inputs)
+        if not math.isfinite(norm) and self.accelerator.scaler is None:
+            self._stop_on_nan("gradient", self._find_bad_gradient(model, [inputs for _, inputs in batches]))
+        return norm
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """TRL's loss without its waits for the device; in evaluation, rows stream as they do in training."""
+        if return_outputs or self._asks_more_of_the_loss:
+            inputs = inputs | {"attention_mask": (inputs["seq_idx"] != PADDING).long()}
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self.steps is not None and not model.training:
+            return self.steps.evaluation_loss(model, inputs)
+        figures = Figures.of(model, inputs)
+        self.tally.add("train" if model.training else "eval", figures, inputs)
+        tokens = figures.labels if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
+        loss = figures.loss / tokens.clamp(min=1)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # DDP takes the mean of the processes' gradients
+        return loss
+
+    @property
+    def _asks_more_of_the_loss(self) -> bool:
+        """Whether `train.trainer_arguments` asks for another loss than ours, which TRL then computes."""
+        return self.args.loss_type != "nll" or self.label_smoother is not None
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Logs what TRL logs, over all processes: what the micro-batches came to is read here."""
+        for mode, metrics in self.tally.read().items():
+            for name, values in metrics.items():
+                self._metrics[mode][name] += values
+            self._metrics[mode]["num_tokens"] = [self.tally.tokens]
+        super().log(logs, start_time)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
@@ -107,6 +139,20 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         super()._load_rng_state(checkpoint)
         if self.steps is not None and checkpoint is not None:
             self.steps.load(Path(checkpoint), self.args.process_index)
+
+    def _find_bad_gradient(self, model: Any, batches: list[dict[str, Any]]) -> dict[str, Any]:
+        """Runs the micro-batches of a step again, one by one; returns the first whose gradient is no number.
+
+        Dropout draws anew, so it may be none of them this time: then the last is returned.
+        """
+        for inputs in batches:
+            model.zero_grad()
+            with self.accelerator.no_sync(model):
+                self.accelerator.backward(self.compute_loss(model, self._prepare_inputs(inputs)))
+            gradients = [p.grad for p in model.parameters() if p.grad is not None]
+            if not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
+                return inputs
+        return batches[-1]
 
     def _stop_on_nan(self, what: str, inputs: dict[str, Any]) -> None:
         step = self.state.global_step + 1
@@ -123,11 +169,6 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
             hint="look at that batch, lower `train.learning_rate`, or use bfloat16 instead of float16; "
             "then go on with `--resume`",
         )
-
-
-def _gradients_finite(model: torch.nn.Module) -> bool:
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    return bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients)))
 
 
 def trainer_arguments(recipe: Recipe, run: Run, *, has_validation: bool) -> SFTConfig:
@@ -167,6 +208,7 @@ def trainer_arguments(recipe: Recipe, run: Run, *, has_validation: bool) -> SFTC
         "report_to": recipe.train.report_to or "none",
         "run_name": run.path.name,
         "dataloader_pin_memory": torch.cuda.is_available(),
+        "accelerator_config": {"non_blocking": torch.cuda.is_available()},  # from pinned memory, nobody waits
     } | _same_names(recipe)
     if has_validation:
         values |= {

@@ -7,7 +7,7 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mamba_sft.data.packing import Collator, assign_bins, pack
+from mamba_sft.data.packing import PADDING, Collator, assign_bins, pack
 from mamba_sft.data.rows import IGNORED, row_lengths
 
 
@@ -89,10 +89,9 @@ def test_a_batch_of_packed_rows() -> None:
     batch = Collator(pad_token_id=9)(rows)
     assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5], [6, 7, 8, 9, 9]]
     assert batch["labels"].tolist() == [[-100, 2, -100, 4, 5], [-100, 7, 8, -100, -100]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
-    assert batch["seq_idx"].tolist() == [[0, 0, 1, 1, 1], [0, 0, 0, 1, 1]]
+    assert batch["seq_idx"].tolist() == [[0, 0, 1, 1, 1], [0, 0, 0, PADDING, PADDING]]
     assert {name: value.dtype for name, value in batch.items()} == {
-        "input_ids": torch.int64, "labels": torch.int64, "attention_mask": torch.int64, "seq_idx": torch.int32
+        "input_ids": torch.int64, "labels": torch.int64, "seq_idx": torch.int32
     }  # fmt: skip
 
 
@@ -101,7 +100,7 @@ def test_a_batch_of_plain_rows_is_padded_to_the_longest() -> None:
     batch = Collator(pad_token_id=0)(rows)
     assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 0, 0]]
     assert batch["labels"].tolist() == [[-100, 2, 3], [-100] * 3]
-    assert batch["seq_idx"].tolist() == [[0, 0, 0], [0, 1, 1]]
+    assert batch["seq_idx"].tolist() == [[0, 0, 0], [0, PADDING, PADDING]]
 
 
 def test_packed_datasets_go_through_the_collator() -> None:
@@ -109,7 +108,23 @@ def test_packed_datasets_go_through_the_collator() -> None:
     batch = Collator(0)([packed[i] for i in range(len(packed))])
     starts = batch["seq_idx"].diff(dim=1, prepend=torch.full((len(packed), 1), -1)) != 0
     assert (batch["labels"][starts] == IGNORED).all()
-    assert (batch["labels"][~starts & batch["attention_mask"].bool()] != IGNORED).all()
+    assert (batch["labels"][~starts & (batch["seq_idx"] != PADDING)] != IGNORED).all()
+
+
+def test_padding_needs_no_mask() -> None:
+    """What stands behind a row changes no number of it, so that no mask is sent."""
+    from mamba_sft.kernels.falcon_mamba import install
+    from tests.conftest import build_model
+
+    model = install(build_model())
+    rows = [{"input_ids": list(range(5, 5 + n)), "labels": list(range(5, 5 + n))} for n in (9, 30)]
+    batch = Collator(pad_token_id=11)(rows)
+    labels = batch.pop("labels")
+    masked = model(**batch, attention_mask=(batch["seq_idx"] != PADDING).long()).logits
+    plain = model(**batch).logits
+    read = batch["seq_idx"] != PADDING
+    assert torch.equal(plain[read], masked[read])
+    assert (labels[~read] == IGNORED).all()
 
 
 def test_loss_and_gradients_of_a_packed_batch_are_those_of_its_rows() -> None:

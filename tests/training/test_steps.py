@@ -16,6 +16,7 @@ import torch
 from mamba_sft import Run
 from mamba_sft.data.rows import row_lengths
 from mamba_sft.errors import TrainingError
+from mamba_sft.training.figures import Figures
 from mamba_sft.training.fine_tuning import RunInterruptedError, prepare, train, train_prepared
 from mamba_sft.training.steps import ChunkedSteps
 from tests.training.test_fine_tuning import SignalAt, adapter, assert_same_adapter, losses
@@ -145,19 +146,17 @@ class Narrow:
     """Makes the model run out of memory at more than `tokens` positions, at any call or from one on."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, tokens: int, after: int = 0):
-        from mamba_sft.training import steps
+        self.calls, forward = 0, Figures.of
 
-        self.calls, forward = 0, steps._forward
-
-        def narrow(model: Any, chunk: Any, carry: Any) -> Any:
+        def narrow(model: Any, inputs: Any, **more: Any) -> Any:
             self.calls += 1
-            figures = forward(model, chunk, carry)
-            if self.calls > after and chunk.inputs["input_ids"].numel() > tokens:
+            figures = forward(model, inputs, **more)
+            if self.calls > after and inputs["input_ids"].numel() > tokens:
                 figures.loss.backward(retain_graph=True)  # half a backward leaves gradients behind
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB")
             return figures
 
-        monkeypatch.setattr(steps, "_forward", narrow)
+        monkeypatch.setattr(Figures, "of", narrow)
 
 
 @pytest.mark.parametrize("after", [0, 5])

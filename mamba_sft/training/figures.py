@@ -1,0 +1,95 @@
+"""What a micro-batch comes to: sums on the device, read when somebody must know them, and not before.
+
+Loss and metrics are TRL's: log-probabilities from its chunked head, summed, and divided by the tokens of the
+whole optimizer step. TRL reads them after every micro-batch, and each time the host waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mamba_sft.data.packing import PADDING
+
+
+class Figures(NamedTuple):
+    """Sums over some positions: what their loss and TRL's metrics are made of. Scalars."""
+
+    loss: Tensor
+    labels: Tensor
+    entropy: Tensor
+    correct: Tensor
+
+    @classmethod
+    def of(cls, model: Any, inputs: dict[str, Tensor], **more: Any) -> Figures:
+        """Returns those of one forward.
+
+        Args:
+            model: With TRL's fused head.
+            inputs: `input_ids`, `seq_idx`, and `labels` or `shift_labels`, (B, L).
+            more: What else the model takes.
+        """
+        outputs = model(**inputs, use_cache=False, fused_lm_head=True, **more)
+        return cls(
+            loss=-outputs.log_probs.sum(),
+            labels=outputs.label_mask.sum(),
+            entropy=outputs.entropy.detach().sum(),
+            correct=outputs.is_top1.sum(),
+        )
+
+    @classmethod
+    def total(cls, parts: Iterable[Figures]) -> Figures:
+        """Returns the sum of several."""
+        return cls(*(sum(column[1:], column[0]) for column in zip(*parts, strict=True)))
+
+
+class Tally:
+    """The figures of micro-batches since the last log, on the device.
+
+    Args:
+        accelerator: Over whose processes they are summed.
+    """
+
+    def __init__(self, accelerator: Any):
+        self.tokens = 0
+        """Tokens read in training, over all processes, up to the last `read`."""
+        self._accelerator = accelerator
+        self._rows: dict[str, list[Tensor]] = {"train": [], "eval": []}
+
+    def add(self, mode: str, figures: Figures, inputs: dict[str, Tensor]) -> None:
+        """Takes the figures of a micro-batch.
+
+        Args:
+            mode: `train` or `eval`.
+            figures: Its sums.
+            inputs: Its `seq_idx`, which says how many tokens it holds.
+        """
+        tokens = (inputs["seq_idx"] != PADDING).sum()
+        row = torch.stack([x.detach().double() for x in (*figures[1:], tokens)])
+        state, process = self._accelerator.gradient_state, self._accelerator.process_index
+        if state.end_of_dataloader and 0 < state.remainder <= process:
+            row = torch.zeros_like(row)  # rows that only fill up the last batch of all processes
+        self._rows[mode].append(row)
+
+    def read(self) -> dict[str, dict[str, list[float]]]:
+        """Returns entropy and accuracy of each micro-batch, for each mode; waits for the device once."""
+        found: dict[str, dict[str, list[float]]] = {}
+        counts = {mode: len(rows) for mode, rows in self._rows.items()}
+        waiting = [row for rows in self._rows.values() for row in rows]
+        if not waiting:
+            return found
+        sums = self._accelerator.reduce(torch.stack(waiting), reduction="sum").tolist()
+        for mode, count in counts.items():
+            rows, sums = sums[:count], sums[count:]
+            self._rows[mode] = []
+            if rows:
+                found[mode] = {
+                    "entropy": [entropy / max(labels, 1) for labels, entropy, _, _ in rows],
+                    "mean_token_accuracy": [correct / max(labels, 1) for labels, _, correct, _ in rows],
+                }
+            if mode == "train":
+                self.tokens += int(sum(row[3] for row in rows))
+        return found
