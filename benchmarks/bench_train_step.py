@@ -159,7 +159,8 @@ def stock(recipe: Recipe, model: Any, dtype: torch.dtype, rows: list[dict[str, A
             row["input_ids"][end - size : end] for end, size in zip(ends, row["seq_lengths"], strict=True)
         ]
     batch = Collator(0)([{"input_ids": ids, "labels": ids} for ids in pieces])
-    batch["attention_mask"] = (batch.pop("seq_idx") != PADDING).long()  # stock knows padding by its mask alone
+    seq_idx = batch.pop("seq_idx")
+    batch["attention_mask"] = (seq_idx != PADDING).long()  # stock knows padding by its mask alone
     batch = {name: value.to(DEVICE) for name, value in batch.items()}
 
     def backward() -> None:
