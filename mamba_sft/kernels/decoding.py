@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.models.falcon_mamba import modeling_falcon_mamba as stock
 
 from mamba_sft.kernels import FAST_DTYPES, backends
+from mamba_sft.kernels.residual_norm import norm_residual
 from mamba_sft.kernels.time_step import innermost, project_dt
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def _add_and_norm(
     weight = norm._parameters["weight"]
     if not (residual.dtype == mixed.dtype == weight.dtype == dtype == torch.float32):
         residual = residual + mixed
-        return norm(residual.to(dtype)), residual
+        return norm_residual(norm, residual, dtype), residual
     total, normed = torch.empty_like(residual), torch.empty_like(residual)
     residual, mixed, weight = _floats(residual), _floats(mixed), _floats(weight)
     cpu_steps.add_norm_step(

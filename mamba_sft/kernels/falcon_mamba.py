@@ -28,6 +28,7 @@ from transformers.models.falcon_mamba import modeling_falcon_mamba as stock
 from mamba_sft.kernels import BACKENDS, causal_conv1d, selective_scan
 from mamba_sft.kernels.carry import Carry
 from mamba_sft.kernels.decoding import can_decode, decode
+from mamba_sft.kernels.residual_norm import norm_residual
 from mamba_sft.kernels.time_step import project_dt
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -169,7 +170,7 @@ class FalconMambaBlock(stock.FalconMambaBlock):
     ) -> Tensor:
         """Map (B, L, hidden_size) to the same shape; the arguments are the mixer's."""
         residual = hidden_states.float() if self.residual_in_fp32 else hidden_states
-        normed = self.norm(hidden_states.to(self.norm.weight.dtype))
+        normed = norm_residual(self.norm, residual, self.norm.weight.dtype)
         return residual + self.mixer(normed, cache_params, attention_mask, seq_idx, carry)
 
 

@@ -229,6 +229,9 @@ class TrainSection(Section):
     `eval.eval_steps`."""
     save_total_limit: int = Field(default=2, ge=1, le=MANY)
     """Checkpoints kept on disk; older ones are removed, the best one never."""
+    log_activations: bool = False
+    """Log the largest number of the residual stream as `largest_residual`, for one more reading of every
+    block's output. Beyond 65,504 a float16 model would lose it."""
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = []
     """Where metrics go besides metrics.jsonl."""
     trainer_arguments: dict[str, JsonValue] = {}

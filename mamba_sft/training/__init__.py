@@ -7,6 +7,7 @@
                                          +- steps          ours, when rows are streamed or split:
                                          |    streaming      exact gradients, a chunk at a time
                                          |    out_of_memory  a micro-batch in parts
+                                         +- largest_residual  what float16 may not hold
                                          +- activations    what is kept for the backward
                                          +- callbacks      metrics on disk, Ctrl-C, an adapter that learns
                                          +- random_state, resuming, data_record (are the rows the same)

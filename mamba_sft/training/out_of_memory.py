@@ -2,7 +2,8 @@
 
 The loss of a micro-batch is a sum over its rows divided by the tokens of the whole optimizer step, so its
 parts, one after the other, give the same gradients. The order of the data and the effective batch stay what
-they were. The longest rows are tried before the first step.
+they were. A batch of an evaluation, whose loss is a sum as well, is run in parts of its own number. The
+longest rows are tried before the first step.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ Result = TypeVar("Result")
 
 
 class AutoBatch:
-    """How many parts a micro-batch is run in: one at first, doubled whenever memory runs out.
+    """How many parts a batch is run in: one at first, doubled whenever memory runs out.
 
     Args:
         model: Whose gradients a failed attempt leaves as they were.
@@ -33,7 +34,7 @@ class AutoBatch:
     """
 
     def __init__(self, model: torch.nn.Module, *, effective_batch: int, processes: int = 1):
-        self.parts = 1
+        self.parts = self.evaluation_parts = 1
         self.effective_batch = effective_batch
         self.processes = processes
         self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -60,7 +61,7 @@ class AutoBatch:
         while True:
             if apart:
                 self._set_gradients([None] * len(earlier))
-            results = self._attempt(batch, step, trial)
+            results = self._attempt(batch, step, trial, self.parts)
             if trial or results is None:
                 self._set_gradients(earlier)
                 restore_random_state(random, device)
@@ -71,11 +72,41 @@ class AutoBatch:
             self._add_gradients(earlier)
         return results
 
+    def evaluate(self, batch: Batch, step: Callable[[Batch], Result], *, trial: bool = False) -> list[Result]:
+        """Runs a batch of an evaluation, in as many parts as it takes.
+
+        Processes exchange nothing in an evaluation's forward, so each finds its own number of parts.
+
+        Args:
+            batch: Tensors (B, L).
+            step: Forward of some rows, without gradients.
+            trial: Hold the memory that the optimizer will need.
+
+        Returns:
+            What `step` returned for each part.
+
+        Raises:
+            TrainingError: A single row does not fit.
+        """
+        while True:
+            results = self._attempt(batch, lambda rows, last: step(rows), trial, self.evaluation_parts)
+            if results is not None:
+                return results
+            size = _rows_at_once(batch, self.evaluation_parts)
+            if size == 1:
+                raise TrainingError(
+                    f"the GPU is out of memory in the evaluation of one row of {_length(batch)} tokens",
+                    hint="set `train.stream_tokens: 1024`, which evaluation follows too, lower "
+                    "`data.max_length`, or use nf4",
+                )
+            self.evaluation_parts *= 2
+            _say(batch, size, self.evaluation_parts, "an evaluation still reads every row")
+
     def _attempt(
-        self, batch: Batch, step: Callable[[Batch, bool], Result], trial: bool
+        self, batch: Batch, step: Callable[[Batch, bool], Result], trial: bool, parts: int
     ) -> list[Result] | None:
         rows = len(next(iter(batch.values())))
-        size = -(-rows // self.parts)
+        size = _rows_at_once(batch, parts)
         try:
             # Adam keeps two numbers for each trained one, from its first step on.
             held = [p.new_empty((2, *p.shape), dtype=torch.float32) for p in self._trained] if trial else []
@@ -93,23 +124,15 @@ class AutoBatch:
         return None
 
     def _halve(self, batch: Batch, trial: bool) -> None:
-        rows, length = next(iter(batch.values())).shape
-        size = -(-rows // self.parts)
+        size = _rows_at_once(batch, self.parts)
         if size == 1 or (self.processes > 1 and not trial):
             raise TrainingError(
-                f"the GPU is out of memory with {size} x {length} tokens",
+                f"the GPU is out of memory with {size} x {_length(batch)} tokens",
                 hint="set `train.stream_tokens: 1024`, lower `data.max_length` or "
                 "`train.per_device_train_batch_size`, or use nf4",
             )
         self.parts *= 2
-        logger.warning(
-            "out of memory with %d rows of %d tokens at once: going on with %d; "
-            "an optimizer step still has %d",
-            size,
-            length,
-            -(-rows // self.parts),
-            self.effective_batch,
-        )
+        _say(batch, size, self.parts, f"an optimizer step still has {self.effective_batch}")
 
     def _set_gradients(self, gradients: list[torch.Tensor | None]) -> None:
         for parameter, gradient in zip(self._trained, gradients, strict=True):
@@ -121,3 +144,21 @@ class AutoBatch:
                 parameter.grad = gradient
             elif gradient is not None:
                 parameter.grad += gradient
+
+
+def _rows_at_once(batch: Batch, parts: int) -> int:
+    return -(-len(next(iter(batch.values()))) // parts)
+
+
+def _length(batch: Batch) -> int:
+    return next(iter(batch.values())).shape[1]
+
+
+def _say(batch: Batch, size: int, parts: int, still: str) -> None:
+    logger.warning(
+        "out of memory with %d rows of %d tokens at once: going on with %d; %s",
+        size,
+        _length(batch),
+        _rows_at_once(batch, parts),
+        still,
+    )

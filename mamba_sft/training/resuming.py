@@ -13,7 +13,7 @@ from mamba_sft.run import Run
 
 CHANGEABLE = (
     "train.logging_steps", "train.save_total_limit", "train.report_to", "model.kernels",
-    "train.checkpointing", "train.stream_tokens", "train.auto_batch",
+    "train.checkpointing", "train.stream_tokens", "train.auto_batch", "train.log_activations",
 )  # fmt: skip
 """Fields that may change between a run and its resumption, because no number in it changes by more than
 rounding: a run that ran out of memory goes on with less of it."""

@@ -86,13 +86,9 @@ class ChunkedSteps:
 
     def evaluation_loss(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
         """Returns the mean loss of a batch, from a single pass over its chunks without a graph."""
-        states: States | None = None
-        parts = []
-        for chunk in split(inputs, self.tokens):
-            carry = Carry(chunk.enter(states))
-            parts.append(Figures.of(model, chunk.inputs, carry=carry))
-            states = carry.after
-        figures = Figures.total(parts)
+        step = partial(self._evaluate_rows, model)
+        results = [step(inputs)] if self._auto_batch is None else self._auto_batch.evaluate(inputs, step)
+        figures = Figures.total(results)
         self.trainer.tally.add("eval", figures, inputs)
         return figures.loss / figures.labels.clamp(min=1)
 
@@ -108,6 +104,15 @@ class ChunkedSteps:
         if path.is_file():
             saved = load_file(path, device=str(self.trainer.args.device))
             self.passed_on = list(zip(saved["conv"], saved["scan"], strict=True))
+
+    def _evaluate_rows(self, model: Any, batch: dict[str, Tensor]) -> Figures:
+        states: States | None = None
+        parts = []
+        for chunk in split(batch, self.tokens):
+            carry = Carry(chunk.enter(states))
+            parts.append(Figures.of(model, chunk.inputs, carry=carry))
+            states = carry.after
+        return Figures.total(parts)
 
     def _run_rows(self, model: Any, num_items: Tensor | int, batch: dict[str, Tensor], last: bool) -> Figures:
         """Forward and backward of some rows; `last` ones synchronize the gradients if the trainer does."""
@@ -171,14 +176,23 @@ class ChunkedSteps:
             return
         self._tried = True
         trainer, passed_on = self.trainer, self.passed_on
-        rows = np.argsort(row_lengths(trainer.train_dataset))[-trainer.args.train_batch_size :].tolist()
-        longest = trainer.data_collator([trainer.train_dataset[row] for row in rows])
-        batch = trainer._prepare_inputs(longest)
+        batch = self._longest(trainer.train_dataset, trainer.args.train_batch_size)
         step = partial(self._run_rows, model, _labels(batch))
         self._auto_batch.run(batch, lambda rows, last: step(rows, False), trial=True)
         parts = torch.tensor([self._auto_batch.parts], device=trainer.args.device)
         self._auto_batch.parts = int(trainer.accelerator.gather(parts).max())
         self.passed_on = passed_on
+        if trainer.eval_dataset is not None:
+            model.eval()
+            with torch.no_grad(), trainer.compute_loss_context_manager():
+                rows = self._longest(trainer.eval_dataset, trainer.args.eval_batch_size)
+                self._auto_batch.evaluate(rows, partial(self._evaluate_rows, model), trial=True)
+            model.train()
+
+    def _longest(self, dataset: Any, rows: int) -> Any:
+        """Returns the longest rows of a data set as one batch on the device."""
+        longest = np.argsort(row_lengths(dataset))[-rows:].tolist()
+        return self.trainer._prepare_inputs(self.trainer.data_collator([dataset[row] for row in longest]))
 
 
 _CARRIED = "carried-states-{}.safetensors"

@@ -25,6 +25,7 @@ from mamba_sft.recipe.fields import TrainSection
 from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.run import Run, write_atomically
 from mamba_sft.training.figures import Figures, Tally
+from mamba_sft.training.largest_residual import LargestResidual
 from mamba_sft.training.resuming import newest_resume_point
 from mamba_sft.training.steps import ChunkedSteps
 
@@ -52,7 +53,8 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         # The loss never sees the full logits: its head is asked for log-probabilities in tiles. TRL does this
         # too, today; our own steps ask for the same head, so it is not left to TRL.
         add_fused_lm_head(arguments["model"].get_base_model(), outputs=FUSED_OUTPUTS)
-        super().__init__(callbacks=list(callbacks), **arguments)
+        self.residual = LargestResidual() if section.log_activations else None
+        super().__init__(callbacks=[*([self.residual] if self.residual else []), *callbacks], **arguments)
         self.remove_callback(PrinterCallback)
         if any(hasattr(callback, "console") for callback in callbacks):
             self.remove_callback(ProgressCallback)
@@ -124,6 +126,9 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Logs what TRL logs, over all processes: what the micro-batches came to is read here."""
+        largest = self.residual.read(self.accelerator) if self.residual and self.model.training else None
+        if largest is not None:
+            logs["largest_residual"] = largest
         for mode, metrics in self.tally.read().items():
             for name, values in metrics.items():
                 self._metrics[mode][name] += values

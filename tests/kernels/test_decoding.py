@@ -79,6 +79,17 @@ def test_half_precision_rounds_where_the_whole_sequence_does(dtype, tokens, shor
     assert len(short_ways) == LENGTH - READ
 
 
+def test_a_residual_beyond_float16_is_decoded_too(tokens, short_ways):
+    model = build_model(use_bias=True)
+    model.backbone.embeddings.weight.data[:, 3] = 6e4
+    model.backbone.layers[0].mixer.out_proj.bias.data[3] = 2e4
+    model = install(model.half())
+    expected = model(tokens).logits
+    assert expected.isfinite().all()
+    assert relative_rms(decoded(model, tokens), expected) < 4 * torch.finfo(torch.float16).eps
+    assert len(short_ways) == LENGTH - READ
+
+
 def test_left_padding_as_in_the_whole_sequence(tokens, short_ways):
     model = install(build_model())
     mask = torch.ones_like(tokens)

@@ -12,6 +12,7 @@ from transformers.models.falcon_mamba import modeling_falcon_mamba as stock
 
 from mamba_sft.kernels import falcon_mamba
 from mamba_sft.kernels.falcon_mamba import install
+from mamba_sft.kernels.residual_norm import norm_residual
 from mamba_sft.kernels.time_step import project_dt
 from tests.conftest import build_model
 
@@ -148,6 +149,25 @@ def test_bfloat16_adds_the_time_step_bias_in_float32(tiny_model):
     dt, bias = project_dt(mixer.dt_proj, x)
     assert torch.equal(dt, torch.nn.functional.linear(x, mixer.dt_proj.weight))
     assert bias is mixer.dt_proj.bias
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_residual_beyond_float16_is_normed_before_it_is_rounded(tiny_model, dtype):
+    stream = torch.randn(1, 6, tiny_model.config.hidden_size)
+    stream[..., 3] = 7e4
+    exact = copy.deepcopy(tiny_model).double().backbone.layers[0](stream.double()) - stream
+    block = install(copy.deepcopy(tiny_model).to(dtype)).backbone.layers[0]
+    ours = block(stream) - stream
+    assert ours.isfinite().all()
+    channels = [channel for channel in range(stream.shape[-1]) if channel != 3]  # 7e4 leaves no digits there
+    assert relative_rms(ours[..., channels], exact[..., channels]) < 16 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_other_types_are_rounded_before_as_stock_does(tiny_model, dtype):
+    norm = tiny_model.to(dtype).backbone.layers[0].norm
+    stream = torch.randn(1, 6, tiny_model.config.hidden_size)
+    assert torch.equal(norm_residual(norm, stream, dtype), norm(stream.to(dtype)))
 
 
 def test_float64_takes_the_definition(tiny_model, tokens):

@@ -152,7 +152,8 @@ class Narrow:
             self.calls += 1
             figures = forward(model, inputs, **more)
             if self.calls > after and inputs["input_ids"].numel() > tokens:
-                figures.loss.backward(retain_graph=True)  # half a backward leaves gradients behind
+                if figures.loss.requires_grad:
+                    figures.loss.backward(retain_graph=True)  # half a backward leaves gradients behind
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB")
             return figures
 
@@ -178,6 +179,25 @@ def test_out_of_memory_is_survived(
     assert len(said) == 1
     assert "4 rows of" in said[0]
     assert said[0].endswith("at once: going on with 2; an optimizer step still has 8")
+
+
+def test_out_of_memory_in_an_evaluation_is_survived(
+    recipe: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The trial before the first step finds it, and the losses are those of all rows at once."""
+    wide = ("data.packing=false", "data.validation=6", "eval.per_device_eval_batch_size=6",
+            "train.max_steps=2", "eval.eval_steps=1")  # fmt: skip
+    theirs = train(recipe(*wide, name="theirs"))
+    Narrow(monkeypatch, tokens=2 * 40)
+    with caplog.at_level(logging.WARNING, "mamba_sft.training.out_of_memory"):
+        ours = train(recipe(*wide, "train.auto_batch=true", name="ours"))
+    assert_same_run(ours, theirs)
+    said = [r.getMessage() for r in caplog.records if r.name == "mamba_sft.training.out_of_memory"]
+    assert said
+    assert all(one.endswith("an evaluation still reads every row") for one in said)
+    Narrow(monkeypatch, tokens=8)
+    with pytest.raises(TrainingError, match="out of memory"):
+        train(recipe(*wide, "train.auto_batch=true", name="none-fits"))
 
 
 def test_the_longest_rows_come_first(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
