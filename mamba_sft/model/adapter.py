@@ -35,6 +35,7 @@ from mamba_sft.kernels.falcon_mamba import FalconMambaMixer
 from mamba_sft.model.base_facts import BaseFacts
 from mamba_sft.model.checkpoint import base_fingerprint, resolve_base
 from mamba_sft.model.checksums import file_checksum, new_digest, tensor_checksums
+from mamba_sft.model.trained_rows import keep_rows_on_device
 from mamba_sft.run import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 if TYPE_CHECKING:
@@ -240,21 +241,16 @@ def dead_adapters(model: Any) -> list[str]:
     trained = {name: p for name, p in parameters.items() if p.requires_grad and p.numel()}
     grown = {name: parameters[name.replace(".lora_A.", ".lora_B.")] for name in trained if ".lora_A." in name}
     gradients = {name: p.grad for name, p in trained.items() if p.grad is not None}
-    moved, reached = _not_zero(grown), _not_zero(gradients)
+    looked_at = [*gradients.values(), *grown.values()]
+    found = torch.stack([tensor.any() for tensor in looked_at]).tolist() if looked_at else []  # waits once
+    reached = dict(zip(gradients, found, strict=False))
+    moved = dict(zip(grown, found[len(gradients) :], strict=True))
     return [
         name
         for name in trained
         if name not in gradients
         or not (reached[name] or (not moved[name] if name in moved else ".embeddings." in name))
     ]
-
-
-def _not_zero(tensors: dict[str, torch.Tensor]) -> dict[str, bool]:
-    """Which tensors hold anything but zeros; waits for the device once, however many they are."""
-    if not tensors:
-        return {}
-    found = torch.stack([tensor.any() for tensor in tensors.values()]).tolist()
-    return dict(zip(tensors, found, strict=True))
 
 
 def _wrap(model: Any, config: PeftConfig) -> PeftModel:
@@ -264,6 +260,7 @@ def _wrap(model: Any, config: PeftConfig) -> PeftModel:
             hint="call `mamba_sft.kernels.falcon_mamba.install(model)` first",
         )
     wrapped = get_peft_model(model, config, adapter_name=_ADAPTER)
+    keep_rows_on_device(wrapped)
     head = wrapped.get_output_embeddings()
     if "bias" not in head._parameters:  # TRL asks for it, and PEFT's wrapper of trained rows hides it
         head.register_parameter("bias", None)

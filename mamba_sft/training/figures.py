@@ -47,7 +47,7 @@ class Figures(NamedTuple):
 
 
 class Tally:
-    """The figures of micro-batches since the last log, on the device.
+    """The figures of micro-batches that nobody has read yet, on the device.
 
     Args:
         accelerator: Over whose processes they are summed.
@@ -55,7 +55,7 @@ class Tally:
 
     def __init__(self, accelerator: Any):
         self.tokens = 0
-        """Tokens read in training, over all processes, up to the last `read`."""
+        """Tokens read in training, over all processes."""
         self._accelerator = accelerator
         self._rows: dict[str, list[Tensor]] = {"train": [], "eval": []}
 
@@ -74,22 +74,19 @@ class Tally:
             row = torch.zeros_like(row)  # rows that only fill up the last batch of all processes
         self._rows[mode].append(row)
 
-    def read(self) -> dict[str, dict[str, list[float]]]:
-        """Returns entropy and accuracy of each micro-batch, for each mode; waits for the device once."""
-        found: dict[str, dict[str, list[float]]] = {}
-        counts = {mode: len(rows) for mode, rows in self._rows.items()}
-        waiting = [row for rows in self._rows.values() for row in rows]
-        if not waiting:
-            return found
-        sums = self._accelerator.reduce(torch.stack(waiting), reduction="sum").tolist()
-        for mode, count in counts.items():
-            rows, sums = sums[:count], sums[count:]
-            self._rows[mode] = []
-            if rows:
-                found[mode] = {
-                    "entropy": [entropy / max(labels, 1) for labels, entropy, _, _ in rows],
-                    "mean_token_accuracy": [correct / max(labels, 1) for labels, _, correct, _ in rows],
-                }
-            if mode == "train":
-                self.tokens += int(sum(row[3] for row in rows))
-        return found
+    def collect(self, mode: str) -> Tensor:
+        """Returns the sums of each micro-batch since the last time, over all processes, (n, 4) on the device."""
+        rows, self._rows[mode] = self._rows[mode], []
+        if not rows:
+            return torch.zeros(0, 4, dtype=torch.float64, device=self._accelerator.device)
+        summed: Tensor = self._accelerator.reduce(torch.stack(rows), reduction="sum")
+        return summed
+
+    def metrics(self, mode: str, rows: list[list[float]]) -> dict[str, list[float]]:
+        """Returns entropy and accuracy of each micro-batch, from what `collect` returned, on the host."""
+        if mode == "train":
+            self.tokens += int(sum(row[3] for row in rows))
+        return {
+            "entropy": [entropy / max(labels, 1) for labels, entropy, _, _ in rows],
+            "mean_token_accuracy": [correct / max(labels, 1) for labels, _, correct, _ in rows],
+        }

@@ -34,12 +34,12 @@ class LargestResidual(TrainerCallback):
         for hook in self._hooks:
             hook.remove()
 
-    def read(self, accelerator: Any) -> float | None:
-        """Returns the largest number since the last time, over all processes; None if there was none."""
-        if self._largest is None:
-            return None
+    def collect(self, accelerator: Any) -> torch.Tensor:
+        """Returns the largest number since the last time, over all processes, (1,) on the device."""
         largest, self._largest = self._largest, None
-        return float(accelerator.gather(largest[None]).max())
+        own = torch.zeros((), device=accelerator.device) if largest is None else largest
+        found: torch.Tensor = accelerator.gather(own[None])
+        return found.max()[None]
 
     def _see(self, block: Any, args: Any, output: torch.Tensor) -> None:
         if not block.training:

@@ -151,7 +151,7 @@ def _rows_at_once(batch: Batch, parts: int) -> int:
 
 
 def _length(batch: Batch) -> int:
-    return next(iter(batch.values())).shape[1]
+    return int(next(iter(batch.values())).shape[1])
 
 
 def _say(batch: Batch, size: int, parts: int, still: str) -> None:

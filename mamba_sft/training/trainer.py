@@ -60,6 +60,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
             self.remove_callback(ProgressCallback)
         keep_float32(self.model)
         self.tally = Tally(self.accelerator)
+        self._largest = 0.0
         self._micro_batches: list[tuple[torch.Tensor, dict[str, Any]]] = []
         self.steps = ChunkedSteps(self, section) if ChunkedSteps.wanted(section) else None
 
@@ -84,19 +85,32 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
     def _get_grad_norm(self, model: Any, grad_norm: torch.Tensor | None = None) -> float:
         """Returns the gradient's norm; raises `TrainingError` before a NaN can reach the weights.
 
-        Here, once in an optimizer step, the host waits for the device: for this norm and all losses together.
+        Here, once in an optimizer step, the host waits for the device: for all that it must know of the step.
         """
         found = torch.as_tensor(super()._get_grad_norm(model, grad_norm=grad_norm))
         batches, self._micro_batches = self._micro_batches, []
-        losses = [loss for loss, _ in batches]
-        values: list[float] = torch.stack([x.float().to(found.device) for x in (*losses, found)]).tolist()
-        norm = values.pop()
-        for loss, (_, inputs) in zip(values, batches, strict=True):
+        figures = self.tally.collect("train")
+        numbers = [found[None], *(loss[None] for loss, _ in batches)]
+        if self.residual is not None:
+            numbers.append(self.residual.collect(self.accelerator))
+        read = torch.cat([x.double().to(figures.device) for x in (*numbers, figures.flatten())]).tolist()
+        norm, losses, rest = read[0], read[1 : len(batches) + 1], read[len(batches) + 1 :]
+        for loss, (_, inputs) in zip(losses, batches, strict=True):
             if not math.isfinite(loss):
                 self._stop_on_nan("loss", inputs)
         if not math.isfinite(norm) and self.accelerator.scaler is None:
             self._stop_on_nan("gradient", self._find_bad_gradient(model, [inputs for _, inputs in batches]))
-        return norm
+        if self.residual is not None:
+            self._largest = max(self._largest, rest.pop(0))
+        self._take("train", [rest[start : start + 4] for start in range(0, len(rest), 4)])
+        return float(norm)
+
+    def _take(self, mode: str, rows: list[list[float]]) -> None:
+        """Hands what micro-batches came to over to TRL's metrics."""
+        if rows:
+            for name, values in self.tally.metrics(mode, rows).items():
+                self._metrics[mode][name] += values
+            self._metrics[mode]["num_tokens"] = [self.tally.tokens]
 
     def compute_loss(
         self,
@@ -125,14 +139,10 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         return self.args.loss_type != "nll" or self.label_smoother is not None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Logs what TRL logs, over all processes: what the micro-batches came to is read here."""
-        largest = self.residual.read(self.accelerator) if self.residual and self.model.training else None
-        if largest is not None:
-            logs["largest_residual"] = largest
-        for mode, metrics in self.tally.read().items():
-            for name, values in metrics.items():
-                self._metrics[mode][name] += values
-            self._metrics[mode]["num_tokens"] = [self.tally.tokens]
+        """Logs what TRL logs, over all processes, and the largest residual where the recipe asks for it."""
+        if self.residual is not None and "loss" in logs:
+            logs["largest_residual"], self._largest = self._largest, 0.0
+        self._take("eval", self.tally.collect("eval").tolist())
         super().log(logs, start_time)
 
     def _save_rng_state(self, output_dir: str) -> None:

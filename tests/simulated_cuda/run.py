@@ -1,0 +1,152 @@
+"""Jobs in a process that has a simulated card, or none.
+
+    python -m tests.simulated_cuda.run CARD < jobs.json
+
+Each job is a list: its kind, a name, and what it needs. What it came to is printed as JSON, the last line of
+the output. `cpu` as CARD runs the same jobs on the host, for the numbers that the card's are held against.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import traceback
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from tests.simulated_cuda.device import Device, start
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("NUMBA_NUM_THREADS", "1")
+
+SMALL = (
+    "data.sources.0.limit=60", "data.validation=6", "data.max_length=96", "data.too_long=truncate",
+    "train.max_steps=3", "train.per_device_train_batch_size=2", "train.gradient_accumulation_steps=2",
+    "train.logging_steps=1", "train.warmup_steps=1", "eval.eval_steps=2", "eval.prompts=null",
+    "train.lr_scheduler_type=constant",
+)  # fmt: skip
+"""What makes the quickstart three steps on short rows."""
+
+
+def told(device: Device | None) -> dict[str, Any]:
+    """Returns what was watched since `forget`: waits of ours and of others, copies, mixtures, by line."""
+    found: dict[str, Counter[str]] = {kind: Counter() for kind in ("ours", "others", "upload", "mixed")}
+    for event, count in device.events.items() if device else ():
+        kind = ("ours" if event.ours else "others") if event.kind == "wait" else event.kind
+        found[kind][f"{event.what} at {event.where}"] += count
+    return {kind: dict(lines.most_common()) for kind, lines in found.items()}
+
+
+def train(device: Device | None, name: str, *overrides: str, resume: bool = False) -> dict[str, Any]:
+    """Trains the small quickstart; the third step is watched."""
+    from transformers import TrainerCallback
+
+    from mamba_sft import Recipe
+    from mamba_sft.recipe.builtin import find_recipe
+    from mamba_sft.training.fine_tuning import train as fine_tune
+
+    watched: dict[str, Any] = {}
+    limit = next((word for word in overrides if word.startswith("limit=")), None)
+    words = [word for word in overrides if word != limit]
+
+    class Watch(TrainerCallback):
+        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+            if device and limit:
+                device.limit(int(float(limit.partition("=")[2])))
+
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            if device:
+                device.forget()
+                device.forget_the_most()
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            if device and state.global_step == 3 and "loss" in (logs or {}):
+                watched.update(told(device) | {"peak": device.most})
+
+    try:
+        recipe = Recipe.load(find_recipe("quickstart"), overrides=[*SMALL, *words, f"output_dir={name}"])
+        run = fine_tune(recipe, resume=resume, overwrite=not resume, callbacks=[Watch()])
+    finally:
+        if device:
+            device.limit(None)
+    lines = run.read_metrics()
+    return watched | {
+        "losses": [line["loss"] for line in lines if "loss" in line],
+        "eval_losses": [line["eval_loss"] for line in lines if "eval_loss" in line],
+        "grad_norms": [line["grad_norm"] for line in lines if "grad_norm" in line],
+        "weights": weights(run.adapter),
+    }
+
+
+def weights(adapter: Path) -> dict[str, list[float]]:
+    """Returns size and sum of squares of each adapter tensor, and its first number."""
+    from safetensors.torch import load_file
+
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    return {
+        name: [x.numel(), float(x.double().square().sum()), float(x.flatten()[0])]
+        for name, x in tensors.items()
+    }
+
+
+def cli(device: Device | None, name: str, *words: str) -> dict[str, Any]:
+    """Runs a verb of the command line; `name` is only a name."""
+    from typer.testing import CliRunner
+
+    from mamba_sft.cli.app import app
+
+    if device:
+        device.forget()
+    shown = CliRunner().invoke(app, list(words))
+    if shown.exception is not None and not isinstance(shown.exception, SystemExit):
+        raise shown.exception
+    return told(device) | {"exit_code": shown.exit_code, "out": shown.stdout, "err": shown.stderr}
+
+
+def answer(device: Device | None, name: str, model: str, tokens: str = "8") -> dict[str, Any]:
+    """Answers prompts in a batch, and talks in two turns whose state is carried; the tokens are counted."""
+    from mamba_sft.inference.answering import generate, open_session
+    from mamba_sft.inference.chat_model import load_chat_model
+    from mamba_sft.inference.sampling import Sampling
+
+    loaded = load_chat_model(model)
+    sampling = Sampling(max_new_tokens=int(tokens))
+    prompts = ["Reverse the word `stone`.", "What is 7 plus 5?", "Name a colour."]
+    if device:
+        device.forget()
+    batch = generate(loaded, prompts, sampling=sampling)
+    found: dict[str, Any] = {"batch": told(device), "answers": [one.text for one in batch]}
+    found["tokens"] = [one.tokens for one in batch]
+    if device:
+        device.forget()
+    session = open_session(loaded, sampling=sampling)
+    turns = ["".join(session.send(text)) for text in ("What is 7 plus 5?", "And 6 plus 5?")]
+    return found | {"chat": told(device), "turns": turns}
+
+
+JOBS = {"train": train, "cli": cli, "answer": answer}
+
+
+def main() -> None:
+    """Runs the jobs that stand in the standard input."""
+    device = None if sys.argv[1] == "cpu" else start(sys.argv[1])
+    from tests.simulated_cuda.programs import stand_in
+
+    if device is not None:
+        stand_in(device)
+    results: dict[str, Any] = {}
+    for kind, name, *words in json.load(sys.stdin):
+        started = time.perf_counter()
+        try:
+            found = JOBS[kind](device, name, *words)
+        except Exception as error:  # told to the test, which says whether it should have been one
+            found = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+        results[name] = found | {"seconds": round(time.perf_counter() - started, 1)}
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
