@@ -197,7 +197,18 @@ def kept(work: Work) -> int:
     if work.policy == "mamba":
         boundary += e * (2 * shape.inner + shape.rank + 2 * shape.states)
         boundary += e * shape.hidden * work.adapter.use_dora
-    return shape.layers * boundary * work.tokens
+    return shape.layers * (boundary + sum(_int8_inputs(work).values())) * work.tokens
+
+
+def _int8_inputs(work: Work) -> dict[str, int]:
+    """Bytes per token of the inputs that bitsandbytes keeps of int8 projections.
+
+    It puts them beside what autograd knows of (`MatMul8bitLt` holds them on its context), so checkpointing
+    does not reach them: those of all layers stay until the backward has passed.
+    """
+    if work.quantization != "int8":
+        return {}
+    return {name: work.itemsize * work.shape.projections[name][0] for name in work.quantized}
 
 
 def _layer(work: Work) -> int:
@@ -216,6 +227,8 @@ def _layer(work: Work) -> int:
     token += e * D * (on["x_proj"] and mixed)
     token += e * work.adapter.r * sum(on.values()) + 4 * 4  # A's products; a factor for each norm
     token += _variants(work, on)
+    if work.policy == "none" and mixed:  # in float32 the adapter keeps the same tensors
+        token += sum(size for name, size in _int8_inputs(work).items() if name != "x_proj")  # the scan has it
     chunks = work.rows * -(-work.chunk // STATE_STRIDE)
     once = 4 * D * N  # the rates
     if mixed:

@@ -75,7 +75,7 @@ class Tally:
         self._rows[mode].append(row)
 
     def collect(self, mode: str) -> Tensor:
-        """Returns the sums of each micro-batch since the last time, over all processes, (n, 4) on the device."""
+        """Returns sums of each micro-batch since the last time, of all processes: (n, 4), on the device."""
         rows, self._rows[mode] = self._rows[mode], []
         if not rows:
             return torch.zeros(0, 4, dtype=torch.float64, device=self._accelerator.device)

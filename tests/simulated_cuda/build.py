@@ -43,9 +43,7 @@ def build() -> Path:
         includes = [f"-I{torch / 'include'}", f"-I{torch / 'include/torch/csrc/api/include'}"]
         links = ["-Wl,--no-as-needed", f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10"]
         options = ["-O1", "-std=c++20", "-fPIC", "-shared", "-w"]
-        subprocess.run(
-            [COMPILER, *options, *includes, str(SOURCE), "-o", str(partial), *links], check=True
-        )
+        subprocess.run([COMPILER, *options, *includes, str(SOURCE), "-o", str(partial), *links], check=True)
         partial.replace(library)  # two processes may have made it; both made the same
     return library
 

@@ -235,7 +235,9 @@ def _stand_in(torch: Any, device: Device) -> None:
         "set_device": _always(None), "get_device_properties": _always(properties),
         "get_device_capability": _always(card.capability), "get_device_name": _always(card.name),
         "get_arch_list": _always(["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]),
-        "is_bf16_supported": lambda including_emulation=True: including_emulation or card.capability >= (8, 0),
+        "is_bf16_supported": lambda including_emulation=True: (
+            including_emulation or card.capability >= (8, 0)
+        ),
         "mem_get_info": lambda *args: (card.nbytes - device.in_use, card.nbytes),
         "synchronize": lambda *args: device.wait("torch.cuda.synchronize"),
         "empty_cache": _always(None), "ipc_collect": _always(None), "memory_stats": _always({}),
@@ -255,6 +257,9 @@ def _stand_in(torch: Any, device: Device) -> None:
         setattr(torch.cuda, name, function)
     for name in ("get_rng_state", "set_rng_state", "get_rng_state_all", "set_rng_state_all"):
         setattr(torch.cuda.random, name, functions[name])
+    torch.UntypedStorage.clone = lambda storage: (  # a torch without CUDA makes storages for the host only
+        torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage).clone().untyped_storage()
+    )
     torch.version.cuda = "13.0"
     torch.cuda.amp.common = types.SimpleNamespace(amp_definitely_not_available=_always(False))
     for name, value in {

@@ -1,8 +1,9 @@
 """The project's Triton programs on the simulated card: the host's kernels in their place, or the interpreter.
 
 Triton compiles for a card; here there is none to run what it makes. What is under test is everything around
-the programs, so the host's own kernels compute on the card's memory, after the operands have been looked at.
-One small step runs the real programs in Triton's interpreter (`TRITON_INTERPRET=1`).
+the programs: their operands are looked at, their functions run and allocate what they do, with launches that
+do nothing, and then the host's own kernels compute the results. One small step runs the real programs in
+Triton's interpreter (`TRITON_INTERPRET=1`).
 """
 
 from __future__ import annotations
@@ -23,26 +24,80 @@ def stand_in(device: Device) -> None:
     import mamba_sft.kernels.cpu as host
     import mamba_sft.kernels.triton_ops as programs
 
+    _stand_in_for_bitsandbytes(device)
     trl_head._MM_OUT_DTYPE = False  # asks cuBLAS for float32 out of 16 bits, which the host has no name for
     if os.environ.get("TRITON_INTERPRET") == "1":
         return
     trl_head._use_triton = lambda device: False
+    for room in (programs.triton_scan, programs.triton_conv):
+        for name, program in list(vars(room).items()):
+            if hasattr(program, "__getitem__") and hasattr(program, "run"):
+                setattr(room, name, _NoLaunch())
     for name in _SEQUENCES:
-        setattr(programs, name, _on_host(name, getattr(host, name), device))
+        allocate, compute = getattr(programs, name), getattr(host, name)
+        setattr(programs, name, _on_host(name, allocate, compute, device))
 
 
-def _on_host(name: str, compute: Any, device: Device) -> Any:
+class _NoLaunch:
+    """A Triton program that is launched and does nothing."""
+
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda *operands, **options: None
+
+
+_KERNELS = ("quantize_4bit", "dequantize_4bit", "gemv_4bit", "quantize_blockwise", "dequantize_blockwise",
+            "int8_linear_matmul", "int8_mm_dequant", "optimizer_update_8bit_blockwise",
+            "optimizer_update_32bit")  # fmt: skip
+"""What bitsandbytes has CUDA kernels for, which allocate nothing but their results."""
+
+
+def _stand_in_for_bitsandbytes(device: Device) -> None:
+    """Lets its CPU kernels compute: for other devices it has many torch operations, compiled first."""
+    import torch
+    from bitsandbytes._ops import register_kernel
+
+    for name in _KERNELS:
+        register_kernel(f"bitsandbytes::{name}", "cuda")(
+            _beside(getattr(torch.ops.bitsandbytes, name).default, device)
+        )
+
+
+def _beside(compute: Any, device: Device) -> Any:
+    def run(*operands: Any) -> Any:
+        with device.quiet():
+            given = [_moved(operand, "cpu") for operand in operands]
+            results = _moved(compute(*given), "cuda")
+            for operand, argument, other in zip(operands, compute._schema.arguments, given, strict=False):
+                if argument.alias_info is not None and argument.alias_info.is_write and operand is not None:
+                    operand.copy_(other)
+        return results
+
+    return run
+
+
+def _on_host(name: str, allocate: Any, compute: Any, device: Device) -> Any:
     def run(*operands: Any, **options: Any) -> Any:
         for number, operand in enumerate(operands):
             for tensor in operand if isinstance(operand, tuple) else (operand,):
                 assert not hasattr(tensor, "is_cuda") or tensor.is_cuda, f"{name}: operand {number} is on cpu"
+        made = allocate(*operands, **options)
         with device.quiet():
             given = [_moved(operand, "cpu") for operand in operands]
             place = _SEQUENCES[name]
             given[place] = _starts(name, given[place], given)
-            return _moved(compute(*given, **options), "cuda")
+            computed = compute(*given, **options)
+            if not isinstance(made, tuple):
+                return _filled(made, computed)
+            return tuple(_filled(one, other) for one, other in zip(made, computed, strict=True))
 
     return run
+
+
+def _filled(made: Any, computed: Any) -> Any:
+    """What the program would have filled, filled; what only its own backward reads is the host's."""
+    if made is None or computed is None or made.shape != computed.shape:
+        return _moved(computed, "cuda")
+    return made.copy_(computed)
 
 
 def _moved(value: Any, device: str) -> Any:

@@ -127,7 +127,56 @@ def answer(device: Device | None, name: str, model: str, tokens: str = "8") -> d
     return found | {"chat": told(device), "turns": turns}
 
 
-JOBS = {"train": train, "cli": cli, "answer": answer}
+def memory(device: Device, name: str, recipe: str, quantization: str = "") -> dict[str, Any]:
+    """Holds the plan of a recipe, its shape scaled down, against the bytes of a training step."""
+    from dataclasses import replace
+
+    import torch
+    import trl.trainer.utils as trl_utils
+    from trl.trainer.utils import add_fused_lm_head
+
+    from mamba_sft import Recipe
+    from mamba_sft.kernels.falcon_mamba import install
+    from mamba_sft.model.adapter import attach_adapter
+    from mamba_sft.model.loading import load_model, resolve_dtype
+    from mamba_sft.planning import memory as plan
+    from mamba_sft.recipe.builtin import find_recipe
+    from mamba_sft.training.activations import keep_activations
+    from tests.conftest import build_model
+    from tests.planning.test_memory import Case, planned_peak, step
+
+    trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE = plan.TILE_COLUMNS = 64  # its tile would hide the small blocks
+    asked = Recipe.load(find_recipe(recipe))
+    dtype, quantization = resolve_dtype(asked.model), quantization or asked.model.quantization
+    stream = asked.train.stream_tokens
+    case = Case(
+        asked.train.checkpointing, dtype, hidden=256, length=512, rows=1, layers=4, vocabulary=2048,
+        stream=None if stream is None else 128, packed=asked.data.packing, trained=(1, 2),
+        adapter=tuple(asked.adapter.model_dump().items()), backend="triton",
+    )  # fmt: skip
+    work = replace(case.work, quantization=quantization)
+    torch.manual_seed(0)
+    base = Path(name).with_suffix(".base")
+    shape = work.shape
+    build_model(
+        hidden_size=shape.hidden, num_hidden_layers=shape.layers, state_size=shape.states,
+        vocab_size=shape.vocabulary, time_step_rank=shape.rank, intermediate_size=shape.inner,
+    ).to(dtype).save_pretrained(base)  # fmt: skip
+    section = asked.model.model_copy(
+        update={"base": str(base), "revision": None, "quantization": quantization, "kernels": "triton"}
+    )
+    model = attach_adapter(install(load_model(section)), asked.adapter, trained_token_ids=case.trained)
+    add_fused_lm_head(model.get_base_model(), outputs=("log_probs", "entropy", "is_top1"))
+    keep_activations(model, case.policy)
+    model.train()
+    step(model, case, "cuda")  # gradients are there from here on
+    before = device.in_use
+    device.forget_the_most()
+    step(model, case, "cuda")
+    return {"planned": planned_peak(work), "counted": device.most - before}
+
+
+JOBS = {"train": train, "cli": cli, "answer": answer, "memory": memory}
 
 
 def main() -> None:
