@@ -27,6 +27,9 @@ def stand_in(device: Device) -> None:
     _stand_in_for_bitsandbytes(device)
     trl_head._MM_OUT_DTYPE = False  # asks cuBLAS for float32 out of 16 bits, which the host has no name for
     if os.environ.get("TRITON_INTERPRET") == "1":
+        from mamba_sft import kernels
+
+        kernels._device_of = {"triton": "cuda", "cpu": "cpu"}.get
         return
     trl_head._use_triton = lambda device: False
     for room in (programs.triton_scan, programs.triton_conv):

@@ -14,6 +14,7 @@ import sys
 import time
 import traceback
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,34 +41,47 @@ def told(device: Device | None) -> dict[str, Any]:
     return {kind: dict(lines.most_common()) for kind, lines in found.items()}
 
 
-def train(device: Device | None, name: str, *overrides: str, resume: bool = False) -> dict[str, Any]:
-    """Trains the small quickstart; the third step is watched."""
+def train(device: Device | None, name: str, *words: str, resume: bool = False) -> dict[str, Any]:
+    """Trains the small quickstart; the third step is watched.
+
+    Args:
+        device: The card, or None.
+        name: The output directory.
+        words: Overrides of the recipe; `limit=BYTES` of the card's memory from the first step on;
+            `leave=INPUT` keeps an input of the model on the host, which is wrong.
+        resume: Go on from the newest checkpoint.
+    """
     from transformers import TrainerCallback
 
     from mamba_sft import Recipe
     from mamba_sft.recipe.builtin import find_recipe
     from mamba_sft.training.fine_tuning import train as fine_tune
 
-    watched: dict[str, Any] = {}
-    limit = next((word for word in overrides if word.startswith("limit=")), None)
-    words = [word for word in overrides if word != limit]
+    watched: dict[str, Any] = {"most": 0}
+    asked = dict(word.split("=", 1) for word in words if word.startswith(("limit=", "leave=")))
+    overrides = [word for word in words if not word.startswith(("limit=", "leave="))]
+    if "leave" in asked:
+        _leave_on_host(asked["leave"])
 
     class Watch(TrainerCallback):
         def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-            if device and limit:
-                device.limit(int(float(limit.partition("=")[2])))
+            if device:
+                device.forget_the_most()
+                device.limit(int(asked["limit"]) if "limit" in asked else None)
 
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
             if device:
                 device.forget()
-                device.forget_the_most()
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             if device and state.global_step == 3 and "loss" in (logs or {}):
-                watched.update(told(device) | {"peak": device.most})
+                watched.update(told(device))
 
+        def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+            watched["most"] = device.most if device else 0
+
+    recipe = Recipe.load(find_recipe("quickstart"), overrides=[*SMALL, *overrides, f"output_dir={name}"])
     try:
-        recipe = Recipe.load(find_recipe("quickstart"), overrides=[*SMALL, *words, f"output_dir={name}"])
         run = fine_tune(recipe, resume=resume, overwrite=not resume, callbacks=[Watch()])
     finally:
         if device:
@@ -79,6 +93,24 @@ def train(device: Device | None, name: str, *overrides: str, resume: bool = Fals
         "grad_norms": [line["grad_norm"] for line in lines if "grad_norm" in line],
         "weights": weights(run.adapter),
     }
+
+
+def _leave_on_host(name: str) -> None:
+    from mamba_sft.training.figures import Figures
+
+    make = Figures.of
+    Figures.of = staticmethod(  # type: ignore[method-assign, assignment]
+        lambda model, inputs, **more: make(model, inputs | {name: inputs[name].cpu()}, **more)
+    )
+
+
+def resume(device: Device | None, name: str, run: str) -> dict[str, Any]:
+    """Takes the third step of a run in fp32 again, from its checkpoint of the second."""
+    import shutil
+
+    shutil.rmtree(Path(run, "checkpoints", "checkpoint-3"))
+    shutil.rmtree(Path(run, "adapter"))
+    return train(device, run, "model.dtype=float32", "train.log_activations=true", resume=True)
 
 
 def weights(adapter: Path) -> dict[str, list[float]]:
@@ -123,8 +155,11 @@ def answer(device: Device | None, name: str, model: str, tokens: str = "8") -> d
     if device:
         device.forget()
     session = open_session(loaded, sampling=sampling)
-    turns = ["".join(session.send(text)) for text in ("What is 7 plus 5?", "And 6 plus 5?")]
-    return found | {"chat": told(device), "turns": turns}
+    turns, written = [], []
+    for text in ("What is 7 plus 5?", "And 6 plus 5?"):
+        turns.append("".join(session.send(text)))
+        written.append(session.last_turn.tokens if session.last_turn else 0)
+    return found | {"chat": told(device), "turns": turns, "turn_tokens": written}
 
 
 def memory(device: Device, name: str, recipe: str, quantization: str = "") -> dict[str, Any]:
@@ -176,7 +211,52 @@ def memory(device: Device, name: str, recipe: str, quantization: str = "") -> di
     return {"planned": planned_peak(work), "counted": device.most - before}
 
 
-JOBS = {"train": train, "cli": cli, "answer": answer, "memory": memory}
+def itself(device: Device, name: str) -> dict[str, Any]:
+    """Asks the card for what it should count and refuse."""
+    import torch
+
+    x, pinned = torch.ones(8, 8, device="cuda"), torch.ones(8, 8, pin_memory=True)
+    rows, mask = torch.tensor([1, 2], device="cuda"), torch.ones(8, dtype=torch.bool, device="cuda")
+    asked: dict[str, Callable[[], Any]] = {
+        "a product": lambda: x @ x,
+        "item": lambda: x.sum().item(),
+        "tolist": x.tolist,
+        "to the host": x.cpu,
+        "to the host, pinned and not blocking": lambda: pinned.copy_(x, non_blocking=True),
+        "to the host, not blocking alone": lambda: torch.empty(8, 8).copy_(x, non_blocking=True),
+        "to the card": lambda: torch.ones(3).cuda(),
+        "to the card, pinned and not blocking": lambda: pinned.to("cuda", non_blocking=True),
+        "nonzero": x.nonzero,
+        "a mask as index": lambda: x[mask],
+        "an index on the card": lambda: x[rows],
+        "synchronize": torch.cuda.synchronize,
+    }
+    waits = {}
+    for what, do in asked.items():
+        device.forget()
+        do()
+        waits[what] = device.waits()
+    found: dict[str, Any] = {"waits": waits, "name": torch.cuda.get_device_name()}
+    found["capability"] = list(torch.cuda.get_device_capability())
+    found["bf16"] = torch.cuda.is_bf16_supported(including_emulation=False)
+    found["fresh memory is NaN"] = bool(torch.empty(4, device="cuda").isnan().all())
+    before = device.in_use
+    kept = torch.empty(10_000, device="cuda")
+    found["bytes of ten thousand floats"] = device.in_use - before
+    try:
+        kept + torch.ones(10_000)
+    except RuntimeError as error:
+        found["both sides"] = str(error)
+    device.limit(device.in_use + 1000)
+    try:
+        torch.empty(10_000, device="cuda")
+    except torch.OutOfMemoryError as error:
+        found["beyond the limit"] = type(error).__name__
+    device.limit(None)
+    return found
+
+
+JOBS = {"itself": itself, "train": train, "resume": resume, "cli": cli, "answer": answer, "memory": memory}
 
 
 def main() -> None:
