@@ -38,6 +38,7 @@ from mamba_sft.run import write_atomically
 ROOT = Path(__file__).parents[1]
 PARTS = Path(__file__).with_name("first_gpu_parts.py")
 LENGTHS, TINY_LENGTHS = (2048, 8192, 32_768), (64, 128)
+FORMATS = {"16 bits": "none", "nf4": "nf4"}
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
 LOG_LINES = 20
 """Of what a failed part printed, kept in the JSON."""
@@ -113,20 +114,22 @@ def planned_parts(tiny: bool, base: str | None) -> list[Part]:
 
     parts = [
         part("doctor", ["doctor"], 10, 90),
-        part("gpu tests", ["tests", "-m", "gpu"], 30, 300),
+        part("gpu tests", ["tests", "gpu"], 30, 300),
         part("kernels", ["kernels"], 30, 240),
     ]
-    for weights in ("16 bits", "nf4"):
-        quantization = {"16 bits": "none", "nf4": "nf4"}[weights]
-        for length in TINY_LENGTHS if tiny else LENGTHS:
+    lengths = TINY_LENGTHS if tiny else LENGTHS
+    for weights, quantization in FORMATS.items():
+        for length in lengths:
             words = ["train", "--quantization", quantization, "--length", str(length)]
             parts.append(part(f"training step, {weights}, {length:,} tokens", words, 40, 180))
-    for weights, quantization in (("16 bits", "none"), ("nf4", "nf4")):
+    words = ["train", "--length", str(max(lengths)), "--stream", "64" if tiny else "1024"]
+    parts.append(part(f"training step, 16 bits, {max(lengths):,} tokens streamed", words, 40, 180))
+    for weights, quantization in FORMATS.items():
         parts.append(part(f"decode, {weights}", ["decode", "--quantization", quantization], 40, 120))
     given = ["--base", base] if base else []
     parts.append(part("residual", ["residual", *given], 40, 120))
     if not tiny:
-        parts.append(part("kernel tests", ["tests", "-m", "not gpu and not slow and not network"], 60, 600))
+        parts.append(part("kernel tests", ["tests", "kernel"], 60, 600))
     return parts
 
 
@@ -227,7 +230,11 @@ def text_of(row: dict[str, Any]) -> str:
     for name in ("note", "error"):
         if name in row:
             return str(row[name])
-    shown = {name: cell(value) for name, value in row.items() if name not in {"table", "facts"}}
+    shown = {
+        name: cell(value)
+        for name, value in row.items()
+        if name not in {"table", "facts"} and value is not None and not isinstance(value, list)
+    }
     return "  ".join(f"{name} {value}" for name, value in shown.items()) or "facts of the machine"
 
 

@@ -85,8 +85,8 @@ def test_the_entry_is_written_after_each_part(run: Any, tmp_path: Path) -> None:
     copy = f"import shutil; shutil.copy({str(tmp_path / 'entry.json')!r}, {str(seen)!r})"
     run(("first", WRITE % "first"), ("second", copy), ("third", "pass"))
     then = json.loads(seen.read_text())["parts"]
-    assert [(part["name"], part["status"]) for part in then][0] == ("first", "done")
-    assert [part["status"] for part in then][2] == "waiting"
+    assert (then[0]["name"], then[0]["status"]) == ("first", "done")
+    assert then[2]["status"] == "waiting"
     assert then[0]["rows"] == [{"table": "t", "of": "first"}]
     assert not list(tmp_path.glob("*.partial"))
 
