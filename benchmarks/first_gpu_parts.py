@@ -45,6 +45,7 @@ def doctor(options: Options, emit: Emit) -> None:
     import torch
 
     from mamba_sft.diagnostics.diagnosis import diagnose
+    from mamba_sft.diagnostics.hardware import OPERATIONS
     from mamba_sft.diagnostics.kernel_benchmark import machine
 
     diagnosis = diagnose()
@@ -53,9 +54,16 @@ def doctor(options: Options, emit: Emit) -> None:
     emit(facts=diagnosis.environment | {"findings": findings, "machine": machine(device)})
     for finding in findings:
         print(finding["status"], finding["name"], finding["text"])
-        if finding["status"] != "ok" or finding["section"] == "kernels":
+        if finding["status"] != "ok" or finding["name"] in OPERATIONS:
             emit(note=f"doctor: {finding['name']}: {finding['text']}")
-    if device.type == "cpu" and not options.tiny:
+    need_a_gpu(options)
+
+
+def need_a_gpu(options: Options) -> None:
+    """Raises where the 7B shapes would be computed on a CPU, for hours and in its memory."""
+    import torch
+
+    if not options.tiny and not torch.cuda.is_available():
         raise RuntimeError("torch sees no CUDA device")
 
 
@@ -75,16 +83,17 @@ def tests(options: Options, emit: Emit) -> None:
             if report.when == "call" or report.outcome != "passed":
                 counts[report.outcome] += 1
                 if report.failed:
-                    why = str(report.longrepr).strip().splitlines()[-1:]
-                    emit(table="tests", test=report.nodeid, outcome=" ".join(["failed:", *why]))
+                    crash = getattr(report.longrepr, "reprcrash", None)
+                    why = (crash.message if crash else str(report.longrepr)).strip()
+                    emit(table="tests", test=report.nodeid, outcome=f"failed: {why.splitlines()[0]}")
 
     words += ["-v", "-p", "no:cacheprovider", *map(str, files)]
     code = pytest.main(words, plugins=[Listener()])
     summed = ", ".join(f"{count} {name}" for name, count in counts.items())
     emit(table="tests", test=f"{options.which}: all", outcome=summed, seconds=time.monotonic() - start)
     if code:
-        reason = f"{counts['failed']} tests failed" if counts["failed"] else f"pytest ended with code {code:d}"
-        raise RuntimeError(reason)
+        failed = counts["failed"]
+        raise RuntimeError(f"{failed} tests failed" if failed else f"pytest ended with code {code:d}")
 
 
 def _has_gpu_test(path: Path) -> bool:
@@ -230,8 +239,8 @@ def model_that_fits(options: Options, emit: Emit) -> tuple[Any, Any, str]:
 
     layers = most_layers(shape.layers, fits)
     if layers < shape.layers:
-        size = weights(work) / 1e9
-        emit(note=f"{step_name(options)}: {size:.1f} GB of weights do not fit: {layers} of {shape.layers} layers")
+        text = f"{weights(work) / 1e9:.1f} GB of weights do not fit, {layers} of {shape.layers} layers do"
+        emit(note=f"{step_name(options)}: {text}")
     recipe, smaller, work = load(recipe_words(options), layers)
     model = build(recipe, smaller, resolve_dtype(recipe.model))
     return install(model, recipe.model.kernels).eval(), work, f"{layers} of {shape.layers}"
@@ -263,7 +272,7 @@ def decode(options: Options, emit: Emit) -> None:
     for batch in (1, 8):
         seconds(batch, 4)  # compiles
         first, all_of_them = (min(seconds(batch, count) for _ in range(2)) for count in (1, new))
-        steps = (new - 1) / (all_of_them - first)
+        steps = (new - 1) / max(all_of_them - first, 1e-9)
         emit(
             table="decoding", weights=step_name(options), layers=layers, batch=batch, prompt=prompt,
             **{
@@ -348,15 +357,20 @@ def main() -> None:
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
 
     def emit(**row: Any) -> None:
+        text = json.dumps(row, default=str)
+        for path, short in ((ROOT, "."), (Path.home(), "~")):  # whose they are is nobody's business
+            text = text.replace(f"{path}/", f"{short}/") if len(path.parts) > 1 else text
         with options.rows.open("a", encoding="utf-8") as out:
-            out.write(json.dumps(row, default=str) + "\n")
+            out.write(text + "\n")
 
     try:
+        if options.part != "doctor":
+            need_a_gpu(options)
         parts[options.part](options, emit)
     except Exception as error:
         first = (str(error).strip().splitlines() or [""])[0]
         text = first if type(error) is RuntimeError else f"{type(error).__name__}: {first}"
-        emit(error=text.replace(str(ROOT), "."))
+        emit(error=text)
         raise
 
 

@@ -62,7 +62,7 @@ class Part:
         name: Shown, and chosen by `--only`.
         command: What runs; `--rows FILE` is added, to which it appends its results as lines of JSON.
         least: Seconds without which it is not begun.
-        most: Seconds after which it is ended, if so much is left.
+        most: Seconds after which it is ended, or earlier if later parts would not have their `least`.
         status: `waiting`, `running`, `done`, `failed`, `out of time` or `not run`.
         reason: Why it is not `done`.
         seconds: What it took.
@@ -121,9 +121,9 @@ def planned_parts(tiny: bool, base: str | None) -> list[Part]:
     for weights, quantization in FORMATS.items():
         for length in lengths:
             words = ["train", "--quantization", quantization, "--length", str(length)]
-            parts.append(part(f"training step, {weights}, {length:,} tokens", words, 40, 180))
+            parts.append(part(f"training step, {weights}, {length:,} tokens", words, 60, 180))
     words = ["train", "--length", str(max(lengths)), "--stream", "64" if tiny else "1024"]
-    parts.append(part(f"training step, 16 bits, {max(lengths):,} tokens streamed", words, 40, 180))
+    parts.append(part(f"training step, 16 bits, {max(lengths):,} tokens streamed", words, 60, 180))
     for weights, quantization in FORMATS.items():
         parts.append(part(f"decode, {weights}", ["decode", "--quantization", quantization], 40, 120))
     given = ["--base", base] if base else []
@@ -136,15 +136,17 @@ def planned_parts(tiny: bool, base: str | None) -> list[Part]:
 def run_parts(entry: Entry, deadline: float) -> None:
     """Runs the parts one after another until the deadline, a time of `time.monotonic`."""
     entry.write()
-    for part in entry.parts:
+    for number, part in enumerate(entry.parts, 1):
         left = deadline - time.monotonic()
+        later = sum(other.least for other in entry.parts[number:])
+        limit = max(part.least, min(part.most, left - later))  # one that hangs leaves some for each
         if left < part.least:
             part.status = "not run"
             part.reason = f"it needs about {part.least:.0f} s, and {max(left, 0):.0f} s were left"
         else:
-            print(f"\n== {part.name} (at most {min(part.most, left):.0f} s)", flush=True)
+            print(f"\n== {part.name} (at most {limit:.0f} s)", flush=True)
             try:
-                run_part(entry, part, min(part.most, left))
+                run_part(entry, part, limit)
             except BaseException:
                 part.status, part.reason = "failed", "the whole run was ended here"
                 raise
@@ -200,6 +202,9 @@ def take_rows(entry: Entry, part: Part, path: Path) -> None:
         return
     part.rows += new
     for row in new:
+        device = row.get("facts", {}).get("device", {})
+        if device.get("type") == "cuda":  # the one that is used, which need not be the first
+            entry.facts["card"] = device["name"]
         print("   " + text_of(row), flush=True)
     entry.write()
 
@@ -356,6 +361,8 @@ def main(words: Sequence[str] | None = None) -> int:
     parts = planned_parts(options.tiny, options.base)
     if options.only:
         parts = [part for part in parts if any(word in part.name for word in options.only)]
+        if not parts:
+            parser.error("no part has such a name")
     entry = Entry(facts, parts, free_path(options.output, facts))
     try:
         run_parts(entry, deadline)

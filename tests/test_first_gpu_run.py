@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
+import argparse
+import importlib
 import json
+import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -11,24 +14,27 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "first_gpu_run.py"
 FACTS = {
     "date": "2026-01-01", "card": "A Card", "driver": "1.0", "versions": {"torch": "2.11.0"},
     "commit": "abc", "command": "python benchmarks/first_gpu_run.py", "tiny": False,
 }  # fmt: skip
-WRITE = "import sys; open(sys.argv[-1], 'a').write('{\"table\": \"t\", \"of\": \"%s\"}\\n');"
+WRITE = 'import sys; open(sys.argv[-1], \'a\').write(\'{"table": "t", "of": "%s"}\\n\');'
 
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("first_gpu_run", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "first_gpu_run", module)  # where dataclasses look for their module
-    spec.loader.exec_module(module)
-    return module
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    return importlib.import_module("first_gpu_run")
+
+
+@pytest.fixture
+def measuring(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """What runs in the parts, in this process."""
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    return importlib.import_module("first_gpu_parts")
 
 
 @pytest.fixture
@@ -92,10 +98,16 @@ def test_the_entry_is_written_after_each_part(run: Any, tmp_path: Path) -> None:
 
 
 def test_parts_for_which_no_time_is_left_are_listed(run: Any) -> None:
-    entry = run(("long", "import time; time.sleep(60)"), ("next", "pass"), seconds=2, least=1)
-    assert status(entry) == {"long": "out of time", "next": "not run"}
+    sleep = "import time; time.sleep(60)"
+    entry = run(("long", sleep), ("next", "pass"), ("last", "pass"), seconds=3, least=2)
+    assert status(entry) == {"long": "out of time", "next": "not run", "last": "not run"}
     text = entry.path.with_suffix(".md").read_text()
-    assert "| next | not run: it needs about 1 s, and 0 s were left |" in text
+    assert "| next | not run: it needs about 2 s, and 1 s were left |" in text
+
+
+def test_a_part_that_hangs_leaves_time_for_those_after_it(run: Any) -> None:
+    entry = run(("hangs", "import time; time.sleep(60)"), ("next", "pass"), seconds=8, least=4, most=60)
+    assert 3.9 < entry.parts[0].seconds < 5
 
 
 def test_a_program_that_is_not_there_is_a_line(script: ModuleType, tmp_path: Path) -> None:
@@ -127,6 +139,12 @@ def test_an_earlier_run_of_the_day_is_kept(script: ModuleType, tmp_path: Path) -
 
 def test_the_parts_are_in_order_and_have_time(script: ModuleType) -> None:
     parts = script.planned_parts(tiny=False, base=None)
+    assert [part.name for part in parts if "training" in part.name] == [
+        "training step, 16 bits, 2,048 tokens", "training step, 16 bits, 8,192 tokens",
+        "training step, 16 bits, 32,768 tokens", "training step, nf4, 2,048 tokens",
+        "training step, nf4, 8,192 tokens", "training step, nf4, 32,768 tokens",
+        "training step, 16 bits, 32,768 tokens streamed",
+    ]  # fmt: skip
     kinds = list(dict.fromkeys(part.name.split(",")[0] for part in parts))
     assert kinds == ["doctor", "gpu tests", "kernels", "training step", "decode", "residual", "kernel tests"]
     assert all(part.least < part.most for part in parts)
@@ -148,3 +166,102 @@ def test_a_run_that_is_told_to_end_ends_its_part_and_keeps_the_entry(
         run(("late", late), ("next", "pass"))
     time.sleep(2)
     assert not mark.exists()
+
+
+SETTINGS = {"length": 8192, "quantization": "none", "stream": None, "tiny": False, "base": None}
+
+
+@pytest.mark.parametrize(
+    ("memory", "tried"),
+    [
+        (200e9, [("mamba", "all"), ("block", "all"), ("block", "fewer")]),
+        (35e9, [("block", "all"), ("block", "fewer")]),
+        (16e9, [("block", "fewer")]),
+        (1e9, []),
+    ],
+)
+def test_a_card_that_is_too_small_gets_fewer_layers_and_is_told(
+    measuring: ModuleType, monkeypatch: pytest.MonkeyPatch, memory: float, tried: list[tuple[str, str]]
+) -> None:
+    monkeypatch.setattr(measuring, "usable_bytes", lambda: memory)
+    notes: list[str] = []
+    options = argparse.Namespace(**SETTINGS)
+    found = list(measuring.attempts(options, lambda **row: notes.append(row["note"])))
+    names = [
+        (words[-1].rpartition("=")[2], "all" if layers == of else "fewer") for words, layers, of in found
+    ]
+    assert names == tried
+    assert all(0 < layers <= of == 64 for _, layers, of in found)
+    assert bool(notes) == (memory < 20e9)
+
+
+def test_a_step_that_runs_out_of_memory_is_measured_with_fewer_layers(
+    measuring: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = importlib.import_module("bench_train_step")
+
+    def measure(words: Any, repeats: int, against_stock: bool, *, layers: int, budget: float) -> Any:
+        if layers == 64:
+            raise torch.OutOfMemoryError("out of memory")
+        names = ("tokens", "tokens_per_second", "planned_tokens_per_second", "mfu", "with_repeats")
+        return dict.fromkeys((*names, "peak_bytes", "planned_peak_bytes"), 1)
+
+    monkeypatch.setattr(bench, "measure", measure)
+    monkeypatch.setattr(measuring, "usable_bytes", lambda: 200e9)
+    rows: list[dict[str, Any]] = []
+    measuring.train(argparse.Namespace(**SETTINGS), lambda **row: rows.append(row))
+    assert [row["note"].rpartition(": ")[2] for row in rows[:-1]] == ["out of memory"] * 2
+    assert rows[-1]["layers"].endswith(" of 64")
+    assert rows[-1]["layers"] != "64 of 64"
+
+
+def test_random_weights_are_those_of_their_seed_and_shape(measuring: ModuleType) -> None:
+    bench = importlib.import_module("bench_train_step")
+    words = measuring.recipe_words(argparse.Namespace(**SETTINGS | {"tiny": True}))
+    recipe, shape, _ = bench.load(words, layers=2)
+    one, other = (bench.build(recipe, shape, torch.bfloat16) for _ in range(2))
+    assert sum(parameter.numel() for parameter in one.parameters()) == shape.parameters
+    assert all(torch.equal(x, other.state_dict()[name]) for name, x in one.state_dict().items())
+    first, second = (layer.mixer.in_proj.weight for layer in one.backbone.layers)
+    assert not torch.equal(first, second)
+
+
+def test_no_7b_is_computed_on_a_cpu(measuring: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RuntimeError, match="torch sees no CUDA device"):
+        measuring.need_a_gpu(argparse.Namespace(tiny=False))
+    measuring.need_a_gpu(argparse.Namespace(tiny=True))
+
+
+def trial(output: Path, *words: str) -> tuple[subprocess.CompletedProcess[str], dict[str, Any], str]:
+    ran = subprocess.run(
+        [sys.executable, SCRIPT, "--device", "cpu", "--tiny", "--output", output, *words],
+        capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": str(SCRIPT.parents[1])},
+    )  # fmt: skip
+    (path,) = output.glob("*.json")
+    return ran, json.loads(path.read_text()), path.with_suffix(".md").read_text()
+
+
+def test_one_part_of_a_trial(tmp_path: Path) -> None:
+    ran, entry, text = trial(tmp_path, "--only", "residual", "--minutes", "2")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    (part,) = entry["parts"]
+    (row,) = part["rows"]
+    assert row["table"] == "residual"
+    assert row["largest"] == max(row["of each layer"]) > 0
+    assert row["logits off"] < 0.05
+    assert "A trial of the script on tiny shapes" in text
+    assert str(SCRIPT.parents[1]) not in json.dumps(part)
+
+
+@pytest.mark.slow
+def test_a_trial_of_every_part(tmp_path: Path) -> None:
+    ran, entry, text = trial(tmp_path, "--minutes", "9")
+    assert {part["name"]: part["reason"] for part in entry["parts"] if part["status"] != "done"} == {}
+    assert ran.returncode == 0
+    tables = [row["table"] for part in entry["parts"] for row in part["rows"] if "table" in row]
+    assert tables.count("training") == 5
+    assert tables.count("decoding") == 4
+    assert all(f"\n{title}:\n\n|" in text for title in dict.fromkeys(tables))
+    assert entry["parts"][0]["rows"][0]["facts"]["findings"]
+    assert [path.suffix for path in sorted(tmp_path.iterdir())] == [".json", ".md"]
