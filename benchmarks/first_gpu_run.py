@@ -126,7 +126,7 @@ def planned_parts(tiny: bool, base: str | None) -> list[Part]:
     parts.append(part(f"training step, 16 bits, {max(lengths):,} tokens streamed", words, 60, 180))
     for weights, quantization in FORMATS.items():
         parts.append(part(f"decode, {weights}", ["decode", "--quantization", quantization], 40, 120))
-    given = ["--base", base] if base else []
+    given = ["--base", str(Path(base).absolute())] if base else []
     parts.append(part("residual", ["residual", *given], 40, 120))
     if not tiny:
         parts.append(part("kernel tests", ["tests", "kernel"], 60, 600))
@@ -162,6 +162,7 @@ def run_part(entry: Entry, part: Part, limit: float) -> None:
         rows.touch()
         start = time.monotonic()
         part.status = "running"
+        entry.write()
         with log.open("wb") as out:
             try:
                 process = subprocess.Popen(
