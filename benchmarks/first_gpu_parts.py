@@ -139,7 +139,8 @@ def train(options: Options, emit: Emit) -> None:
         try:
             result = measure(words, 1 if options.tiny else REPEATS, False, layers=layers, budget=BUDGET)
         except torch.OutOfMemoryError as error:
-            emit(note=f"{step_name(options)}, {options.length:,} tokens, {layers} of {of} layers: {error}")
+            what = f"{step_name(options)}, {options.length:,} tokens, {layers} of {of} layers, {words[-1]}"
+            emit(note=f"{what}: {str(error).split('. ')[0]}")
         else:
             emit(
                 table="training", step=step_name(options), layers=f"{layers} of {of}",
