@@ -4,7 +4,7 @@
     python benchmarks/bench_train_step.py instruct data.max_length=8192  # the step of any recipe
     python benchmarks/bench_train_step.py --stock                        # and stock transformers + PEFT
 
-The model has the recipe's shape and random weights, built on the device, so nothing is downloaded; rows are
+The model has the recipe's shape and random weights, made on the device, so nothing is downloaded; rows are
 random tokens, packed of sequences of 37 to 1,500 tokens. A step is what a micro-batch takes in training:
 forward, backward, clipping and the optimizer. Without a recipe, a GPU gets the three steps of `ON_A_GPU` at
 the 7B shape; a CPU gets a tiny model, and the ratio to stock transformers and PEFT on the same model (which
@@ -22,14 +22,17 @@ import json
 import os
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch
+from make_random_checkpoint import randomize
 from transformers import FalconMambaConfig, FalconMambaForCausalLM
+from transformers.models.falcon_mamba.modeling_falcon_mamba import FalconMambaBlock
 from trl.trainer.utils import add_fused_lm_head
 
 from mamba_sft.data.packing import PADDING, Collator
@@ -41,7 +44,7 @@ from mamba_sft.model.shape import Shape, find_shape
 from mamba_sft.planning.environment import describe_device
 from mamba_sft.planning.gpus import recognized
 from mamba_sft.planning.memory import Work, peak, planned_parts
-from mamba_sft.planning.speed import estimate
+from mamba_sft.planning.speed import estimate, flops
 from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.training.activations import keep_activations
 from mamba_sft.training.streaming import backpropagate, split, sweep
@@ -63,45 +66,62 @@ def model_flops(work: Work) -> int:
 
 
 def build(recipe: Recipe, shape: Shape, dtype: torch.dtype) -> Any:
-    """Makes the model of a recipe with random weights on the device, layer by layer where it is quantized."""
+    """Makes the model of a recipe on the device, of random weights, in NF4 layer by layer.
+
+    The same seed and shape give the same weights.
+    """
     config = FalconMambaConfig(
         vocab_size=shape.vocabulary, hidden_size=shape.hidden, intermediate_size=shape.inner,
-        num_hidden_layers=shape.layers, state_size=shape.states, time_step_rank=shape.rank,
+        num_hidden_layers=0, state_size=shape.states, time_step_rank=shape.rank,
         conv_kernel=shape.width, tie_word_embeddings=shape.tied, residual_in_fp32=shape.residual_in_fp32,
         bos_token_id=0, eos_token_id=0, pad_token_id=0,
     )  # fmt: skip
     torch.manual_seed(0)
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(DEVICE):
-            model = FalconMambaForCausalLM(config)
-    finally:
-        torch.set_default_dtype(torch.float32)
-    model = model.to(dtype)
+    with made_in(dtype):
+        model = FalconMambaForCausalLM(config)
+    randomize(model.to(dtype))
+    config.num_hidden_layers = shape.layers
+    for number in range(shape.layers):
+        with made_in(dtype):
+            block = FalconMambaBlock(config, layer_idx=number)
+        randomize(block.to(dtype))
+        if recipe.model.quantization == "nf4":
+            quantize(block.mixer, shape, dtype)
+        model.backbone.layers.append(block)
     if recipe.model.quantization == "nf4":
-        quantize(model, shape, dtype)
+        never_pack(model)
+        model.is_loaded_in_4bit = True
+    if DEVICE == "cuda":
+        torch.cuda.empty_cache()
     return model
 
 
-def quantize(model: Any, shape: Shape, dtype: torch.dtype) -> None:
-    """Puts the projections of a model into NF4, one after another."""
+@contextlib.contextmanager
+def made_in(dtype: torch.dtype) -> Iterator[None]:
+    """Inside, modules are made on the device and in `dtype`."""
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(DEVICE):
+            yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def quantize(mixer: Any, shape: Shape, dtype: torch.dtype) -> None:
+    """Puts the projections of a mixer into NF4, one after another."""
     import bitsandbytes as bnb
 
-    for layer in model.backbone.layers:
-        for name in quantized_projections(shape, "nf4"):
-            linear = getattr(layer.mixer, name)
-            small = bnb.nn.Linear4bit(
-                linear.in_features, linear.out_features, bias=linear.bias is not None, compute_dtype=dtype,
-                quant_type="nf4", compress_statistics=True,
-            )  # fmt: skip
-            small.weight = bnb.nn.Params4bit(
-                linear.weight.data.cpu(), requires_grad=False, quant_type="nf4", compress_statistics=True
-            )
-            setattr(layer.mixer, name, small.to(DEVICE))
-    never_pack(model)
-    model.is_loaded_in_4bit = True
-    if DEVICE == "cuda":
-        torch.cuda.empty_cache()
+    for name in quantized_projections(shape, "nf4"):
+        linear = getattr(mixer, name)
+        small = bnb.nn.Linear4bit(
+            linear.in_features, linear.out_features, bias=False, compute_dtype=dtype, quant_type="nf4",
+            compress_statistics=True, device="meta",
+        )  # fmt: skip
+        small.weight = bnb.nn.Params4bit(
+            linear.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True
+        )
+        small.bias = linear.bias
+        setattr(mixer, name, small.to(DEVICE))
 
 
 def rows_of(recipe: Recipe, shape: Shape) -> list[dict[str, Any]]:
@@ -188,13 +208,16 @@ def mixed(dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(DEVICE, dtype)
 
 
-def timed(step: Callable[[], None], repeats: int) -> tuple[float, int]:
-    """Returns the median seconds of a step after a first one, and the most bytes held."""
+def timed(step: Callable[[], None], repeats: int, budget: float = float("inf")) -> tuple[float, int]:
+    """Returns the median seconds of a step after a first one, and the most bytes held.
+
+    No step is begun `budget` seconds after the first of those that count.
+    """
     step()
     if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    seconds = []
-    for _ in range(repeats):
+    seconds: list[float] = []
+    while len(seconds) < repeats and sum(seconds) < budget:
         if DEVICE == "cuda":
             torch.cuda.synchronize()
         start = time.perf_counter()
@@ -207,23 +230,47 @@ def timed(step: Callable[[], None], repeats: int) -> tuple[float, int]:
     return sorted(seconds)[len(seconds) // 2], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def measure(words: tuple[str, ...], repeats: int, against_stock: bool) -> dict[str, Any]:
-    """Measures the step of a recipe, and beside it puts what the plan says."""
+def load(words: Sequence[str], layers: int | None = None) -> tuple[Recipe, Shape, Work]:
+    """Returns a recipe, the shape of its base, or of one with fewer layers, and its step as plans see it."""
     recipe = Recipe.load(words[0], overrides=words[1:])
     shape, _ = find_shape(recipe.model)
+    shape = shape if layers is None else replace(shape, layers=layers)
+    length = recipe.data.max_length or 2048
+    return recipe, shape, Work.of(recipe, shape, DEVICE, length=length, trained_rows=len(TRAINED))
+
+
+def measure(
+    words: Sequence[str],
+    repeats: int,
+    against_stock: bool,
+    *,
+    layers: int | None = None,
+    budget: float = float("inf"),
+) -> dict[str, Any]:
+    """Measures the step of a recipe, and beside it puts what the plan says.
+
+    Args:
+        words: The recipe and overrides of its values.
+        repeats: Steps, of which the median counts.
+        against_stock: Whether to measure stock transformers and PEFT too.
+        layers: Of the model, for a card that is too small for all; everything in the result is of these.
+        budget: Seconds after which no further step is begun.
+    """
+    recipe, shape, work = load(words, layers)
     dtype, rows = resolve_dtype(recipe.model), rows_of(recipe, shape)
     tokens = sum(len(row["input_ids"]) for row in rows)
     accelerator = recognized(describe_device())
-    work = Work.of(recipe, shape, DEVICE, length=len(rows[0]["input_ids"]), trained_rows=len(TRAINED))
     parts, rate = planned_parts(work), estimate(work, accelerator)
     if DEVICE == "cuda":  # what the counter does not see
         parts["overhead"] = 0
     model = build(recipe, shape, dtype)
     twin = copy.deepcopy(model) if against_stock else None
-    seconds, most = timed(ours(recipe, model, dtype, rows), repeats)
+    seconds, most = timed(ours(recipe, model, dtype, rows), repeats, budget)
+    of_peak = tokens / seconds / accelerator.flops if accelerator.flops else None
     result = {
         "tokens_per_second": tokens / seconds,
-        "mfu": model_flops(work) * tokens / seconds / accelerator.flops if accelerator.flops else None,
+        "mfu": of_peak and model_flops(work) * of_peak,
+        "with_repeats": of_peak and flops(work) * of_peak,
         "peak_bytes": most,
         "planned_tokens_per_second": rate and rate.tokens_per_second,
         "planned_peak_bytes": peak(parts),

@@ -62,20 +62,33 @@ def make_checkpoint(output: Path, config: FalconMambaConfig, *, dtype: str, shar
 
 def random_blocks(layout: Layout, values: torch.Tensor) -> Iterator[torch.Tensor]:
     """Yields rows of plausible size: normal with variance 1 / inputs, and a recurrence that is stable."""
-    leaf = ".".join(layout.name.split(".")[-2:])
     columns = math.prod(layout.shape[1:])
     for start, stop in row_blocks(layout.shape):
         count = (stop - start) * columns
-        if leaf.endswith("A_log"):
-            block = torch.arange(1, columns + 1).log().expand(stop - start, -1)
-        elif leaf.endswith(".D") or "norm" in leaf:
-            block = torch.ones(count)
-        else:
-            offset = int(torch.randint(1021, (), generator=_POOL))
-            repeats = -(-count // (len(values) - 1021))
-            block = values[offset:].repeat(repeats)[:count]
-            block = block - 4.0 if leaf == "dt_proj.bias" else block * columns**-0.5
+        offset = int(torch.randint(1021, (), generator=_POOL))
+        repeats = -(-count // (len(values) - 1021))
+        block = plausible(layout.name, values[offset:].repeat(repeats)[:count], columns)
         yield block.reshape(stop - start, *layout.shape[1:]).to(DTYPES[layout.dtype])
+
+
+def plausible(name: str, normal: torch.Tensor, columns: int) -> torch.Tensor:
+    """Makes the values of a tensor, or of some of its rows, of as many normal ones."""
+    leaf = ".".join(name.split(".")[-2:])
+    if leaf.endswith("A_log"):
+        rates = torch.arange(1, columns + 1, device=normal.device, dtype=torch.float32)
+        return rates.log().expand(len(normal) // columns, -1)
+    if leaf.rpartition(".")[2] == "D" or "norm" in leaf:
+        return torch.ones_like(normal)
+    return normal - 4.0 if leaf == "dt_proj.bias" else normal * columns**-0.5
+
+
+def randomize(module: torch.nn.Module) -> None:
+    """Gives a module such values where it is, on its own device and from torch's seed."""
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            normal = torch.randn(parameter.numel(), dtype=torch.float32, device=parameter.device)
+            values = plausible(name, normal, math.prod(parameter.shape[1:]))
+            parameter.copy_(values.reshape(parameter.shape))
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -147,6 +147,7 @@ def test_what_does_not_fit_is_a_row_and_the_next_shape_is_measured():
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_small_shape_on_a_gpu():
     target = Target(torch.device("cuda"), torch.float16, "triton", GpuLimits.of(torch.device("cuda")))
     tables = bench_gpu.measure(target, [RowShape(1, 256, D=256, N=16)])

@@ -177,6 +177,7 @@ def test_the_triton_kernels_memory() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("policy", ["none", "block", "mamba"])
 @pytest.mark.parametrize("stream", [None, 1024])
 def test_on_a_gpu(policy: str, stream: int | None) -> None:
