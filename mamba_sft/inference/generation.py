@@ -55,14 +55,19 @@ def prefill(model: Any, ids: Sequence[int], state: State) -> None:
     An exception in the middle (Ctrl-C, out of memory) clears the state: some layers have read more than
     others.
     """
+    for start in range(0, len(ids), PREFILL_CHUNK):
+        chunk = list(ids[start : start + PREFILL_CHUNK])
+        _read(model, torch.tensor([chunk], device=model.device), state)
+        state.read.extend(chunk)
+
+
+def _read(model: Any, ids: Any, state: State) -> None:
+    """Moves the states and the scores of `state` on by `ids`, (1, L) on the model's device."""
     try:
-        for start in range(0, len(ids), PREFILL_CHUNK):
-            chunk = torch.tensor([ids[start : start + PREFILL_CHUNK]], device=model.device)  # (1, L)
-            state.logits, state.cache = _forward(model, chunk, state.cache)
+        state.logits, state.cache = _forward(model, ids, state.cache)
     except BaseException:
         state.clear()
         raise
-    state.read.extend(ids)
 
 
 def stream(
@@ -90,10 +95,12 @@ def stream(
         prefill(model, ids, state)
         generators = [sampling.generator(model.device)]
         for _ in range(sampling.max_new_tokens):
-            token = int(choose(state.logits, sampling, generators))
+            chosen = choose(state.logits, sampling, generators)  # (1,)
+            token = int(chosen)  # what the host must know of an answer, and waits for
             if token in stop_ids:
                 return
-            prefill(model, [token], state)
+            _read(model, chosen[None], state)
+            state.read.append(token)
             yield token
 
 

@@ -222,7 +222,8 @@ struct Call {
     } else if (value.isOptionalTensorList()) {
       c10::List<std::optional<Tensor>> list;
       for (const auto& t : value.toOptionalTensorList().vec()) {
-        if (t && t->defined() && t->is_cuda() && t->scalar_type() == at::kBool) tell("wait", name + " by a mask");
+        const bool counts_the_mask = name.find("index_put") != std::string::npos;  // index itself asks for nonzero
+        if (counts_the_mask && t && t->defined() && t->is_cuda() && t->scalar_type() == at::kBool) tell("wait", name + " by a mask");
         if (t && t->defined() && t->is_cpu() && t->dim() > 0) tell("wait", name + " by an index on the host");
         list.push_back(t ? std::optional<Tensor>(translate(*t, argument)) : t);
       }

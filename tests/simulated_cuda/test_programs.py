@@ -9,7 +9,8 @@ import pytest
 
 from tests.simulated_cuda.test_training import same
 
-STEP = ["train", "step", "model.dtype=float32", "data.max_length=24", "data.too_long=split", "data.sources.0.limit=12",
+STEP = ["train", "step", "model.dtype=float32", "data.max_length=24", "data.too_long=split",
+        "data.sources.0.limit=12",
         "data.validation=1", "train.max_steps=1", "train.per_device_train_batch_size=1",
         "train.gradient_accumulation_steps=1", "eval.eval_steps=1"]  # fmt: skip
 
