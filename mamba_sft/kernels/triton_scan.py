@@ -290,17 +290,16 @@ def there_and_back(
     inflow = dt_t * u_t
     b = tl.load(BC + STEP * 2 * N + at_n, mask=live_n, other=0.0)
     decay = exp2(dt_t[None, :] * rate)
-    kept = decay * before
+    after = decay * before + inflow[None, :] * b[:, None]
     if STEP + 1 < WINDOW:
         g, rate_sum, skip_sum, bias_sum = there_and_back(
-            count, kept + inflow[None, :] * b[:, None], g, rate_sum, skip_sum, bias_sum,
+            count, after, g, rate_sum, skip_sum, bias_sum,
             u, dt, z, dy, BC, du, ddt, dz, dBC, rate, skip, shift, has_d, has_n,
             STEP + 1, WINDOW, u_row, dt_row, z_row, dy_row, channels, N, STATES, SOFTPLUS, RATE_WANTED,
         )  # fmt: skip
 
     b = tl.load(BC + STEP * 2 * N + at_n, mask=live_n, other=0.0)
     c = tl.load(BC + STEP * 2 * N + N + at_n, mask=live_n, other=0.0)
-    after = kept + inflow[None, :] * b[:, None]
     out = load_row(dy + STEP * dy_row, live_d)
     if z is not None:
         z_t = load_row(z + STEP * z_row, live_d)
@@ -312,7 +311,8 @@ def there_and_back(
     g += out[None, :] * c[:, None]
     tl.store(dBC + STEP * 2 * N + at_n, tl.sum(g * inflow[None, :], axis=1), mask=live_n)
     by_input = tl.sum(g * b[:, None], axis=0)
-    by_decay = g * kept
+    g *= decay
+    by_decay = g * before
     by_rate = tl.sum(by_decay * rate, axis=0)
     if RATE_WANTED:
         rate_sum += by_decay * dt_t[None, :]
@@ -328,7 +328,7 @@ def there_and_back(
             raw += shift
         by_dt *= sigmoid(raw)
     tl.store(ddt + STEP * channels, by_dt, mask=live_d)
-    return g * decay, rate_sum, skip_sum + out * u_t, bias_sum + tl.where(live_d, by_dt, 0.0)
+    return g, rate_sum, skip_sum + out * u_t, bias_sum + tl.where(live_d, by_dt, 0.0)
 
 
 @triton.jit(do_not_specialize=["length", "segment"])
