@@ -291,7 +291,7 @@ def window(capability: tuple[int, int], N: int, rate_wanted: bool) -> int:
     """Return how long a window the compiler can keep in registers on GPUs of a compute capability."""
     if N > 16:
         return 2
-    return 3 if rate_wanted or capability[0] == 10 else 4
+    return 2 if rate_wanted else 4
 
 
 def _capability(u: Tensor) -> tuple[int, int]:
