@@ -29,8 +29,6 @@ import triton.language as tl
 
 from mamba_sft.kernels.triton_math import LN2, exp2, inside, load_row, only_if, sigmoid, step_size
 
-STATE_STRIDE = tl.constexpr(64)  # steps between two saved states
-
 
 @triton.jit
 def tile_of(block, channels: tl.constexpr, N: tl.constexpr, STATES: tl.constexpr, BLOCK: tl.constexpr):
@@ -49,14 +47,14 @@ def forward(
     u_batch, dt_batch, z_batch, length, segment,
     u_row: tl.constexpr, dt_row: tl.constexpr, z_row: tl.constexpr,
     channels: tl.constexpr, N: tl.constexpr, STATES: tl.constexpr, BLOCK: tl.constexpr,
-    SOFTPLUS: tl.constexpr,
+    SOFTPLUS: tl.constexpr, STRIDE: tl.constexpr,
 ):  # fmt: skip
     """Run the recurrence over one segment; program (block of channels, segment, row).
 
     u, dt, z, y (B, L, D), rows `*_row` apart; A (N, D) scaled; BC (B, L, 2 N) float32, B before C; D, bias
-    (D,); entry, the states before each segment, (B, S, N, D); saved (B, ceil(L / STATE_STRIDE), N, D) or
+    (D,); entry, the states before each segment, (B, S, N, D); saved (B, ceil(L / STRIDE), N, D) or
     None; final (B, N, D). z, D, bias, entry, saved, and stops with begins may be None. A segment is a
-    multiple of STATE_STRIDE.
+    multiple of STRIDE.
     """
     block, part, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     parts = tl.num_programs(1)
@@ -83,18 +81,18 @@ def forward(
     y += (row * length + start) * channels
     BC += (row * length + start) * 2 * N
     if saved is not None:
-        saved += (row * tl.cdiv(length, STATE_STRIDE) + first // STATE_STRIDE) * N * channels
+        saved += (row * tl.cdiv(length, STRIDE) + first // STRIDE) * N * channels
 
     next_u, next_dt = load_row(u + at_d, has_d), load_row(dt + at_d, has_d)
     t = first
     while t < last:
-        stop = tl.minimum(last, (t // STATE_STRIDE + 1) * STATE_STRIDE)
+        stop = tl.minimum(last, (t // STRIDE + 1) * STRIDE)
         if begins is not None:
             stop = tl.minimum(stop, tl.load(stops + row * length + t))
             if tl.load(begins + row * length + t) == t:
                 h = tl.zeros([STATES, BLOCK], tl.float32)
         if saved is not None:
-            if t % STATE_STRIDE == 0:
+            if t % STRIDE == 0:
                 tl.store(saved + at_state, h, mask=has_state)
                 saved += N * channels
         for now in range(t, stop):
@@ -369,29 +367,28 @@ def there_and_back(
     return g, rate_sum, y_w, by_input, by_rate
 
 
-@triton.jit(do_not_specialize=["length", "segment"])
+@triton.jit(do_not_specialize=["length", "segment", "first_part", "parts", "span"])
 def backward(
     u, dt, z, dy, A, BC, D, bias, stops, begins, saved, later, scratch,
     du, ddt, dz, dBC, dA, dD, dbias, earlier,
-    u_batch, dt_batch, z_batch, dy_batch, length, segment,
+    u_batch, dt_batch, z_batch, dy_batch, length, segment, first_part, parts, span,
     u_row: tl.constexpr, dt_row: tl.constexpr, z_row: tl.constexpr, dy_row: tl.constexpr,
     channels: tl.constexpr, N: tl.constexpr, STATES: tl.constexpr, BLOCK: tl.constexpr,
-    SOFTPLUS: tl.constexpr, WINDOW: tl.constexpr,
+    SOFTPLUS: tl.constexpr, WINDOW: tl.constexpr, GROUP: tl.constexpr, STRIDE: tl.constexpr,
 ):  # fmt: skip
     """Go back through one segment, chunk by chunk; program (block of channels, segment, row).
 
     Operands as in `forward`; later, the gradients of the states behind each segment, (B, S, N, D) or None.
     A first walk through a chunk, from its saved state, leaves the state before every window of WINDOW steps
-    in scratch (programs, ceil(STATE_STRIDE / WINDOW), STATES, BLOCK) and y before the gate in dz; then the
+    in scratch (programs, ceil(STRIDE / WINDOW), STATES, BLOCK) and y before the gate in dz; then the
     windows are taken from the last to the first. A window begins where its sequence does, and then no state
     is kept: it is zero.
 
     du, ddt, dz (B, L, D); dBC (blocks, B, L, 2 N), a sum over each block of channels; dA (B, S, N, D), dD
     and dbias (B, S, D) unless None; earlier (B, S, N, D), the gradients of the states before each segment.
     """
-    block, part, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    blocks, parts, rows = tl.num_programs(0), tl.num_programs(1), tl.num_programs(2)
-    GROUP: tl.constexpr = min(STATES, 256 // BLOCK)
+    block, part, row = tl.program_id(0), tl.program_id(1) + first_part, tl.program_id(2).to(tl.int64)
+    blocks, rows = tl.num_programs(0), tl.num_programs(2)
     GROUPS: tl.constexpr = STATES // GROUP
     LANES: tl.constexpr = max(BLOCK // 4, 1)
     PARTS: tl.constexpr = min(GROUP, 32 // LANES)
@@ -427,17 +424,17 @@ def backward(
         z += row * z_batch
         dz += row * length * channels
     BC += row * length * 2 * N
-    dBC += (block * rows + row) * length * 2 * N
+    dBC += ((block * rows + row) * span - first_part * segment) * 2 * N
     if begins is not None:
         stops += row * length
         begins += row * length
-    saved += row * tl.cdiv(length, STATE_STRIDE) * N * channels
-    scratch += (place * blocks + block) * tl.cdiv(STATE_STRIDE, WINDOW) * STATES * BLOCK
+    saved += row * tl.cdiv(length, STRIDE) * N * channels
+    scratch += ((row * tl.num_programs(1) + tl.program_id(1)) * blocks + block) * tl.cdiv(STRIDE, WINDOW) * STATES * BLOCK
 
-    chunk = tl.cdiv(last, STATE_STRIDE) - 1
-    while chunk * STATE_STRIDE >= first:
-        start = chunk * STATE_STRIDE
-        stop = tl.minimum(start + STATE_STRIDE, last)
+    chunk = tl.cdiv(last, STRIDE) - 1
+    while chunk * STRIDE >= first:
+        start = chunk * STRIDE
+        stop = tl.minimum(start + STRIDE, last)
         hs = ()
         for k in tl.static_range(GROUPS):
             at_saved = (chunk.to(tl.int64) * N + k * GROUP + at_n)[:, None] * channels + at_d[None, :]
@@ -450,15 +447,6 @@ def backward(
             if begins is not None:
                 end = tl.minimum(end, tl.load(stops + t))
                 fresh = tl.load(begins + t) == t
-            at = t.to(tl.int64)
-            live = (at_w < end - t)[:, None] & has_d[None, :]
-            shift = None
-            if bias is not None:
-                shift = rows_at(bias, 0, at_w, at_d, live)
-            dt_w = step_size(rows_at(dt + at * dt_row, dt_row, at_w, at_d, live), shift, SOFTPLUS)
-            dt_w = tl.where(live, dt_w, 0.0)
-            steps = rows_of(dt_w, WINDOW, BLOCK)
-            flows = rows_of(dt_w * rows_at(u + at * u_row, u_row, at_w, at_d, live), WINDOW, BLOCK)
             new = ()
             for k in tl.static_range(GROUPS):
                 h = hs[k]
@@ -467,12 +455,27 @@ def backward(
                     tl.store(slot + k * GROUP * BLOCK, h, mask=only_if(fresh == 0, at_slot >= 0))
                 else:
                     tl.store(slot + k * GROUP * BLOCK, h)
-                for step in tl.static_range(WINDOW):
-                    has_b = only_if(t + step < end, has_ns[k])
-                    b = tl.load(BC + (at + step) * 2 * N + k * GROUP + at_n, mask=has_b, other=0.0)
-                    h = exp2(steps[step][None, :] * rates[k]) * h + flows[step][None, :] * b[:, None]
                 new = new + (h,)
             hs = new
+            if end < stop:  # the state behind the chunk is nobody's
+                at = t.to(tl.int64)
+                live = (at_w < end - t)[:, None] & has_d[None, :]
+                shift = None
+                if bias is not None:
+                    shift = rows_at(bias, 0, at_w, at_d, live)
+                dt_w = step_size(rows_at(dt + at * dt_row, dt_row, at_w, at_d, live), shift, SOFTPLUS)
+                dt_w = tl.where(live, dt_w, 0.0)
+                steps = rows_of(dt_w, WINDOW, BLOCK)
+                flows = rows_of(dt_w * rows_at(u + at * u_row, u_row, at_w, at_d, live), WINDOW, BLOCK)
+                new = ()
+                for k in tl.static_range(GROUPS):
+                    h = hs[k]
+                    for step in tl.static_range(WINDOW):
+                        has_b = only_if(t + step < end, has_ns[k])
+                        b = tl.load(BC + (at + step) * 2 * N + k * GROUP + at_n, mask=has_b, other=0.0)
+                        h = exp2(steps[step][None, :] * rates[k]) * h + flows[step][None, :] * b[:, None]
+                    new = new + (h,)
+                hs = new
             t = end
         tl.debug_barrier()  # what one thread wrote, another may read
 
@@ -548,9 +551,9 @@ def backward(
             end = t
         chunk -= 1
 
-    at_end = (block + chunk + 1 - first // STATE_STRIDE) * BLOCK + tl.arange(0, BLOCK)
+    at_end = (block + chunk + 1 - first // STRIDE) * BLOCK + tl.arange(0, BLOCK)
     for k in tl.static_range(GROUPS):
-        left = chunk + 1 - first // STATE_STRIDE  # nothing: a place that is computed here takes no register before
+        left = chunk + 1 - first // STRIDE  # nothing: a place that is computed here takes no register before
         at_k = ((place + left) * N + k * GROUP + at_n)[:, None] * channels + at_end[None, :]
         tl.store(earlier + at_k, gs[k], mask=has_states[k])
         if dA is not None:
