@@ -1,4 +1,4 @@
-"""How the scan's backward is cut up for a GPU: from a table of cards, or the fastest of a few ways, tried once.
+"""How the scan's backward is cut up for a GPU: from a table of cards, or the fastest of a few ways.
 
 Nothing of it changes what is computed, only the order in which float32 sums are taken.
 """
@@ -109,7 +109,7 @@ def stride(card: Card, steps: int) -> int:
 
 
 def compiler_options(capability: tuple[int, int], known: frozenset[str]) -> dict[str, str]:
-    """Return what to tell ptxas: for the T4, to hold fewer values that it could load again, or it spills two."""
+    """Return what to tell ptxas: for the T4, to hold less that it could load again, or it spills two."""
     if capability == (7, 5) and "ptx_options" in known:
         return {"ptx_options": "--register-usage-level=3"}
     return {}

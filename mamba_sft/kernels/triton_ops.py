@@ -170,7 +170,9 @@ def _with_best_choice(
     def run(choice: launching.Choice) -> tuple[Tensor | None, ...]:
         return _backward(*operands, boundaries, saved, dy, dfinal, wanted, choice)
 
-    if not u.is_cuda or torch.are_deterministic_algorithms_enabled() or torch.cuda.is_current_stream_capturing():
+    if not u.is_cuda or torch.are_deterministic_algorithms_enabled():
+        return run(choice)
+    if torch.cuda.is_current_stream_capturing():
         return run(choice)
     ways = launching.candidates(choice)
     return run(launching.fastest(_key(operands, boundaries, wanted), ways, lambda way: _seconds(run, way)))
@@ -258,9 +260,11 @@ def _backward(
         shape = {"channels": channels, "N": N, **tile(N, BACKWARD_TILE, BACKWARD_CHANNELS)}
         blocks, steps = triton.cdiv(channels, shape["BLOCK"]), choice.window
         stride = _stride(u, N, wanted[2])
+        group = min(shape["STATES"], choice.group_tile // shape["BLOCK"])
         at_once = min(parts, max(1, PARTIAL_BYTES // (token * segment)))  # segments of one launch
         span = at_once * segment
-        scratch = torch.empty(batch * at_once * blocks, stride // steps, shape["STATES"], shape["BLOCK"], **new)
+        programs = batch * at_once * blocks
+        scratch = torch.empty(programs, stride // steps, shape["STATES"], shape["BLOCK"], **new)
         partial = torch.empty(blocks, batch, min(span, length), 2 * N, **new)
         dBC = torch.empty(batch, length, 2 * N, **new)
         for part in range(0, parts, at_once):
@@ -270,8 +274,7 @@ def _backward(
                 u.stride(0), dt.stride(0), z_strides[0], dy.stride(0), length, segment,
                 part, parts, partial.shape[2],
                 u.stride(1), dt.stride(1), z_strides[1], dy.stride(1),
-                SOFTPLUS=dt_softplus, WINDOW=steps, GROUP=min(shape["STATES"], choice.group_tile // shape["BLOCK"]),
-                STRIDE=stride, **shape, **COMPILE,
+                SOFTPLUS=dt_softplus, WINDOW=steps, GROUP=group, STRIDE=stride, **shape, **COMPILE,
                 **launching.compiler_options(_capability(u), PTXAS_KNOWN),
             )  # fmt: skip
             here = dBC[:, part * segment : part * segment + span]

@@ -297,9 +297,10 @@ def fold(x):
     PARTS: tl.constexpr = x.shape[0]
     if PARTS == 1:
         return tl.sum(x, axis=0)
-    x = tl.reshape(x, (PARTS // 2, 2, x.shape[1], x.shape[2]))
-    one, other = tl.split(tl.permute(x, (0, 2, 3, 1)))
-    return tl.sum(one + other, axis=0)
+    else:
+        x = tl.reshape(x, (PARTS // 2, 2, x.shape[1], x.shape[2]))
+        one, other = tl.split(tl.permute(x, (0, 2, 3, 1)))
+        return tl.sum(one + other, axis=0)
 
 
 @triton.jit
@@ -310,7 +311,7 @@ def rows_at(pointer, row: tl.constexpr, at_w, at_d, live):
 
 @triton.jit
 def over_states(x, PARTS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr):
-    """Add up what a thread has of the states of a channel, and what it had: (GROUP, BLOCK) to (PARTS, BLOCK)."""
+    """Add up what a thread has of the states of a channel: (GROUP, BLOCK) becomes (PARTS, BLOCK)."""
     return tl.sum(tl.reshape(x, (GROUP // PARTS, PARTS, BLOCK)), axis=0)
 
 
@@ -326,7 +327,13 @@ def there_and_back(
     WINDOW: tl.constexpr, k: tl.constexpr, N: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
     PARTS: tl.constexpr, LANES: tl.constexpr, GATED: tl.constexpr, RATE_WANTED: tl.constexpr,
 ):  # fmt: skip
-    """Take a group of states through a window and back."""
+    """Take group k of the states through a window and back.
+
+    h is the state before the window and g the gradient of the state behind it; returned are that of h, the
+    gradient of A so far, and of every step y before the gate, sum(g B) and sum(g A a h), (WINDOW, BLOCK).
+    Steps from `count` on do not exist: their size is 0, which leaves the state alone. What a thread has of
+    the sums is kept until the end: then those of all steps are exchanged between threads at once.
+    """
     befores, decays = (h,), ()
     for step in tl.static_range(WINDOW):
         b = tl.load(BC + step * 2 * N + at_n, mask=only_if(step < count, has_n), other=0.0)
@@ -379,12 +386,13 @@ def backward(
     """Go back through one segment, chunk by chunk; program (block of channels, segment, row).
 
     Operands as in `forward`; later, the gradients of the states behind each segment, (B, S, N, D) or None.
-    A first walk through a chunk, from its saved state, leaves the state before every window of WINDOW steps
-    in scratch (programs, ceil(STRIDE / WINDOW), STATES, BLOCK) and y before the gate in dz; then the
-    windows are taken from the last to the first. A window begins where its sequence does, and then no state
-    is kept: it is zero.
+    A first walk through a chunk of STRIDE steps, from its saved state, leaves the state before every window
+    of WINDOW steps in scratch (programs, ceil(STRIDE / WINDOW), STATES, BLOCK); then the windows are taken
+    from the last to the first, GROUP states at a time. A window begins where its sequence does, and then no
+    state is kept: it is zero. A launch takes the segments from `first_part` on, of `parts`.
 
-    du, ddt, dz (B, L, D); dBC (blocks, B, L, 2 N), a sum over each block of channels; dA (B, S, N, D), dD
+    du, ddt, dz (B, L, D); dBC (blocks, B, span, 2 N), a sum over each block of channels, beginning where the
+    first segment of the launch does; dA (B, S, N, D), dD
     and dbias (B, S, D) unless None; earlier (B, S, N, D), the gradients of the states before each segment.
     """
     block, part, row = tl.program_id(0), tl.program_id(1) + first_part, tl.program_id(2).to(tl.int64)
@@ -429,7 +437,8 @@ def backward(
         stops += row * length
         begins += row * length
     saved += row * tl.cdiv(length, STRIDE) * N * channels
-    scratch += ((row * tl.num_programs(1) + tl.program_id(1)) * blocks + block) * tl.cdiv(STRIDE, WINDOW) * STATES * BLOCK
+    program = (row * tl.num_programs(1) + tl.program_id(1)) * blocks + block
+    scratch += program * tl.cdiv(STRIDE, WINDOW) * STATES * BLOCK
 
     chunk = tl.cdiv(last, STRIDE) - 1
     while chunk * STRIDE >= first:
@@ -551,9 +560,9 @@ def backward(
             end = t
         chunk -= 1
 
-    at_end = (block + chunk + 1 - first // STRIDE) * BLOCK + tl.arange(0, BLOCK)
+    left = chunk + 1 - first // STRIDE  # 0; what is computed from it only here takes no register before
+    at_end = (block + left) * BLOCK + tl.arange(0, BLOCK)
     for k in tl.static_range(GROUPS):
-        left = chunk + 1 - first // STRIDE  # nothing: a place that is computed here takes no register before
         at_k = ((place + left) * N + k * GROUP + at_n)[:, None] * channels + at_end[None, :]
         tl.store(earlier + at_k, gs[k], mask=has_states[k])
         if dA is not None:
