@@ -231,6 +231,9 @@ def _backward(
     rates, BC = _rates(A), torch.cat([B, C], dim=-1).float()
     token = batch * _partial_bytes(u, N)
     parts, segment = _segments(u, triton.cdiv(token * length, PARTIAL_BYTES), choice.waves)
+    most = max(PARTIAL_BYTES // token // STATE_STRIDE, 1) * STATE_STRIDE  # positions whose sums may be kept
+    segment = min(segment, most)
+    parts = triton.cdiv(length, segment)
     new = {"dtype": torch.float32, "device": u.device}
     later = None if dfinal is None else dfinal.float().transpose(1, 2).contiguous()
     z_strides = (0, 0) if z is None else (z.stride(0), z.stride(1))

@@ -124,6 +124,7 @@ def report(code: Any, given: dict[str, Any]) -> dict[str, Any]:
         "fp32": [round(sum(k in FP32 for k in kind) / updates, 2) for kind in kinds],
         "mufu": [round(kind.count("MUFU") / updates, 2) for kind in kinds],
         "lead": [load_lead(loop) for loop in loops],
+        "kept": given.get("saved") is not None,
         "window": given.get("WINDOW"),
         "stride": given.get("STRIDE"),
     }
