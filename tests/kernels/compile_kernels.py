@@ -112,7 +112,8 @@ def report(code: Any, given: dict[str, Any]) -> dict[str, Any]:
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
     text = code.asm["ttgir"]
     layouts = dict(re.findall(r"^(#\w+) = #ttg\.blocked<\{(.*?)\}>", text, re.M))
-    tiles = set(re.findall(rf"tensor<{given.get('STATES', 0)}x\d+xf32, (#\w+)>", text))
+    states = given.get("GROUP", given.get("STATES", 0))  # of a tile
+    tiles = set(re.findall(rf"tensor<{states}x{given.get('BLOCK', 0)}xf32, (#\w+)>", text))
     updates = given.get("STATES", 1) * given.get("BLOCK", 32) // 32 * given.get("WINDOW", 1)
     loops = _innermost_loops(assembly)
     kinds = [[_name(one) for one in loop] for loop in loops]
