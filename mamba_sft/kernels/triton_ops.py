@@ -170,12 +170,16 @@ def _with_best_choice(
     def run(choice: launching.Choice) -> tuple[Tensor | None, ...]:
         return _backward(*operands, boundaries, saved, dy, dfinal, wanted, choice)
 
-    if not u.is_cuda or torch.are_deterministic_algorithms_enabled():
-        return run(choice)
-    if torch.cuda.is_current_stream_capturing():
+    if not _may_search(u):
         return run(choice)
     ways = launching.candidates(choice)
     return run(launching.fastest(_key(operands, boundaries, wanted), ways, lambda way: _seconds(run, way)))
+
+
+def _may_search(u: Tensor) -> bool:
+    if not u.is_cuda or torch.are_deterministic_algorithms_enabled():
+        return False
+    return not torch.cuda.is_current_stream_capturing()
 
 
 def _key(operands: tuple[Any, ...], boundaries: tuple[Any, ...], wanted: tuple[bool, ...]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -151,3 +152,56 @@ def test_partial_sums_are_bounded_by_splitting(monkeypatch, packed, window):
     assert worst(values, expected) <= (TOLERANCE["triton"], "")
     assert len(sizes) == 3
     assert max(sizes) <= bound
+
+
+@pytest.fixture
+def pretended_card(monkeypatch):
+    """A card by name that times with a stand-in: the kernels stay in the interpreter."""
+    card = SimpleNamespace(name="Pretended", major=8, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(triton_ops, "_may_search", lambda u: True)
+    timed = []
+
+    def seconds(run, way):
+        timed.append(way)
+        return 0.0 if way == Choice(2, 1) else 1.0
+
+    monkeypatch.setattr(triton_ops, "_seconds", seconds)
+    return card, timed
+
+
+def gradients(length=11, dtype=torch.float32, **options):
+    return results(
+        selective_scan, scan_inputs(1, length, 8, 4), dtype, dt_softplus=True, backend="triton", **options
+    )
+
+
+def test_a_card_is_searched_once_per_shape(monkeypatch, pretended_card):
+    card, timed = pretended_card
+    ran = []
+    backward = triton_ops._backward
+    monkeypatch.setattr(triton_ops, "_backward", lambda *all: ran.append(all[-1]) or backward(*all))
+    monkeypatch.setattr(launching, "window", lambda *card: 4)
+    gradients()
+    assert (len(timed), ran) == (6, [Choice(2, 1)])
+    gradients(12)  # to the next power of two it is the same length
+    launching._found.clear()
+    gradients()
+    assert (len(timed), ran) == (6, [Choice(2, 1)] * 3)
+    for more, different in enumerate((17, torch.bfloat16, "name", "minor", "packed"), 2):
+        card.name = "Other" if different == "name" else card.name
+        card.minor = 6 if different == "minor" else card.minor
+        length = different if isinstance(different, int) else 11
+        dtype = different if isinstance(different, torch.dtype) else torch.float32
+        gradients(length, dtype, seq_idx=sequences(1, 11) if different == "packed" else None)
+        assert len(timed) == 6 * more, different
+
+
+def test_there_is_no_search_without_a_card_or_where_bits_must_stay():
+    cuda = SimpleNamespace(is_cuda=True)
+    assert not triton_ops._may_search(torch.zeros(1))
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert not triton_ops._may_search(cuda)
+    finally:
+        torch.use_deterministic_algorithms(False)
