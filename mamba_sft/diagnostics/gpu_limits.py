@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from mamba_sft.planning.environment import nvidia_smi
-from mamba_sft.planning.gpus import LANES_ISSUED, LANES_MUFU, Counts
+from mamba_sft.planning.gpus import Counts
 
 SECONDS_PER_CASE = 0.5
 FLUSHED_BYTES = 256 << 20  # more than the L2 cache of any GPU
@@ -53,9 +53,7 @@ class GpuLimits:
         It is what the instruction counts allow, not a law: a kernel with fewer instructions may beat it.
         """
         fp32_lanes = 64 if self.capability <= (8, 0) else 128
-        clocks = sum(
-            max(one.issued / LANES_ISSUED, one.fp32 / fp32_lanes, one.mufu / LANES_MUFU) for one in passes
-        )
+        clocks = sum(one.clocks(fp32_lanes) for one in passes)
         least: float = updates * clocks / (self.multiprocessors * self.clock_hz)
         return least
 

@@ -6,9 +6,10 @@ fastest that works for the tensors at hand, and warns once, through `logging`, i
 
 Read `README.md` (the mathematics, the layouts, the measured speed), `reference` (the definition), `autograd`
 (what both fast backends share), `cpu` with `cpu_loops`, `cpu_rows` and `cpu_steps`, `triton_ops` with
-`triton_scan`, `triton_conv` and `triton_math`; then `falcon_mamba` (`install` puts the operations into a
-model), `time_step` (`dt_proj` without its bias) with `twin` (a second module over the same weights),
-`residual_norm` (what float16 cannot hold), `carry` (states handed on) and `decoding` (one token at a time).
+`launching`, `triton_scan`, `triton_conv` and `triton_math`; then `falcon_mamba` (`install` puts the
+operations into a model), `time_step` (`dt_proj` without its bias) with `twin` (a second module over the same
+weights), `residual_norm` (what float16 cannot hold), `carry` (states handed on) and `decoding` (one token at
+a time).
 """
 
 from __future__ import annotations

@@ -77,8 +77,8 @@ def step_size(raw, shift, SOFTPLUS: tl.constexpr):
 
 @triton.jit
 def inside(at, size: tl.constexpr, BLOCK: tl.constexpr):
-    """Which indices exist; a constant where all do, so that the mask costs nothing."""
+    """Which indices below BLOCK exist; a constant where all do, so that the mask costs nothing."""
     if size % BLOCK == 0:
-        return tl.full([BLOCK], 0, tl.int32) == 0
+        return tl.full([at.shape[0]], 0, tl.int32) == 0
     else:
         return at < size

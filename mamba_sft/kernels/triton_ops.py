@@ -7,28 +7,31 @@ is first used, and then once: Triton keeps what it compiled on disk.
 from __future__ import annotations
 
 import contextlib
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
+from triton.backends.nvidia.compiler import CUDAOptions
 
-from mamba_sft.kernels import triton_conv, triton_math, triton_scan
+from mamba_sft.kernels import launching, triton_conv, triton_math, triton_scan
 from mamba_sft.kernels.reference import sequence_starts
-from mamba_sft.kernels.triton_scan import STATE_STRIDE
 
 INTERPRETED = triton.knobs.runtime.interpret
 NAME, MAX_STATES = "triton", 64
 FORWARD_TILE, BACKWARD_TILE = 1024, 512  # states times channels of a warp: 32 and 16 per thread
 FORWARD_CHANNELS, BACKWARD_CHANNELS, CONV_CHANNELS = 64, 32, 128  # the most channels of a program
-RESIDENT, WAVES = (
-    8,
-    2,
-)  # programs of the backward that a multiprocessor's registers hold; how often to fill the GPU
-MIN_SEGMENT = 4 * STATE_STRIDE.value  # a shorter one costs more in joining than it brings
+STATE_STRIDE = 64  # the most steps between two saved states, and what segments are multiples of
+MIN_SEGMENT = 4 * STATE_STRIDE  # a shorter one costs more in joining than it brings
+PARTIAL_BYTES = 256 << 20  # the most that partial sums of dB and dC may take
 SPAN = 128  # positions per program of the convolution
 COMPILE = {"num_warps": 1, "num_stages": 1, "enable_fp_fusion": True}
+PTXAS_KNOWN = frozenset(CUDAOptions.__dataclass_fields__)  # options that this Triton takes
+BY_ROW = (0, 1, 3, 4, 6, 8)  # operands that have a row for each row of the batch
 _boundaries = WeakTensorKeyDictionary()  # every layer of a model asks for those of the same tensor, twice
 
 
@@ -81,7 +84,8 @@ def scan_forward(
     rates, BC = _rates(A), torch.cat([B, C], dim=-1).float()
     parts, segment = _segments(u)
     new = {"dtype": torch.float32, "device": u.device}
-    saved = torch.empty(batch, -(-length // STATE_STRIDE.value), N, channels, **new) if keep else None
+    stride = _stride(u, N, A.requires_grad)
+    saved = torch.empty(batch, -(-length // stride), N, channels, **new) if keep else None
     final = torch.empty(batch, N, channels, **new)
     y = torch.empty(batch, length, channels, dtype=u.dtype, device=u.device)
     entry = None if initial_state is None else initial_state.detach().float().transpose(1, 2).contiguous()
@@ -102,7 +106,7 @@ def scan_forward(
             u, dt, z, rates, BC, D, dt_bias, stops, begins, entry, y, saved, final,
             u.stride(0), dt.stride(0), 0 if z is None else z.stride(0), length, segment,
             u.stride(1), dt.stride(1), 0 if z is None else z.stride(1),
-            SOFTPLUS=dt_softplus, **shape, **COMPILE,
+            SOFTPLUS=dt_softplus, STRIDE=stride, **shape, **COMPILE,
         )  # fmt: skip
     return y.to(dtype), final.transpose(1, 2), saved
 
@@ -125,12 +129,115 @@ def scan_backward(
     wanted: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of the first nine operands, of A, D and dt_bias only where wanted."""
+    operands = (u, dt, A, B, C, D, z, dt_bias, initial_state, dt_softplus)
+    batch, token = u.shape[0], _partial_bytes(u, A.shape[1])
+    rows = max(1, PARTIAL_BYTES // (token * min(MIN_SEGMENT, u.shape[1])))
+    if batch <= rows:
+        return _with_best_choice(operands, boundaries, saved, dy, dfinal, wanted)
+    parts = []
+    for at in range(0, batch, rows):
+        some = slice(at, at + rows)
+        mine = tuple(x[some] if i in BY_ROW and x is not None else x for i, x in enumerate(operands))
+        bounds = tuple(None if x is None else x[some] for x in boundaries)
+        end = None if dfinal is None else dfinal[some]
+        parts.append(_with_best_choice(mine, bounds, saved[some], dy[some], end, wanted))
+    return tuple(_together(i, [part[i] for part in parts]) for i in range(9))
+
+
+def _together(at: int, found: list[Tensor | None]) -> Tensor | None:
+    """Join the gradients of an operand that were found for some rows each."""
+    if found[0] is None:
+        return None
+    return torch.cat(found) if at in BY_ROW else torch.stack(found).sum(0)
+
+
+def _with_best_choice(
+    operands: tuple[Any, ...],
+    boundaries: tuple[Tensor | None, Tensor | None],
+    saved: Tensor,
+    dy: Tensor,
+    dfinal: Tensor | None,
+    wanted: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """Run the backward as the table says, or on a GPU as was fastest there.
+
+    Which way is fastest may differ from one search to the next, and with it the order of float32 sums: where
+    PyTorch is told to be deterministic, and while a graph is captured, the table decides.
+    """
+    u, N = operands[0], operands[2].shape[1]
+    choice = launching.Choice(launching.window(_capability(u), N, wanted[2]))
+
+    def run(choice: launching.Choice) -> tuple[Tensor | None, ...]:
+        return _backward(*operands, boundaries, saved, dy, dfinal, wanted, choice)
+
+    if not _may_search(u):
+        return run(choice)
+    ways = launching.candidates(choice)
+    return run(launching.fastest(_key(operands, boundaries, wanted), ways, lambda way: _seconds(run, way)))
+
+
+def _may_search(u: Tensor) -> bool:
+    if not u.is_cuda or torch.are_deterministic_algorithms_enabled():
+        return False
+    return not torch.cuda.is_current_stream_capturing()
+
+
+def _key(operands: tuple[Any, ...], boundaries: tuple[Any, ...], wanted: tuple[bool, ...]) -> str:
+    """Say what the fastest way depends on; lengths to the next power of two, as packing makes many."""
+    u, N = operands[0], operands[2].shape[1]
+    device = torch.cuda.get_device_properties(u.device)
+    absent = [x is None for x in (*operands[5:9], boundaries[0])]
+    shape = (u.shape[0], triton.next_power_of_2(u.shape[1]), u.shape[2], N)
+    source = hashlib.sha256(Path(triton_scan.__file__).read_bytes()).hexdigest()[:16]
+    return repr((
+        device.name, device.major, device.minor, shape, [str(x.dtype) for x in operands[:2]], absent,
+        operands[9], wanted[2], triton.__version__, source,
+    ))  # fmt: skip
+
+
+def _seconds(run: Callable[[launching.Choice], Any], way: launching.Choice) -> float:
+    """Time one way on the current stream: the best of three, after one that compiles."""
+    run(way)
+    times = []
+    for _ in range(3):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run(way)
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return min(times)
+
+
+def _backward(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    dt_softplus: bool,
+    boundaries: tuple[Tensor | None, Tensor | None],
+    saved: Tensor,
+    dy: Tensor,
+    dfinal: Tensor | None,
+    wanted: tuple[bool, ...],
+    choice: launching.Choice,
+) -> tuple[Tensor | None, ...]:
+    """Run the backward one way; as `scan_backward`, whose rows are few enough here."""
     (batch, length, channels), N = u.shape, A.shape[1]
     stops, begins = boundaries
     u, dt, z, dy = (_rows(x) for x in (u, dt, z, dy))
     D, dt_bias = _dense(D), _dense(dt_bias)
     rates, BC = _rates(A), torch.cat([B, C], dim=-1).float()
-    parts, segment = _segments(u)
+    token = batch * _partial_bytes(u, N)
+    parts, segment = _segments(u, triton.cdiv(token * length, PARTIAL_BYTES), choice.waves)
+    most = max(PARTIAL_BYTES // token // STATE_STRIDE, 1) * STATE_STRIDE  # positions whose sums may be kept
+    segment = min(segment, most)
+    parts = triton.cdiv(length, segment)
     new = {"dtype": torch.float32, "device": u.device}
     later = None if dfinal is None else dfinal.float().transpose(1, 2).contiguous()
     z_strides = (0, 0) if z is None else (z.stride(0), z.stride(1))
@@ -158,18 +265,28 @@ def scan_backward(
             later = _joined(rates, begins, later, local, total, segment, length, REVERSE=True, **shape)
 
         shape = {"channels": channels, "N": N, **tile(N, BACKWARD_TILE, BACKWARD_CHANNELS)}
-        blocks, steps = triton.cdiv(channels, shape["BLOCK"]), window(_capability(u), N, wanted[2])
-        slots = triton.cdiv(STATE_STRIDE.value, steps)
-        scratch = torch.empty(batch * parts * blocks, slots, shape["STATES"], shape["BLOCK"], **new)
-        dBC = torch.empty(blocks, batch, length, 2 * N, **new)
-        triton_scan.backward[(blocks, parts, batch)](
-            u, dt, z, dy, rates, BC, D, dt_bias, stops, begins, saved, later, scratch,
-            du, ddt, dz, dBC, dA, dD, dbias, earlier,
-            u.stride(0), dt.stride(0), z_strides[0], dy.stride(0), length, segment,
-            u.stride(1), dt.stride(1), z_strides[1], dy.stride(1),
-            SOFTPLUS=dt_softplus, WINDOW=steps, **shape, **COMPILE,
-        )  # fmt: skip
-    dB, dC = dBC.sum(0).split(N, dim=-1)
+        blocks, steps = triton.cdiv(channels, shape["BLOCK"]), choice.window
+        stride = _stride(u, N, wanted[2])
+        group = min(shape["STATES"], choice.group_tile // shape["BLOCK"])
+        at_once = min(parts, max(1, PARTIAL_BYTES // (token * segment)))  # segments of one launch
+        span = at_once * segment
+        programs = batch * at_once * blocks
+        scratch = torch.empty(programs, stride // steps, shape["STATES"], shape["BLOCK"], **new)
+        partial = torch.empty(blocks, batch, min(span, length), 2 * N, **new)
+        dBC = torch.empty(batch, length, 2 * N, **new)
+        for part in range(0, parts, at_once):
+            triton_scan.backward[(blocks, min(at_once, parts - part), batch)](
+                u, dt, z, dy, rates, BC, D, dt_bias, stops, begins, saved, later, scratch,
+                du, ddt, dz, partial, dA, dD, dbias, earlier,
+                u.stride(0), dt.stride(0), z_strides[0], dy.stride(0), length, segment,
+                part, parts, partial.shape[2],
+                u.stride(1), dt.stride(1), z_strides[1], dy.stride(1),
+                SOFTPLUS=dt_softplus, WINDOW=steps, GROUP=group, STRIDE=stride, **shape, **COMPILE,
+                **launching.compiler_options(_capability(u), PTXAS_KNOWN),
+            )  # fmt: skip
+            here = dBC[:, part * segment : part * segment + span]
+            torch.sum(partial[:, :, : here.shape[1]], 0, out=here)
+    dB, dC = dBC.split(N, dim=-1)
     dA = None if dA is None else dA.sum((0, 1)).t()
     dD, dbias = (None if x is None else x.sum((0, 1)) for x in (dD, dbias))
     return du, ddt, dA, dB, dC, dD, dz, dbias, earlier[:, 0].transpose(1, 2)
@@ -273,25 +390,32 @@ def tile(N: int, size: int, most: int) -> dict[str, int]:
     return {"STATES": states, "BLOCK": min(most, size // states)}
 
 
-def _segments(u: Tensor) -> tuple[int, int]:
+def _segments(u: Tensor, pieces: int = 1, waves: int = 2) -> tuple[int, int]:
     """Return how many segments a row is cut into, and their length.
 
     Cutting costs a second run through the forward, so it is done only where rows and channels do not fill
-    the GPU.
+    the GPU, or where what is kept of all of them would not fit: then each of `pieces` launches fills it.
     """
     batch, length, channels = u.shape
-    multiprocessors = 1 if INTERPRETED else torch.cuda.get_device_properties(u.device).multi_processor_count
+    multiprocessors = 1 if INTERPRETED else launching.card_of(u.device).multiprocessors
     programs = batch * triton.cdiv(channels, BACKWARD_CHANNELS)
-    parts = max(1, min(round(WAVES * RESIDENT * multiprocessors / programs), length // MIN_SEGMENT))
-    segment = triton.cdiv(triton.cdiv(length, parts), STATE_STRIDE.value) * STATE_STRIDE.value
+    filled = max(1, round(waves * launching.RESIDENT * multiprocessors / programs))
+    parts = max(1, min(filled * pieces, length // MIN_SEGMENT))
+    segment = triton.cdiv(triton.cdiv(length, parts), STATE_STRIDE) * STATE_STRIDE
     return triton.cdiv(length, segment), segment
 
 
-def window(capability: tuple[int, int], N: int, rate_wanted: bool) -> int:
-    """Return how long a window the compiler can keep in registers on GPUs of a compute capability."""
-    if N > 16:
-        return 2
-    return 3 if rate_wanted or capability[0] == 10 else 4
+def _partial_bytes(u: Tensor, N: int) -> int:
+    """Return the bytes of partial sums of dB and dC for a token: one of each for every block of channels."""
+    block = tile(N, BACKWARD_TILE, BACKWARD_CHANNELS)["BLOCK"]
+    return 4 * 2 * N * triton.cdiv(u.shape[2], block)
+
+
+def _stride(u: Tensor, N: int, rate_wanted: bool) -> int:
+    """Return how many steps lie between two saved states."""
+    if INTERPRETED or not u.is_cuda:
+        return STATE_STRIDE
+    return launching.stride(launching.card_of(u.device), launching.window(_capability(u), N, rate_wanted))
 
 
 def _capability(u: Tensor) -> tuple[int, int]:

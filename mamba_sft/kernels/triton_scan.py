@@ -29,8 +29,6 @@ import triton.language as tl
 
 from mamba_sft.kernels.triton_math import LN2, exp2, inside, load_row, only_if, sigmoid, step_size
 
-STATE_STRIDE = tl.constexpr(64)  # steps between two saved states
-
 
 @triton.jit
 def tile_of(block, channels: tl.constexpr, N: tl.constexpr, STATES: tl.constexpr, BLOCK: tl.constexpr):
@@ -49,14 +47,14 @@ def forward(
     u_batch, dt_batch, z_batch, length, segment,
     u_row: tl.constexpr, dt_row: tl.constexpr, z_row: tl.constexpr,
     channels: tl.constexpr, N: tl.constexpr, STATES: tl.constexpr, BLOCK: tl.constexpr,
-    SOFTPLUS: tl.constexpr,
+    SOFTPLUS: tl.constexpr, STRIDE: tl.constexpr,
 ):  # fmt: skip
     """Run the recurrence over one segment; program (block of channels, segment, row).
 
     u, dt, z, y (B, L, D), rows `*_row` apart; A (N, D) scaled; BC (B, L, 2 N) float32, B before C; D, bias
-    (D,); entry, the states before each segment, (B, S, N, D); saved (B, ceil(L / STATE_STRIDE), N, D) or
+    (D,); entry, the states before each segment, (B, S, N, D); saved (B, ceil(L / STRIDE), N, D) or
     None; final (B, N, D). z, D, bias, entry, saved, and stops with begins may be None. A segment is a
-    multiple of STATE_STRIDE.
+    multiple of STRIDE.
     """
     block, part, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     parts = tl.num_programs(1)
@@ -83,18 +81,18 @@ def forward(
     y += (row * length + start) * channels
     BC += (row * length + start) * 2 * N
     if saved is not None:
-        saved += (row * tl.cdiv(length, STATE_STRIDE) + first // STATE_STRIDE) * N * channels
+        saved += (row * tl.cdiv(length, STRIDE) + first // STRIDE) * N * channels
 
     next_u, next_dt = load_row(u + at_d, has_d), load_row(dt + at_d, has_d)
     t = first
     while t < last:
-        stop = tl.minimum(last, (t // STATE_STRIDE + 1) * STATE_STRIDE)
+        stop = tl.minimum(last, (t // STRIDE + 1) * STRIDE)
         if begins is not None:
             stop = tl.minimum(stop, tl.load(stops + row * length + t))
             if tl.load(begins + row * length + t) == t:
                 h = tl.zeros([STATES, BLOCK], tl.float32)
         if saved is not None:
-            if t % STATE_STRIDE == 0:
+            if t % STRIDE == 0:
                 tl.store(saved + at_state, h, mask=has_state)
                 saved += N * channels
         for now in range(t, stop):
@@ -268,157 +266,225 @@ def connect(
 
 
 @triton.jit
+def rows_of(x, WINDOW: tl.constexpr, BLOCK: tl.constexpr):
+    """Return the WINDOW (1, 2 or 4) rows of a tile (WINDOW, BLOCK) as a tuple."""
+    if WINDOW == 1:
+        return (tl.reshape(x, (BLOCK,)),)
+    elif WINDOW == 2:
+        return tl.split(tl.permute(x, (1, 0)))
+    else:
+        even, odd = tl.split(tl.permute(tl.reshape(x, (2, 2, BLOCK)), (0, 2, 1)))
+        first, third = tl.split(tl.permute(even, (1, 0)))
+        second, fourth = tl.split(tl.permute(odd, (1, 0)))
+        return first, second, third, fourth
+
+
+@triton.jit
+def stacked(rows, WINDOW: tl.constexpr):
+    """Return the tensors of a tuple as one, in a new last dimension."""
+    if WINDOW == 1:
+        return tl.expand_dims(rows[0], -1)
+    elif WINDOW == 2:
+        return tl.join(rows[0], rows[1])
+    else:
+        x = tl.join(tl.join(rows[0], rows[2]), tl.join(rows[1], rows[3]))
+        return tl.reshape(x, x.shape[:-2] + (4,))
+
+
+@triton.jit
+def fold(x):
+    """Add up the first dimension of a tile (PARTS, A, B), in one exchange between threads."""
+    PARTS: tl.constexpr = x.shape[0]
+    if PARTS == 1:
+        return tl.sum(x, axis=0)
+    else:
+        x = tl.reshape(x, (PARTS // 2, 2, x.shape[1], x.shape[2]))
+        one, other = tl.split(tl.permute(x, (0, 2, 3, 1)))
+        return tl.sum(one + other, axis=0)
+
+
+@triton.jit
+def rows_at(pointer, row: tl.constexpr, at_w, at_d, live):
+    """Load the positions of a window as float32, (WINDOW, BLOCK), zero where there is none."""
+    return load_row(pointer + at_w[:, None] * row + at_d[None, :], live)
+
+
+@triton.jit
+def over_states(x, PARTS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr):
+    """Add up what a thread has of the states of a channel: (GROUP, BLOCK) becomes (PARTS, BLOCK)."""
+    return tl.sum(tl.reshape(x, (GROUP // PARTS, PARTS, BLOCK)), axis=0)
+
+
+@triton.jit
+def over_channels(x, LANES: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr):
+    """Add up what a thread has of the channels of a state: (GROUP, BLOCK) becomes (GROUP, LANES)."""
+    return tl.sum(tl.reshape(x, (GROUP, LANES, BLOCK // LANES)), axis=2)
+
+
+@triton.jit
 def there_and_back(
-    count, before, g, rate_sum, skip_sum, bias_sum,
-    u, dt, z, dy, BC, du, ddt, dz, dBC, rate, skip, shift, has_d, has_n,
-    STEP: tl.constexpr, WINDOW: tl.constexpr,
-    u_row: tl.constexpr, dt_row: tl.constexpr, z_row: tl.constexpr, dy_row: tl.constexpr,
-    channels: tl.constexpr, N: tl.constexpr, STATES: tl.constexpr, SOFTPLUS: tl.constexpr,
-    RATE_WANTED: tl.constexpr,
+    h, g, rate_sum, rate, steps, flows, outs, BC, dBC, count, at_w, at_n, has_n,
+    WINDOW: tl.constexpr, k: tl.constexpr, N: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
+    PARTS: tl.constexpr, LANES: tl.constexpr, GATED: tl.constexpr, RATE_WANTED: tl.constexpr,
 ):  # fmt: skip
-    """Take step STEP of a window, the rest of the window in a call of this function, and the step back.
+    """Take group k of the states through a window and back.
 
-    `before` is the state before the step and g the gradient of the state behind the window; returned is
-    that of `before`. From `count` on steps do not exist: their size is 0, which leaves the state alone.
-    What is cheap to load or compute again is, since the decays and states of a window nearly fill the
-    registers.
+    h is the state before the window and g the gradient of the state behind it; returned are that of h, the
+    gradient of A so far, and of every step y before the gate, sum(g B) and sum(g A a h), (WINDOW, BLOCK).
+    Steps from `count` on do not exist: their size is 0, which leaves the state alone. What a thread has of
+    the sums is kept until the end: then those of all steps are exchanged between threads at once.
     """
-    live_d, live_n = only_if(STEP < count, has_d), only_if(STEP < count, has_n)
-    at_n = tl.arange(0, STATES)
-    u_t = load_row(u + STEP * u_row, live_d)
-    dt_t = tl.where(STEP < count, step_size(load_row(dt + STEP * dt_row, live_d), shift, SOFTPLUS), 0.0)
-    inflow = dt_t * u_t
-    b = tl.load(BC + STEP * 2 * N + at_n, mask=live_n, other=0.0)
-    decay = exp2(dt_t[None, :] * rate)
-    kept = decay * before
-    if STEP + 1 < WINDOW:
-        g, rate_sum, skip_sum, bias_sum = there_and_back(
-            count, kept + inflow[None, :] * b[:, None], g, rate_sum, skip_sum, bias_sum,
-            u, dt, z, dy, BC, du, ddt, dz, dBC, rate, skip, shift, has_d, has_n,
-            STEP + 1, WINDOW, u_row, dt_row, z_row, dy_row, channels, N, STATES, SOFTPLUS, RATE_WANTED,
-        )  # fmt: skip
-
-    b = tl.load(BC + STEP * 2 * N + at_n, mask=live_n, other=0.0)
-    c = tl.load(BC + STEP * 2 * N + N + at_n, mask=live_n, other=0.0)
-    after = kept + inflow[None, :] * b[:, None]
-    out = load_row(dy + STEP * dy_row, live_d)
-    if z is not None:
-        z_t = load_row(z + STEP * z_row, live_d)
-        gate = sigmoid(z_t)
-        y_t = load_row(dz + STEP * channels, live_d)  # before the gate, left there by the first walk
-        tl.store(dz + STEP * channels, out * y_t * gate * (1.0 + z_t * (1.0 - gate)), mask=live_d)
-        out *= z_t * gate
-    tl.store(dBC + STEP * 2 * N + N + at_n, tl.sum(after * out[None, :], axis=1), mask=live_n)
-    g += out[None, :] * c[:, None]
-    tl.store(dBC + STEP * 2 * N + at_n, tl.sum(g * inflow[None, :], axis=1), mask=live_n)
-    by_input = tl.sum(g * b[:, None], axis=0)
-    by_decay = g * kept
-    by_rate = tl.sum(by_decay * rate, axis=0)
-    if RATE_WANTED:
-        rate_sum += by_decay * dt_t[None, :]
-    by_u = dt_t * by_input
-    if skip is not None:
-        by_u += skip * out
-    tl.store(du + STEP * channels, by_u, mask=live_d)
-    u_t = load_row(u + STEP * u_row, live_d)
-    by_dt = u_t * by_input + by_rate * LN2
-    if SOFTPLUS:
-        raw = load_row(dt + STEP * dt_row, live_d)
-        if shift is not None:
-            raw += shift
-        by_dt *= sigmoid(raw)
-    tl.store(ddt + STEP * channels, by_dt, mask=live_d)
-    return g * decay, rate_sum, skip_sum + out * u_t, bias_sum + tl.where(live_d, by_dt, 0.0)
+    befores, decays = (h,), ()
+    for step in tl.static_range(WINDOW):
+        b = tl.load(BC + step * 2 * N + at_n, mask=only_if(step < count, has_n), other=0.0)
+        decay = exp2(steps[step][None, :] * rate)
+        h = decay * h + flows[step][None, :] * b[:, None]
+        befores = befores + (h,)
+        decays = decays + (decay,)
+    ys, inputs, rates, dBs, dCs = (), (), (), (), ()
+    for step in tl.static_range(WINDOW - 1, -1, -1):
+        has_b = only_if(step < count, has_n)
+        b = tl.load(BC + step * 2 * N + at_n, mask=has_b, other=0.0)
+        c = tl.load(BC + step * 2 * N + N + at_n, mask=has_b, other=0.0)
+        after, out = befores[step + 1], outs[step]
+        if GATED:
+            ys = (over_states(after * c[:, None], PARTS, GROUP, BLOCK),) + ys
+        dCs = (over_channels(after * out[None, :], LANES, GROUP, BLOCK),) + dCs
+        g += out[None, :] * c[:, None]
+        dBs = (over_channels(g * flows[step][None, :], LANES, GROUP, BLOCK),) + dBs
+        inputs = (over_states(g * b[:, None], PARTS, GROUP, BLOCK),) + inputs
+        g *= decays[step]
+        by_decay = g * befores[step]
+        rates = (over_states(by_decay * rate, PARTS, GROUP, BLOCK),) + rates
+        if RATE_WANTED:
+            rate_sum += by_decay * steps[step][None, :]
+    dBC_w = tl.join(stacked(dBs, WINDOW), stacked(dCs, WINDOW))  # GROUP, LANES, WINDOW, 2
+    dBC_w = fold(tl.reshape(tl.permute(dBC_w, (1, 2, 3, 0)), (LANES, WINDOW, 2 * GROUP)))
+    at_bc = tl.arange(0, 2 * GROUP)
+    at_in = at_bc % GROUP
+    tl.store(
+        dBC + at_w[:, None] * 2 * N + (at_bc // GROUP * N + at_in)[None, :],
+        dBC_w, mask=(at_w < count)[:, None] & inside(at_in, N - k * GROUP, GROUP)[None, :],
+    )  # fmt: skip
+    y_w = None
+    if GATED:
+        y_w = fold(tl.permute(stacked(ys, WINDOW), (0, 2, 1)))
+    by_input = fold(tl.permute(stacked(inputs, WINDOW), (0, 2, 1)))
+    by_rate = fold(tl.permute(stacked(rates, WINDOW), (0, 2, 1)))
+    return g, rate_sum, y_w, by_input, by_rate
 
 
-@triton.jit(do_not_specialize=["length", "segment"])
+@triton.jit(do_not_specialize=["length", "segment", "first_part", "parts", "span"])
 def backward(
     u, dt, z, dy, A, BC, D, bias, stops, begins, saved, later, scratch,
     du, ddt, dz, dBC, dA, dD, dbias, earlier,
-    u_batch, dt_batch, z_batch, dy_batch, length, segment,
+    u_batch, dt_batch, z_batch, dy_batch, length, segment, first_part, parts, span,
     u_row: tl.constexpr, dt_row: tl.constexpr, z_row: tl.constexpr, dy_row: tl.constexpr,
     channels: tl.constexpr, N: tl.constexpr, STATES: tl.constexpr, BLOCK: tl.constexpr,
-    SOFTPLUS: tl.constexpr, WINDOW: tl.constexpr,
+    SOFTPLUS: tl.constexpr, WINDOW: tl.constexpr, GROUP: tl.constexpr, STRIDE: tl.constexpr,
 ):  # fmt: skip
     """Go back through one segment, chunk by chunk; program (block of channels, segment, row).
 
     Operands as in `forward`; later, the gradients of the states behind each segment, (B, S, N, D) or None.
-    A first walk through a chunk, from its saved state, leaves the state before every window of WINDOW steps
-    in scratch (programs, ceil(STATE_STRIDE / WINDOW), STATES, BLOCK) and y before the gate in dz; then the
-    windows are taken from the last to the first. A window begins where its sequence does, and then no state
-    is kept: it is zero.
+    A first walk through a chunk of STRIDE steps, from its saved state, leaves the state before every window
+    of WINDOW steps in scratch (programs, ceil(STRIDE / WINDOW), STATES, BLOCK); then the windows are taken
+    from the last to the first, GROUP states at a time. A window begins where its sequence does, and then no
+    state is kept: it is zero. A launch takes the segments from `first_part` on, of `parts`.
 
-    du, ddt, dz (B, L, D); dBC (blocks, B, L, 2 N), a sum over each block of channels; dA (B, S, N, D), dD
+    du, ddt, dz (B, L, D); dBC (blocks, B, span, 2 N), a sum over each block of channels, beginning where the
+    first segment of the launch does; dA (B, S, N, D), dD
     and dbias (B, S, D) unless None; earlier (B, S, N, D), the gradients of the states before each segment.
     """
-    block, part, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    blocks, parts, rows = tl.num_programs(0), tl.num_programs(1), tl.num_programs(2)
-    at_d, at_n, has_d, has_n, at_state, has_state = tile_of(block, channels, N, STATES, BLOCK)
-    at_slot = at_n[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    block, part, row = tl.program_id(0), tl.program_id(1) + first_part, tl.program_id(2).to(tl.int64)
+    blocks, rows = tl.num_programs(0), tl.num_programs(2)
+    GROUPS: tl.constexpr = STATES // GROUP
+    LANES: tl.constexpr = max(BLOCK // 4, 1)
+    PARTS: tl.constexpr = min(GROUP, 32 // LANES)
+    at_d, at_n = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, GROUP)
+    has_d = inside(at_d, channels, BLOCK)
+    at_state = at_n[:, None] * channels + at_d[None, :]
+    at_slot = at_n[:, None].to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    at_w = tl.arange(0, WINDOW)
     first = part * segment
     last = tl.minimum(first + segment, length)
     place = row * parts + part
 
-    rate = tl.load(A + at_state, mask=has_state, other=0.0)
-    g = tl.zeros([STATES, BLOCK], tl.float32)
-    if later is not None:
-        g = tl.load(later + place * N * channels + at_state, mask=has_state, other=0.0)
-    skip = None
-    if D is not None:
-        skip = load_row(D + at_d, has_d)
-    shift = None
-    if bias is not None:
-        shift = load_row(bias + at_d, has_d)
-    rate_sum = tl.zeros([STATES, BLOCK], tl.float32)
-    skip_sum = tl.zeros([BLOCK], tl.float32)
-    bias_sum = tl.zeros([BLOCK], tl.float32)
+    has_ns, has_states, rates, gs, rate_sums = (), (), (), (), ()
+    for k in tl.static_range(GROUPS):
+        has_n = inside(at_n, N - k * GROUP, GROUP)
+        has_state = has_n[:, None] & has_d[None, :]
+        has_ns, has_states = has_ns + (has_n,), has_states + (has_state,)
+        rates = rates + (tl.load(A + k * GROUP * channels + at_state, mask=has_state, other=0.0),)
+        g = tl.zeros([GROUP, BLOCK], tl.float32)
+        rate_sums = rate_sums + (g,)
+        if later is not None:
+            g = tl.load(later + (place * N + k * GROUP) * channels + at_state, mask=has_state, other=0.0)
+        gs = gs + (g,)
+    skip_sum = tl.zeros([WINDOW, BLOCK], tl.float32)
+    bias_sum = tl.zeros([WINDOW, BLOCK], tl.float32)
 
-    u += row * u_batch + at_d
-    dt += row * dt_batch + at_d
-    dy += row * dy_batch + at_d
-    du += row * length * channels + at_d
-    ddt += row * length * channels + at_d
+    u += row * u_batch
+    dt += row * dt_batch
+    dy += row * dy_batch
+    du += row * length * channels
+    ddt += row * length * channels
     if z is not None:
-        z += row * z_batch + at_d
-        dz += row * length * channels + at_d
+        z += row * z_batch
+        dz += row * length * channels
     BC += row * length * 2 * N
-    dBC += (block * rows + row) * length * 2 * N
+    dBC += ((block * rows + row) * span - first_part * segment) * 2 * N
     if begins is not None:
         stops += row * length
         begins += row * length
-    saved += row * tl.cdiv(length, STATE_STRIDE) * N * channels
-    scratch += (place * blocks + block) * tl.cdiv(STATE_STRIDE, WINDOW) * STATES * BLOCK
+    saved += row * tl.cdiv(length, STRIDE) * N * channels
+    program = (row * tl.num_programs(1) + tl.program_id(1)) * blocks + block
+    scratch += program * tl.cdiv(STRIDE, WINDOW) * STATES * BLOCK
 
-    chunk = tl.cdiv(last, STATE_STRIDE) - 1
-    while chunk * STATE_STRIDE >= first:
-        start = chunk * STATE_STRIDE
-        stop = tl.minimum(start + STATE_STRIDE, last)
-        h = tl.load(saved + chunk.to(tl.int64) * N * channels + at_state, mask=has_state, other=0.0)
+    chunk = tl.cdiv(last, STRIDE) - 1
+    while chunk * STRIDE >= first:
+        start = chunk * STRIDE
+        stop = tl.minimum(start + STRIDE, last)
+        hs = ()
+        for k in tl.static_range(GROUPS):
+            at_saved = (chunk.to(tl.int64) * N + k * GROUP + at_n)[:, None] * channels + at_d[None, :]
+            hs = hs + (tl.load(saved + at_saved, mask=has_states[k], other=0.0),)
         t = start
         while t < stop:
             end = tl.minimum(t + WINDOW, stop)
             slot = scratch + (t - start) // WINDOW * STATES * BLOCK + at_slot
+            fresh = False
             if begins is not None:
                 end = tl.minimum(end, tl.load(stops + t))
                 fresh = tl.load(begins + t) == t
-                h = tl.where(fresh, 0.0, h)
-                tl.store(slot, h, mask=only_if(fresh == 0, at_slot >= 0))
-            else:
-                tl.store(slot, h)
-            at = t.to(tl.int64)
-            for step in tl.static_range(WINDOW):
-                live = t + step < end
-                u_t = load_row(u + (at + step) * u_row, only_if(live, has_d))
-                dt_t = step_size(load_row(dt + (at + step) * dt_row, only_if(live, has_d)), shift, SOFTPLUS)
-                dt_t = tl.where(live, dt_t, 0.0)
-                b = tl.load(BC + (at + step) * 2 * N + at_n, mask=only_if(live, has_n), other=0.0)
-                h = exp2(dt_t[None, :] * rate) * h + (dt_t * u_t)[None, :] * b[:, None]
-                if z is not None:
-                    c = tl.load(BC + (at + step) * 2 * N + N + at_n, mask=only_if(live, has_n), other=0.0)
-                    y_t = tl.sum(h * c[:, None], axis=0)
-                    if skip is not None:
-                        y_t += skip * u_t
-                    tl.store(dz + (at + step) * channels, y_t, mask=only_if(live, has_d))
+            new = ()
+            for k in tl.static_range(GROUPS):
+                h = hs[k]
+                if begins is not None:
+                    h = tl.where(fresh, 0.0, h)
+                    tl.store(slot + k * GROUP * BLOCK, h, mask=only_if(fresh == 0, at_slot >= 0))
+                else:
+                    tl.store(slot + k * GROUP * BLOCK, h)
+                new = new + (h,)
+            hs = new
+            if end < stop:  # the state behind the chunk is nobody's
+                at = t.to(tl.int64)
+                live = (at_w < end - t)[:, None] & has_d[None, :]
+                shift = None
+                if bias is not None:
+                    shift = rows_at(bias, 0, at_w, at_d, live)
+                dt_w = step_size(rows_at(dt + at * dt_row, dt_row, at_w, at_d, live), shift, SOFTPLUS)
+                dt_w = tl.where(live, dt_w, 0.0)
+                steps = rows_of(dt_w, WINDOW, BLOCK)
+                flows = rows_of(dt_w * rows_at(u + at * u_row, u_row, at_w, at_d, live), WINDOW, BLOCK)
+                new = ()
+                for k in tl.static_range(GROUPS):
+                    h = hs[k]
+                    for step in tl.static_range(WINDOW):
+                        has_b = only_if(t + step < end, has_ns[k])
+                        b = tl.load(BC + (at + step) * 2 * N + k * GROUP + at_n, mask=has_b, other=0.0)
+                        h = exp2(steps[step][None, :] * rates[k]) * h + flows[step][None, :] * b[:, None]
+                    new = new + (h,)
+                hs = new
             t = end
         tl.debug_barrier()  # what one thread wrote, another may read
 
@@ -432,29 +498,76 @@ def backward(
             fresh = False
             if begins is not None:
                 fresh = tl.load(begins + t) == t
-                h = tl.load(slot, mask=only_if(fresh == 0, at_slot >= 0), other=0.0)
-            else:
-                h = tl.load(slot)
             at = t.to(tl.int64)
-            z_t, dz_t = None, None
+            live = (at_w < end - t)[:, None] & has_d[None, :]
+            u_w = rows_at(u + at * u_row, u_row, at_w, at_d, live)
+            raw_w = rows_at(dt + at * dt_row, dt_row, at_w, at_d, live)
+            shift = None
+            if bias is not None:
+                shift = rows_at(bias, 0, at_w, at_d, live)
+            dt_w = tl.where(live, step_size(raw_w, shift, SOFTPLUS), 0.0)
+            dy_w = rows_at(dy + at * dy_row, dy_row, at_w, at_d, live)
+            out_w = dy_w
             if z is not None:
-                z_t, dz_t = z + at * z_row, dz + at * channels
-            g, rate_sum, skip_sum, bias_sum = there_and_back(
-                end - t, h, g, rate_sum, skip_sum, bias_sum,
-                u + at * u_row, dt + at * dt_row, z_t, dy + at * dy_row, BC + at * 2 * N,
-                du + at * channels, ddt + at * channels, dz_t, dBC + at * 2 * N,
-                rate, skip, shift, has_d, has_n,
-                0, WINDOW, u_row, dt_row, z_row, dy_row, channels, N, STATES, SOFTPLUS, dA is not None,
-            )  # fmt: skip
-            if begins is not None:
-                g = tl.where(fresh, 0.0, g)
+                z_w = rows_at(z + at * z_row, z_row, at_w, at_d, live)
+                gate_w = sigmoid(z_w)
+                out_w *= z_w * gate_w
+            steps = rows_of(dt_w, WINDOW, BLOCK)
+            flows = rows_of(dt_w * u_w, WINDOW, BLOCK)
+            outs = rows_of(out_w, WINDOW, BLOCK)
+
+            new_gs, new_sums = (), ()
+            for k in tl.static_range(GROUPS):
+                if begins is not None:
+                    h = tl.load(slot + k * GROUP * BLOCK, mask=only_if(fresh == 0, at_slot >= 0), other=0.0)
+                else:
+                    h = tl.load(slot + k * GROUP * BLOCK)
+                g, rate_sum, more_y, more_input, more_rate = there_and_back(
+                    h, gs[k], rate_sums[k], rates[k], steps, flows, outs,
+                    BC + at * 2 * N + k * GROUP, dBC + at * 2 * N + k * GROUP, end - t, at_w, at_n, has_ns[k],
+                    WINDOW, k, N, GROUP, BLOCK, PARTS, LANES, z is not None, dA is not None,
+                )  # fmt: skip
+                if k == 0:
+                    y_w, by_input, by_rate = more_y, more_input, more_rate
+                else:
+                    by_input += more_input
+                    by_rate += more_rate
+                    if z is not None:
+                        y_w += more_y
+                if begins is not None:
+                    g = tl.where(fresh, 0.0, g)
+                new_gs = new_gs + (g,)
+                new_sums = new_sums + (rate_sum,)
+            gs, rate_sums = new_gs, new_sums
+            if z is not None:
+                if D is not None:
+                    y_w += rows_at(D, 0, at_w, at_d, live) * u_w
+                dz_w = dy_w * y_w * gate_w * (1.0 + z_w * (1.0 - gate_w))
+                tl.store(dz + at * channels + at_w[:, None] * channels + at_d[None, :], dz_w, mask=live)
+            by_u = dt_w * by_input
+            if D is not None:
+                by_u += rows_at(D, 0, at_w, at_d, live) * out_w
+            tl.store(du + at * channels + at_w[:, None] * channels + at_d[None, :], by_u, mask=live)
+            by_dt = u_w * by_input + by_rate * LN2
+            if SOFTPLUS:
+                raw_w = rows_at(dt + at * dt_row, dt_row, at_w, at_d, live)
+                if bias is not None:
+                    raw_w += rows_at(bias, 0, at_w, at_d, live)
+                by_dt *= sigmoid(raw_w)
+            tl.store(ddt + at * channels + at_w[:, None] * channels + at_d[None, :], by_dt, mask=live)
+            skip_sum += out_w * u_w
+            bias_sum += tl.where(live, by_dt, 0.0)
             end = t
         chunk -= 1
 
-    tl.store(earlier + place * N * channels + at_state, g, mask=has_state)
-    if dA is not None:
-        tl.store(dA + place * N * channels + at_state, rate_sum, mask=has_state)
+    left = chunk + 1 - first // STRIDE  # 0; what is computed from it only here takes no register before
+    at_end = (block + left) * BLOCK + tl.arange(0, BLOCK)
+    for k in tl.static_range(GROUPS):
+        at_k = ((place + left) * N + k * GROUP + at_n)[:, None] * channels + at_end[None, :]
+        tl.store(earlier + at_k, gs[k], mask=has_states[k])
+        if dA is not None:
+            tl.store(dA + at_k, rate_sums[k], mask=has_states[k])
     if dD is not None:
-        tl.store(dD + place * channels + at_d, skip_sum, mask=at_d < channels)
+        tl.store(dD + place * channels + at_d, tl.sum(skip_sum, axis=0), mask=at_d < channels)
     if dbias is not None:
-        tl.store(dbias + place * channels + at_d, bias_sum, mask=at_d < channels)
+        tl.store(dbias + place * channels + at_d, tl.sum(bias_sum, axis=0), mask=at_d < channels)

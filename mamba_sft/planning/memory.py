@@ -34,6 +34,8 @@ SLACK = 0.04
 """Share of the moving memory that a caching allocator holds beyond what is asked of it."""
 SCRATCH = 70_000_000
 """Of the Triton backward, which starts about as many programs as fill the GPU, whatever the shape."""
+PARTIAL_SUMS = 256 << 20
+"""The most that its partial sums of dB and dC take (`triton_ops.PARTIAL_BYTES`)."""
 
 Part = Literal[
     "weights", "adapter", "gradients", "optimizer", "states", "kept", "block", "dequantized", "loss", "rows",
@@ -266,7 +268,7 @@ def _block(work: Work) -> int:
         scan += 4 * 2 * (-(-N // 8) * 8) * groups
         scratch = 0
     else:
-        partial = 4 * 2 * N * -(-D // CHANNELS)
+        partial = min(4 * 2 * N * -(-D // CHANNELS), PARTIAL_SUMS // tokens)
         scan = max(3 * e * D + partial, (2 * e + 4 * work.mixed) * D)
         scratch = min(SCRATCH, 4 * D * N * 16 * work.rows * max(1, work.chunk // (4 * STATE_STRIDE)))
     again = 0 if work.policy == "none" else _layer(work)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from mamba_sft.errors import MambaSFTError
-from mamba_sft.planning.gpus import LANES_ISSUED, SCAN_BACKWARD, SCAN_FORWARD, Accelerator
+from mamba_sft.planning.gpus import SCAN_BACKWARD, SCAN_FORWARD, Accelerator
 from mamba_sft.planning.memory import Work
 from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.run import Run
@@ -60,9 +60,9 @@ def estimate(work: Work, accelerator: Accelerator) -> Rate | None:
         return None
     shape, e = work.shape, work.itemsize
     rate = accelerator.flops * SUSTAINED / (1 if work.mixed else 8)
-    backward = max(SCAN_BACKWARD.issued / LANES_ISSUED, SCAN_BACKWARD.fp32 / accelerator.fp32_lanes)
     passes = 1 + _again(work)
-    clocks = SCAN_FORWARD.issued / LANES_ISSUED * (1 + _repeats(work)) + backward
+    lanes = accelerator.fp32_lanes
+    clocks = SCAN_FORWARD.clocks(lanes) * (1 + _repeats(work)) + SCAN_BACKWARD.clocks(lanes)
     updates = shape.layers * shape.inner * shape.states
     seconds = flops(work) / rate
     number = e * shape.layers * shape.inner / accelerator.bandwidth  # seconds to move one per channel

@@ -4,7 +4,8 @@
 
 No GPU is needed: a stand-in for Triton's driver says which card is there, and the launch ends where the
 machine code is. Prints one line of JSON: for each kernel its card, operand type, registers, bytes of stack
-(spilled registers land there), the layouts of its state tiles, and the instructions of its innermost loops.
+(spilled registers land there), the layouts of its state tiles, and the instructions of its innermost loops,
+of the float32 pipe and of the special functions among them, and how early their loads are issued.
 A process of its own, because Triton decides when a kernel is defined whether to compile or to interpret it.
 """
 
@@ -24,9 +25,10 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from mamba_sft.kernels import autograd, triton_ops
+from mamba_sft.kernels import autograd, launching, triton_ops
 
 CHANNELS = 8192
+FP32 = ("FADD", "FMUL", "FFMA", "FADD2", "FMUL2", "FFMA2")  # what the float32 pipe takes
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -60,7 +62,11 @@ def launches(capability: int, dtype: torch.dtype, states: int) -> list[tuple[str
     JITFunction.run = compile_only
     driver.set_active(Card(capability))
     triton_ops._capability = lambda x: divmod(capability, 10)
-    triton_ops._segments = lambda u: (2, 64)
+    card = next(card for card in launching.CARDS.values() if card.capability == divmod(capability, 10))
+    triton_ops._stride = lambda u, N, wanted: launching.stride(
+        card, launching.window(card.capability, N, wanted)
+    )
+    triton_ops._segments = lambda u, *more: (2, 64)
     try:
         scan(dtype, states, trained=False)
         scan(dtype, states, trained=True)
@@ -106,13 +112,22 @@ def report(code: Any, given: dict[str, Any]) -> dict[str, Any]:
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
     text = code.asm["ttgir"]
     layouts = dict(re.findall(r"^(#\w+) = #ttg\.blocked<\{(.*?)\}>", text, re.M))
-    tiles = set(re.findall(rf"tensor<{given.get('STATES', 0)}x\d+xf32, (#\w+)>", text))
+    states = given.get("GROUP", given.get("STATES", 0))  # of a tile
+    tiles = set(re.findall(rf"tensor<{states}x{given.get('BLOCK', 0)}xf32, (#\w+)>", text))
     updates = given.get("STATES", 1) * given.get("BLOCK", 32) // 32 * given.get("WINDOW", 1)
+    loops = _innermost_loops(assembly)
+    kinds = [[_name(one) for one in loop] for loop in loops]
     return {
         "registers": int(registers),
         "stack": int(stack),
         "layouts": [layouts[tile] for tile in sorted(tiles)],
-        "per_update": [round(count / updates, 2) for count in _innermost_loops(assembly)],
+        "per_update": [round(len(loop) / updates, 2) for loop in loops],
+        "fp32": [round(sum(k in FP32 for k in kind) / updates, 2) for kind in kinds],
+        "mufu": [round(kind.count("MUFU") / updates, 2) for kind in kinds],
+        "lead": [load_lead(loop) for loop in loops],
+        "kept": given.get("saved") is not None,
+        "window": given.get("WINDOW"),
+        "stride": given.get("STRIDE"),
     }
 
 
@@ -120,20 +135,49 @@ def _tool(name: str, *arguments: str) -> str:
     return subprocess.run([TOOLS / name, *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def _innermost_loops(assembly: str) -> list[int]:
-    """Count the instructions of the loops without another loop inside: from a label to the branch back."""
+def _innermost_loops(assembly: str) -> list[list[str]]:
+    """The instructions of each loop without another loop inside: from a label to the branch back."""
     labels: dict[str, int] = {}
-    branches, count = [], 0
+    branches, instructions = [], []
     for line in assembly.splitlines():
         if label := re.match(r"\s*(\.L_x_\d+):", line):
-            labels[label[1]] = count
-        elif instruction := re.search(r"/\*[0-9a-f]{4,6}\*/\s+(.*?);", line):
-            if (target := re.search(r"BRA.*?(\.L_x_\d+)", instruction[1])) and target[1] in labels:
-                branches.append((labels[target[1]], count))
-            count += 1
+            labels[label[1]] = len(instructions)
+        elif found := re.search(r"/\*[0-9a-f]{4,6}\*/\s+(.*?);", line):
+            if (target := re.search(r"BRA.*?(\.L_x_\d+)", found[1])) and target[1] in labels:
+                branches.append((labels[target[1]], len(instructions)))
+            instructions.append(found[1].strip())
     spans = [(first, last) for first, last in branches if last > first]
     inner = [s for s in spans if not any(s != o and s[0] <= o[0] and o[1] <= s[1] for o in spans)]
-    return [last - first + 1 for first, last in inner]
+    return [instructions[first : last + 1] for first, last in inner]
+
+
+def _name(instruction: str) -> str:
+    return re.sub(r"^@!?U?P\d+ +", "", instruction).split()[0].split(".")[0]
+
+
+def load_lead(loop: list[str]) -> list[int]:
+    """For every load from global memory in a loop, how many instructions later its value is first used.
+
+    Counted around the loop's end: a value used in the next round has been waited for by all of the rest.
+    """
+    leads = []
+    for at, instruction in enumerate(loop):
+        if _name(instruction) != "LDG":
+            continue
+        register = re.search(r"LDG\S*\s+(R\d+)", instruction)[1]
+        after = [*loop[at + 1 :], *loop[:at]]
+        used = (n for n, other in enumerate(after, 1) if _reads(other, register))
+        leads.append(next(used, len(loop)))
+    return sorted(leads)
+
+
+def _reads(instruction: str, register: str) -> bool:
+    operands = re.sub(r"^@!?U?P\d+ +", "", instruction).split(None, 1)[1:]
+    if not operands:
+        return False
+    parts = operands[0].split(",")
+    stores = _name(instruction).startswith("ST")  # the first operand of all else is what it writes
+    return any(re.search(rf"\b{register}\b", part) for part in parts[not stores :])
 
 
 def main(capabilities: list[int]) -> None:

@@ -52,7 +52,7 @@ def test_matches_the_float64_definition(backend, batch, length, channels, states
 def test_a_row_cut_into_segments_is_the_same_row(packed, monkeypatch):
     triton_ops = pytest.importorskip("mamba_sft.kernels.triton_ops")
     chunk = STATE_STRIDE["triton"]
-    monkeypatch.setattr(triton_ops, "_segments", lambda u: (-(-u.shape[1] // chunk), chunk))
+    monkeypatch.setattr(triton_ops, "_segments", lambda u, *more: (-(-u.shape[1] // chunk), chunk))
     lengths = [chunk - 2, 2, chunk // 2, chunk, 1]  # a boundary at an edge, and a segment without one
     inputs = scan_inputs(2, sum(lengths), 5, 2)
     seq_idx = torch.repeat_interleave(torch.arange(5), torch.tensor(lengths)).expand(2, sum(lengths))

@@ -195,7 +195,8 @@ def test_sizes_are_those_of_the_libraries() -> None:
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
     triton_ops = pytest.importorskip("mamba_sft.kernels.triton_ops")
-    assert memory.STATE_STRIDE == cpu_loops.STATE_STRIDE == triton_ops.STATE_STRIDE.value
+    assert memory.STATE_STRIDE == cpu_loops.STATE_STRIDE == triton_ops.STATE_STRIDE
+    assert memory.PARTIAL_SUMS == triton_ops.PARTIAL_BYTES
     assert (memory.GROUPS, memory.CHANNELS) == (cpu.GROUPS, triton_ops.BACKWARD_CHANNELS)
     assert (memory.TILE_TOKENS, memory.TILE_COLUMNS) == (
         TOKEN_CHUNK_SIZE,

@@ -1,0 +1,183 @@
+"""How the scan's backward is cut up for a GPU: from a table of cards, or the fastest of a few ways.
+
+Nothing of it changes what is computed, only the order in which float32 sums are taken.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+RESIDENT = 8  # programs of the backward that a multiprocessor's registers hold: 255 each for 32 threads
+FITTING = 0.85  # share of the L2 cache that the states of all of them may take
+STRIDES = (64, 32, 16)  # steps between two states that the forward saves, the longest that fits
+TILE_BYTES = 2048  # of the states of a program: 512 float32
+
+
+@dataclass(frozen=True)
+class Card:
+    """What the launches depend on.
+
+    Args:
+        capability: Compute capability.
+        multiprocessors: How many.
+        l2_bytes: Of the second-level cache.
+    """
+
+    capability: tuple[int, int]
+    multiprocessors: int
+    l2_bytes: int
+
+
+MB = 1 << 20
+CARDS = {
+    "T4": Card((7, 5), 40, 4 * MB),
+    "A100": Card((8, 0), 108, 40 * MB),
+    "A10": Card((8, 6), 72, 6 * MB),
+    "A10G": Card((8, 6), 80, 6 * MB),
+    "RTX 3090": Card((8, 6), 82, 6 * MB),
+    "RTX A6000": Card((8, 6), 84, 6 * MB),
+    "L4": Card((8, 9), 58, 48 * MB),
+    "L40S": Card((8, 9), 142, 96 * MB),
+    "RTX 4090": Card((8, 9), 128, 72 * MB),
+    "H100": Card((9, 0), 132, 50 * MB),
+    "H200": Card((9, 0), 132, 50 * MB),
+    "B200": Card((10, 0), 148, 126 * MB),
+    "RTX 5090": Card((12, 0), 170, 96 * MB),
+}
+"""From NVIDIA's data sheets and architecture papers. The driver is asked first; this is for what it does not
+say, and for the tests, which have no card."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way to cut up the backward.
+
+    Args:
+        window: Steps whose states and decays are in registers at once, 2 or 4.
+        waves: How often the programs fill the GPU; decides how many segments a row has.
+    """
+
+    window: int
+    waves: int = 2
+
+    @property
+    def group_tile(self) -> int:
+        """States times channels taken through a window together: half of them if the window is long."""
+        return 256 if self.window == 4 else 512
+
+
+def card_of(device: torch.device) -> Card:
+    """Return what the driver says of a GPU; its table entry where that says nothing of the cache."""
+    properties = torch.cuda.get_device_properties(device)
+    like = max((name for name in CARDS if name in properties.name), key=len, default="T4")
+    return Card(
+        (properties.major, properties.minor),
+        properties.multi_processor_count,
+        getattr(properties, "L2_cache_size", 0) or CARDS[like].l2_bytes,
+    )
+
+
+def window(capability: tuple[int, int], N: int, rate_wanted: bool) -> int:
+    """Return the longest window that the compiler keeps in registers, read from machine code.
+
+    Two steps where the gradient of A takes 16 registers more, and where the compiler for Blackwell spills.
+    """
+    return 2 if N > 16 or rate_wanted or capability[0] >= 10 else 4
+
+
+def scratch_bytes(card: Card, steps: int, stride: int) -> int:
+    """Return what all programs at work keep in scratch: a state for every window of a chunk."""
+    return RESIDENT * card.multiprocessors * (stride // steps) * TILE_BYTES
+
+
+def stride(card: Card, steps: int) -> int:
+    """Return how many steps lie between saved states so that the scratch of a chunk stays in the L2 cache."""
+    fitting = (s for s in STRIDES if scratch_bytes(card, steps, s) <= FITTING * card.l2_bytes)
+    return next(fitting, STRIDES[-1])
+
+
+def compiler_options(capability: tuple[int, int], known: frozenset[str]) -> dict[str, str]:
+    """Return what to tell ptxas: for the T4, to hold less that it could load again, or it spills two."""
+    if capability == (7, 5) and "ptx_options" in known:
+        return {"ptx_options": "--register-usage-level=3"}
+    return {}
+
+
+def candidates(best: Choice) -> list[Choice]:
+    """Return the handful of ways that are tried on a card, the table's first."""
+    ways = [Choice(steps, waves) for steps in sorted({best.window, 2}, reverse=True) for waves in (2, 1, 4)]
+    return [best, *(way for way in ways if way != best)]
+
+
+def cache_directory() -> Path:
+    """Return where choices are kept: under `XDG_CACHE_HOME`, or `~/.cache`."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path("~").expanduser() / ".cache"
+    return Path(root) / "mamba-sft" / "launches"
+
+
+_found: dict[str, Choice] = {}  # by key, in this process
+
+
+def fastest(key: str, ways: Sequence[Choice], seconds: Callable[[Choice], float]) -> Choice:
+    """Return the fastest way, as remembered, as read from the cache, or by trying them all.
+
+    A cache that cannot be read or written costs the search again in the next process, and nothing else. Two
+    processes may search at once: each writes a whole file and renames it, and the last one stays.
+
+    Args:
+        key: Whatever the choice depends on: card, shape, number formats, versions.
+        ways: What to choose from; a choice in the cache that is not among them is not taken.
+        seconds: How long one takes. What raises `OutOfMemoryError` is not chosen.
+    """
+    if key not in _found:
+        _found[key] = _read(key, ways) or _searched(key, ways, seconds)
+    return _found[key]
+
+
+def _searched(key: str, ways: Sequence[Choice], seconds: Callable[[Choice], float]) -> Choice:
+    times: dict[Choice, float] = {}
+    for way in ways:
+        with suppress(torch.OutOfMemoryError):
+            times[way] = seconds(way)
+    if not times:
+        return ways[0]
+    best = min(times, key=lambda way: times[way])
+    logger.debug("scan backward, %s: %s of %s", key, best, times)
+    _write(key, best)
+    return best
+
+
+def _path(key: str) -> Path:
+    return cache_directory() / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+
+
+def _read(key: str, ways: Sequence[Choice]) -> Choice | None:
+    try:
+        entry = json.loads(_path(key).read_text(encoding="utf-8"))
+        choice = Choice(**entry["choice"])
+        return choice if entry["key"] == key and choice in ways else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _write(key: str, choice: Choice) -> None:
+    path = _path(key)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
+            json.dump({"key": key, "choice": asdict(choice)}, file)
+        os.replace(file.name, path)
+    except OSError as error:
+        logger.debug("the choice is not kept: %s", error)
