@@ -24,7 +24,7 @@ from tests.simulated_cuda.build import build
 
 @dataclass(frozen=True)
 class Card:
-    """What a card says of itself.
+    """What a card says of itself: its name, that it is none, or choices made for it would be taken for real.
 
     Args:
         name: As the driver has it.
@@ -42,9 +42,9 @@ class Card:
 
 
 CARDS = {
-    "t4": Card("Tesla T4", (7, 5), 15_600_000_000, 40, 4 << 20),
-    "4090": Card("NVIDIA GeForce RTX 4090", (8, 9), 25_300_000_000, 128, 72 << 20),
-    "h100": Card("NVIDIA H100 80GB HBM3", (9, 0), 85_000_000_000, 132, 50 << 20),
+    "t4": Card("Tesla T4 (simulated)", (7, 5), 15_600_000_000, 40, 4 << 20),
+    "4090": Card("NVIDIA GeForce RTX 4090 (simulated)", (8, 9), 25_300_000_000, 128, 72 << 20),
+    "h100": Card("NVIDIA H100 80GB HBM3 (simulated)", (9, 0), 85_000_000_000, 132, 50 << 20),
 }
 
 

@@ -10,7 +10,7 @@ from tests.simulated_cuda.build import build, compiler
 
 def test_it_waits_where_a_card_would_be_waited_for(run_jobs: Callable[..., Any]) -> None:
     found = run_jobs("t4", ["itself", "itself"])["itself"]
-    assert found["name"] == "Tesla T4"
+    assert found["name"] == "Tesla T4 (simulated)"
     assert found["capability"] == [7, 5]
     assert found["bf16"] is False
     assert found["fresh memory is NaN"]
