@@ -177,7 +177,7 @@ def _with_best_choice(
 
 
 def _may_search(u: Tensor) -> bool:
-    if not u.is_cuda or torch.are_deterministic_algorithms_enabled():
+    if INTERPRETED or not u.is_cuda or torch.are_deterministic_algorithms_enabled():
         return False
     return not torch.cuda.is_current_stream_capturing()
 
