@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ from tokenizers.decoders import DecodeStream
 
 from mamba_sft.errors import UsageError
 from mamba_sft.inference.evaluating import evaluation_mode
+from mamba_sft.inference.next_token import NextToken, forward
 from mamba_sft.inference.sampling import Sampling, choose
 
 PREFILL_CHUNK = 2048
@@ -42,7 +44,8 @@ class State:
 
     def copy(self) -> State:
         """Returns an independent state at the same place: going on with one leaves the other alone."""
-        return State(list(self.read), copy.deepcopy(self.cache), self.logits)
+        logits = None if self.logits is None else self.logits.clone()
+        return State(list(self.read), copy.deepcopy(self.cache), logits)
 
     def clear(self) -> None:
         """Forgets everything read."""
@@ -57,14 +60,16 @@ def prefill(model: Any, ids: Sequence[int], state: State) -> None:
     """
     for start in range(0, len(ids), PREFILL_CHUNK):
         chunk = list(ids[start : start + PREFILL_CHUNK])
-        _read(model, torch.tensor([chunk], device=model.device), state)
+        with _whole_or_cleared(state):
+            ids_here = torch.tensor([chunk], device=model.device)  # (1, L)
+            state.logits, state.cache = forward(model, ids_here, state.cache)
         state.read.extend(chunk)
 
 
-def _read(model: Any, ids: Any, state: State) -> None:
-    """Moves the states and the scores of `state` on by `ids`, (1, L) on the model's device."""
+@contextmanager
+def _whole_or_cleared(state: State) -> Iterator[None]:
     try:
-        state.logits, state.cache = _forward(model, ids, state.cache)
+        yield
     except BaseException:
         state.clear()
         raise
@@ -94,14 +99,20 @@ def stream(
     with evaluation_mode(model):
         prefill(model, ids, state)
         generators = [sampling.generator(model.device)]
-        for _ in range(sampling.max_new_tokens):
-            chosen = choose(state.logits, sampling, generators)  # (1,)
-            token = int(chosen)  # what the host must know of an answer, and waits for
-            if token in stop_ids:
-                return
-            _read(model, chosen[None], state)
-            state.read.append(token)
-            yield token
+        next_token = NextToken(model, state.cache)
+        try:
+            for _ in range(sampling.max_new_tokens):
+                chosen = choose(state.logits, sampling, generators)  # (1,)
+                token = int(chosen)  # what the host must know of an answer, and waits for
+                if token in stop_ids:
+                    return
+                with _whole_or_cleared(state):
+                    state.logits = next_token(chosen[None])
+                state.read.append(token)
+                yield token
+        finally:
+            if next_token.is_recorded and state.logits is not None:  # no longer where the graph writes
+                state.logits = state.logits.clone()
 
 
 @dataclass(frozen=True)
@@ -176,25 +187,30 @@ def _answer_batch(
     logits, cache = _prefill_batch(model, [prompts[number] for number in rows])
     generators = [sampling.generator(model.device, offset=number) for number in rows]
     written: dict[int, list[int]] = {number: [] for number in rows}
+    next_token, going = NextToken(model, cache), list(range(len(rows)))
     while True:
         chosen = choose(logits, sampling, generators)  # (B,)
-        going = []
-        for row, token in enumerate(chosen.tolist()):
+        ended = []
+        tokens = chosen.tolist()
+        for row in going:
             ids = written[rows[row]]
-            if token not in stop_ids:
-                ids.append(token)
+            if tokens[row] not in stop_ids:
+                ids.append(tokens[row])
                 if len(ids) < sampling.max_new_tokens:
-                    going.append(row)
                     continue
+            ended.append(row)
             yield rows[row], ids
+        going = [row for row in going if row not in ended]
         if not going:
             return
-        if len(going) < len(rows):
+        # a recorded step is for as many rows as it was recorded with: those that ended go along for a while
+        if len(going) < len(rows) and (not next_token.is_recorded or 2 * len(going) <= len(rows)):
             kept = torch.tensor(going, device=chosen.device)
             cache.reorder_cache(kept)
             chosen = chosen[kept]
             rows, generators = [rows[row] for row in going], [generators[row] for row in going]
-        logits, cache = _forward(model, chosen[:, None], cache)
+            next_token, going = NextToken(model, cache), list(range(len(rows)))
+        logits = next_token(chosen[:, None])
 
 
 def _prefill_batch(model: Any, prompts: Sequence[Sequence[int]]) -> tuple[Any, Any]:
@@ -206,22 +222,8 @@ def _prefill_batch(model: Any, prompts: Sequence[Sequence[int]]) -> tuple[Any, A
     for start in range(0, length, PREFILL_CHUNK):
         chunk = slice(start, start + PREFILL_CHUNK)
         kept = None if mask[:, chunk].all() else mask[:, chunk].to(model.device)
-        logits, cache = _forward(model, padded[:, chunk].to(model.device), cache, kept)
+        logits, cache = forward(model, padded[:, chunk].to(model.device), cache, kept)
     return logits, cache
-
-
-def _forward(model: Any, ids: Any, cache: Any, mask: Any = None) -> tuple[Any, Any]:
-    """Returns the next token's scores `(B, vocabulary)` in fp32, and the cache."""
-    with torch.no_grad():
-        logits, cache, *_ = model(
-            input_ids=ids,
-            attention_mask=mask,
-            cache_params=cache,
-            use_cache=True,
-            logits_to_keep=1,
-            return_dict=False,
-        )
-    return logits[:, -1].float(), cache
 
 
 def stop_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:

@@ -77,6 +77,8 @@ class Device:
         self.card = card
         self.events: collections.Counter[Event] = collections.Counter()
         self._library = library
+        self.capture: Any = None
+        """The graph capture under way, or None."""
         self._quiet = 0
         for function in ("card_bytes_in_use", "card_most_bytes", "card_allocations"):
             getattr(library, function).restype = ctypes.c_int64
@@ -251,7 +253,7 @@ def _stand_in(torch: Any, device: Device) -> None:
         "manual_seed": _always(None), "manual_seed_all": _always(None), "seed": _always(None),
         "seed_all": _always(None), "device": _Within, "device_of": _Within, "stream": _Within,
         "current_stream": _Stream, "default_stream": _Stream, "Stream": _Stream, "Event": Event,
-        "is_current_stream_capturing": _always(False), "can_device_access_peer": _always(False),
+        "can_device_access_peer": _always(False),
     }  # fmt: skip
     for name, function in functions.items():
         setattr(torch.cuda, name, function)

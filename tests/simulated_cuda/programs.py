@@ -11,6 +11,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from torch.utils._python_dispatch import _disable_current_modes
+
 from tests.simulated_cuda.device import Device
 
 _SEQUENCES = {"scan_forward": 10, "scan_backward": 10, "conv_forward": 5, "conv_backward": 5}
@@ -80,6 +82,12 @@ def _beside(compute: Any, device: Device) -> Any:
 
 def _on_host(name: str, allocate: Any, compute: Any, device: Device) -> Any:
     def run(*operands: Any, **options: Any) -> Any:
+        if device.capture is not None:
+            capture, device.capture = device.capture, None
+            with _disable_current_modes():
+                made = capture.write_down(run, operands, options)
+            device.capture = capture
+            return made
         for number, operand in enumerate(operands):
             for tensor in operand if isinstance(operand, tuple) else (operand,):
                 assert not hasattr(tensor, "is_cuda") or tensor.is_cuda, f"{name}: operand {number} is on cpu"

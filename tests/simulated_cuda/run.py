@@ -138,14 +138,30 @@ def cli(device: Device | None, name: str, *words: str) -> dict[str, Any]:
     return told(device) | {"exit_code": shown.exit_code, "out": shown.stdout, "err": shown.stderr}
 
 
-def answer(device: Device | None, name: str, model: str, tokens: str = "8") -> dict[str, Any]:
-    """Answers prompts in a batch, and talks in two turns whose state is carried; the tokens are counted."""
+def answer(device: Device | None, name: str, model: str, graphs: str = "right") -> dict[str, Any]:
+    """Answers prompts in a batch, and talks in two turns whose state is carried; the tokens are counted.
+
+    Args:
+        device: The card, or None.
+        name: Only a name.
+        model: A run or a checkpoint.
+        graphs: `wrong` makes recorded steps go wrong.
+    """
+    import logging
+
     from mamba_sft.inference.answering import generate, open_session
     from mamba_sft.inference.chat_model import load_chat_model
     from mamba_sft.inference.sampling import Sampling
+    from tests.simulated_cuda.graphs import Graph
 
     loaded = load_chat_model(model)
-    sampling = Sampling(max_new_tokens=int(tokens))
+    sampling = Sampling(max_new_tokens=12)
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("mamba_sft.inference.next_token").addHandler(handler)
+    logging.getLogger("mamba_sft.inference.next_token").setLevel("INFO")
+    Graph.replays, Graph.spoils = 0, graphs == "wrong"
     prompts = ["Reverse the word `stone`.", "What is 7 plus 5?", "Name a colour."]
     if device:
         device.forget()
@@ -159,7 +175,9 @@ def answer(device: Device | None, name: str, model: str, tokens: str = "8") -> d
     for text in ("What is 7 plus 5?", "And 6 plus 5?"):
         turns.append("".join(session.send(text)))
         written.append(session.last_turn.tokens if session.last_turn else 0)
-    return found | {"chat": told(device), "turns": turns, "turn_tokens": written}
+    logging.getLogger("mamba_sft.inference.next_token").removeHandler(handler)
+    found |= {"chat": told(device), "turns": turns, "turn_tokens": written}
+    return found | {"replays": Graph.replays, "said": said}
 
 
 def memory(device: Device, name: str, recipe: str, quantization: str = "") -> dict[str, Any]:
@@ -262,10 +280,12 @@ JOBS = {"itself": itself, "train": train, "resume": resume, "cli": cli, "answer"
 def main() -> None:
     """Runs the jobs that stand in the standard input."""
     device = None if sys.argv[1] == "cpu" else start(sys.argv[1])
-    from tests.simulated_cuda.programs import stand_in
 
     if device is not None:
-        stand_in(device)
+        from tests.simulated_cuda import graphs, programs
+
+        programs.stand_in(device)
+        graphs.stand_in(device)
     results: dict[str, Any] = {}
     for kind, name, *words in json.load(sys.stdin):
         started = time.perf_counter()

@@ -10,18 +10,39 @@ ANSWER = ["answer", "answer", "run"]
 
 
 def test_answers_and_conversations(run_jobs: Callable[..., Any]) -> None:
-    card, host = (run_jobs(name, TRAIN, ANSWER)["answer"] for name in ("4090", "cpu"))
-    for name in ("answers", "turns", "tokens"):
-        assert card[name] == host[name]
-    assert not card["batch"]["mixed"]
-    assert not card["chat"]["mixed"]
-    written = max(card["tokens"])  # a batch writes its answers together
-    for part, tokens, prompts in (("batch", written, 1), ("chat", sum(card["turn_tokens"]), 2)):
-        waits = [(line, n) for line, n in card[part]["ours"].items() if "copy to the card" not in line]
-        assert sum(n for _, n in waits) <= tokens + prompts, (part, waits)  # a stop token is read, too
-        assert not card[part]["others"], part
-        uploads = sum(n for line, n in card[part]["ours"].items() if "copy to the card" in line)
-        assert uploads <= 3 * prompts, (part, card[part]["ours"])  # what is asked, not what is answered
+    """With recorded steps and, where these go wrong, without them: the host's answers."""
+    wrong = ["answer", "wrong", "run", "wrong"]
+    card = run_jobs("4090", TRAIN, ANSWER, wrong)
+    host = run_jobs("cpu", TRAIN, ANSWER)["answer"]
+    for found in (card["answer"], card["wrong"]):
+        for name in ("answers", "turns", "tokens"):
+            assert found[name] == host[name]
+        assert not found["batch"]["mixed"]
+        assert not found["chat"]["mixed"]
+    recorded = card["answer"]
+    assert recorded["said"] == []
+    assert recorded["replays"] >= 3 * 8  # a batch and two turns of 12 tokens, from the fourth on
+    assert card["wrong"]["replays"] == 3  # each is tried, found to be wrong, and not used
+    assert card["wrong"]["said"] == [
+        "tokens are computed launch by launch, not as one CUDA graph: it does not give what the model gives"
+    ]
+    written = max(recorded["tokens"])  # a batch writes its answers together
+    for part, tokens, starts in (("batch", written, 1), ("chat", sum(recorded["turn_tokens"]), 2)):
+        lines = recorded[part]["ours"].items()
+        uploads = sum(n for line, n in lines if "copy to the card" in line)
+        assert uploads <= 2 * starts, lines  # what is asked, not what is answered
+        assert sum(n for _, n in lines) - uploads <= tokens + 2 * starts, lines  # a stop token, a comparison
+        assert not recorded[part]["others"], part
+
+
+def test_a_step_that_waits_is_not_recorded(run_jobs: Callable[..., Any]) -> None:
+    """bitsandbytes looks for outliers at every int8 product, which no capture permits."""
+    run = ["train", "run", "model.quantization=int8"]
+    found = run_jobs("h100", run, ["answer", "answer", "run"])["answer"]
+    assert found["replays"] == 0
+    assert len(found["said"]) == 1
+    assert "operation not permitted when stream is capturing" in found["said"][0]
+    assert [len(text) > 0 for text in found["answers"]] == [True] * 3
 
 
 def test_merging_exporting_and_the_verbs(run_jobs: Callable[..., Any]) -> None:
