@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from tests.simulated_cuda.build import build, compiler
 
 
@@ -34,7 +36,7 @@ def test_it_waits_where_a_card_would_be_waited_for(run_jobs: Callable[..., Any])
 
 
 def test_it_is_compiled_once() -> None:
-    if compiler() is not None:
+    if compiler() is not None and torch.version.cuda is None:
         library = build()
         assert build() == library
         assert library.stat().st_mtime_ns == build().stat().st_mtime_ns
