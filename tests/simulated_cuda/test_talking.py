@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
+
 TRAIN = ["train", "run", "model.dtype=float32"]
 ANSWER = ["answer", "answer", "run"]
 
@@ -55,7 +57,6 @@ def test_merging_exporting_and_the_verbs(run_jobs: Callable[..., Any]) -> None:
          "--seed", "1", "--max-new-tokens", "6"],
         ["cli", "doctor", "doctor"],
         ["cli", "plan", "plan", "quickstart"],
-        ["cli", "bench", "bench", "kernels", "--help"],
     ]  # fmt: skip
     card = run_jobs("t4", *jobs)
     host = run_jobs("cpu", *(job for job in jobs if job[1] in ("run", "merge", "merged")))
@@ -66,3 +67,11 @@ def test_merging_exporting_and_the_verbs(run_jobs: Callable[..., Any]) -> None:
     assert card["merged"]["answers"] == host["merged"]["answers"]
     assert "Tesla T4" in card["doctor"]["out"]
     assert "logits differ from base + adapter by" in card["merge"]["err"]
+
+
+@pytest.mark.slow
+def test_the_kernel_benchmark(run_jobs: Callable[..., Any]) -> None:
+    found = run_jobs("h100", ["cli", "bench", "bench", "kernels", "--device", "cuda", "--quick"])["bench"]
+    assert found["exit_code"] == 0, found["err"]
+    assert "scan, backend triton, bfloat16" in found["out"]
+    assert not found["mixed"]
