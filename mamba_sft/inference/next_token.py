@@ -9,12 +9,15 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+import weakref
 from typing import Any
 
 import torch
 
 logger = logging.getLogger(__name__)
 
+_UNFIT: weakref.WeakSet[Any] = weakref.WeakSet()
+"""Models whose step was tried and could not be recorded: they are not tried again at every answer."""
 PATIENCE = 4
 """Which token's step is recorded; that costs about as much as three tokens, so short answers do without."""
 _TOLERANCE = 1e-3
@@ -48,7 +51,7 @@ class NextToken:
             ids: `(B, 1)` int64 on the model's device.
         """
         self._read += 1
-        if self._read == PATIENCE and ids.is_cuda:
+        if self._read == PATIENCE and ids.is_cuda and self._model not in _UNFIT:
             return self._record(ids)
         if self._graph is None:
             return forward(self._model, ids, self._cache)[0]
@@ -67,6 +70,7 @@ class NextToken:
             if _differ([scores, *_states(self._cache)], [own, *_states(beside)]):
                 raise RuntimeError("it does not give what the model gives")
         except RuntimeError as error:
+            _UNFIT.add(self._model)
             _say_once(str(error).strip().splitlines()[0])
             _restore(self._cache, before)
             return forward(self._model, ids, self._cache)[0]
