@@ -89,4 +89,5 @@ def _show_cached(as_json: bool, *, clear: bool) -> None:
         out.print(table)
     total = size_text(sum(one.nbytes for one in found))
     done = "removed" if clear else "kept in"
-    out.print(f"{len(found)} entries, {total}, {done} {cache.cache_root()}")
+    count = "one entry" if len(found) == 1 else f"{len(found):,} entries"
+    out.print(f"{count}, {total}, {done} {cache.cache_root()}")

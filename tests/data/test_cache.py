@@ -175,7 +175,7 @@ def test_the_verb_lists_and_clears(setup: TemplateSetup, path: Path, root: Path)
     assert "chats.jsonl" in listed.output.replace("\n", "")
     assert f"{prepared.summary.train_tokens:,}" in listed.output
     cleared = CliRunner().invoke(app, ["data", "--cached", "--clear"])
-    assert "1 entries" in cleared.output
+    assert "one entry" in cleared.output
     assert cache.entries() == []
     assert not (root / "dead.partial").exists()
     assert len(prepared.train) == 36  # what is mapped stays readable
