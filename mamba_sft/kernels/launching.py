@@ -16,9 +16,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+import triton
 
 logger = logging.getLogger(__name__)
 
+TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 RESIDENT = 8  # programs of the backward that a multiprocessor's registers hold: 255 each for 32 threads
 FITTING = 0.85  # share of the L2 cache that the states of all of them may take
 STRIDES = (64, 32, 16)  # steps between two states that the forward saves, the longest that fits
@@ -92,9 +94,11 @@ def card_of(device: torch.device) -> Card:
 def window(capability: tuple[int, int], N: int, rate_wanted: bool) -> int:
     """Return the longest window that the compiler keeps in registers, read from machine code.
 
-    Two steps where the gradient of A takes 16 registers more, and where the compiler for Blackwell spills.
+    Two steps where the gradient of A takes 16 registers more, and where the compiler spills: for Blackwell,
+    and that of Triton 3.9 for Hopper too.
     """
-    return 2 if N > 16 or rate_wanted or capability[0] >= 10 else 4
+    spills = capability[0] >= (9 if TRITON >= (3, 9) else 10)
+    return 2 if N > 16 or rate_wanted or spills else 4
 
 
 def scratch_bytes(card: Card, steps: int, stride: int) -> int:
