@@ -33,7 +33,8 @@ def stand_in(device: Device) -> None:
 
         kernels._device_of = {"triton": "cuda", "cpu": "cpu"}.get
         return
-    trl_head._use_triton = lambda device: False
+    for kernel, tile in (("_forward_kernel", "_forward_tile"), ("_backward_kernel", "_backward_tile")):
+        setattr(trl_head, kernel, _Launch(getattr(trl_head, tile), device))
     for room in (programs.triton_scan, programs.triton_conv):
         for name, program in list(vars(room).items()):
             if hasattr(program, "__getitem__") and hasattr(program, "run"):
@@ -41,6 +42,27 @@ def stand_in(device: Device) -> None:
     for name in _SEQUENCES:
         allocate, compute = getattr(programs, name), getattr(host, name)
         setattr(programs, name, _on_host(name, allocate, compute, device))
+
+
+class _Launch:
+    """A Triton program whose launch runs `compute` on the host and fills the card's tensors, as it would.
+
+    TRL's head takes its CUDA branch with it, where it picks the trained positions by a mask.
+    """
+
+    def __init__(self, compute: Any, device: Device):
+        self._compute, self._device = compute, device
+
+    def __getitem__(self, grid: Any) -> Any:
+        return self._run
+
+    def _run(self, *operands: Any, **options: Any) -> None:
+        with self._device.quiet():
+            given = [_moved(operand, "cpu") for operand in operands]
+            self._compute(*given, **options)
+            for operand, other in zip(operands, given, strict=True):
+                if hasattr(operand, "is_cuda"):
+                    operand.copy_(other)
 
 
 class _NoLaunch:
