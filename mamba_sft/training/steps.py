@@ -157,11 +157,12 @@ class ChunkedSteps:
         host would have to wait to know.
         """
         full = seq_idx[:, -1] != PADDING
+        any_full = full.any()
         first = torch.argsort((~full).int(), stable=True)
         rows = first[torch.arange(len(full), device=full.device) % full.sum().clamp(min=1)]
         earlier = initial or [(conv * 0, scan * 0) for conv, scan in final]
         self.passed_on = [
-            (torch.where(full.any(), conv[rows], old_conv), torch.where(full.any(), scan[rows], old_scan))
+            (torch.where(any_full, conv[rows], old_conv), torch.where(any_full, scan[rows], old_scan))
             for (conv, scan), (old_conv, old_scan) in zip(final, earlier, strict=True)
         ]
 

@@ -77,9 +77,13 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """One forward and backward, whose loss and inputs are kept until the optimizer's step."""
+        loss = self._take_step(model, inputs, *args, **kwargs)
+        self._micro_batches.append((loss.detach(), inputs))
+        return loss
+
+    def _take_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         step = super().training_step if self.steps is None else self.steps.training_step
         loss: torch.Tensor = step(model, inputs, *args, **kwargs)
-        self._micro_batches.append((loss.detach(), inputs))
         return loss
 
     def _get_grad_norm(self, model: Any, grad_norm: torch.Tensor | None = None) -> float:
@@ -156,18 +160,20 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
             self.steps.load(Path(checkpoint), self.args.process_index)
 
     def _find_bad_gradient(self, model: Any, batches: list[dict[str, Any]]) -> dict[str, Any]:
-        """Runs the micro-batches of a step again, one by one; returns the first whose gradient is no number.
+        """Runs the micro-batches of a step again, as they were run; returns the first with a bad gradient.
 
-        Dropout draws anew, so it may be none of them this time: then the last is returned.
+        Dropout draws anew, so it may be none of them this time: then the last is returned. Every process runs
+        all of its own, so that none waits for another.
         """
+        bad = []
         for inputs in batches:
             model.zero_grad()
             with self.accelerator.no_sync(model):
-                self.accelerator.backward(self.compute_loss(model, self._prepare_inputs(inputs)))
+                self._take_step(model, inputs)
             gradients = [p.grad for p in model.parameters() if p.grad is not None]
             if not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
-                return inputs
-        return batches[-1]
+                bad.append(inputs)
+        return (bad or batches[-1:])[0]
 
     def _stop_on_nan(self, what: str, inputs: dict[str, Any]) -> None:
         step = self.state.global_step + 1

@@ -17,6 +17,7 @@ from mamba_sft.errors import AdapterError, MambaSFTError, RecipeError, TrainingE
 from mamba_sft.planning.extent import run_length
 from mamba_sft.training.fine_tuning import RunInterruptedError, prepare, train, train_prepared
 from mamba_sft.training.resuming import differences, newest_resume_point
+from mamba_sft.training.trainer import Trainer
 
 
 def losses(run: Run) -> list[float]:
@@ -196,12 +197,38 @@ class PoisonedGradient(TrainerCallback):
 
     def __init__(self, step: int):
         self.step = step
+        self.factor = float("nan")
         self.trained: list[torch.Tensor] = []
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if state.global_step == self.step - 1:
             self.trained = [p for p in model.parameters() if p.requires_grad]
-            self.trained[0].register_hook(lambda gradient: gradient * float("nan"))
+            self.trained[0].register_hook(lambda gradient: gradient * self.factor)
+
+
+@pytest.mark.parametrize("more", [(), ("train.stream_tokens=16",), ("train.auto_batch=true",)])
+@pytest.mark.parametrize("bad", [0, 1, 2])
+def test_the_micro_batch_whose_gradient_is_no_number_is_found(
+    recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: int, more: tuple[str, ...]
+) -> None:
+    """Among three that are added up, however they are run: they are run again to find it."""
+    seen: list[list[list[int]]] = []
+    poison, take = PoisonedGradient(1), Trainer._take_step
+
+    def watched(trainer: Any, model: Any, inputs: Any, *args: Any, **options: Any) -> Any:
+        rows = inputs["input_ids"].tolist()
+        seen.extend([rows] if rows not in seen else [])
+        poison.factor = float("nan") if seen.index(rows) == bad else 1.0
+        return take(trainer, model, inputs, *args, **options)
+
+    monkeypatch.setattr(Trainer, "_take_step", watched)
+    three = ("data.packing=false", "train.gradient_accumulation_steps=3",
+             "train.per_device_train_batch_size=1", *more)  # fmt: skip
+    with pytest.raises(TrainingError, match="gradient is not a number at step 1"):
+        train_prepared(prepare(recipe(*three)), callbacks=[poison])
+    kept = json.loads((tmp_path / "run" / "nan-batch-step-1.json").read_text())
+    assert len(seen) == 3
+    assert kept["input_ids"] == seen[bad]
 
 
 def test_an_adapter_that_cannot_learn_stops_the_run(recipe: Any) -> None:
