@@ -41,11 +41,20 @@ def read_json_lines(path: Path) -> Iterator[Row]:
     Raises:
         OSError: The file cannot be read.
     """
+    for number, line in numbered_lines(path):
+        if line.strip():
+            yield _parse(str(path), f"{path}:{number}", line)
+
+
+def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Yields number and bytes of each line, the blank ones too, without a byte order mark.
+
+    Raises:
+        OSError: The file cannot be read.
+    """
     with open_bytes(path) as file:
         for number, line in enumerate(file, start=1):
-            text = line.removeprefix(BOM) if number == 1 else line
-            if text.strip():
-                yield _parse(str(path), f"{path}:{number}", text)
+            yield number, line.removeprefix(BOM) if number == 1 else line
 
 
 def read_prompt_file(path: Path) -> list[Row]:
@@ -83,15 +92,13 @@ def _lines_of(path: Path) -> str:
 
 
 def _text_prompts(path: Path) -> Iterator[Row]:
-    with open_bytes(path) as file:
-        for number, line in enumerate(file, start=1):
-            text = (line.removeprefix(BOM) if number == 1 else line).strip(b"\r\n")
-            where = f"{path}:{number}"
-            try:
-                if text.strip():
-                    yield Row(str(path), where, {"prompt": text.decode("utf-8")})
-            except UnicodeDecodeError as error:
-                yield Row(str(path), where, repr(text), _not_utf8(text, error))
+    for number, line in numbered_lines(path):
+        text, where = line.strip(b"\r\n"), f"{path}:{number}"
+        try:
+            if text.strip():
+                yield Row(str(path), where, {"prompt": text.decode("utf-8")})
+        except UnicodeDecodeError as error:
+            yield Row(str(path), where, repr(text), _not_utf8(text, error))
 
 
 def _parse(file: str, where: str, line: bytes) -> Row:

@@ -232,8 +232,9 @@ def _parse(row: dict[str, Any], expected: str, reading: Reading) -> Chat | Passa
         check_text(example)
     elif isinstance(example, Passage):
         notes.note(PLAIN)
-        note_marks_of_text(example.prompt + example.text, reading.stop_token, notes)
-        check_encodable("text", example.prompt + example.text)
+        text = example.prompt + example.text
+        note_marks_of_text(text, reading.stop_token, notes)
+        check_encodable("text", text)
     return example
 
 

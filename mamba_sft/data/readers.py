@@ -11,7 +11,7 @@ from typing import Any
 
 from mamba_sft.data.json_files import from_latin, pandas_command, read_json
 from mamba_sft.errors import DataError
-from mamba_sft.json_lines import BOM, Row
+from mamba_sft.json_lines import Row, numbered_lines
 from mamba_sft.packed_files import open_bytes
 
 _BATCH = 1000
@@ -21,7 +21,7 @@ def _read_text(path: Path) -> Iterator[Row]:
     """Paragraphs: what stands between blank lines is a text."""
     paragraph: list[bytes] = []
     start = 1
-    for number, line in _text_lines(path):
+    for number, line in numbered_lines(path):
         if line.strip():
             start = start if paragraph else number
             paragraph.append(line)
@@ -33,11 +33,11 @@ def _read_text(path: Path) -> Iterator[Row]:
 
 
 def _read_text_lines(path: Path) -> Iterator[Row]:
-    return (_text(path, number, [line]) for number, line in _text_lines(path) if line.strip())
+    return (_text(path, number, [line]) for number, line in numbered_lines(path) if line.strip())
 
 
 def _read_document(path: Path) -> Iterator[Row]:
-    lines = [line for _, line in _text_lines(path)]
+    lines = [line for _, line in numbered_lines(path)]
     if any(line.strip() for line in lines):
         yield _text(path, 1, lines)
 
@@ -48,12 +48,6 @@ TEXT_READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
     "document": _read_document,
 }
 """How a text file is read, by `sample_by`."""
-
-
-def _text_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    with open_bytes(path) as file:
-        for number, line in enumerate(file, start=1):
-            yield number, line.removeprefix(BOM) if number == 1 else line
 
 
 def _text(path: Path, line: int, lines: list[bytes]) -> Row:

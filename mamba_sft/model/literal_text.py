@@ -30,7 +30,7 @@ _PAIRS = [(chr(code), chr(code + 1)) for code in range(0xFDD0, 0xFDF0, 2)]
 _ROLES = frozenset(("system", "user", "assistant", "tool"))
 """Texts that templates compare with, so that nothing may be put around them."""
 _KNOWN = _ROLES | {"role", "content"}
-"""These and the keys of every message: most texts of a conversation, and nothing that a user wrote."""
+"""These and the keys of every message: most texts of a conversation, and the spelling of no special token."""
 
 
 class Marked(str):
