@@ -57,8 +57,13 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
             yield number, line.removeprefix(BOM) if number == 1 else line
 
 
-def read_prompt_file(path: Path) -> list[Row]:
+def read_prompt_file(path: Path, kind: str = "prompts", hint: str | None = None) -> list[Row]:
     """Returns the rows of a file of prompts: JSON Lines, or a txt file with one prompt a line.
+
+    Args:
+        path: The file.
+        kind: What it is called where it cannot be read.
+        hint: Who named it, for the same message.
 
     Raises:
         DataError: It cannot be read, a line of it cannot, or it holds no prompts.
@@ -68,7 +73,7 @@ def read_prompt_file(path: Path) -> list[Row]:
         rows = list(read(path))
     except CANNOT_READ as error:
         reason = getattr(error, "strerror", None) or error
-        raise DataError(f"cannot read the prompts `{path}`: {reason}") from error
+        raise DataError(f"cannot read the {kind} `{path}`: {reason}", hint=hint) from error
     if not rows:
         raise DataError(
             f"`{path}` holds no prompts",

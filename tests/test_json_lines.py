@@ -70,5 +70,5 @@ def test_a_packed_file_of_prompts(tmp_path: Path) -> None:
     path.write_bytes(gzip.compress(b'{"prompt": "a"}\n' * 1000))
     assert len(load_prompts(path)) == 1000
     path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(DataError, match=r"cannot read the prompts .*prompts\.jsonl\.gz"):
+    with pytest.raises(DataError, match=r"cannot read the sample prompts .*prompts\.jsonl\.gz"):
         load_prompts(path)

@@ -50,7 +50,7 @@ def load_prompts(path: Path) -> list[Prompt]:
     Raises:
         DataError: The file is missing or a line is not such an object; the message has file and line.
     """
-    return [_parse(row) for row in read_prompt_file(path)]
+    return [_parse(row) for row in read_prompt_file(path, "sample prompts", hint="see `eval.prompts`")]
 
 
 def _parse(row: Row) -> Prompt:
