@@ -32,7 +32,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import FalconMambaConfig, FalconMambaForCausalLM
-from trl.trainer.utils import add_fused_lm_head
 
 from mamba_sft.data.packing import Collator
 from mamba_sft.kernels.falcon_mamba import install
@@ -40,6 +39,8 @@ from mamba_sft.model.adapter import attach_adapter
 from mamba_sft.model.loading import load_model
 from mamba_sft.recipe.fields import AdapterSection, ModelSection
 from mamba_sft.training.activations import keep_activations
+from mamba_sft.training.figures import Figures
+from mamba_sft.training.fused_head import add_fused_head
 from mamba_sft.training.streaming import backpropagate, split, sweep
 
 BASE = Path(__file__).parents[1] / "data" / "tiny-base"
@@ -56,17 +57,17 @@ WAYS = {
 """How a step is taken, and the checkpointing policy of it."""
 
 
-def row(tokens: int, vocabulary: int) -> dict[str, torch.Tensor]:
+def row(tokens: int, vocabulary: int) -> dict[str, Any]:
     ids = torch.randint(0, vocabulary, (tokens,), generator=torch.Generator().manual_seed(0)).tolist()
     return Collator(pad_token_id=0)([{"input_ids": ids, "labels": ids}])
 
 
-def step(model: Any, batch: dict[str, torch.Tensor], stream_tokens: int | None) -> None:
+def step(model: Any, batch: dict[str, Any], stream_tokens: int | None) -> None:
     """Forward and backward of a batch, as a training run takes it."""
     chunks, count = split(batch, stream_tokens), batch["input_ids"].numel()
 
     def run(chunk: Any, carry: Any, close: Any) -> None:
-        loss = -model(**chunk.inputs, carry=carry, fused_lm_head=True).log_probs.sum() / count
+        loss = Figures.of(model, chunk, carry=carry).loss / count
         close(loss).backward()
 
     backpropagate(chunks, sweep(model.get_base_model().backbone, chunks), run)
@@ -74,7 +75,7 @@ def step(model: Any, batch: dict[str, torch.Tensor], stream_tokens: int | None) 
 
 def prepare(model: Any, policy: Any, rank: int = 16) -> Any:
     model = attach_adapter(model, AdapterSection(r=rank))
-    add_fused_lm_head(model.get_base_model(), outputs=("log_probs", "entropy", "is_top1"))
+    add_fused_head(model.get_base_model())
     keep_activations(model, policy)
     return model.train()
 
@@ -151,7 +152,7 @@ def measure_layers(policy: Any, layers: int, tokens: int) -> dict[str, float]:
     batch = row(tokens, 256)
     with Alive() as alive, FlopCounterMode(display=False) as flops, torch.autocast("cpu", torch.bfloat16):
         chunk = split(batch, None)[0]
-        loss = -model(**chunk.inputs, fused_lm_head=True).log_probs.sum() / tokens
+        loss = Figures.of(model, chunk).loss / tokens
         kept = alive.bytes()
         loss.backward()
     return {"kept": kept, "most": alive.most, "flops": flops.get_total_flops()}

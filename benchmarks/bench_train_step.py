@@ -33,7 +33,6 @@ import torch
 from make_random_checkpoint import randomize
 from transformers import FalconMambaConfig, FalconMambaForCausalLM
 from transformers.models.falcon_mamba.modeling_falcon_mamba import FalconMambaBlock
-from trl.trainer.utils import add_fused_lm_head
 
 from mamba_sft.data.packing import PADDING, Collator
 from mamba_sft.kernels.falcon_mamba import install
@@ -47,6 +46,8 @@ from mamba_sft.planning.memory import Work, peak, planned_parts
 from mamba_sft.planning.speed import estimate, flops
 from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.training.activations import keep_activations
+from mamba_sft.training.figures import Figures
+from mamba_sft.training.fused_head import add_fused_head
 from mamba_sft.training.streaming import backpropagate, split, sweep
 
 ROWS_OF_8K = ("data.max_length=8192", "train.per_device_train_batch_size=1", "train.checkpointing=mamba")
@@ -140,15 +141,15 @@ def ours(recipe: Recipe, model: Any, dtype: torch.dtype, rows: list[dict[str, An
     """Returns a training step of this package."""
     model = install(model, recipe.model.kernels)
     model = attach_adapter(model, recipe.adapter, trained_token_ids=TRAINED)
-    add_fused_lm_head(model.get_base_model(), outputs=("log_probs", "entropy", "is_top1"))
+    add_fused_head(model.get_base_model())
     keep_activations(model, recipe.train.checkpointing)
     model.train()
-    batch = {name: value.to(DEVICE) for name, value in Collator(0)(rows).items()}
+    batch = on_device(Collator(0)(rows))
     labels = int((batch["labels"][:, 1:] != -100).sum())
 
     def run(chunk: Any, carry: Any, close: Any) -> None:
         with mixed(dtype):
-            loss = -model(**chunk.inputs, carry=carry, fused_lm_head=True).log_probs.sum() / labels
+            loss = Figures.of(model, chunk, carry=carry).loss / labels
         close(loss).backward()
 
     def backward() -> None:
@@ -158,6 +159,10 @@ def ours(recipe: Recipe, model: Any, dtype: torch.dtype, rows: list[dict[str, An
         backpropagate(chunks, boundaries, run)
 
     return with_optimizer(model, backward)
+
+
+def on_device(batch: dict[str, Any]) -> dict[str, Any]:
+    return {name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in batch.items()}
 
 
 def stock(recipe: Recipe, model: Any, dtype: torch.dtype, rows: list[dict[str, Any]]) -> Callable[[], None]:
@@ -179,9 +184,10 @@ def stock(recipe: Recipe, model: Any, dtype: torch.dtype, rows: list[dict[str, A
             row["input_ids"][end - size : end] for end, size in zip(ends, row["seq_lengths"], strict=True)
         ]
     batch = Collator(0)([{"input_ids": ids, "labels": ids} for ids in pieces])
+    del batch["trained"]
     seq_idx = batch.pop("seq_idx")
     batch["attention_mask"] = (seq_idx != PADDING).long()  # stock knows padding by its mask alone
-    batch = {name: value.to(DEVICE) for name, value in batch.items()}
+    batch = on_device(batch)
 
     def backward() -> None:
         with mixed(dtype):

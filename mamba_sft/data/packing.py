@@ -166,8 +166,11 @@ class Collator:
     def __init__(self, pad_token_id: int):
         self.pad_token_id = pad_token_id
 
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Returns `input_ids` and `labels`, int64, and `seq_idx`, int32, all (B, L).
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor | np.ndarray]:
+        """Returns `input_ids` and `labels`, int64, `seq_idx`, int32, and `trained`, bool, all (B, L).
+
+        `trained` says of which positions the next token is trained. It is no tensor, so it stays on the host
+        when the others go to a device: what depends on it must not wait for the device to tell.
 
         `seq_idx` counts the sequences within a row; padding is one of its own, number `PADDING`. The first
         label of each sequence is -100: nothing before it predicts it. There is no mask: padding stands behind
@@ -189,5 +192,7 @@ class Collator:
             labels[i, :length] = row["labels"]
             labels[i, np.cumsum(lengths) - lengths] = IGNORED
             seq_idx[i, :length] = np.repeat(np.arange(len(lengths)), lengths)
+        trained = np.zeros(shape, dtype=bool)
+        trained[:, :-1] = labels[:, 1:] != IGNORED
         batch = {"input_ids": input_ids, "labels": labels, "seq_idx": seq_idx}
-        return {name: torch.from_numpy(value) for name, value in batch.items()}
+        return {name: torch.from_numpy(value) for name, value in batch.items()} | {"trained": trained}

@@ -36,13 +36,14 @@ def heldout_loss(
     with torch.no_grad(), evaluation_mode(model):
         for start in range(0, len(dataset), batch_size):
             rows = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
-            batch = {name: tensor.to(device) for name, tensor in collator(rows).items()}
-            labels = batch.pop("labels")[:, 1:]
-            hidden = base.backbone(**batch, use_cache=False).last_hidden_state[:, :-1]
+            batch = collator(rows)
+            labels = batch["labels"][:, 1:]
             trained = labels != -100
-            losses = _losses(base.get_output_embeddings(), hidden[trained], labels[trained])
-            total += losses
-            count += int(trained.sum())
+            labels = labels[trained].to(device)
+            inputs = {name: x.to(device) for name, x in batch.items() if name not in ("labels", "trained")}
+            hidden = base.backbone(**inputs, use_cache=False).last_hidden_state[:, :-1]
+            total += _losses(base.get_output_embeddings(), hidden[trained.to(device)], labels)
+            count += len(labels)
     if count == 0:
         raise DataError(
             f"none of the {len(dataset)} held-out rows has a token to be scored on",

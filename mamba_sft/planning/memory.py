@@ -23,7 +23,7 @@ GROUPS = 32
 """Partial sums of dB and dC on a CPU (`cpu.GROUPS`); a GPU has one for `CHANNELS` channels."""
 CHANNELS = 32
 TILE_TOKENS, TILE_COLUMNS = 4096, 32768
-"""What TRL's chunked loss makes logits for at a time (`TOKEN_CHUNK_SIZE`, `_CHUNKED_LOGPROB_CHUNK_SIZE`)."""
+"""What the fused head makes logits for at a time: TRL's `TOKEN_CHUNK_SIZE`, our `VOCABULARY_TILE`."""
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Per weight: 4 bits, a byte of scale for 64 of them, a float32 for 256 of those (double quantization)."""
 CONTEXT = 600_000_000

@@ -4,6 +4,7 @@
                   (all checks                                        |
                   before weights)      trainer (TRL's, as configured)
                                          +- figures        loss and metrics, left on the device
+                                         |    fused_head     log-probabilities of trained positions
                                          +- steps          ours, when rows are streamed or split:
                                          |    streaming      exact gradients, a chunk at a time
                                          |    out_of_memory  a micro-batch in parts

@@ -1,6 +1,6 @@
 """What a micro-batch comes to: sums on the device, read when somebody must know them, and not before.
 
-Loss and metrics are TRL's: log-probabilities from its chunked head, summed, and divided by the tokens of the
+Loss and metrics are TRL's: log-probabilities of trained tokens, summed, and divided by the tokens of the
 whole optimizer step. TRL reads them after every micro-batch, and each time the host waits for the device.
 """
 
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from mamba_sft.data.packing import PADDING
+from mamba_sft.training.fused_head import Targets
+from mamba_sft.training.streaming import Chunk
 
 
 class Figures(NamedTuple):
@@ -24,18 +26,20 @@ class Figures(NamedTuple):
     correct: Tensor
 
     @classmethod
-    def of(cls, model: Any, inputs: dict[str, Tensor], **more: Any) -> Figures:
+    def of(cls, model: Any, chunk: Chunk, **more: Any) -> Figures:
         """Returns those of one forward.
 
         Args:
-            model: With TRL's fused head.
-            inputs: `input_ids`, `seq_idx`, and `labels` or `shift_labels`, (B, L).
+            model: With the fused head.
+            chunk: Part of a batch, or all of it.
             more: What else the model takes.
         """
-        outputs = model(**inputs, use_cache=False, fused_lm_head=True, **more)
+        targets = Targets.of(chunk.inputs["shift_labels"], chunk.trained)
+        outputs = model(**chunk.read, targets=targets, **more)
+        loss = -outputs.log_probs.sum()
         return cls(
-            loss=-outputs.log_probs.sum(),
-            labels=outputs.label_mask.sum(),
+            loss=loss,
+            labels=torch.full_like(loss, len(targets.positions), dtype=torch.int64, requires_grad=False),
             entropy=outputs.entropy.detach().sum(),
             correct=outputs.is_top1.sum(),
         )

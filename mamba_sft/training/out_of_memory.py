@@ -11,7 +11,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -20,7 +20,9 @@ from mamba_sft.training.random_state import current_random_state, restore_random
 
 logger = logging.getLogger(__name__)
 
-Batch = dict[str, torch.Tensor]
+Batch = dict[str, Any]
+"""Tensors, and arrays of the host, whose first dimension is the rows."""
+
 Result = TypeVar("Result")
 
 

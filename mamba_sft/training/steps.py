@@ -84,7 +84,7 @@ class ChunkedSteps:
         self.trainer.tally.add("train", figures, batch)
         return figures.loss
 
-    def evaluation_loss(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    def evaluation_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         """Returns the mean loss of a batch, from a single pass over its chunks without a graph."""
         step = partial(self._evaluate_rows, model)
         results = [step(inputs)] if self._auto_batch is None else self._auto_batch.evaluate(inputs, step)
@@ -105,16 +105,16 @@ class ChunkedSteps:
             saved = load_file(path, device=str(self.trainer.args.device))
             self.passed_on = list(zip(saved["conv"], saved["scan"], strict=True))
 
-    def _evaluate_rows(self, model: Any, batch: dict[str, Tensor]) -> Figures:
+    def _evaluate_rows(self, model: Any, batch: dict[str, Any]) -> Figures:
         states: States | None = None
         parts = []
         for chunk in split(batch, self.tokens):
             carry = Carry(chunk.enter(states))
-            parts.append(Figures.of(model, chunk.inputs, carry=carry))
+            parts.append(Figures.of(model, chunk, carry=carry))
             states = carry.after
         return Figures.total(parts)
 
-    def _run_rows(self, model: Any, num_items: Tensor | int, batch: dict[str, Tensor], last: bool) -> Figures:
+    def _run_rows(self, model: Any, num_items: Tensor | int, batch: dict[str, Any], last: bool) -> Figures:
         """Forward and backward of some rows; `last` ones synchronize the gradients if the trainer does."""
         accelerator = self.trainer.accelerator
         chunks = split(batch, self.tokens)
@@ -129,7 +129,7 @@ class ChunkedSteps:
         def run(chunk: Chunk, carry: Carry, close: Callable[[Tensor], Tensor]) -> None:
             synchronizes = last and chunk is chunks[0]
             with nullcontext() if synchronizes else accelerator.no_sync(model):
-                figures = Figures.of(model, chunk.inputs, carry=carry)
+                figures = Figures.of(model, chunk, carry=carry)
                 figures = figures._replace(loss=figures.loss * share)
                 accelerator.backward(close(figures.loss))
             parts.append(figures._replace(loss=figures.loss.detach()))
@@ -199,5 +199,5 @@ class ChunkedSteps:
 _CARRIED = "carried-states-{}.safetensors"
 
 
-def _labels(batch: dict[str, Tensor]) -> Tensor:
+def _labels(batch: dict[str, Any]) -> Tensor:
     return (batch["labels"][:, 1:] != IGNORED).sum()

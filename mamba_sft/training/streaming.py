@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -32,11 +33,18 @@ class Chunk:
     Args:
         inputs: `input_ids`, `seq_idx` and `shift_labels`, each (B, l). The label of a
             position is the token after it, for the last position the first of the next chunk.
+        trained: (B, l) bool, on the host: the positions whose label is trained.
         continues: (B, 1, 1) bool, the rows whose sequence began in an earlier chunk; None for the first.
     """
 
     inputs: dict[str, Tensor]
+    trained: np.ndarray
     continues: Tensor | None
+
+    @property
+    def read(self) -> dict[str, Tensor]:
+        """What the model reads of it: everything but the labels."""
+        return {name: x for name, x in self.inputs.items() if name != "shift_labels"}
 
     def enter(self, states: States | None) -> States | None:
         """Returns the states this chunk starts from, given those the chunk before ended with.
@@ -52,11 +60,11 @@ class Chunk:
         ]
 
 
-def split(inputs: dict[str, Tensor], tokens: int | None) -> list[Chunk]:
+def split(inputs: dict[str, Any], tokens: int | None) -> list[Chunk]:
     """Cuts a batch along its length.
 
     Args:
-        inputs: From `packing.Collator`: `input_ids`, `labels` and `seq_idx`, each (B, L).
+        inputs: From `packing.Collator`: `input_ids`, `labels`, `seq_idx` and `trained`, each (B, L).
         tokens: Positions per chunk, of which the last may have fewer; None makes a single chunk.
 
     Returns:
@@ -70,7 +78,10 @@ def split(inputs: dict[str, Tensor], tokens: int | None) -> list[Chunk]:
     chunks = []
     for start in range(0, length, size):
         continues = (seq_idx[:, start] == seq_idx[:, start - 1])[:, None, None] if start else None
-        chunks.append(Chunk({name: x[:, start : start + size] for name, x in columns.items()}, continues))
+        part = np.s_[:, start : start + size]
+        chunks.append(
+            Chunk({name: x[part] for name, x in columns.items()}, inputs["trained"][part], continues)
+        )
     return chunks
 
 
@@ -155,9 +166,8 @@ def sweep(backbone: Any, chunks: Sequence[Chunk], initial: States | None = None)
         boundaries.save(number, states)
         if number + 1 < len(chunks):
             carry = Carry(states)
-            inputs = {name: x for name, x in chunk.inputs.items() if name != "shift_labels"}
             with torch.no_grad():
-                backbone(**inputs, carry=carry)
+                backbone(**chunk.read, carry=carry)
             states = carry.after
     return boundaries
 

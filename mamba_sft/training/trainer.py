@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
-from trl.trainer import add_fused_lm_head
 
 from mamba_sft.data.packing import PADDING
 from mamba_sft.errors import RecipeError, TrainingError
@@ -25,12 +24,11 @@ from mamba_sft.recipe.fields import TrainSection
 from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.run import Run, write_atomically
 from mamba_sft.training.figures import Figures, Tally
+from mamba_sft.training.fused_head import add_fused_head
 from mamba_sft.training.largest_residual import LargestResidual
 from mamba_sft.training.resuming import newest_resume_point
 from mamba_sft.training.steps import ChunkedSteps
-
-FUSED_OUTPUTS = ("log_probs", "entropy", "is_top1")
-"""What the fused head computes of each trained token: the loss, and what is logged beside it."""
+from mamba_sft.training.streaming import split
 
 
 class Trainer(SFTTrainer):  # type: ignore[misc]
@@ -50,9 +48,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
     ):
         self.run = run
         self.schedule = section.lr_scheduler_type
-        # The loss never sees the full logits: its head is asked for log-probabilities in tiles. TRL does this
-        # too, today; our own steps ask for the same head, so it is not left to TRL.
-        add_fused_lm_head(arguments["model"].get_base_model(), outputs=FUSED_OUTPUTS)
+        add_fused_head(arguments["model"].get_base_model())  # beside TRL's, for a loss that needs no wait
         self.residual = LargestResidual() if section.log_activations else None
         super().__init__(callbacks=[*([self.residual] if self.residual else []), *callbacks], **arguments)
         self.remove_callback(PrinterCallback)
@@ -126,10 +122,12 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         """TRL's loss without its waits for the device; in evaluation, rows stream as they do in training."""
         if return_outputs or self._asks_more_of_the_loss:
             inputs = inputs | {"attention_mask": (inputs["seq_idx"] != PADDING).long()}
+            del inputs["trained"]
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self.steps is not None and not model.training:
             return self.steps.evaluation_loss(model, inputs)
-        figures = Figures.of(model, inputs)
+        (whole,) = split(inputs, None)
+        figures = Figures.of(model, whole)
         self.tally.add("train" if model.training else "eval", figures, inputs)
         tokens = figures.labels if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
         loss = figures.loss / tokens.clamp(min=1)

@@ -100,6 +100,7 @@ def test_a_batch_of_plain_rows_is_padded_to_the_longest() -> None:
     batch = Collator(pad_token_id=0)(rows)
     assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 0, 0]]
     assert batch["labels"].tolist() == [[-100, 2, 3], [-100] * 3]
+    assert batch["trained"].tolist() == [[True, True, False], [False] * 3]
     assert batch["seq_idx"].tolist() == [[0, 0, 0], [0, PADDING, PADDING]]
 
 
@@ -120,6 +121,7 @@ def test_padding_needs_no_mask() -> None:
     rows = [{"input_ids": list(range(5, 5 + n)), "labels": list(range(5, 5 + n))} for n in (9, 30)]
     batch = Collator(pad_token_id=11)(rows)
     labels = batch.pop("labels")
+    del batch["trained"]
     masked = model(**batch, attention_mask=(batch["seq_idx"] != PADDING).long()).logits
     plain = model(**batch).logits
     read = batch["seq_idx"] != PADDING
@@ -130,6 +132,8 @@ def test_padding_needs_no_mask() -> None:
 def test_loss_and_gradients_of_a_packed_batch_are_those_of_its_rows() -> None:
     """And also when the packed rows come one after the other, as under accumulation."""
     from mamba_sft.kernels.falcon_mamba import install
+    from mamba_sft.training.figures import Figures
+    from mamba_sft.training.streaming import split
     from tests.conftest import build_model
     from tests.training.test_streaming import assert_same, gradients, with_adapter
 
@@ -147,8 +151,8 @@ def test_loss_and_gradients_of_a_packed_batch_are_those_of_its_rows() -> None:
         model.zero_grad()
         losses = []
         for batch in batches:
-            log_probs = model(**Collator(pad_token_id=11)(batch), fused_lm_head=True).log_probs
-            losses.append(-log_probs.sum() / total)
+            (whole,) = split(Collator(pad_token_id=11)(batch), None)
+            losses.append(Figures.of(model, whole).loss / total)
             losses[-1].backward()
         return sum(loss.item() for loss in losses), gradients(model)
 

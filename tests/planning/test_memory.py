@@ -20,6 +20,8 @@ from mamba_sft.planning import memory
 from mamba_sft.planning.memory import Work, peak, planned_parts, weights, with_length
 from mamba_sft.recipe.fields import AdapterSection, ModelSection
 from mamba_sft.training.activations import keep_activations
+from mamba_sft.training.figures import Figures
+from mamba_sft.training.fused_head import add_fused_head
 from mamba_sft.training.streaming import backpropagate, split, sweep
 from tests.conftest import build_model
 
@@ -83,8 +85,6 @@ CASES = [
 
 
 def prepared(case: Case, device: str = "cpu") -> Any:
-    from trl.trainer.utils import add_fused_lm_head
-
     work = case.work
     model = build_model(
         hidden_size=case.hidden, num_hidden_layers=case.layers, state_size=case.states,
@@ -92,7 +92,7 @@ def prepared(case: Case, device: str = "cpu") -> Any:
     )  # fmt: skip
     model = install(model.to(device, case.dtype), "auto" if device == "cuda" else case.backend)
     model = attach_adapter(model, work.adapter, trained_token_ids=case.trained)
-    add_fused_lm_head(model.get_base_model(), outputs=("log_probs", "entropy", "is_top1"))
+    add_fused_head(model.get_base_model())
     keep_activations(model, case.policy)
     return model.train()
 
@@ -104,12 +104,13 @@ def step(model: Any, case: Case, device: str = "cpu") -> None:
     if case.packed:
         third = case.length // 3
         rows = [row | {"seq_lengths": [third, third, case.length - 2 * third]} for row in rows]
-    batch = {name: value.to(device) for name, value in Collator(pad_token_id=0)(rows).items()}
+    batch: dict[str, Any] = Collator(pad_token_id=0)(rows)
+    batch |= {name: batch[name].to(device) for name in ("input_ids", "labels", "seq_idx")}
     mixed = nullcontext() if case.dtype == torch.float32 else torch.autocast(device, case.dtype)
 
     def run(chunk: Any, carry: Any, close: Any) -> None:
         with mixed:
-            loss = -model(**chunk.inputs, carry=carry, fused_lm_head=True).log_probs.sum() / case.length
+            loss = Figures.of(model, chunk, carry=carry).loss / case.length
         close(loss).backward()
 
     chunks = split(batch, case.stream)
@@ -145,7 +146,7 @@ def planned_peak(work: Work) -> int:
 @pytest.fixture
 def small_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets the blocks be what the peak consists of: TRL's tile of logits would hide them in small models."""
-    monkeypatch.setattr("trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE", 64)
+    monkeypatch.setattr("mamba_sft.training.fused_head.VOCABULARY_TILE", 64)
     monkeypatch.setattr(memory, "TILE_COLUMNS", 64)
 
 
@@ -192,7 +193,8 @@ def test_on_a_gpu(policy: str, stream: int | None) -> None:
 
 def test_sizes_are_those_of_the_libraries() -> None:
     from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
-    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
+
+    from mamba_sft.training.fused_head import VOCABULARY_TILE
 
     triton_ops = pytest.importorskip("mamba_sft.kernels.triton_ops")
     assert memory.STATE_STRIDE == cpu_loops.STATE_STRIDE == triton_ops.STATE_STRIDE
@@ -200,7 +202,7 @@ def test_sizes_are_those_of_the_libraries() -> None:
     assert (memory.GROUPS, memory.CHANNELS) == (cpu.GROUPS, triton_ops.BACKWARD_CHANNELS)
     assert (memory.TILE_TOKENS, memory.TILE_COLUMNS) == (
         TOKEN_CHUNK_SIZE,
-        _CHUNKED_LOGPROB_CHUNK_SIZE,
+        VOCABULARY_TILE,
     )
 
 

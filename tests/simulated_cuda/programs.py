@@ -45,10 +45,7 @@ def stand_in(device: Device) -> None:
 
 
 class _Launch:
-    """A Triton program whose launch runs `compute` on the host and fills the card's tensors, as it would.
-
-    TRL's head takes its CUDA branch with it, where it picks the trained positions by a mask.
-    """
+    """A Triton program whose launch runs `compute` on the host and fills the card's tensors, as it would."""
 
     def __init__(self, compute: Any, device: Device):
         self._compute, self._device = compute, device

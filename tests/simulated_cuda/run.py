@@ -96,11 +96,15 @@ def train(device: Device | None, name: str, *words: str, resume: bool = False) -
 
 
 def _leave_on_host(name: str) -> None:
+    from dataclasses import replace
+
     from mamba_sft.training.figures import Figures
 
     make = Figures.of
     Figures.of = staticmethod(  # type: ignore[method-assign, assignment]
-        lambda model, inputs, **more: make(model, inputs | {name: inputs[name].cpu()}, **more)
+        lambda model, chunk, **more: make(
+            model, replace(chunk, inputs=chunk.inputs | {name: chunk.inputs[name].cpu()}), **more
+        )
     )
 
 
@@ -185,8 +189,6 @@ def memory(device: Device, name: str, recipe: str, quantization: str = "") -> di
     from dataclasses import replace
 
     import torch
-    import trl.trainer.utils as trl_utils
-    from trl.trainer.utils import add_fused_lm_head
 
     from mamba_sft import Recipe
     from mamba_sft.kernels.falcon_mamba import install
@@ -194,11 +196,12 @@ def memory(device: Device, name: str, recipe: str, quantization: str = "") -> di
     from mamba_sft.model.loading import load_model, resolve_dtype
     from mamba_sft.planning import memory as plan
     from mamba_sft.recipe.builtin import find_recipe
+    from mamba_sft.training import fused_head
     from mamba_sft.training.activations import keep_activations
     from tests.conftest import build_model
     from tests.planning.test_memory import Case, planned_peak, step
 
-    trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE = plan.TILE_COLUMNS = 64  # its tile would hide the small blocks
+    fused_head.VOCABULARY_TILE = plan.TILE_COLUMNS = 64  # its tile would hide the small blocks
     asked = Recipe.load(find_recipe(recipe))
     dtype, quantization = resolve_dtype(asked.model), quantization or asked.model.quantization
     stream = asked.train.stream_tokens
@@ -219,7 +222,7 @@ def memory(device: Device, name: str, recipe: str, quantization: str = "") -> di
         update={"base": str(base), "revision": None, "quantization": quantization, "kernels": "triton"}
     )
     model = attach_adapter(install(load_model(section)), asked.adapter, trained_token_ids=case.trained)
-    add_fused_lm_head(model.get_base_model(), outputs=("log_probs", "entropy", "is_top1"))
+    fused_head.add_fused_head(model.get_base_model())
     keep_activations(model, case.policy)
     model.train()
     step(model, case, "cuda")  # gradients are there from here on

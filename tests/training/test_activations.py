@@ -13,6 +13,8 @@ from mamba_sft.kernels.falcon_mamba import install
 from mamba_sft.model.loading import load_model
 from mamba_sft.recipe.fields import ModelSection
 from mamba_sft.training.activations import Policy, keep_activations
+from mamba_sft.training.figures import Figures
+from mamba_sft.training.streaming import split
 from tests.conftest import build_model
 from tests.training.test_streaming import assert_same, batch, whole, with_adapter
 
@@ -52,7 +54,7 @@ def test_two_graphs_at_once(policy: Policy) -> None:
     expected = whole(model, one)[1], whole(model, two)[1]
     keep_activations(model, policy)
     model.zero_grad()
-    losses = [-model(**inputs, fused_lm_head=True).log_probs.sum() / 50 for inputs in (one, two)]
+    losses = [Figures.of(model, split(inputs, None)[0]).loss / 50 for inputs in (one, two)]
     sum(losses).backward()
     for name, tensor in model.named_parameters():
         if tensor.grad is not None:
@@ -67,7 +69,7 @@ def test_the_graph_can_be_walked_twice(policy: Policy) -> None:
     theirs = whole(model, batch())
     keep_activations(model, policy)
     model.zero_grad()
-    loss = -model(**batch(), fused_lm_head=True).log_probs.sum() / 50
+    loss = Figures.of(model, split(batch(), None)[0]).loss / 50
     loss.backward(retain_graph=True)
     loss.backward()
     doubled = {name: p.grad / 2 for name, p in model.named_parameters() if p.grad is not None}

@@ -148,10 +148,10 @@ class Narrow:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, tokens: int, after: int = 0):
         self.calls, forward = 0, Figures.of
 
-        def narrow(model: Any, inputs: Any, **more: Any) -> Any:
+        def narrow(model: Any, chunk: Any, **more: Any) -> Any:
             self.calls += 1
-            figures = forward(model, inputs, **more)
-            if self.calls > after and inputs["input_ids"].numel() > tokens:
+            figures = forward(model, chunk, **more)
+            if self.calls > after and chunk.inputs["input_ids"].numel() > tokens:
                 if figures.loss.requires_grad:
                     figures.loss.backward(retain_graph=True)  # half a backward leaves gradients behind
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB")

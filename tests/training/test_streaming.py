@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -17,6 +18,8 @@ from mamba_sft.model.adapter import adapter_tensors, attach_adapter
 from mamba_sft.model.loading import load_model
 from mamba_sft.recipe.fields import AdapterSection, ModelSection
 from mamba_sft.training.activations import Policy, keep_activations
+from mamba_sft.training.figures import Figures
+from mamba_sft.training.fused_head import add_fused_head
 from mamba_sft.training.streaming import backpropagate, split, sweep
 from tests.conftest import build_model
 
@@ -24,13 +27,14 @@ SIZES = [1, 5, 8, 16, 37, 100]  # sequences begin at 10 and 16: inside a chunk, 
 
 
 def with_adapter(model: Any, **section: Any) -> Any:
-    """Adapter weights far from zero, two trained token rows, TRL's head."""
+    """Adapter weights far from zero, two trained token rows, our head and TRL's."""
     model = attach_adapter(model, AdapterSection(r=4, **section), trained_token_ids=[3, 4])
     torch.manual_seed(0)
     for name, tensor in adapter_tensors(model).items():
         if "magnitude" not in name:
             tensor.data.normal_(0.0, 0.1)
     add_fused_lm_head(model.get_base_model(), outputs=("log_probs", "entropy", "is_top1"))
+    add_fused_head(model.get_base_model())
     return model.train()
 
 
@@ -53,7 +57,8 @@ def gradients(model: Any) -> dict[str, Tensor]:
 
 def whole(model: Any, inputs: dict[str, Tensor], scale: float = 1.0) -> tuple[float, dict[str, Tensor]]:
     model.zero_grad()
-    loss = -model(**inputs, fused_lm_head=True).log_probs.sum() / 50
+    tensors = {name: x for name, x in inputs.items() if name != "trained"}
+    loss = -model(**tensors, fused_lm_head=True).log_probs.sum() / 50
     (loss * scale).backward()
     return loss.item(), gradients(model)
 
@@ -66,7 +71,7 @@ def streamed(
     losses = []
 
     def run(chunk: Any, carry: Carry, close: Any) -> None:
-        loss = -model(**chunk.inputs, carry=carry, fused_lm_head=True).log_probs.sum() / 50
+        loss = Figures.of(model, chunk, carry=carry).loss / 50
         losses.append(loss.item())
         close(loss * scale).backward()
 
@@ -132,7 +137,7 @@ def test_bfloat16_is_as_good_as_without_streaming() -> None:
 
     def run(chunk: Any, carry: Carry, close: Any) -> None:
         with torch.autocast("cpu", torch.bfloat16):
-            loss = -model(**chunk.inputs, carry=carry, fused_lm_head=True).log_probs.sum() / 50
+            loss = Figures.of(model, chunk, carry=carry).loss / 50
         close(loss).backward()
 
     with torch.autocast("cpu", torch.bfloat16):
@@ -167,12 +172,13 @@ def test_a_sequence_that_starts_at_a_boundary_starts_from_nothing() -> None:
     """Other tokens before the boundary change nothing behind it, and behind it nothing reaches back."""
     model = with_adapter(install(build_model()))
     inputs = batch()
-    other = {name: x.clone() for name, x in inputs.items()}
+    other = copy.deepcopy(inputs)
     other["input_ids"][0, :16] = 200
     losses = []
     for each in (inputs, other):
         each["labels"][0, :17] = IGNORED
         each["labels"][1] = IGNORED
+        each["trained"][0, :16] = each["trained"][1] = False
         losses.append(streamed(model, each, 16)[0])
     assert losses[0] == losses[1]
 

@@ -1,0 +1,92 @@
+"""Log-probabilities of the trained positions, without the logits of all positions and without a wait.
+
+TRL's kernel makes them in tiles. TRL's own head finds the positions by a mask on the device, where the host
+has to wait to know how many they are: four times in a micro-batch, there and back. The collator knows them
+before anything is on the device, so this head is told.
+"""
+
+from __future__ import annotations
+
+import types
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from trl.kernels import ChunkedLogProbFunction
+
+VOCABULARY_TILE = 32768
+"""Logits of a position that exist at a time: TRL's own number, two tiles for Falcon-Mamba's 65,024."""
+
+
+class Targets(NamedTuple):
+    """What is predicted where.
+
+    Args:
+        positions: (N,) int64, into the batch as one row of B * L.
+        tokens: (N,) int64, the token that follows each.
+    """
+
+    positions: Tensor
+    tokens: Tensor
+
+    @classmethod
+    def of(cls, shift_labels: Tensor, trained: np.ndarray) -> Targets:
+        """Returns the trained ones of a batch.
+
+        Args:
+            shift_labels: (B, L) int64, the token after each position, on the device.
+            trained: (B, L) bool, on the host: where a token is trained.
+        """
+        found = torch.from_numpy(np.flatnonzero(trained))
+        device = shift_labels.device
+        if device.type == "cuda":
+            found = found.pin_memory()
+        positions = found.to(device, non_blocking=True)
+        return cls(positions, shift_labels.reshape(-1).index_select(0, positions))
+
+
+class LogProbs(NamedTuple):
+    """What is known of each target: (N,) float32, float32 and bool.
+
+    Args:
+        log_probs: Its log-probability.
+        entropy: Of the distribution it is from.
+        is_top1: Whether no other token was likelier.
+    """
+
+    log_probs: Tensor
+    entropy: Tensor
+    is_top1: Tensor
+
+
+def add_fused_head(model: Any) -> None:
+    """Lets a causal language model be called with `targets`: then it returns `LogProbs` and no logits.
+
+    Args:
+        model: A `FalconMambaForCausalLM`, before it is wrapped for several processes.
+    """
+    original = model.forward
+
+    def forward(self: Any, *args: Any, targets: Targets | None = None, **kwargs: Any) -> Any:
+        if targets is None:
+            return original(*args, **kwargs)
+        # Looked up at each call: adapters and shards replace both after this.
+        hidden = self.base_model(*args, **kwargs, use_cache=False).last_hidden_state
+        head = self.get_output_embeddings()
+        weight, bias = (x.full_tensor() if isinstance(x, DTensor) else x for x in (head.weight, head.bias))
+        log_probs, entropy, _, _, is_top1 = ChunkedLogProbFunction.apply(
+            hidden.reshape(-1, hidden.shape[-1]).index_select(0, targets.positions),
+            weight,
+            bias,
+            targets.tokens,
+            1.0,  # temperature
+            VOCABULARY_TILE,
+            None,  # no soft cap and no scale: Falcon-Mamba's logits are what the projection gives
+            1.0,
+            ("entropy", "is_top1"),
+        )
+        return LogProbs(log_probs, entropy, is_top1)
+
+    model.forward = types.MethodType(forward, model)
