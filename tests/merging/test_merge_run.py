@@ -636,7 +636,9 @@ def test_a_disk_too_small_is_seen_before_writing(tmp_path: Path, monkeypatch: py
     assert not list(made.run.path.glob("merged*"))
 
 
-@pytest.mark.parametrize(("code", "words"), [(errno.ENOSPC, "is full: "), (errno.EDQUOT, "quota .* used up; ")])
+@pytest.mark.parametrize(
+    ("code", "words"), [(errno.ENOSPC, "is full: "), (errno.EDQUOT, "quota .* used up; ")]
+)
 def test_a_disk_that_fills_up_is_a_clear_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, words: str
 ) -> None:
