@@ -73,8 +73,8 @@ def check_writable(directory: Path, kind: type[MambaSFTError], hint: str = _ANOT
         MambaSFTError: They cannot, with the reason.
     """
     try:
-        with _existing(directory):
-            pass
+        with _untouched(directory):
+            _try(directory)
     except (OSError, ValueError) as error:  # ValueError: a name that no system takes
         raise kind(f"cannot write to `{directory}`: {reason(error, directory)}", hint=hint) from error
 
@@ -99,7 +99,8 @@ def require_space(
     free, needed = shutil.disk_usage(place).free, sum(sizes) + _SPARE
     if free < needed:
         raise kind(f"{what} {size_text(needed)}; `{place}` has {size_text(free)} left", hint=hint)
-    number = _refusal(place, [*sizes, _SPARE])
+    with _untouched(place):
+        number = _refusal(place, [*sizes, _SPARE])
     if number is not None:
         raise kind(
             f"{what} {size_text(needed)}, which `{place}` does not take: {_why(number, place)}", hint=hint
@@ -181,11 +182,10 @@ def _named(error: BaseException, output: Path) -> Path | None:
     return None if inside else Path(name)
 
 
-@contextmanager
-def _existing(directory: Path) -> Iterator[None]:
+def _try(directory: Path) -> None:
     """Makes a directory, and a file of some bytes in it that are on the disk; takes away what it made."""
     missing = [path for path in (directory, *directory.parents) if not os.path.lexists(path)]
-    made = []
+    made: list[Path] = []
     try:
         for path in reversed(missing):
             path.mkdir(exist_ok=True)
@@ -194,11 +194,23 @@ def _existing(directory: Path) -> Iterator[None]:
             file.write(_PROBE)
             file.flush()
             _sync(file.fileno())
-            yield
     finally:
         for path in reversed(made):
             with suppress(OSError):  # another process has begun to write there
                 path.rmdir()
+
+
+@contextmanager
+def _untouched(directory: Path) -> Iterator[None]:
+    """Leaves the nearest directory that exists with the times it had: nothing looks newer than it is."""
+    there = next((path for path in (directory, *directory.absolute().parents) if os.path.isdir(path)), None)
+    before = os.stat(there) if there is not None else None
+    try:
+        yield
+    finally:
+        if there is not None and before is not None:
+            with suppress(OSError):
+                os.utime(there, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
 def _sync(descriptor: int) -> None:

@@ -40,6 +40,7 @@ def train(
     loaded = Recipe.load(recipe, overrides=overrides or [])
     from mamba_sft.cli.lines import WarningList
     from mamba_sft.cli.progress import TrainingBar
+    from mamba_sft.cli.unsaved import ask_on_terminal
     from mamba_sft.data.summary import FITS_NO_CHAT
     from mamba_sft.evaluation.losses import loss_warnings
     from mamba_sft.training.fine_tuning import prepare, train_prepared
@@ -58,7 +59,7 @@ def train(
         err.print(WarningList(warnings), crop=False)
     bar = TrainingBar(err)
     try:
-        run = train_prepared(preparation, callbacks=[bar])
+        run = train_prepared(preparation, callbacks=[bar], ask=ask_on_terminal())
     finally:
         bar.close()
     _show_samples(run, fits_no_chat)

@@ -16,6 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from mamba_sft.errors import AdapterError
 from mamba_sft.model.adapter import dead_adapters
+from mamba_sft.training.saving import Lines
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +29,7 @@ class MetricsLog(TrainerCallback):
 
     def __init__(self, path: Path):
         self.path = path
+        self.lines = Lines(path)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -49,8 +51,7 @@ class MetricsLog(TrainerCallback):
     ) -> None:
         """Appends one line."""
         if state.is_world_process_zero and logs:
-            with self.path.open("a", encoding="utf-8") as log:
-                log.write(json.dumps({"step": state.global_step, "epoch": state.epoch, **logs}) + "\n")
+            self.lines.append(json.dumps({"step": state.global_step, "epoch": state.epoch, **logs}))
 
 
 class AdapterWatch(TrainerCallback):

@@ -22,6 +22,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 from mamba_sft.data.packing import Collator
 from mamba_sft.data.preparing import PreparedData, read_corpus
 from mamba_sft.data.rows import row_lengths
+from mamba_sft.disk import check_writable, disk_errors_explained
 from mamba_sft.errors import TrainingError
 from mamba_sft.evaluation.prompts import Prompt, load_prompts, pair, write_samples
 from mamba_sft.evaluation.report import write_report
@@ -33,18 +34,27 @@ from mamba_sft.model.chat_template import TemplateSetup, render
 from mamba_sft.model.loading import apply_setup, load_model, recommend_sampling
 from mamba_sft.planning.environment import describe_environment
 from mamba_sft.planning.extent import RunLength, run_length, with_accumulation
-from mamba_sft.planning.fitting import refuse_what_cannot_fit
+from mamba_sft.planning.fitting import refuse_what_cannot_fit, trained_values
+from mamba_sft.planning.storage import (
+    ANOTHER_PLACE,
+    FILES,
+    adapter_bytes,
+    checkpoint_sizes,
+    refuse_too_small_a_disk,
+)
 from mamba_sft.recipe.builtin import find_path
 from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.run import Run, atomic_directory, write_atomically
 from mamba_sft.training.activations import keep_activations
 from mamba_sft.training.callbacks import AdapterWatch, Interruption, MetricsLog
 from mamba_sft.training.data_record import record_data, settle_changes
+from mamba_sft.training.keeping import Ask, save_surely
 from mamba_sft.training.resuming import (
     find_resume_point,
     newest_resume_point,
     refuse_to_overwrite,
 )
+from mamba_sft.training.saving import CheckpointSaves, file_errors_explained, left_out_if_refused
 from mamba_sft.training.starting import check_base, find_start
 from mamba_sft.training.trainer import Trainer, trainer_arguments
 from mamba_sft.wording import count_text
@@ -79,6 +89,7 @@ class Preparation:
         start: The adapter that training starts from, where `model.adapter` names one, or None.
         resume_point: The checkpoint to go on from, or None.
         record: What the run keeps of its data.
+        trained: Values that are trained.
     """
 
     recipe: Recipe
@@ -91,6 +102,7 @@ class Preparation:
     start: Path | None
     resume_point: Path | None
     record: dict[str, Any]
+    trained: int
 
     @property
     def max_steps(self) -> int:
@@ -103,7 +115,7 @@ def prepare(
 ) -> Preparation:
     """Does everything that comes before the weights: reads and renders the data, checks every setting.
 
-    Writes nothing: `recipe.output_dir` is as it was until the run starts.
+    `recipe.output_dir` is written to for a moment, to see that it can be, and is left as it was.
 
     Args:
         recipe: What to train.
@@ -115,6 +127,8 @@ def prepare(
         MambaSFTError: Anything in recipe, base, data, memory or output directory that would make it fail.
     """
     run = Run(Path(recipe.output_dir))
+    if PartialState().is_main_process:
+        check_writable(run.path, TrainingError, hint=ANOTHER_PLACE)
     recipe, resume_point = find_resume_point(run, recipe) if resume else (recipe, None)
     if not resume and PartialState().is_main_process:
         refuse_to_overwrite(run, overwrite=overwrite)
@@ -126,6 +140,9 @@ def prepare(
     )
     recipe, longest = with_accumulation(recipe, length.accumulation), int(lengths.max(initial=0))
     refuse_what_cannot_fit(recipe, longest=longest, trained_rows=len(setup.trained_token_ids))
+    trained = trained_values(recipe, trained_rows=len(setup.trained_token_ids))
+    if PartialState().is_main_process:
+        refuse_too_small_a_disk(run, recipe, trained, length.steps, data.validation_rows is not None)
     arguments = trainer_arguments(recipe, run, has_validation=data.validation_rows is not None)
     prompts = load_prompts(find_path(recipe.eval.prompts)) if recipe.eval.prompts else []
     record = record_data(recipe, data, setup.tokenizer, length, prompts)
@@ -142,6 +159,7 @@ def prepare(
         start=start,
         resume_point=resume_point,
         record=record,
+        trained=trained,
     )
 
 
@@ -170,8 +188,17 @@ def train(
     return train_prepared(preparation, callbacks=callbacks)
 
 
-def train_prepared(preparation: Preparation, *, callbacks: Sequence[TrainerCallback] = ()) -> Run:
-    """Loads the weights of a prepared run, trains, and writes the run directory. See `train`."""
+def train_prepared(
+    preparation: Preparation, *, callbacks: Sequence[TrainerCallback] = (), ask: Ask | None = None
+) -> Run:
+    """Loads the weights of a prepared run, trains, and writes the run directory. See `train`.
+
+    Args:
+        preparation: From `prepare`.
+        callbacks: More trainer callbacks.
+        ask: Asks the user where an adapter is to go that cannot be saved. Without, it is tried again for a
+            while.
+    """
     recipe, run = preparation.recipe, preparation.run
     started = time.time()
     logger.info("loading `%s`", recipe.model.base)
@@ -195,7 +222,7 @@ def train_prepared(preparation: Preparation, *, callbacks: Sequence[TrainerCallb
     _refuse_unchanged(trainer, start)
     after = _answer(preparation, trainer, "after")
     if trainer.is_world_process_zero():
-        _save(preparation, trainer, before, after, time.time() - started)
+        _save(preparation, trainer, before, after, time.time() - started, ask)
     trainer.accelerator.wait_for_everyone()
     return run
 
@@ -205,9 +232,11 @@ def _backend(wanted: str, model: Any) -> str:
 
 
 def _start_directory(preparation: Preparation) -> None:
+    need = "the run cannot begin"
     with preparation.arguments.main_process_first():
         if preparation.arguments.process_index == 0:
-            _clear(preparation)
+            with disk_errors_explained(preparation.run.path, need, TrainingError, hint=ANOTHER_PLACE):
+                _clear(preparation)
 
 
 def _clear(preparation: Preparation) -> None:
@@ -232,6 +261,7 @@ def _build_trainer(
     return Trainer(
         run=run,
         section=recipe.train,
+        saves=CheckpointSaves(run, checkpoint_sizes(preparation.trained, recipe.train.optim)),
         model=model,
         args=preparation.arguments,
         data_collator=Collator(preparation.setup.tokenizer.pad_token_id),
@@ -243,7 +273,8 @@ def _build_trainer(
 
 
 def _run_trainer(trainer: Trainer, resume_point: Path | None, interruption: Interruption) -> None:
-    with interruption.listening(), _out_of_memory_explained():
+    explained = file_errors_explained(trainer.run, lambda: trainer.state.global_step)
+    with interruption.listening(), explained, _out_of_memory_explained():
         try:
             trainer.train(resume_from_checkpoint=str(resume_point) if resume_point else None)
         except KeyboardInterrupt:
@@ -258,8 +289,11 @@ def _interrupted(trainer: Trainer) -> RunInterruptedError:
         return RunInterruptedError(
             f"stopped at step {trainer.state.global_step}, before the first checkpoint"
         )
+    saved = f"saved `{kept}`"
+    if trainer.saves.paused:
+        saved = f"its checkpoint could not be written, the newest is `{kept}`"
     return RunInterruptedError(
-        f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; saved `{kept}`",
+        f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; {saved}",
         hint=f"continue with `mamba-sft train {trainer.run.recipe} --resume`",
     )
 
@@ -309,18 +343,36 @@ def _answer(preparation: Preparation, trainer: Trainer, when: str) -> list[str]:
 
 
 def _save(
-    preparation: Preparation, trainer: Trainer, before: list[str], after: list[str], seconds: float
+    preparation: Preparation,
+    trainer: Trainer,
+    before: list[str],
+    after: list[str],
+    seconds: float,
+    ask: Ask | None,
 ) -> None:
     run, recipe = preparation.run, preparation.recipe
-    with atomic_directory(run.adapter) as partial:
-        save_adapter(trainer.model, partial, section=recipe.model, setup=preparation.setup)
+
+    def write(place: Path) -> None:
+        with atomic_directory(place) as partial:
+            save_adapter(trainer.model, partial, section=recipe.model, setup=preparation.setup)
+
+    nbytes = adapter_bytes(preparation.trained) + FILES
+    adapter = save_surely(write, run, nbytes, ask)
     if before:
-        write_samples(run.samples, pair(preparation.prompts, before, after))
+        with left_out_if_refused(run.samples):
+            write_samples(run.samples, pair(preparation.prompts, before, after))
     facts = describe_environment() | {
         "seconds": round(seconds, 1),
         "steps": trainer.state.global_step,
         "tokens": int(max((entry.get("num_tokens", 0) for entry in trainer.state.log_history), default=0)),
         "best_validation_loss": trainer.state.best_metric,
     }
-    write_atomically(run.environment, json.dumps(facts, indent=2) + "\n")
-    write_report(run)
+    with left_out_if_refused(run.environment):
+        write_atomically(run.environment, json.dumps(facts, indent=2) + "\n")
+    with left_out_if_refused(run.report):
+        write_report(run)
+    if adapter != run.adapter:
+        raise TrainingError(
+            f"the adapter is in `{adapter}`; its run, `{run.path}`, is not finished without it",
+            hint=f"when there is room: `mv {adapter} {run.adapter}`",
+        )

@@ -27,6 +27,7 @@ from mamba_sft.run import Run, write_atomically
 from mamba_sft.training.figures import Figures, Tally
 from mamba_sft.training.largest_residual import LargestResidual
 from mamba_sft.training.resuming import newest_resume_point
+from mamba_sft.training.saving import CheckpointSaves, left_out_if_refused
 from mamba_sft.training.steps import ChunkedSteps
 
 FUSED_OUTPUTS = ("log_probs", "entropy", "is_top1")
@@ -40,15 +41,23 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
 
     Args:
         run: Where a batch that gave NaN is kept.
+        saves: How its checkpoints are saved.
         section: The recipe's `train`.
         callbacks: As the trainer's; one that shows progress (has a `console`) replaces the trainer's bar.
         **arguments: Everything else `SFTTrainer` takes.
     """
 
     def __init__(
-        self, *, run: Run, section: TrainSection, callbacks: Sequence[TrainerCallback], **arguments: Any
+        self,
+        *,
+        run: Run,
+        section: TrainSection,
+        saves: CheckpointSaves,
+        callbacks: Sequence[TrainerCallback],
+        **arguments: Any,
     ):
         self.run = run
+        self.saves = saves
         self.schedule = section.lr_scheduler_type
         # The loss never sees the full logits: its head is asked for log-probabilities in tiles. TRL does this
         # too, today; our own steps ask for the same head, so it is not left to TRL.
@@ -149,6 +158,10 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         self._take("eval", self.tally.collect("eval").tolist())
         super().log(logs, start_time)
 
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Saves a checkpoint, if the disk takes it."""
+        self.saves.save(self, lambda: super(Trainer, self)._save_checkpoint(model, trial))
+
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         if self.steps is not None:
@@ -180,7 +193,8 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         rows = inputs["input_ids"].tolist()
         batch = self.run.path / f"nan-batch-step-{step}.json"
         tokens = {key: value.tolist() for key, value in inputs.items() if isinstance(value, torch.Tensor)}
-        write_atomically(batch, json.dumps(tokens))
+        with left_out_if_refused(batch):
+            write_atomically(batch, json.dumps(tokens))
         text = self.processing_class.decode(rows[0][:40])
         kept = newest_resume_point(self.run)
         where = f"the last good checkpoint is `{kept}`" if kept else "no checkpoint had been saved yet"
