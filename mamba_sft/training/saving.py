@@ -66,7 +66,8 @@ class CheckpointSaves:
                 raise
             why = reason(error, self.run.checkpoints)  # before room is made by removing the half of it
             self._remove(step)
-            trainer.state.best_model_checkpoint = best
+            last_is_best = trainer.control.should_training_stop and trainer.state.best_global_step == step
+            trainer.state.best_model_checkpoint = None if last_is_best else best  # None: it stays in memory
             self._pause(step, f"cannot write to `{self.run.checkpoints}`: {why}")
         else:
             if self.paused:
