@@ -6,9 +6,11 @@ Data goes to stdout, progress and messages to stderr. Exit codes: 0 done, 1 an e
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -17,6 +19,7 @@ from rich.markup import escape
 from mamba_sft import __version__
 from mamba_sft.cli import bench, chat, data, doctor, export, generate, merge, plan, recipes, train
 from mamba_sft.cli.console import err, out
+from mamba_sft.disk import FULL, reason
 from mamba_sft.errors import MambaSFTError
 
 app = typer.Typer(
@@ -41,6 +44,13 @@ def main() -> None:
         sys.exit(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        if error.errno not in (*FULL, errno.EROFS, errno.EIO, errno.ESTALE):  # else it is a bug
+            raise
+        path = Path(str(error.filename or "."))
+        what = f"`{path}`" if error.filename else "a file cannot be read or written"
+        _print_error(MambaSFTError(f"{what}: {reason(error, path)}"))
         sys.exit(1)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+STOP_SECONDS, STOP_PAUSE = 20.0, 1.0
+"""How long, and how often, the last checkpoint of a run that is stopped is tried: Slurm gives a job 30 s."""
+_GOES_ON = "Training goes on, the next save tries again"
+
 
 class CheckpointSaves:
     """Saves the checkpoints of a run as far as its disk takes them.
@@ -40,12 +45,14 @@ class CheckpointSaves:
         self.run = run
         self.sizes = sizes
         self.paused = False
+        self._told = 0
 
     def save(self, trainer: Trainer, write: Callable[[], None]) -> None:
         """Saves a checkpoint; where the disk does not take it, removes what there is of it, and warns.
 
-        With several processes, which wait for each other while they save, room is looked for first, and none
-        of them begins where there is none.
+        The checkpoint of a run that is told to stop is tried for `STOP_SECONDS`: it is the last. With several
+        processes, which wait for each other while they save, room is looked for first, and none of them
+        begins where there is none.
 
         Args:
             trainer: The trainer, whose state says the step.
@@ -57,8 +64,15 @@ class CheckpointSaves:
         step, best = trainer.state.global_step, trainer.state.best_model_checkpoint
         several = trainer.accelerator.num_processes > 1
         if several and (refused := self._refused(trainer.accelerator)):
-            self._pause(step, refused)
+            self._pause(step, refused, _GOES_ON)
             return
+        until = time.monotonic() + (STOP_SECONDS if _is_stopped(trainer) and not several else 0)
+        while not self._saved(trainer, write, several) and time.monotonic() < until:
+            time.sleep(STOP_PAUSE)
+            trainer.state.best_model_checkpoint = best
+
+    def _saved(self, trainer: Trainer, write: Callable[[], None], several: bool) -> bool:
+        step, best = trainer.state.global_step, trainer.state.best_model_checkpoint
         try:
             write()
         except Exception as error:
@@ -68,11 +82,13 @@ class CheckpointSaves:
             self._remove(step)
             last_is_best = trainer.control.should_training_stop and trainer.state.best_global_step == step
             trainer.state.best_model_checkpoint = None if last_is_best else best  # None: it stays in memory
-            self._pause(step, f"cannot write to `{self.run.checkpoints}`: {why}")
-        else:
-            if self.paused:
-                logger.info("checkpoints are written again: step %d is saved", step)
-            self.paused = False
+            then = f"It is tried again for {STOP_SECONDS:.0f} s" if _is_stopped(trainer) else _GOES_ON
+            self._pause(step, f"cannot write to `{self.run.checkpoints}`: {why}", then)
+            return False
+        if self.paused:
+            logger.info("checkpoints are written again: step %d is saved", step)
+        self.paused, self._told = False, 0
+        return True
 
     def _refused(self, accelerator: Any) -> str | None:
         """Why the disk would not take a checkpoint; every process gets the same answer."""
@@ -91,12 +107,20 @@ class CheckpointSaves:
             if path.name.partition(".")[0] == f"checkpoint-{step}" and path != newest_resume_point(self.run):
                 shutil.rmtree(path, ignore_errors=True)
 
-    def _pause(self, step: int, why: str) -> None:
+    def _pause(self, step: int, why: str, then: str) -> None:
         self.paused = True
+        if step == self._told:
+            return
+        self._told = step
         logger.warning(
-            "the checkpoint of step %d is not saved: %s; it takes %s. Training goes on, the next save tries "
-            "again, and until then %s", step, why, size_text(sum(self.sizes)), newest_text(self.run),
+            "the checkpoint of step %d is not saved: %s; it takes %s. %s, and until then %s",
+            step, why, size_text(sum(self.sizes)), then, newest_text(self.run),
         )  # fmt: skip
+
+
+def _is_stopped(trainer: Trainer) -> bool:
+    """Whether the user stops the run: then no other save follows."""
+    return any(getattr(callback, "requested", False) for callback in trainer.callback_handler.callbacks)
 
 
 def newest_text(run: Run) -> str:

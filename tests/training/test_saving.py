@@ -19,12 +19,12 @@ from mamba_sft import Run, disk
 from mamba_sft.errors import TrainingError
 from mamba_sft.planning import storage
 from mamba_sft.planning.storage import checkpoints_at_once, run_sizes
-from mamba_sft.training import fine_tuning
+from mamba_sft.training import fine_tuning, saving
 from mamba_sft.training.fine_tuning import prepare, train, train_prepared
 from mamba_sft.training.resuming import newest_resume_point
 from mamba_sft.training.saving import Lines
 from mamba_sft.training.trainer import Trainer
-from tests.training.test_fine_tuning import adapter, assert_same_adapter, losses
+from tests.training.test_fine_tuning import SignalAt, adapter, assert_same_adapter, losses
 
 FULL = "No space left on device"
 
@@ -97,12 +97,61 @@ def test_a_best_checkpoint_that_is_not_saved_is_not_loaded(
 
 
 def test_a_stop_says_that_its_checkpoint_is_not_there(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tests.training.test_fine_tuning import SignalAt
-
     error = OSError(errno.ENOSPC, FULL)
     monkeypatch.setattr(Trainer, "_save_rng_state", at_step({3}, error)(Trainer._save_rng_state))
+    monkeypatch.setattr(saving, "STOP_SECONDS", 0.1)
+    monkeypatch.setattr(saving, "STOP_PAUSE", 0.01)
     with pytest.raises(fine_tuning.RunInterruptedError, match=r"could not be written, the newest is .*-2`"):
         train_prepared(prepare(recipe()), callbacks=[SignalAt(3)])
+
+
+def test_the_checkpoint_of_a_stop_is_tried_again(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    tries = []
+    real = Trainer._save_rng_state
+
+    def refuse(self: Trainer, directory: str) -> None:
+        real(self, directory)
+        tries.append(directory)
+        if len(tries) < 4:
+            raise OSError(errno.ENOSPC, FULL)
+
+    monkeypatch.setattr(Trainer, "_save_rng_state", refuse)
+    monkeypatch.setattr(saving, "STOP_PAUSE", 0.01)
+    with pytest.raises(fine_tuning.RunInterruptedError, match=r"saved `.*checkpoint-1`"):
+        train_prepared(prepare(recipe()), callbacks=[SignalAt(1)])
+    assert len(tries) == 4
+
+
+class TwoProcesses:
+    """What the trainer knows of its processes, as the first of two sees it."""
+
+    num_processes, is_main_process = 2, True
+
+
+class State:
+    global_step, best_model_checkpoint = 7, None
+
+
+class OneOfTwo:
+    accelerator, state = TwoProcesses(), State()
+
+
+def test_processes_agree_before_they_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They wait for each other in the middle, so one of them must not fail there alone."""
+    saves, written = saving.CheckpointSaves(Run(tmp_path), [1000]), []
+    usage = disk.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    saves.save(OneOfTwo(), lambda: written.append(1))  # type: ignore[arg-type]
+    assert not written
+    assert "a checkpoint takes" in caplog.text
+    monkeypatch.undo()
+    monkeypatch.setattr(saving, "_is_stopped", lambda trainer: False)
+    saves.save(OneOfTwo(), lambda: written.append(1))  # type: ignore[arg-type]
+    assert written
+    with pytest.raises(OSError, match="Disk quota"):
+        saves.save(OneOfTwo(), lambda: (_ for _ in ()).throw(OSError(errno.EDQUOT, "Disk quota exceeded")))  # type: ignore[arg-type]
 
 
 class FillAt(TrainerCallback):
