@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import stat
+from pathlib import Path
 
 from mamba_sft.disk import require_space
 from mamba_sft.errors import TrainingError
@@ -61,10 +63,12 @@ def run_sizes(train: TrainSection, trained: int, *, steps: int, keeps_best: bool
     return [adapter_bytes(trained), FILES, *[*checkpoint_sizes(trained, train.optim), FILES] * count]
 
 
-def refuse_too_small_a_disk(run: Run, recipe: Recipe, trained: int, steps: int, validates: bool) -> None:
+def refuse_too_small_a_disk(
+    run: Run, recipe: Recipe, trained: int, *, steps: int, validates: bool, resumes: bool
+) -> None:
     """Checks that the disk has room for adapter and checkpoints of a run, before weights are loaded.
 
-    What is in the directory counts as room: it is an earlier run's, which goes, or this run's own.
+    What is there counts as room: all of an earlier run, which goes, or the checkpoints of one that goes on.
 
     Args:
         run: Where it will be written.
@@ -72,19 +76,27 @@ def refuse_too_small_a_disk(run: Run, recipe: Recipe, trained: int, steps: int, 
         trained: Values that are trained.
         steps: Optimizer steps of the run.
         validates: Whether there are validation rows.
+        resumes: Whether it goes on with what is there.
 
     Raises:
         TrainingError: It has not.
     """
     keeps_best = validates and recipe.eval.load_best_model_at_end
     sizes = run_sizes(recipe.train, trained, steps=steps, keeps_best=keeps_best)
-    there = sum(path.stat().st_size for path in run.path.rglob("*") if path.is_file())
+    there = _bytes_below(run.checkpoints if resumes else run.path)
     checkpoint = sum(checkpoint_sizes(trained, recipe.train.optim)) + FILES
     hint = (
         f"free some space, keep fewer checkpoints (`train.save_total_limit=1`; each takes "
         f"{size_text(checkpoint)}), or {ANOTHER_PLACE}"
     )
     require_space(run.path, _without(sizes, there), "adapter and checkpoints take", TrainingError, hint)
+
+
+def _bytes_below(directory: Path) -> int:
+    """What the files below a directory take; one that has several names counts once."""
+    found = (path.lstat() for path in directory.rglob("*"))
+    sizes = {(entry.st_dev, entry.st_ino): entry.st_size for entry in found if stat.S_ISREG(entry.st_mode)}
+    return sum(sizes.values())
 
 
 def _without(sizes: list[int], there: int) -> list[int]:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -142,7 +143,8 @@ def prepare(
     refuse_what_cannot_fit(recipe, longest=longest, trained_rows=len(setup.trained_token_ids))
     trained = trained_values(recipe, trained_rows=len(setup.trained_token_ids))
     if PartialState().is_main_process:
-        refuse_too_small_a_disk(run, recipe, trained, length.steps, data.validation_rows is not None)
+        validates = data.validation_rows is not None
+        refuse_too_small_a_disk(run, recipe, trained, steps=length.steps, validates=validates, resumes=resume)
     arguments = trainer_arguments(recipe, run, has_validation=data.validation_rows is not None)
     prompts = load_prompts(find_path(recipe.eval.prompts)) if recipe.eval.prompts else []
     record = record_data(recipe, data, setup.tokenizer, length, prompts)
@@ -374,5 +376,5 @@ def _save(
     if adapter != run.adapter:
         raise TrainingError(
             f"the adapter is in `{adapter}`; its run, `{run.path}`, is not finished without it",
-            hint=f"when there is room: `mv {adapter} {run.adapter}`",
+            hint=f"when there is room: `mv {quote(str(adapter))} {quote(str(run.adapter))}`",
         )

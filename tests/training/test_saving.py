@@ -318,6 +318,21 @@ def test_a_disk_too_small_is_said_before_the_weights(
     prepare(recipe(), overwrite=True)
 
 
+def test_what_stays_is_no_room(recipe: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A run that goes on has its checkpoints already; a merged model in it takes what it takes."""
+    with pytest.raises(fine_tuning.RunInterruptedError):
+        train_prepared(prepare(recipe()), callbacks=[SignalAt(1)])
+    asked: list[int] = []
+    monkeypatch.setattr(storage, "require_space", lambda path, sizes, *more: asked.append(sum(sizes)))
+    prepare(recipe(), resume=True)
+    (tmp_path / "run" / "merged").mkdir()
+    (tmp_path / "run" / "merged" / "model.safetensors").write_bytes(bytes(1 << 20))
+    (tmp_path / "run" / "checkpoints" / "more").write_bytes(bytes(1 << 20))
+    os.link(tmp_path / "run" / "checkpoints" / "more", tmp_path / "run" / "checkpoints" / "same")
+    prepare(recipe(), resume=True)
+    assert asked[0] - asked[1] == 1 << 20
+
+
 @pytest.mark.parametrize("resume", [False, True])
 def test_a_place_that_cannot_be_written_to_is_said_before_the_data_is_read(
     recipe: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, resume: bool
