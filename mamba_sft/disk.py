@@ -35,7 +35,7 @@ _REASONS = {
     errno.EPERM: "this is not permitted to this user",
     errno.ENAMETOOLONG: "the name is too long for its file system",
     errno.ELOOP: "its symbolic links go round in a circle",
-    errno.ENOENT: "it is not there, or was taken away",
+    errno.ENOENT: "nothing can be made there (is it still mounted?)",
     errno.EIO: "its disk fails",
 }
 _OF_A_LIBRARY = re.compile(r"\(os error (\d+)\)")

@@ -110,7 +110,7 @@ def test_where_nothing_can_be_written_no_free_space_is_spoken_of() -> None:
         (errno.EDQUOT, "quota"),
         (errno.EFBIG, "ulimit"),
         (errno.EIO, "fails"),
-        (errno.ENOENT, "not there"),
+        (errno.ENOENT, "mounted"),
         (errno.ESTALE, "tale file handle"),
     ],
 )
