@@ -16,6 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from mamba_sft.errors import AdapterError
 from mamba_sft.model.adapter import dead_adapters
+from mamba_sft.run import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +24,8 @@ logger = logging.getLogger(__name__)
 class MetricsLog(TrainerCallback):
     """Appends every logged dictionary to `metrics.jsonl`, with its step.
 
-    On a resumed run, lines of steps after the checkpoint are dropped first: they describe work that was lost.
+    A resumed run begins with the lines that had been logged when its resume point was saved. Those after
+    them describe work that was lost; one that is missing or cut off is written again from the trainer's record.
     """
 
     def __init__(self, path: Path):
@@ -32,12 +34,16 @@ class MetricsLog(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Cuts the log back to the step that training starts from."""
+        """Brings the log to what it was at the step that training starts from."""
         if not state.is_world_process_zero:
             return
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-        kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
-        self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.exists() else ""
+        there = text.splitlines() + [""] * len(state.log_history)
+        kept = [
+            line if _holds(line, logged) else _line(logged)
+            for line, logged in zip(there, state.log_history, strict=False)
+        ]
+        write_atomically(self.path, "".join(line + "\n" for line in kept))
 
     def on_log(
         self,
@@ -50,7 +56,20 @@ class MetricsLog(TrainerCallback):
         """Appends one line."""
         if state.is_world_process_zero and logs:
             with self.path.open("a", encoding="utf-8") as log:
-                log.write(json.dumps({"step": state.global_step, "epoch": state.epoch, **logs}) + "\n")
+                log.write(_line({"step": state.global_step, "epoch": state.epoch, **logs}) + "\n")
+
+
+def _line(logged: dict[str, Any]) -> str:
+    return json.dumps({"step": logged["step"], "epoch": logged.get("epoch"), **logged})
+
+
+def _holds(line: str, logged: dict[str, Any]) -> bool:
+    """Whether a line of the log is, or at least holds, what the trainer recorded."""
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and logged.items() <= found.items()
 
 
 class AdapterWatch(TrainerCallback):

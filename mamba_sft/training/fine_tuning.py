@@ -8,10 +8,9 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +22,7 @@ from mamba_sft.data.packing import Collator
 from mamba_sft.data.preparing import PreparedData, read_corpus
 from mamba_sft.data.rows import row_lengths
 from mamba_sft.errors import TrainingError
-from mamba_sft.evaluation.prompts import Prompt, load_prompts, pair, write_samples
+from mamba_sft.evaluation.prompts import Prompt, load_prompts, pair, prompts_digest, write_samples
 from mamba_sft.evaluation.report import write_report
 from mamba_sft.inference.generation import answers, stop_token_ids
 from mamba_sft.inference.sampling import Sampling
@@ -31,7 +30,7 @@ from mamba_sft.kernels import automatic
 from mamba_sft.model.adapter import attach_adapter, load_weights, save_adapter, trained_digest
 from mamba_sft.model.chat_template import TemplateSetup, render
 from mamba_sft.model.loading import apply_setup, load_model, recommend_sampling
-from mamba_sft.planning.environment import describe_environment
+from mamba_sft.planning.environment import describe_device, describe_environment
 from mamba_sft.planning.extent import RunLength, run_length, with_accumulation
 from mamba_sft.planning.fitting import refuse_what_cannot_fit
 from mamba_sft.recipe.builtin import find_path
@@ -39,7 +38,9 @@ from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.run import Run, atomic_directory, write_atomically
 from mamba_sft.training.activations import keep_activations
 from mamba_sft.training.callbacks import AdapterWatch, Interruption, MetricsLog
+from mamba_sft.training.counts import Counts
 from mamba_sft.training.data_record import record_data, settle_changes
+from mamba_sft.training.resume_points import step_in_name, sweep
 from mamba_sft.training.resuming import (
     find_resume_point,
     newest_resume_point,
@@ -77,7 +78,8 @@ class Preparation:
         prompts: Sample prompts to answer before and after.
         length: What the rows come to: the optimizer steps of the whole run, and whether they are too few.
         start: The adapter that training starts from, where `model.adapter` names one, or None.
-        resume_point: The checkpoint to go on from, or None.
+        resumed: Whether this goes on with what is in the run directory.
+        resume_point: What training goes on from; None where it begins at nothing.
         record: What the run keeps of its data.
     """
 
@@ -89,6 +91,7 @@ class Preparation:
     prompts: list[Prompt]
     length: RunLength
     start: Path | None
+    resumed: bool
     resume_point: Path | None
     record: dict[str, Any]
 
@@ -129,7 +132,7 @@ def prepare(
     arguments = trainer_arguments(recipe, run, has_validation=data.validation_rows is not None)
     prompts = load_prompts(find_path(recipe.eval.prompts)) if recipe.eval.prompts else []
     record = record_data(recipe, data, setup.tokenizer, length, prompts)
-    if resume_point is not None:
+    if resume:
         record["changes"] = settle_changes(run, record, resume_point, allowed=allow_changed_data)
     return Preparation(
         recipe=recipe,
@@ -140,6 +143,7 @@ def prepare(
         prompts=prompts,
         length=length,
         start=start,
+        resumed=resume,
         resume_point=resume_point,
         record=record,
     )
@@ -173,7 +177,8 @@ def train(
 def train_prepared(preparation: Preparation, *, callbacks: Sequence[TrainerCallback] = ()) -> Run:
     """Loads the weights of a prepared run, trains, and writes the run directory. See `train`."""
     recipe, run = preparation.recipe, preparation.run
-    started = time.time()
+    counts = Counts(describe_device()["name"])
+    _say_what_is_left(preparation)
     logger.info("loading `%s`", recipe.model.base)
     if preparation.start is not None:
         check_base(preparation.start, recipe.model)
@@ -186,16 +191,16 @@ def train_prepared(preparation: Preparation, *, callbacks: Sequence[TrainerCallb
     keep_activations(model, recipe.train.checkpointing)
     _start_directory(preparation)  # an earlier run goes only when this one has all it needs
     interruption = Interruption()
-    trainer = _build_trainer(preparation, model, interruption, callbacks)
+    trainer = _build_trainer(preparation, model, counts, [interruption, *callbacks])
     if preparation.start is not None:  # not before: TRL rounds what is trained when the base is quantized
         load_weights(trainer.model, preparation.start)
     start = trained_digest(trainer.model)
-    before = _answer(preparation, trainer, "before")
+    before = _answers_before(preparation, trainer)
     _run_trainer(trainer, preparation.resume_point, interruption)
     _refuse_unchanged(trainer, start)
     after = _answer(preparation, trainer, "after")
     if trainer.is_world_process_zero():
-        _save(preparation, trainer, before, after, time.time() - started)
+        _save(preparation, trainer, before, after)
     trainer.accelerator.wait_for_everyone()
     return run
 
@@ -212,7 +217,9 @@ def _start_directory(preparation: Preparation) -> None:
 
 def _clear(preparation: Preparation) -> None:
     run = preparation.run
-    if preparation.resume_point is None:
+    if preparation.resumed:
+        sweep(run)
+    else:
         shutil.rmtree(run.path, ignore_errors=True)
         run.path.mkdir(parents=True)
     write_atomically(run.recipe, preparation.recipe.to_yaml())
@@ -223,15 +230,16 @@ def _clear(preparation: Preparation) -> None:
 
 
 def _build_trainer(
-    preparation: Preparation, model: Any, interruption: Interruption, callbacks: Sequence[TrainerCallback]
+    preparation: Preparation, model: Any, counts: Counts, callbacks: Sequence[TrainerCallback]
 ) -> Trainer:
     recipe, run = preparation.recipe, preparation.run
-    watchers: list[TrainerCallback] = [MetricsLog(run.metrics), AdapterWatch(), interruption, *callbacks]
+    watchers: list[TrainerCallback] = [MetricsLog(run.metrics), AdapterWatch(), *callbacks]
     if recipe.eval.early_stopping_patience and preparation.data.validation_rows is not None:
         watchers.append(EarlyStoppingCallback(recipe.eval.early_stopping_patience))
     return Trainer(
         run=run,
         section=recipe.train,
+        counts=counts,
         model=model,
         args=preparation.arguments,
         data_collator=Collator(preparation.setup.tokenizer.pad_token_id),
@@ -245,7 +253,7 @@ def _build_trainer(
 def _run_trainer(trainer: Trainer, resume_point: Path | None, interruption: Interruption) -> None:
     with interruption.listening(), _out_of_memory_explained():
         try:
-            trainer.train(resume_from_checkpoint=str(resume_point) if resume_point else None)
+            trainer.fit(resume_point)
         except KeyboardInterrupt:
             raise _interrupted(trainer) from None
     if interruption.requested:
@@ -290,6 +298,31 @@ def _out_of_memory_explained() -> Iterator[None]:
         ) from error
 
 
+def _say_what_is_left(preparation: Preparation) -> None:
+    if not preparation.resumed:
+        return
+    point, steps = preparation.resume_point, preparation.max_steps
+    if point is None:
+        logger.info("going on from step 0 of %d: the run ended before its first checkpoint", steps)
+    elif step_in_name(point) < steps:
+        logger.info("going on from step %d of %d", step_in_name(point), steps)
+    else:
+        logger.info("going on from step %d of %d: training is done, the rest is left", steps, steps)
+
+
+def _answers_before(preparation: Preparation, trainer: Trainer) -> list[str]:
+    """The answers of the model that training starts from; a resumed run has them from its first session."""
+    path, digest = preparation.run.answers_before, prompts_digest(preparation.prompts)
+    if preparation.resumed and path.is_file():
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        if kept["digest"] == digest:
+            return list(kept["answers"]) if trainer.is_world_process_zero() else []
+    given = _answer(preparation, trainer, "before")
+    if given:
+        write_atomically(path, json.dumps({"digest": digest, "answers": given}, ensure_ascii=False) + "\n")
+    return given
+
+
 def _answer(preparation: Preparation, trainer: Trainer, when: str) -> list[str]:
     prompts, recipe = preparation.prompts, preparation.recipe
     if not prompts or not trainer.is_world_process_zero():
@@ -308,19 +341,20 @@ def _answer(preparation: Preparation, trainer: Trainer, when: str) -> list[str]:
     return [answer.text for answer in given]
 
 
-def _save(
-    preparation: Preparation, trainer: Trainer, before: list[str], after: list[str], seconds: float
-) -> None:
+def _save(preparation: Preparation, trainer: Trainer, before: list[str], after: list[str]) -> None:
     run, recipe = preparation.run, preparation.recipe
+    sessions = trainer.counts.sessions(trainer.state.global_step, trainer.tokens)
     with atomic_directory(run.adapter) as partial:
         save_adapter(trainer.model, partial, section=recipe.model, setup=preparation.setup)
     if before:
         write_samples(run.samples, pair(preparation.prompts, before, after))
     facts = describe_environment() | {
-        "seconds": round(seconds, 1),
+        "seconds": round(sum(session.seconds for session in sessions), 1),
         "steps": trainer.state.global_step,
-        "tokens": int(max((entry.get("num_tokens", 0) for entry in trainer.state.log_history), default=0)),
+        "tokens": trainer.tokens,
         "best_validation_loss": trainer.state.best_metric,
+        "sessions": [asdict(session) for session in sessions],
     }
     write_atomically(run.environment, json.dumps(facts, indent=2) + "\n")
     write_report(run)
+    run.answers_before.unlink(missing_ok=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,9 @@ from mamba_sft.errors import RecipeError, TrainingError
 from mamba_sft.planning.extent import with_accumulation
 from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.run import Run
+from mamba_sft.training.resume_points import find_good, is_proven
+
+logger = logging.getLogger(__name__)
 
 CHANGEABLE = (
     "train.logging_steps", "train.save_total_limit", "train.report_to", "model.kernels",
@@ -19,32 +22,21 @@ CHANGEABLE = (
 rounding: a run that ran out of memory goes on with less of it."""
 LENGTH = ("train.max_steps", "train.num_train_epochs")
 """Fields that say how long a run is: its schedule was made for that length."""
-_STATE = "trainer_state.json"
 
 
 def newest_resume_point(run: Run) -> Path | None:
-    """Returns the newest complete checkpoint of a run: one whose trainer state, written last, can be read."""
-    complete = []
-    for state in run.checkpoints.glob(f"checkpoint-*/{_STATE}"):
-        try:
-            complete.append((json.loads(state.read_text(encoding="utf-8"))["global_step"], state.parent))
-        except (ValueError, KeyError):
-            continue
-    return max(complete)[1] if complete else None
+    """Returns the newest resume point of a run that is what was written."""
+    return find_good(run)[0]
 
 
-def step_of(resume_point: Path) -> int:
-    """Returns the step after which a checkpoint was saved."""
-    state = json.loads((resume_point / _STATE).read_text(encoding="utf-8"))
-    return int(state["global_step"])
+def find_resume_point(run: Run, recipe: Recipe) -> tuple[Recipe, Path | None]:
+    """Returns the recipe with what the run settled of it, and the resume point that `--resume` goes on from.
 
-
-def find_resume_point(run: Run, recipe: Recipe) -> tuple[Recipe, Path]:
-    """Returns the recipe with what the run settled of it, and the checkpoint that `--resume` goes on from.
+    That is None for a run that ended before its first one: it begins again.
 
     Raises:
         RecipeError: The recipe is not the one the run was started with; the message lists what differs.
-        TrainingError: The run is finished, or has no complete checkpoint.
+        TrainingError: The run is finished, or all of its resume points are damaged.
     """
     Run.open(run)
     trained = Recipe.load(run.recipe)
@@ -63,12 +55,29 @@ def find_resume_point(run: Run, recipe: Recipe) -> tuple[Recipe, Path]:
         raise TrainingError(
             f"`{run.path}` is finished", hint=f"next: `mamba-sft merge {run.path}`; {_way_to_more(run)}"
         )
-    resume_point = newest_resume_point(run)
-    if resume_point is None:
+    return recipe, _newest_good(run)
+
+
+def _newest_good(run: Run) -> Path | None:
+    """The resume point to go on from; says which newer ones are damaged, and how."""
+    resume_point, faults = find_good(run)
+    if resume_point is None and faults:
         raise TrainingError(
-            f"`{run.path}` has no complete checkpoint to resume from", hint="start anew with `--overwrite`"
+            "\n".join([f"`{run.path}` has no checkpoint that is what was written:", *_indented(faults)]),
+            hint="a disk or a copy damaged them; bring them back, or start anew with `--overwrite`",
         )
-    return recipe, resume_point
+    for fault in faults:
+        logger.warning("%s; going on from the checkpoint before it", fault)
+    if resume_point is not None and not is_proven(resume_point):
+        logger.warning(
+            "`%s` was saved by an earlier version, without hashes: that its files are undamaged is not known",
+            resume_point,
+        )
+    return resume_point
+
+
+def _indented(lines: list[str]) -> list[str]:
+    return [f"  {line}" for line in lines]
 
 
 def _way_to_more(run: Run) -> str:
