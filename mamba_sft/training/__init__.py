@@ -10,6 +10,8 @@
                                          +- largest_residual  what float16 may not hold
                                          +- activations    what is kept for the backward
                                          +- callbacks      metrics on disk, Ctrl-C, an adapter that learns
+                                         +- resume_points  written whole, known by their hashes
+                                         +- counts         tokens, losses and time of all sessions
                                          +- random_state, resuming, data_record (are the rows the same)
 
 `starting` finds the adapter that a run goes on from, where it starts from one.

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +27,7 @@ class MetricsLog(TrainerCallback):
     """Appends every logged dictionary to `metrics.jsonl`, with its step.
 
     A resumed run begins with the lines that had been logged when its resume point was saved. Those after
-    them describe work that was lost; one that is missing or cut off is written again from the trainer's record.
+    them describe lost work; one that is missing or cut off is written again from the trainer's record.
     """
 
     def __init__(self, path: Path):
@@ -110,24 +112,66 @@ class AdapterWatch(TrainerCallback):
             )
 
 
-class Interruption(TrainerCallback):
-    """Turns the first Ctrl-C (or SIGTERM) into a checkpoint and a clean stop; a second one stops at once."""
+class StepGivenUp(Exception):  # noqa: N818
+    """The user stopped the run, and the step (or evaluation) in progress takes too long to be waited for."""
 
-    def __init__(self) -> None:
+
+class Interruption(TrainerCallback):
+    """Turns the first Ctrl-C (or SIGTERM) into a resume point and a clean stop; a second one stops at once.
+
+    The step in progress has half of the time that there is, and its end is where the run stops. After that it
+    is given up (`is_late`), and the run stops where it was before it; the other half is for saving. Outside
+    of training the first signal stops at once too, since there is nothing to save.
+
+    Args:
+        grace_seconds: How long after the signal the resume point has to be there.
+    """
+
+    def __init__(self, grace_seconds: float):
+        self.grace_seconds = grace_seconds
         self.requested = False
+        self.where = "stopped before training"
+        self._training = False
+        self._late_at = math.inf
+
+    @property
+    def is_late(self) -> bool:
+        """Whether the step in progress can no longer be waited for."""
+        return self.requested and time.monotonic() > self._late_at
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """From now on there is something to save."""
+        self._training = True
+        self._see(state)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         """Saves and stops after the step in which the signal came."""
+        self._see(state)
         if self.requested:
             control.should_save = True
             control.should_training_stop = True
         return control
 
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """All is saved that a signal could ask for."""
+        self._training = False
+
+    def _see(self, state: TrainerState) -> None:
+        self.where = f"stopped at step {state.global_step} of {state.max_steps}"
+
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Handles the signals inside the block; outside the main thread it changes nothing."""
+        """Handles the signals inside the block; outside the main thread it changes nothing.
+
+        Raises:
+            KeyboardInterrupt: In the block, to stop at once.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -139,7 +183,8 @@ class Interruption(TrainerCallback):
                 signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        if self.requested or not self._training:
             raise KeyboardInterrupt
         self.requested = True
+        self._late_at = time.monotonic() + self.grace_seconds / 2
         logger.warning("stopping after this step and saving a checkpoint; once more stops at once")

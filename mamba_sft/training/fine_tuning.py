@@ -61,9 +61,10 @@ _CAUSES = ("learning_rate", "grad_norm")
 
 
 class RunInterruptedError(TrainingError):
-    """The user stopped the run; its newest checkpoint is complete."""
+    """The user stopped the run, and can go on with it."""
 
     exit_code = 130
+    heading = "stopped"
 
 
 @dataclass(frozen=True)
@@ -176,6 +177,15 @@ def train(
 
 def train_prepared(preparation: Preparation, *, callbacks: Sequence[TrainerCallback] = ()) -> Run:
     """Loads the weights of a prepared run, trains, and writes the run directory. See `train`."""
+    interruption = Interruption(preparation.recipe.train.grace_seconds)
+    with interruption.listening():
+        try:
+            return _train(preparation, interruption, callbacks)
+        except KeyboardInterrupt:
+            raise _interrupted(preparation.run, interruption) from None
+
+
+def _train(preparation: Preparation, interruption: Interruption, callbacks: Sequence[TrainerCallback]) -> Run:
     recipe, run = preparation.recipe, preparation.run
     counts = Counts(describe_device()["name"])
     _say_what_is_left(preparation)
@@ -190,13 +200,16 @@ def train_prepared(preparation: Preparation, *, callbacks: Sequence[TrainerCallb
     model = attach_adapter(model, recipe.adapter, trained_token_ids=preparation.setup.trained_token_ids)
     keep_activations(model, recipe.train.checkpointing)
     _start_directory(preparation)  # an earlier run goes only when this one has all it needs
-    interruption = Interruption()
-    trainer = _build_trainer(preparation, model, counts, [interruption, *callbacks])
+    trainer = _build_trainer(preparation, model, counts, interruption, callbacks)
     if preparation.start is not None:  # not before: TRL rounds what is trained when the base is quantized
         load_weights(trainer.model, preparation.start)
     start = trained_digest(trainer.model)
     before = _answers_before(preparation, trainer)
-    _run_trainer(trainer, preparation.resume_point, interruption)
+    with _out_of_memory_explained():
+        trainer.fit(preparation.resume_point)
+    if interruption.requested:
+        raise _interrupted(run, interruption)
+    interruption.where = "stopped after training, before all was written"
     _refuse_unchanged(trainer, start)
     after = _answer(preparation, trainer, "after")
     if trainer.is_world_process_zero():
@@ -230,7 +243,11 @@ def _clear(preparation: Preparation) -> None:
 
 
 def _build_trainer(
-    preparation: Preparation, model: Any, counts: Counts, callbacks: Sequence[TrainerCallback]
+    preparation: Preparation,
+    model: Any,
+    counts: Counts,
+    interruption: Interruption,
+    callbacks: Sequence[TrainerCallback],
 ) -> Trainer:
     recipe, run = preparation.recipe, preparation.run
     watchers: list[TrainerCallback] = [MetricsLog(run.metrics), AdapterWatch(), *callbacks]
@@ -240,6 +257,7 @@ def _build_trainer(
         run=run,
         section=recipe.train,
         counts=counts,
+        interruption=interruption,
         model=model,
         args=preparation.arguments,
         data_collator=Collator(preparation.setup.tokenizer.pad_token_id),
@@ -250,26 +268,12 @@ def _build_trainer(
     )
 
 
-def _run_trainer(trainer: Trainer, resume_point: Path | None, interruption: Interruption) -> None:
-    with interruption.listening(), _out_of_memory_explained():
-        try:
-            trainer.fit(resume_point)
-        except KeyboardInterrupt:
-            raise _interrupted(trainer) from None
-    if interruption.requested:
-        raise _interrupted(trainer)
-
-
-def _interrupted(trainer: Trainer) -> RunInterruptedError:
-    kept = newest_resume_point(trainer.run)
-    if kept is None:
-        return RunInterruptedError(
-            f"stopped at step {trainer.state.global_step}, before the first checkpoint"
-        )
-    return RunInterruptedError(
-        f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; saved `{kept}`",
-        hint=f"continue with `mamba-sft train {trainer.run.recipe} --resume`",
-    )
+def _interrupted(run: Run, interruption: Interruption) -> RunInterruptedError:
+    kept, again = newest_resume_point(run), f"continue with `mamba-sft train {run.recipe} --resume`"
+    if kept is not None:
+        return RunInterruptedError(f"{interruption.where}; saved `{kept}`", hint=again)
+    begun = run.recipe.is_file()  # else it is as if nothing had been started
+    return RunInterruptedError(f"{interruption.where}; no checkpoint yet", hint=again if begun else None)
 
 
 def _refuse_unchanged(trainer: Trainer, start: str) -> None:

@@ -1,7 +1,7 @@
 """Resume points on disk: complete or absent, and each of their files known by its size and hash.
 
 One is written beside its place; its files reach the disk, then a manifest of them, and a rename gives it its
-name. Whenever the process or the machine dies, what stands under that name is whole. A disk or a copy can still
+name. Whenever the process or the machine dies, what stands under that name is whole. A disk or a copy can
 damage it later: the manifest tells, and training goes on from the one before.
 """
 
@@ -65,7 +65,7 @@ def written_whole(final: Path, *, by_us: bool, wait: Callable[[], Any]) -> Itera
     wait()
 
 
-def resume_points(run: Run) -> list[Path]:
+def saved_points(run: Run) -> list[Path]:
     """Returns what stands under the name of a resume point, good or not, the newest first."""
     found = run.checkpoints.glob("checkpoint-*")
     return sorted((path for path in found if _NAME.fullmatch(path.name)), key=step_in_name, reverse=True)
@@ -78,8 +78,8 @@ def step_in_name(resume_point: Path) -> int:
 
 def find_good(run: Run) -> tuple[Path | None, list[str]]:
     """Returns the newest resume point that is what was written, and what is wrong with each newer one."""
-    faults = []
-    for resume_point in resume_points(run):
+    faults: list[str] = []
+    for resume_point in saved_points(run):
         fault = fault_of(resume_point)
         if fault is None:
             return resume_point, faults
@@ -127,7 +127,7 @@ def rotate(run: Run, *, newest: Path, best: Path, limit: int) -> None:
 
     Those of later steps than the newest go first: of damaged ones, or of work that was lost.
     """
-    points = [path for path in resume_points(run) if path not in {newest, best}]
+    points = [path for path in saved_points(run) if path not in {newest, best}]
     kept = len({newest, best})
     for path in points:
         later = step_in_name(path) > step_in_name(newest)

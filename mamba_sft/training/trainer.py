@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import fields
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import (
@@ -34,9 +35,11 @@ from mamba_sft.planning.schedule import TRAINER_NAMES, make_scheduler
 from mamba_sft.recipe.fields import TrainSection
 from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.run import Run, write_atomically
+from mamba_sft.training.callbacks import Interruption, StepGivenUp
 from mamba_sft.training.counts import Counts, mean_loss, read_counts, write_counts
 from mamba_sft.training.figures import Figures, Tally
 from mamba_sft.training.largest_residual import LargestResidual
+from mamba_sft.training.random_state import RandomState, current_random_state, restore_random_state
 from mamba_sft.training.resume_points import STATE, fault_of, find_good, rotate, written_whole
 from mamba_sft.training.steps import ChunkedSteps
 
@@ -55,6 +58,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         run: Where resume points, and a batch that gave NaN, are kept.
         section: The recipe's `train`.
         counts: Takes this session's time and tokens.
+        interruption: Says when the user wants it to stop; then a step that takes too long is given up.
         callbacks: As the trainer's; one that shows progress (has a `console`) replaces the trainer's bar.
         **arguments: Everything else `SFTTrainer` takes.
     """
@@ -65,17 +69,20 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         run: Run,
         section: TrainSection,
         counts: Counts,
+        interruption: Interruption,
         callbacks: Sequence[TrainerCallback],
         **arguments: Any,
     ):
         self.run = run
         self.counts = counts
+        self.interruption = interruption
         self.schedule = section.lr_scheduler_type
         # The loss never sees the full logits: its head is asked for log-probabilities in tiles. TRL does this
         # too, today; our own steps ask for the same head, so it is not left to TRL.
         add_fused_lm_head(arguments["model"].get_base_model(), outputs=FUSED_OUTPUTS)
         self.residual = LargestResidual() if section.log_activations else None
-        super().__init__(callbacks=[*([self.residual] if self.residual else []), *callbacks], **arguments)
+        watchers = [interruption, *([self.residual] if self.residual else []), *callbacks]
+        super().__init__(callbacks=watchers, **arguments)
         self.remove_callback(PrinterCallback)
         if any(hasattr(callback, "console") for callback in callbacks):
             self.remove_callback(ProgressCallback)
@@ -84,13 +91,62 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         self._largest = 0.0
         self._micro_batches: list[tuple[torch.Tensor, dict[str, Any]]] = []
         self._resume_point: Path | None = None
+        self._last_step: _LastStep | None = None
+        self._after_evaluation: RandomState | None = None
         self.steps = ChunkedSteps(self, section) if ChunkedSteps.wanted(section) else None
         self.add_callback(_TakeUp(self))  # last: what was logged before is cut to its place by then
 
     def fit(self, resume_point: Path | None) -> None:
-        """Trains to the end of the run, from its start or from a resume point, which may be the end."""
+        """Trains to the end of the run, from its start or from a resume point, which may be the end.
+
+        When the user stops it, the state after the last whole step has been saved, if there was one.
+
+        Raises:
+            OSError: A resume point cannot be written.
+        """
         self._resume_point = resume_point
-        self.train(resume_from_checkpoint=str(resume_point) if resume_point else None)
+        try:
+            self.train(resume_from_checkpoint=str(resume_point) if resume_point else None)
+        except StepGivenUp:
+            self._save_last_step()
+
+    def give_up_if_late(self) -> None:
+        """Raises `StepGivenUp` when the user stopped the run and the step, or the evaluation, takes too long.
+
+        With several processes never: one that gives up leaves the others waiting.
+        """
+        if self.interruption.is_late and self.accelerator.num_processes == 1:
+            raise StepGivenUp
+
+    def _save_last_step(self) -> None:
+        """Saves the state after the last whole step, with an evaluation that was given up marked as due."""
+        last, final = self._last_step, self.run.checkpoints / f"checkpoint-{self.state.global_step}"
+        if last is None or (last.saved and fault_of(final) is None):
+            return
+        self._tr_loss, self.current_flos = last.loss, last.operations
+        restore_random_state(last.random, self.args.device)
+        if self.steps is not None:
+            self.steps.passed_on = last.carried
+        self._save_checkpoint(self.model, None)
+
+    def _keep_last_step(self, *, saved: bool) -> None:
+        """Keeps what a step in progress changes before the optimizer's step, to go back to it."""
+        self._last_step = _LastStep(
+            random=current_random_state(self.args.device),
+            loss=self._tr_loss.detach().clone(),
+            operations=self.current_flos,
+            carried=None if self.steps is None else self.steps.passed_on,
+            saved=saved,
+        )
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        saves = self.control.should_save
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        self._keep_last_step(saved=saves or (self._last_step is not None and self._last_step.saved))
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        self._keep_last_step(saved=False)
+        return super()._evaluate(*args, **kwargs)
 
     @property
     def tokens(self) -> int:
@@ -110,6 +166,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """One forward and backward, whose loss and inputs are kept until the optimizer's step."""
+        self.give_up_if_late()
         loss = self._take_step(model, inputs, *args, **kwargs)
         self._micro_batches.append((loss.detach(), inputs))
         return loss
@@ -160,6 +217,8 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         if return_outputs or self._asks_more_of_the_loss:
             inputs = inputs | {"attention_mask": (inputs["seq_idx"] != PADDING).long()}
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not model.training:
+            self.give_up_if_late()
         if self.steps is not None and not model.training:
             return self.steps.evaluation_loss(model, inputs)
         figures = Figures.of(model, inputs)
@@ -267,10 +326,19 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         self.tally.tokens = self._total_train_tokens = counts.get("tokens", max(told, default=0))
         self.counts.begin(self.state.global_step, self.tally.tokens, earlier)
         if counts:
-            self._tr_loss = self._tr_loss + counts["unlogged_loss"]
+            self._tr_loss = torch.tensor(counts["unlogged_loss"], device=self.args.device)
             self._globalstep_last_logged = counts["last_logged_step"]
             self._metrics["train"].update(counts["unlogged_metrics"])
             self._largest = counts["largest_residual"]
+        if self.control.should_evaluate:
+            self._evaluate_now(str(self._resume_point))
+
+    def _evaluate_now(self, resume_point: str) -> None:
+        """Makes up for the evaluation, and the saving after it, that was given up when the run stopped."""
+        self._load_rng_state(resume_point)
+        now = time.time()
+        self._maybe_log_save_evaluate(self._tr_loss, None, self.model, None, self.state.epoch, None, now)
+        self._after_evaluation = current_random_state(self.args.device)
 
     def _load_best_model(self) -> None:
         """Loads the adapter of the lowest validation loss; stays with the last one if that is damaged."""
@@ -286,6 +354,9 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
             self.steps.save(Path(output_dir), self.args.process_index)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
+        if self._after_evaluation is not None:  # later than what the resume point holds
+            restore_random_state(self._after_evaluation, self.args.device)
+            return
         super()._load_rng_state(checkpoint)
         if self.steps is not None and checkpoint is not None:
             self.steps.load(Path(checkpoint), self.args.process_index)
@@ -321,6 +392,16 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
             hint="look at that batch, lower `train.learning_rate`, or use bfloat16 instead of float16; "
             "then go on with `--resume`",
         )
+
+
+class _LastStep(NamedTuple):
+    """What was so after the last whole step, and may be otherwise in the middle of the next."""
+
+    random: RandomState
+    loss: torch.Tensor
+    operations: float
+    carried: Any
+    saved: bool
 
 
 class _TakeUp(TrainerCallback):
