@@ -87,6 +87,8 @@ NAMES = [
     Name("transformers", "Trainer._save_optimizer_and_scheduler", "training/trainer.py"),
     Name("transformers", "Trainer._save_scaler", "training/trainer.py"),
     Name("transformers", "Trainer._load_best_model", "training/trainer.py"),
+    Name("transformers", "Trainer._load_from_checkpoint", "training/trainer.py"),
+    Name("transformers", "Trainer._load_optimizer_and_scheduler", "training/trainer.py"),
     Name("transformers", "Trainer.save_model(_internal_call)", "training/trainer.py"),
     Name("transformers", "Trainer:_tr_loss", "training/trainer.py"),
     Name("transformers", "Trainer:_globalstep_last_logged", "training/trainer.py"),

@@ -6,7 +6,8 @@ import json
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from difflib import get_close_matches
 from importlib.util import find_spec
@@ -357,9 +358,18 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         if self._after_evaluation is not None:  # later than what the resume point holds
             restore_random_state(self._after_evaluation, self.args.device)
             return
-        super()._load_rng_state(checkpoint)
-        if self.steps is not None and checkpoint is not None:
-            self.steps.load(Path(checkpoint), self.args.process_index)
+        with _loading(checkpoint):
+            super()._load_rng_state(checkpoint)
+            if self.steps is not None and checkpoint is not None:
+                self.steps.load(Path(checkpoint), self.args.process_index)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        with _loading(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _loading(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
 
     def _find_bad_gradient(self, model: Any, batches: list[dict[str, Any]]) -> dict[str, Any]:
         """Runs the micro-batches of a step again, as they were run; returns the first with a bad gradient.
@@ -392,6 +402,21 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
             hint="look at that batch, lower `train.learning_rate`, or use bfloat16 instead of float16; "
             "then go on with `--resume`",
         )
+
+
+@contextmanager
+def _loading(resume_point: str | None) -> Iterator[None]:
+    """Says that a resume point is no use: one without a manifest may be damaged, or hold what it must not."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        raise TrainingError(
+            f"`{resume_point}` cannot be loaded: {first}",
+            hint="move that directory away; `--resume` then goes on from the one before",
+        ) from error
 
 
 class _LastStep(NamedTuple):

@@ -123,16 +123,18 @@ def test_nothing_is_unpickled(
     assert not (tmp_path / "bombed").exists()
 
 
+def write_half(final: Path) -> None:
+    with written_whole(final, by_us=True, wait=lambda: None) as partial:
+        (partial / "a").write_text("two")
+        raise OSError("full")
+
+
 def test_a_failure_in_the_middle_of_writing_leaves_what_was_there(tmp_path: Path) -> None:
     final = tmp_path / "checkpoint-1"
     with written_whole(final, by_us=True, wait=lambda: None) as partial:
         (partial / "a").write_text("one")
-    with (
-        pytest.raises(OSError, match="full"),
-        written_whole(final, by_us=True, wait=lambda: None) as partial,
-    ):
-        (partial / "a").write_text("two")
-        raise OSError("full")
+    with pytest.raises(OSError, match="full"):
+        write_half(final)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
     assert (final / "a").read_text() == "one"
 
@@ -182,9 +184,7 @@ def test_what_it_came_to_is_counted_over_all_sessions(recipe: Any) -> None:
     whole = train(recipe(*options, name="whole"))
     for step in (4, 7):
         with pytest.raises(OSError, match="gone"):
-            train_prepared(
-                prepare(recipe(*options), resume=step > 4), callbacks=[DieAt(step)]
-            )
+            train_prepared(prepare(recipe(*options), resume=step > 4), callbacks=[DieAt(step)])
     run = train(recipe(*options), resume=True)
     assert_same(whole, run)
     sessions = json.loads(run.environment.read_text())["sessions"]
@@ -197,9 +197,10 @@ def test_what_it_came_to_is_counted_over_all_sessions(recipe: Any) -> None:
 def test_a_run_that_died_after_its_last_step_takes_no_step_more(
     recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (tmp_path / "prompts.txt").write_text("hello 3\n")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("hello 3\n")
     options = ("train.max_steps=6", "train.lr_scheduler_type=constant", "eval.max_new_tokens=4",
-               "data.validation=6", "eval.eval_steps=2", f"eval.prompts={tmp_path / 'prompts.txt'}")  # fmt: skip
+               "data.validation=6", "eval.eval_steps=2", f"eval.prompts={prompts}")  # fmt: skip
     whole = train(recipe(*options, name="whole"))
     answer = fine_tuning._answer
     asked: list[str] = []
@@ -229,7 +230,8 @@ def test_a_run_that_died_after_its_last_step_takes_no_step_more(
 def test_early_stopping_is_taken_up(recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its patience is counted over the sessions, and once it has ended a run, no step is taken."""
     options = ("data.validation=0.3", "train.max_steps=40", "train.learning_rate=0.3", "eval.eval_steps=1",
-               "eval.early_stopping_patience=3", "train.save_steps=1", "train.save_total_limit=40")  # fmt: skip
+               "eval.early_stopping_patience=3", "train.save_steps=1",
+               "train.save_total_limit=40")  # fmt: skip
     whole = train(recipe(*options, name="whole"))
     end = json.loads(whole.environment.read_text())["steps"]
     assert end < 40
@@ -273,10 +275,8 @@ class Slow(TrainerCallback):
 def test_a_step_that_takes_too_long_is_given_up(recipe: Any, tmp_path: Path, how: tuple[str, ...]) -> None:
     options = (DROPOUT, "train.logging_steps=3", *how)
     whole = train(recipe(*options, name="whole"))
-    late = recipe(*options, "train.grace_seconds=0", "train.save_steps=4")
-    with pytest.raises(RunInterruptedError, match="stopped at step 1 of 4; saved .*checkpoint-1`"):
+    with pytest.raises(RunInterruptedError, match=r"stopped at step 1 of 4; saved .*checkpoint-1`"):
         train_prepared(prepare(recipe(*options, "train.grace_seconds=0")), callbacks=[Slow(2)])
-    del late
     assert_same(whole, train(recipe(*options), resume=True))
 
 
@@ -295,7 +295,7 @@ class AtEvaluation(TrainerCallback):
 def test_an_evaluation_that_takes_too_long_is_made_up_for(recipe: Any, step: int) -> None:
     options = (DROPOUT, "data.validation=6", "eval.eval_steps=2")
     whole = train(recipe(*options, name="whole"))
+    late = recipe(*options, "train.grace_seconds=0")
     with pytest.raises(RunInterruptedError, match=f"stopped at step {step} of 4"):
-        late = recipe(*options, "train.grace_seconds=0")
         train_prepared(prepare(late), callbacks=[AtEvaluation(step)])
     assert_same(whole, train(recipe(*options), resume=True))
