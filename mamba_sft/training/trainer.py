@@ -12,6 +12,7 @@ from dataclasses import fields
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import torch
@@ -246,6 +247,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
 
     def _sum_up(self, logs: dict[str, float]) -> None:
         """Makes the last line of the trainer's tell of the whole run; its rates are of this session."""
+        self.model.train()  # else TRL takes the line for one of an evaluation's
         step, seconds = self.state.global_step, logs["train_runtime"]
         self.counts.train_seconds = seconds
         before = sum(session.train_seconds for session in self.counts.earlier)
@@ -413,6 +415,8 @@ def _loading(resume_point: str | None) -> Iterator[None]:
         raise
     except Exception as error:
         first = next(iter(str(error).splitlines()), type(error).__name__)
+        if isinstance(error, UnpicklingError):  # its own text recommends to load it all the same
+            first = "a file of it holds more than numbers, and is not opened"
         raise TrainingError(
             f"`{resume_point}` cannot be loaded: {first}",
             hint="move that directory away; `--resume` then goes on from the one before",
