@@ -38,10 +38,10 @@ from mamba_sft.recipe.builtin import find_recipe
 from mamba_sft.training.fine_tuning import train
 
 OVERRIDES = [
-    "train.max_steps=14", "train.save_steps=2", "train.logging_steps=3", "train.gradient_accumulation_steps=2",
-    "train.per_device_train_batch_size=2", "adapter.lora_dropout=0.1", "data.max_length=64",
-    "data.sources.0.limit=120", "data.validation=8", "eval.eval_steps=4", "eval.load_best_model_at_end=false",
-    "eval.max_new_tokens=4",
+    "train.max_steps=14", "train.save_steps=2", "train.logging_steps=3",
+    "train.gradient_accumulation_steps=2", "train.per_device_train_batch_size=2", "adapter.lora_dropout=0.1",
+    "data.max_length=64", "data.sources.0.limit=120", "data.validation=8", "eval.eval_steps=4",
+    "eval.load_best_model_at_end=false", "eval.max_new_tokens=4",
 ]  # fmt: skip
 """Small, and with everything that a resume point has to hold; saved between two logged steps too."""
 CHANGES = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir"}

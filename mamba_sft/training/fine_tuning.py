@@ -29,6 +29,7 @@ from mamba_sft.inference.sampling import Sampling
 from mamba_sft.kernels import automatic
 from mamba_sft.model.adapter import attach_adapter, load_weights, save_adapter, trained_digest
 from mamba_sft.model.chat_template import TemplateSetup, render
+from mamba_sft.model.checkpoint import base_fingerprint, resolve_base
 from mamba_sft.model.loading import apply_setup, load_model, recommend_sampling
 from mamba_sft.planning.environment import describe_device, describe_environment
 from mamba_sft.planning.extent import RunLength, run_length, with_accumulation
@@ -192,6 +193,7 @@ def _train(preparation: Preparation, interruption: Interruption, callbacks: Sequ
     logger.info("loading `%s`", recipe.model.base)
     if preparation.start is not None:
         check_base(preparation.start, recipe.model)
+    _settle_base(preparation)
     set_seed(recipe.seed)  # before the adapter draws its first weights
     model = load_model(recipe.model)
     logger.info("scan and convolution: backend %s", _backend(recipe.model.kernels, model))
@@ -216,6 +218,23 @@ def _train(preparation: Preparation, interruption: Interruption, callbacks: Sequ
         _save(preparation, trainer, before, after)
     trainer.accelerator.wait_for_everyone()
     return run
+
+
+def _settle_base(preparation: Preparation) -> None:
+    """Keeps the fingerprint of the base, which has to be the same when the run goes on.
+
+    Raises:
+        TrainingError: It is another.
+    """
+    section, run = preparation.recipe.model, preparation.run
+    now = base_fingerprint(resolve_base(section.base, section.revision))
+    before = run.read_data().get("base", now) if preparation.resumed else now
+    if before != now:
+        raise TrainingError(
+            f"`{run.path}` was started on another base than what is in `{section.base}` now",
+            hint="bring that base back, or start anew with `--overwrite`",
+        )
+    preparation.record["base"] = now
 
 
 def _backend(wanted: str, model: Any) -> str:

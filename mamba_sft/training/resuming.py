@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
 
 from mamba_sft.errors import RecipeError, TrainingError
 from mamba_sft.planning.extent import with_accumulation
+from mamba_sft.recipe.builtin import find_path
 from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.run import Run
 from mamba_sft.training.resume_points import find_good, is_proven
@@ -40,7 +42,7 @@ def find_resume_point(run: Run, recipe: Recipe) -> tuple[Recipe, Path | None]:
         TrainingError: The run is finished, or all of its resume points are damaged.
     """
     Run.open(run)
-    trained = Recipe.load(run.recipe)
+    trained = _where_things_are_now(Recipe.load(run.recipe), recipe, run.read_data())
     if recipe.train.gradient_accumulation_steps is None and trained.train.gradient_accumulation_steps:
         recipe = with_accumulation(recipe, trained.train.gradient_accumulation_steps)
     changed = [entry for entry in differences(trained, recipe) if entry[0] not in CHANGEABLE]
@@ -52,11 +54,58 @@ def find_resume_point(run: Run, recipe: Recipe) -> tuple[Recipe, Path | None]:
             "\n".join([f"`{run.path}` was started with another recipe:", *lines]),
             hint=_way_to_more(run) if longer else own,
         )
-    if run.adapter.is_dir():
+    if _is_finished(run):
         raise TrainingError(
             f"`{run.path}` is finished", hint=f"next: `mamba-sft merge {run.path}`; {_way_to_more(run)}"
         )
     return recipe, _newest_good(run)
+
+
+def _is_finished(run: Run) -> bool:
+    """Whether all was written, and not only the adapter, which is written first of all that ends a run."""
+    try:
+        facts = json.loads(run.environment.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        facts = {}
+    return run.adapter.is_dir() and run.report.is_file() and "steps" in facts
+
+
+def own_recipe_moved(file: Path, recipe: Recipe) -> Recipe:
+    """Returns a run's own recipe with the directory that the run is in now as `output_dir`.
+
+    A run that was copied to another machine, or whose drive is mounted elsewhere, names its first place.
+
+    Args:
+        file: The file that the recipe was read from.
+        recipe: What was read; returned as it is where `file` is not in a run.
+    """
+    run = Run(file.parent)
+    here = file.name == run.recipe.name and run.environment.is_file()
+    if not here or Path(recipe.output_dir).resolve() == run.path.resolve():
+        return recipe
+    logger.info("the run was started in `%s` and is in `%s` now", recipe.output_dir, run.path)
+    return recipe.model_copy(update={"output_dir": str(run.path)})
+
+
+def _where_things_are_now(trained: Recipe, recipe: Recipe, known: dict[str, Any]) -> Recipe:
+    """The recipe of a run with the places that another one names for the same things.
+
+    Where things are decides nothing. What they are is compared too: rows and prompts by their digests, the
+    base by its fingerprint, as far as data.json has them (`known`); the adapter is in the resume point.
+    """
+    moved: dict[str, Any] = {"output_dir": recipe.output_dir}
+    model, data = trained.model, trained.data
+    if "sources" in known and len(data.sources) == len(recipe.data.sources):
+        pairs = zip(data.sources, recipe.data.sources, strict=True)
+        sources = [old.model_copy(update={"path": new.path}) for old, new in pairs]
+        moved["data"] = data.model_copy(update={"sources": sources})
+    if "prompts" in known and trained.eval.prompts and recipe.eval.prompts:
+        moved["eval"] = trained.eval.model_copy(update={"prompts": recipe.eval.prompts})
+    if model.adapter and recipe.model.adapter:
+        model = model.model_copy(update={"adapter": recipe.model.adapter})
+    if "base" in known and find_path(recipe.model.base).is_dir():
+        model = model.model_copy(update={"base": recipe.model.base})
+    return trained.model_copy(update=moved | {"model": model})
 
 
 def _newest_good(run: Run) -> Path | None:

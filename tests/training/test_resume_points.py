@@ -13,9 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
+from typer.testing import CliRunner
 
-from mamba_sft import Run
+from mamba_sft import Recipe, Run
+from mamba_sft.cli.app import app
 from mamba_sft.errors import TrainingError
 from mamba_sft.training import fine_tuning, resume_points
 from mamba_sft.training.fine_tuning import RunInterruptedError, prepare, train, train_prepared
@@ -227,6 +230,26 @@ def test_a_run_that_died_after_its_last_step_takes_no_step_more(
     assert not run.answers_before.exists()
 
 
+@pytest.mark.parametrize("dies_in", ["write_samples", "write_report"])
+def test_a_run_that_died_between_its_last_files_is_not_finished(
+    recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dies_in: str
+) -> None:
+    (tmp_path / "prompts.txt").write_text("hello 3\n")
+    options = ("eval.max_new_tokens=4", f"eval.prompts={tmp_path / 'prompts.txt'}")
+    whole, run = train(recipe(*options, name="whole")), Run(tmp_path / "run")
+
+    def gone(*args: Any) -> None:
+        raise OSError("gone")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="gone"):
+        patch.setattr(fine_tuning, dies_in, gone)
+        train(recipe(*options))
+    assert run.adapter.is_dir()
+    assert_same(whole, train(recipe(*options), resume=True))
+    assert run.samples.read_text() == whole.samples.read_text()
+    assert run.report.is_file()
+
+
 def test_early_stopping_is_taken_up(recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its patience is counted over the sessions, and once it has ended a run, no step is taken."""
     options = ("data.validation=0.3", "train.max_steps=40", "train.learning_rate=0.3", "eval.eval_steps=1",
@@ -255,6 +278,44 @@ def test_a_start_that_was_killed_begins_again(recipe: Any, tmp_path: Path) -> No
     run.answers_before.write_text(json.dumps(kept | {"answers": ["kept"]}))
     assert_same(whole, train(recipe(*options), resume=True))
     assert json.loads(run.samples.read_text())["before"] == "kept"
+
+
+def test_a_run_that_was_moved_goes_on(
+    recipe: Any, tiny_base: Path, chats: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Directory, base, rows and prompts, all of them elsewhere; the best resume point is found there too."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("hello 3\n")
+    options = ("data.validation=6", "eval.eval_steps=1", "train.save_steps=1", "train.learning_rate=0.3",
+               "train.max_steps=6", "eval.max_new_tokens=4")  # fmt: skip
+    at_first = (*options, f"eval.prompts={prompts}")
+    whole = train(recipe(*at_first, name="whole"))
+    with pytest.raises(OSError, match="gone"):
+        train_prepared(prepare(recipe(*at_first)), callbacks=[DieAt(6)])
+    there = tmp_path / "mounted" / "elsewhere"
+    there.mkdir(parents=True)
+    for path in (tmp_path / "run", tiny_base, chats, prompts):
+        shutil.move(path, there / path.name)
+    moved = [
+        f"model.base={there / tiny_base.name}", f"data.sources.0.path={there / chats.name}",
+        f"eval.prompts={there / prompts.name}",
+    ]  # fmt: skip
+    with caplog.at_level(logging.INFO, "mamba_sft"):
+        done = CliRunner().invoke(app, ["train", str(there / "run" / "recipe.yaml"), *moved, "--resume"])
+    assert done.exit_code == 0, done.output
+    run = Run(there / "run")
+    assert Recipe.load(run.recipe).output_dir == str(run.path)
+    assert_same(whole, run)
+    best = json.loads(run.environment.read_text())["best_validation_loss"]
+    assert best < [line["eval_loss"] for line in run.read_metrics() if "eval_loss" in line][-1]
+
+
+def test_another_base_in_the_same_place_is_refused(recipe: Any, stopped: Run, tiny_base: Path) -> None:
+    weights = load_file(tiny_base / "model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in weights.items()}, tiny_base / "model.safetensors",
+              metadata={"format": "pt"})  # fmt: skip
+    with pytest.raises(TrainingError, match="was started on another base"):
+        train(recipe(), resume=True)
 
 
 class Slow(TrainerCallback):
