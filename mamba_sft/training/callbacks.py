@@ -131,6 +131,7 @@ class Interruption(TrainerCallback):
         self.grace_seconds = grace_seconds
         self.requested = False
         self.where = "stopped before training"
+        self.step: int | None = None
         self._training = False
         self._late_at = math.inf
 
@@ -163,6 +164,7 @@ class Interruption(TrainerCallback):
         self._training = False
 
     def _see(self, state: TrainerState) -> None:
+        self.step = state.global_step
         self.where = f"stopped at step {state.global_step} of {state.max_steps}"
 
     @contextmanager

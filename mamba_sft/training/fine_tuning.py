@@ -290,7 +290,8 @@ def _build_trainer(
 def _interrupted(run: Run, interruption: Interruption) -> RunInterruptedError:
     kept, again = newest_resume_point(run), f"continue with `mamba-sft train {run.recipe} --resume`"
     if kept is not None:
-        return RunInterruptedError(f"{interruption.where}; saved `{kept}`", hint=again)
+        told = "saved" if step_in_name(kept) == interruption.step else "the newest checkpoint is"
+        return RunInterruptedError(f"{interruption.where}; {told} `{kept}`", hint=again)
     begun = run.recipe.is_file()  # else it is as if nothing had been started
     return RunInterruptedError(f"{interruption.where}; no checkpoint yet", hint=again if begun else None)
 

@@ -241,9 +241,10 @@ def test_a_run_that_died_between_its_last_files_is_not_finished(
     def gone(*args: Any) -> None:
         raise OSError("gone")
 
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="gone"):
+    with monkeypatch.context() as patch:
         patch.setattr(fine_tuning, dies_in, gone)
-        train(recipe(*options))
+        with pytest.raises(OSError, match="gone"):
+            train(recipe(*options))
     assert run.adapter.is_dir()
     assert_same(whole, train(recipe(*options), resume=True))
     assert run.samples.read_text() == whole.samples.read_text()
@@ -339,6 +340,35 @@ def test_a_step_that_takes_too_long_is_given_up(recipe: Any, tmp_path: Path, how
     with pytest.raises(RunInterruptedError, match=r"stopped at step 1 of 4; saved .*checkpoint-1`"):
         train_prepared(prepare(recipe(*options, "train.grace_seconds=0")), callbacks=[Slow(2)])
     assert_same(whole, train(recipe(*options), resume=True))
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_signal_while_answering_stops_at_once(
+    recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    (tmp_path / "prompts.txt").write_text("hello 3\n")
+    options = ("eval.max_new_tokens=4", f"eval.prompts={tmp_path / 'prompts.txt'}")
+    whole, answer = train(recipe(*options, name="whole")), fine_tuning._answer
+
+    def stopped(preparation: Any, trainer: Any, now: str) -> list[str]:
+        if now == when:
+            signal.raise_signal(signal.SIGTERM)
+        return answer(preparation, trainer, now)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fine_tuning, "_answer", stopped)
+        with pytest.raises(RunInterruptedError, match=f"stopped {when} training") as caught:
+            train(recipe(*options))
+    assert (caught.value.exit_code, caught.value.heading) == (130, "stopped")
+    assert "--resume" in (caught.value.hint or "")
+    assert_same(whole, train(recipe(*options), resume=True))
+
+
+def test_a_second_signal_stops_at_once(recipe: Any, tmp_path: Path) -> None:
+    whole = train(recipe(name="whole"))
+    with pytest.raises(RunInterruptedError, match=r"stopped at step 2 of 4; saved .*checkpoint-2`"):
+        train_prepared(prepare(recipe()), callbacks=[SignalAt(3), SignalAt(3)])
+    assert_same(whole, train(recipe(), resume=True))
 
 
 class AtEvaluation(TrainerCallback):
