@@ -122,7 +122,7 @@ def _rate_of(run: Run, recipe: Recipe, device_name: str) -> Rate | None:
     if _way(Recipe.load(run.recipe)) != _way(recipe):
         return None
     if "sessions" in facts:
-        here = [session for session in facts["sessions"] if session["device"] == device_name]
+        here = [one for one in facts["sessions"] if one["device"] == device_name and one["tokens"]]
         tokens, seconds = (sum(session[name] for session in here) for name in ("tokens", "train_seconds"))
         return Rate(tokens / seconds, path_text(run.path)) if tokens and seconds else None
     if facts["device"]["name"] != device_name:  # an earlier version's run, of one session
