@@ -89,6 +89,11 @@ class Run:
         return self.path / "samples.jsonl"
 
     @property
+    def answers_before(self) -> Path:
+        """Answers to the sample prompts before training, kept until the run is finished, as JSON."""
+        return self.path / "answers-before.json"
+
+    @property
     def rejected(self) -> Path:
         """Rows that `data.on_bad_row: skip` dropped, with the reason and where they came from."""
         return self.path / "rejected.jsonl"

@@ -40,7 +40,7 @@ def main() -> None:
         _print_error(error)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        err.print("interrupted")
+        err.print("[bold yellow]stopped:[/] by Ctrl-C")
         sys.exit(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -55,7 +55,9 @@ def main() -> None:
 
 
 def _print_error(error: MambaSFTError) -> None:
-    err.print(f"[bold red]error:[/] {escape(error.message)}", soft_wrap=True)
+    colour = "red" if error.heading == "error" else "yellow"
+    message = escape(error.message.removeprefix("stopped "))
+    err.print(f"[bold {colour}]{error.heading}:[/] {message}", soft_wrap=True)
     if error.hint:
         err.print(f"[bold cyan]hint:[/] {escape(error.hint)}", soft_wrap=True)
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from accelerate.utils import broadcast_object_list
 
@@ -23,13 +23,10 @@ from mamba_sft.run import Run
 from mamba_sft.training.resuming import newest_resume_point
 from mamba_sft.wording import size_text
 
-if TYPE_CHECKING:
-    from transformers import Trainer
-
 logger = logging.getLogger(__name__)
 
-STOP_SECONDS, STOP_PAUSE = 20.0, 1.0
-"""How long, and how often, the last checkpoint of a run that is stopped is tried: Slurm gives a job 30 s."""
+STOP_PAUSE = 1.0
+"""Seconds between two tries of the last checkpoint of a run that is stopped."""
 _GOES_ON = "Training goes on, the next save tries again"
 
 
@@ -47,10 +44,10 @@ class CheckpointSaves:
         self.paused = False
         self._told = 0
 
-    def save(self, trainer: Trainer, write: Callable[[], None]) -> None:
+    def save(self, trainer: Any, write: Callable[[], None]) -> None:
         """Saves a checkpoint; where the disk does not take it, removes what there is of it, and warns.
 
-        The checkpoint of a run that is told to stop is tried for `STOP_SECONDS`: it is the last. With several
+        The checkpoint of a run that is stopped is tried for half of its grace: it is the last. With several
         processes, which wait for each other while they save, room is looked for first, and none of them
         begins where there is none.
 
@@ -66,12 +63,13 @@ class CheckpointSaves:
         if several and (refused := self._refused(trainer.accelerator)):
             self._pause(step, refused, _GOES_ON)
             return
-        until = time.monotonic() + (STOP_SECONDS if _is_stopped(trainer) and not several else 0)
+        stops = trainer.interruption.requested and not several
+        until = time.monotonic() + (trainer.interruption.grace_seconds / 2 if stops else 0)
         while not self._saved(trainer, write, several) and time.monotonic() < until:
             time.sleep(STOP_PAUSE)
             trainer.state.best_model_checkpoint = best
 
-    def _saved(self, trainer: Trainer, write: Callable[[], None], several: bool) -> bool:
+    def _saved(self, trainer: Any, write: Callable[[], None], several: bool) -> bool:
         step, best = trainer.state.global_step, trainer.state.best_model_checkpoint
         try:
             write()
@@ -82,7 +80,8 @@ class CheckpointSaves:
             self._remove(step)
             last_is_best = trainer.control.should_training_stop and trainer.state.best_global_step == step
             trainer.state.best_model_checkpoint = None if last_is_best else best  # None: it stays in memory
-            then = f"It is tried again for {STOP_SECONDS:.0f} s" if _is_stopped(trainer) else _GOES_ON
+            stop = trainer.interruption
+            then = f"It is tried again for {stop.grace_seconds / 2:.0f} s" if stop.requested else _GOES_ON
             self._pause(step, f"cannot write to `{self.run.checkpoints}`: {why}", then)
             return False
         if self.paused:
@@ -116,11 +115,6 @@ class CheckpointSaves:
             "the checkpoint of step %d is not saved: %s; it takes %s. %s, and until then %s",
             step, why, size_text(sum(self.sizes)), then, newest_text(self.run),
         )  # fmt: skip
-
-
-def _is_stopped(trainer: Trainer) -> bool:
-    """Whether the user stops the run: then no other save follows."""
-    return any(getattr(callback, "requested", False) for callback in trainer.callback_handler.callbacks)
 
 
 def newest_text(run: Run) -> str:

@@ -20,6 +20,7 @@ from mamba_sft.errors import TrainingError
 from mamba_sft.planning import storage
 from mamba_sft.planning.storage import checkpoints_at_once, run_sizes
 from mamba_sft.training import fine_tuning, saving
+from mamba_sft.training.callbacks import Interruption
 from mamba_sft.training.fine_tuning import prepare, train, train_prepared
 from mamba_sft.training.resuming import newest_resume_point
 from mamba_sft.training.saving import Lines
@@ -99,10 +100,9 @@ def test_a_best_checkpoint_that_is_not_saved_is_not_loaded(
 def test_a_stop_says_that_its_checkpoint_is_not_there(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     error = OSError(errno.ENOSPC, FULL)
     monkeypatch.setattr(Trainer, "_save_rng_state", at_step({3}, error)(Trainer._save_rng_state))
-    monkeypatch.setattr(saving, "STOP_SECONDS", 0.1)
     monkeypatch.setattr(saving, "STOP_PAUSE", 0.01)
-    with pytest.raises(fine_tuning.RunInterruptedError, match=r"could not be written, the newest is .*-2`"):
-        train_prepared(prepare(recipe()), callbacks=[SignalAt(3)])
+    with pytest.raises(fine_tuning.RunInterruptedError, match=r"stopped at step 3 .*the newest .*-2`"):
+        train_prepared(prepare(recipe("train.grace_seconds=2")), callbacks=[SignalAt(3)])
 
 
 def test_the_checkpoint_of_a_stop_is_tried_again(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,7 +133,7 @@ class State:
 
 
 class OneOfTwo:
-    accelerator, state = TwoProcesses(), State()
+    accelerator, state, interruption = TwoProcesses(), State(), Interruption(20)
 
 
 def test_processes_agree_before_they_save(
@@ -147,7 +147,6 @@ def test_processes_agree_before_they_save(
     assert not written
     assert "a checkpoint takes" in caplog.text
     monkeypatch.undo()
-    monkeypatch.setattr(saving, "_is_stopped", lambda trainer: False)
     saves.save(OneOfTwo(), lambda: written.append(1))  # type: ignore[arg-type]
     assert written
     with pytest.raises(OSError, match="Disk quota"):
