@@ -147,6 +147,6 @@ def output_of(model: FullModel, output: str | Path | None) -> Path:
     if output is None and model.run is None:
         raise UsageError("where to? a checkpoint outside a run has no `export/`", hint="give `--output`")
     place = model.run.export if output is None and model.run is not None else Path(str(output))
-    check_writable(place, ExportError)
     check_output(place, model.sources, "exported")
+    check_writable(place, ExportError)
     return place

@@ -127,8 +127,8 @@ def match_adapter(run: Run, output: Path, dtype: str | None) -> PreparedMerge:
 
 
 def _check_output(output: Path, sources: Iterable[Path]) -> None:
-    check_writable(output, MergeError)
     check_output(output, sources, "merged")
+    check_writable(output, MergeError)
     if not output.name:
         raise UsageError(f"`{output}` cannot be made anew", hint="give `--output` a directory by its name")
     ours = (output / MERGE_REPORT).is_file()
