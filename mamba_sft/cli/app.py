@@ -32,6 +32,10 @@ app = typer.Typer(
 )
 
 
+_NO_BUGS = (errno.EROFS, errno.EIO, errno.ESTALE, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
+"""What a system answers, besides that there is no room, that no program is to blame for."""
+
+
 def main() -> None:
     """Runs the command line; expected failures become one message and an exit code."""
     try:
@@ -46,7 +50,7 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
-        if error.errno not in (*FULL, errno.EROFS, errno.EIO, errno.ESTALE):  # else it is a bug
+        if error.errno not in (*FULL, *_NO_BUGS):
             raise
         path = Path(str(error.filename or "."))
         what = f"`{path}`" if error.filename else "a file cannot be read or written"

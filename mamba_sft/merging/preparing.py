@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from mamba_sft.disk import require_space
+from mamba_sft.disk import check_writable, require_space
 from mamba_sft.errors import MergeError, ModelError, UsageError
 from mamba_sft.merging.saved_adapter import EMBEDDINGS, HEAD, SavedAdapter, read_adapter
 from mamba_sft.model.base_facts import BaseFacts
@@ -128,6 +128,7 @@ def match_adapter(run: Run, output: Path, dtype: str | None) -> PreparedMerge:
 
 def _check_output(output: Path, sources: Iterable[Path]) -> None:
     check_output(output, sources, "merged")
+    check_writable(output, MergeError)
     if not output.name:
         raise UsageError(f"`{output}` cannot be made anew", hint="give `--output` a directory by its name")
     ours = (output / MERGE_REPORT).is_file()
