@@ -209,7 +209,7 @@ def _train(preparation: Preparation, interruption: Interruption, callbacks: Sequ
     before = _answers_before(preparation, trainer)
     with _out_of_memory_explained():
         trainer.fit(preparation.resume_point)
-    if interruption.requested:
+    if interruption.ends_the_run:
         raise _interrupted(run, interruption)
     interruption.where = "stopped after training, before all was written"
     _refuse_unchanged(trainer, start)
