@@ -131,6 +131,8 @@ class Interruption(TrainerCallback):
     def __init__(self, grace_seconds: float):
         self.grace_seconds = grace_seconds
         self.requested = False
+        self.agreed: bool | None = None
+        """What several processes know of each other's requests, of the same step; None with one process."""
         self.where = "stopped before training"
         self.step: int | None = None
         self._training = False
@@ -140,6 +142,11 @@ class Interruption(TrainerCallback):
     def is_late(self) -> bool:
         """Whether the step in progress can no longer be waited for."""
         return self.requested and time.monotonic() > self._late_at
+
+    @property
+    def ends_the_run(self) -> bool:
+        """Whether this step is the last one, for all processes."""
+        return self.requested if self.agreed is None else self.agreed
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -153,7 +160,7 @@ class Interruption(TrainerCallback):
     ) -> TrainerControl:
         """Saves and stops after the step in which the signal came."""
         self._see(state)
-        if self.requested:
+        if self.ends_the_run:
             control.should_save = True
             control.should_training_stop = True
         return control

@@ -244,7 +244,7 @@ def _train(
     explained = file_errors_explained(run, lambda: trainer.state.global_step)
     with explained, _out_of_memory_explained():
         trainer.fit(preparation.resume_point)
-    if interruption.requested:
+    if interruption.ends_the_run:
         raise _interrupted(run, interruption)
     interruption.where = "stopped after training, before all was written"
     _refuse_unchanged(trainer, start)

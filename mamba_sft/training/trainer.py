@@ -193,6 +193,9 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         numbers = [found[None], *(loss[None] for loss, _ in batches)]
         if self.residual is not None:
             numbers.append(self.residual.collect(self.accelerator))
+        if self.accelerator.num_processes > 1:  # a signal may reach them in different steps
+            own = torch.tensor([float(self.interruption.requested)], device=figures.device)
+            numbers.append(self.accelerator.reduce(own, reduction="sum"))
         read = torch.cat([x.double().to(figures.device) for x in (*numbers, figures.flatten())]).tolist()
         norm, losses, rest = read[0], read[1 : len(batches) + 1], read[len(batches) + 1 :]
         for loss, (_, inputs) in zip(losses, batches, strict=True):
@@ -202,6 +205,8 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
             self._stop_on_nan("gradient", self._find_bad_gradient(model, [inputs for _, inputs in batches]))
         if self.residual is not None:
             self._largest = max(self._largest, rest.pop(0))
+        if self.accelerator.num_processes > 1:
+            self.interruption.agreed = rest.pop(0) > 0
         self._take("train", [rest[start : start + 4] for start in range(0, len(rest), 4)])
         return float(norm)
 

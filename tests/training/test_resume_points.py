@@ -309,6 +309,11 @@ def test_a_run_that_was_moved_goes_on(
     assert_same(whole, run)
     best = json.loads(run.environment.read_text())["best_validation_loss"]
     assert best < [line["eval_loss"] for line in run.read_metrics() if "eval_loss" in line][-1]
+    shutil.rmtree(run.adapter)
+    again = Run(Path(shutil.move(run.path, tmp_path / "once-more")))
+    done = CliRunner().invoke(app, ["train", str(again.recipe), "--resume"])
+    assert done.exit_code == 0, done.output
+    assert_same(whole, again)
 
 
 def test_another_base_in_the_same_place_is_refused(recipe: Any, stopped: Run, tiny_base: Path) -> None:
@@ -382,9 +387,18 @@ class AtEvaluation(TrainerCallback):
             signal.raise_signal(signal.SIGTERM)
 
 
-@pytest.mark.parametrize("step", [2, 4])
-def test_an_evaluation_that_takes_too_long_is_made_up_for(recipe: Any, step: int) -> None:
-    options = (DROPOUT, "data.validation=6", "eval.eval_steps=2")
+@pytest.mark.parametrize(
+    ("step", "more"),
+    [
+        (2, ("eval.eval_steps=2",)),
+        (4, ("eval.eval_steps=2",)),
+        (1, ("eval.eval_steps=1", "train.save_steps=3", "eval.load_best_model_at_end=false")),
+    ],
+)
+def test_an_evaluation_that_takes_too_long_is_made_up_for(
+    recipe: Any, step: int, more: tuple[str, ...]
+) -> None:
+    options = (DROPOUT, "data.validation=6", *more)
     whole = train(recipe(*options, name="whole"))
     late = recipe(*options, "train.grace_seconds=0")
     with pytest.raises(RunInterruptedError, match=f"stopped at step {step} of 4"):
