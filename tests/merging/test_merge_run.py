@@ -647,7 +647,8 @@ def test_a_disk_that_fills_up_is_a_clear_error(
     def full(descriptor: int) -> None:
         raise OSError(code, "no room")
 
-    monkeypatch.setattr(preparing, "require_space", lambda *_: None)
+    for check in ("require_space", "check_writable"):
+        monkeypatch.setattr(preparing, check, lambda *_: None)
     monkeypatch.setattr(tensor_files.os, "fsync", full)
     with pytest.raises(MergeError, match=words + "the merged model takes"):
         merge(made.run)
