@@ -89,6 +89,11 @@ class Run:
         return self.path / "samples.jsonl"
 
     @property
+    def answers_before(self) -> Path:
+        """Answers to the sample prompts before training, kept until the run is finished, as JSON."""
+        return self.path / "answers-before.json"
+
+    @property
     def rejected(self) -> Path:
         """Rows that `data.on_bad_row: skip` dropped, with the reason and where they came from."""
         return self.path / "rejected.jsonl"
@@ -168,9 +173,10 @@ def check_output(output: Path, sources: Iterable[Path | None], doing: str) -> No
     Raises:
         UsageError: `output` is a file or one of the sources.
     """
-    if output.exists() and not output.is_dir():
+    if os.path.exists(output) and not os.path.isdir(output):  # which, unlike a `Path`, take any name
         raise UsageError(f"`{output}` is a file", hint="give a directory with `--output`")
-    if any(source is not None and source.resolve() == output.resolve() for source in sources):
+    place = os.path.realpath(output)
+    if any(source is not None and os.path.realpath(source) == place for source in sources):
         raise UsageError(f"`{output}` is what would be {doing}; the result needs a directory of its own")
 
 

@@ -3,6 +3,6 @@
 Read `app` (the verbs, errors and exit codes) and `console` (where output goes, what verbs share), then any
 verb, one file each: `train` `data` `plan` `merge` `export` `chat` `generate` `doctor` `bench` `recipes`.
 `progress` draws the bars, `preview` the rows and counts of `data`, `lines` what must not wrap, `terminal` is
-the loop behind `chat`.
+the loop behind `chat`, `unsaved` asks where else an adapter may go.
 Verbs import what they need when they run, so that `--help` never loads torch.
 """

@@ -6,9 +6,11 @@ Data goes to stdout, progress and messages to stderr. Exit codes: 0 done, 1 an e
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -17,6 +19,7 @@ from rich.markup import escape
 from mamba_sft import __version__
 from mamba_sft.cli import bench, chat, data, doctor, export, generate, merge, plan, recipes, train
 from mamba_sft.cli.console import err, out
+from mamba_sft.disk import FULL, reason
 from mamba_sft.errors import MambaSFTError
 
 app = typer.Typer(
@@ -29,6 +32,10 @@ app = typer.Typer(
 )
 
 
+_NO_BUGS = (errno.EROFS, errno.EIO, errno.ESTALE, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
+"""What a system answers, besides that there is no room, that no program is to blame for."""
+
+
 def main() -> None:
     """Runs the command line; expected failures become one message and an exit code."""
     try:
@@ -37,15 +44,24 @@ def main() -> None:
         _print_error(error)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        err.print("interrupted")
+        err.print("[bold yellow]stopped:[/] by Ctrl-C")
         sys.exit(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:
+        if error.errno not in (*FULL, *_NO_BUGS):
+            raise
+        path = Path(str(error.filename or "."))
+        what = f"`{path}`" if error.filename else "a file cannot be read or written"
+        _print_error(MambaSFTError(f"{what}: {reason(error, path)}"))
+        sys.exit(1)
 
 
 def _print_error(error: MambaSFTError) -> None:
-    err.print(f"[bold red]error:[/] {escape(error.message)}", soft_wrap=True)
+    colour = "red" if error.heading == "error" else "yellow"
+    message = escape(error.message.removeprefix("stopped "))
+    err.print(f"[bold {colour}]{error.heading}:[/] {message}", soft_wrap=True)
     if error.hint:
         err.print(f"[bold cyan]hint:[/] {escape(error.hint)}", soft_wrap=True)
 

@@ -37,13 +37,19 @@ def train(
     """Fine-tune a base model as a recipe says: `mamba-sft train recipes/quickstart.yaml`."""
     from mamba_sft.recipe.recipe import Recipe
 
-    loaded = Recipe.load(recipe, overrides=overrides or [])
+    changes = overrides or []
+    loaded = Recipe.load(recipe, overrides=changes)
     from mamba_sft.cli.lines import WarningList
     from mamba_sft.cli.progress import TrainingBar
+    from mamba_sft.cli.unsaved import ask_on_terminal
     from mamba_sft.data.summary import FITS_NO_CHAT
     from mamba_sft.evaluation.losses import loss_warnings
+    from mamba_sft.recipe.builtin import find_recipe
     from mamba_sft.training.fine_tuning import prepare, train_prepared
+    from mamba_sft.training.resuming import own_recipe_moved
 
+    if resume and not any(change.startswith("output_dir=") for change in changes):
+        loaded = own_recipe_moved(find_recipe(recipe), loaded)
     if allow_changed_data and not resume:
         raise UsageError("`--allow-changed-data` goes with `--resume`", hint="a new run takes any data")
     preparation = prepare(
@@ -58,7 +64,7 @@ def train(
         err.print(WarningList(warnings), crop=False)
     bar = TrainingBar(err)
     try:
-        run = train_prepared(preparation, callbacks=[bar])
+        run = train_prepared(preparation, callbacks=[bar], ask=ask_on_terminal())
     finally:
         bar.close()
     _show_samples(run, fits_no_chat)

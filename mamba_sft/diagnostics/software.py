@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import shutil
 from collections.abc import Iterator
@@ -15,6 +14,8 @@ from typing import Literal
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from mamba_sft.disk import check_writable
+from mamba_sft.errors import UsageError
 from mamba_sft.wording import size_text
 
 Status = Literal["ok", "note", "problem"]
@@ -127,13 +128,16 @@ def storage() -> Iterator[Finding]:
 
 
 def _room(name: str, path: Path, needed: float, by: str, fix: str) -> Finding:
+    try:
+        if needed:
+            check_writable(path, UsageError)
+    except UsageError as error:
+        return Finding("storage", name, "note" if name == "runs" else "problem", error.message, fix)
     there = path
     while not there.exists():
         there = there.parent
     free = shutil.disk_usage(there).free
     text = f"{size_text(free)} free in {path}"
-    if name == "runs" and not os.access(there, os.W_OK):
-        return Finding("storage", name, "note", f"{path} cannot be written", fix)
     if free < 0.1e9 and needed:
         return Finding("storage", name, "problem", f"the disk of {path} is full", fix)
     if free < needed:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mamba_sft.errors import UsageError
+from mamba_sft.disk import check_writable
+from mamba_sft.errors import ExportError, UsageError
 from mamba_sft.exporting.full_model import FullModel
 from mamba_sft.run import check_output
 
@@ -141,9 +142,11 @@ def output_of(model: FullModel, output: str | Path | None) -> Path:
 
     Raises:
         UsageError: Neither is there, or it is what would be exported.
+        ExportError: It cannot be written to.
     """
     if output is None and model.run is None:
         raise UsageError("where to? a checkpoint outside a run has no `export/`", hint="give `--output`")
     place = model.run.export if output is None and model.run is not None else Path(str(output))
     check_output(place, model.sources, "exported")
+    check_writable(place, ExportError)
     return place

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from mamba_sft.disk import check_writable
 from mamba_sft.errors import DataError, UsageError
 from mamba_sft.inference.chat_model import ChatModel, load_chat_model, require_template, split_chat_model
 from mamba_sft.inference.generation import Answer, answers
@@ -54,6 +55,8 @@ def generate(
     rows = _read_prompts(prompts) if isinstance(prompts, Path) else _list_prompts(prompts)
     if output is not None and Path(output).is_dir():
         raise UsageError(f"the output `{output}` is a directory", hint="for example `answers.jsonl`")
+    if output is not None:
+        check_writable(Path(output).parent, UsageError, hint="choose another place for `--output`")
     chat_model = model if isinstance(model, ChatModel) else load_chat_model(model, needs_template=not raw)
     system = chat_model.system if system is None else system
     if not raw:

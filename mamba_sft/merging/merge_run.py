@@ -20,10 +20,10 @@ import torch
 
 from mamba_sft.data.packing import Collator
 from mamba_sft.data.preparing import read_corpus
+from mamba_sft.disk import disk_errors_explained
 from mamba_sft.errors import MambaSFTError, MergeError, UsageError
 from mamba_sft.inference.scoring import heldout_loss
 from mamba_sft.merging.check import CheckResult, MergeCheck, MergeResult
-from mamba_sft.merging.disk import disk_errors_explained
 from mamba_sft.merging.preparing import PreparedMerge, prepare_merge
 from mamba_sft.merging.saved_adapter import SavedAdapter
 from mamba_sft.merging.summed import MergedTensors, write_companions

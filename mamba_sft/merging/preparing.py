@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from mamba_sft.disk import check_writable, require_space
 from mamba_sft.errors import MergeError, ModelError, UsageError
-from mamba_sft.merging.disk import require_space
 from mamba_sft.merging.saved_adapter import EMBEDDINGS, HEAD, SavedAdapter, read_adapter
 from mamba_sft.model.base_facts import BaseFacts
 from mamba_sft.model.checkpoint import TensorEntry, base_fingerprint, read_config, read_tensors
@@ -74,6 +74,11 @@ class PreparedMerge:
         return sum(layout.nbytes for layout in self.layouts)
 
     @property
+    def sizes(self) -> list[int]:
+        """Bytes of each file of the merged model."""
+        return [sum(layout.nbytes for layout in shard) for shard in self.shards.values()]
+
+    @property
     def changed(self) -> int:
         """How many tensors the adapter changes."""
         return sum(self.adapter.touches(name) for name in self.entries)
@@ -94,7 +99,7 @@ def prepare_merge(run: Run, output: Path, dtype: str | None) -> PreparedMerge:
     """
     prepared = match_adapter(run, output, dtype)
     _check_output(output, [prepared.base, run.adapter, run.path])
-    require_space(prepared.output, prepared.nbytes, "the merged model takes", MergeError)
+    require_space(prepared.output, prepared.sizes, "the merged model takes", MergeError)
     return prepared
 
 
@@ -123,6 +128,7 @@ def match_adapter(run: Run, output: Path, dtype: str | None) -> PreparedMerge:
 
 def _check_output(output: Path, sources: Iterable[Path]) -> None:
     check_output(output, sources, "merged")
+    check_writable(output, MergeError)
     if not output.name:
         raise UsageError(f"`{output}` cannot be made anew", hint="give `--output` a directory by its name")
     ours = (output / MERGE_REPORT).is_file()

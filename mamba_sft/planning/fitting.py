@@ -112,6 +112,17 @@ def _fitting(work: Work, accumulation: int, accelerator: Accelerator) -> Iterato
             yield Fix(tuple(overrides), size, slowdown)
 
 
+def trained_values(recipe: Recipe, *, trained_rows: int) -> int:
+    """Returns how many values a run trains.
+
+    Args:
+        recipe: What would be trained.
+        trained_rows: Rows of the vocabulary that are trained.
+    """
+    shape, _ = find_shape(recipe.model)
+    return Work.of(recipe, shape, "cpu", length=1, trained_rows=trained_rows).trained
+
+
 def advice(found: list[Fix]) -> str:
     """Returns the fixes as a hint."""
     if not found:

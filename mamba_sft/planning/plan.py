@@ -14,6 +14,7 @@ from mamba_sft.planning.fitting import Fix, fixes, largest_length, largest_rows
 from mamba_sft.planning.gpus import Accelerator, find_gpu, recognized
 from mamba_sft.planning.memory import Part, Work, peak, planned_parts
 from mamba_sft.planning.speed import Rate, estimate, flops, measured
+from mamba_sft.planning.storage import adapter_bytes, checkpoint_sizes
 from mamba_sft.recipe.builtin import find_path
 from mamba_sft.recipe.recipe import Recipe
 
@@ -199,13 +200,11 @@ def _most_tokens(recipe: Recipe, extent: RunLength | None, per_step: int) -> int
 
 
 def _disk(recipe: Recipe, work: Work) -> dict[str, int]:
-    parameters = work.shape.parameters
-    adapter = 4 * work.trained
-    optimizer = work.trained * (8 if recipe.train.optim == "adamw_torch_fused" else 2)
+    parameters, checkpoint = work.shape.parameters, checkpoint_sizes(work.trained, recipe.train.optim)
     return {
         "download": 0 if find_path(recipe.model.base).exists() else 2 * parameters,
-        "adapter": adapter,
-        "checkpoints": recipe.train.save_total_limit * (adapter + optimizer),
+        "adapter": adapter_bytes(work.trained),
+        "checkpoints": recipe.train.save_total_limit * sum(checkpoint),
         "merged": 2 * parameters,
         "gguf_f16": 2 * parameters,
         "gguf_q4_k_m": int(Q4_K_M_BYTES * parameters),

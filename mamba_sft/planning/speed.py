@@ -102,8 +102,9 @@ def _cpu_seconds(work: Work, cores: int) -> float:
 def measured(recipe: Recipe, device_name: str) -> Rate | None:
     """Returns the rate of the newest run on this device that trained the same way, if there is one.
 
-    Looked for beside `output_dir`: the tokens in a run's metrics.jsonl over the seconds that its trainer
-    took, evaluations included. The same way is the same base, number format, adapter, rows and policies.
+    Looked for beside `output_dir`: the tokens of a run's sessions on this device over the seconds that its
+    trainer took in them, evaluations included. The same way is the same base, number format, adapter, rows
+    and policies.
     """
     beside = Path(recipe.output_dir).absolute().parent
     for run in Run.all_under(beside):
@@ -118,7 +119,13 @@ def measured(recipe: Recipe, device_name: str) -> Rate | None:
 
 def _rate_of(run: Run, recipe: Recipe, device_name: str) -> Rate | None:
     facts = json.loads(run.environment.read_text(encoding="utf-8"))
-    if facts["device"]["name"] != device_name or _way(Recipe.load(run.recipe)) != _way(recipe):
+    if _way(Recipe.load(run.recipe)) != _way(recipe):
+        return None
+    if "sessions" in facts:
+        here = [one for one in facts["sessions"] if one["device"] == device_name and one["tokens"]]
+        tokens, seconds = (sum(session[name] for session in here) for name in ("tokens", "train_seconds"))
+        return Rate(tokens / seconds, path_text(run.path)) if tokens and seconds else None
+    if facts["device"]["name"] != device_name:  # an earlier version's run, of one session
         return None
     lines = run.read_metrics()
     seconds = max((line.get("train_runtime", 0.0) for line in lines), default=0.0)

@@ -16,7 +16,9 @@ from mamba_sft.recipe.fields import AdapterSection, DataSection, EvalSection, So
 
 Keys = tuple[str | int, ...]
 
-NOT_OF_TRL = ("checkpointing", "stream_tokens", "carry_state", "auto_batch", "log_activations")
+NOT_OF_TRL = (
+    "checkpointing", "stream_tokens", "carry_state", "auto_batch", "log_activations", "grace_seconds",
+)  # fmt: skip
 """Fields of `train` that SFTConfig does not have."""
 
 OWNED_ARGUMENTS = {

@@ -229,6 +229,9 @@ class TrainSection(Section):
     `eval.eval_steps`."""
     save_total_limit: int = Field(default=2, ge=1, le=MANY)
     """Checkpoints kept on disk; older ones are removed, the best one never."""
+    grace_seconds: float = Field(default=20.0, ge=0, le=86_400)
+    """How soon after Ctrl-C or SIGTERM a checkpoint is there: a step that takes more than half of it is given
+    up. Slurm and Colab kill after about 30 seconds."""
     log_activations: bool = False
     """Log the largest number of the residual stream as `largest_residual`, for one more reading of every
     block's output. Beyond 65,504 a float16 model would lose it."""

@@ -11,9 +11,13 @@
                                          +- largest_residual  what float16 may not hold
                                          +- activations    what is kept for the backward
                                          +- callbacks      metrics on disk, Ctrl-C, an adapter that learns
+                                         +- saving         what a full disk does not take
+                                         +- resume_points  written whole, known by their hashes
+                                         +- counts         tokens, losses and time of all sessions
                                          +- random_state, resuming, data_record (are the rows the same)
 
-`starting` finds the adapter that a run goes on from, where it starts from one.
+`starting` finds the adapter that a run goes on from, where it starts from one; `keeping` holds the trained
+one in memory until a disk takes it.
 
 Read `fine_tuning` first, then `trainer`, then what it uses.
 """

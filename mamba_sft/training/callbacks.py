@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +18,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from mamba_sft.errors import AdapterError
 from mamba_sft.model.adapter import dead_adapters
+from mamba_sft.run import write_atomically
+from mamba_sft.training.saving import Lines
 
 logger = logging.getLogger(__name__)
 
@@ -23,21 +27,27 @@ logger = logging.getLogger(__name__)
 class MetricsLog(TrainerCallback):
     """Appends every logged dictionary to `metrics.jsonl`, with its step.
 
-    On a resumed run, lines of steps after the checkpoint are dropped first: they describe work that was lost.
+    A resumed run begins with the lines that had been logged when its resume point was saved. Those after
+    them describe lost work; one that is missing or cut off is written again from the trainer's record.
     """
 
     def __init__(self, path: Path):
         self.path = path
+        self.lines = Lines(path)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Cuts the log back to the step that training starts from."""
+        """Brings the log to what it was at the step that training starts from."""
         if not state.is_world_process_zero:
             return
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-        kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
-        self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.exists() else ""
+        there = text.splitlines() + [""] * len(state.log_history)
+        kept = [
+            line if _holds(line, logged) else _line(logged)
+            for line, logged in zip(there, state.log_history, strict=False)
+        ]
+        write_atomically(self.path, "".join(line + "\n" for line in kept))
 
     def on_log(
         self,
@@ -49,8 +59,20 @@ class MetricsLog(TrainerCallback):
     ) -> None:
         """Appends one line."""
         if state.is_world_process_zero and logs:
-            with self.path.open("a", encoding="utf-8") as log:
-                log.write(json.dumps({"step": state.global_step, "epoch": state.epoch, **logs}) + "\n")
+            self.lines.append(_line({"step": state.global_step, "epoch": state.epoch, **logs}))
+
+
+def _line(logged: dict[str, Any]) -> str:
+    return json.dumps({"step": logged["step"], "epoch": logged.get("epoch"), **logged})
+
+
+def _holds(line: str, logged: dict[str, Any]) -> bool:
+    """Whether a line of the log is, or at least holds, what the trainer recorded."""
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and logged.items() <= found.items()
 
 
 class AdapterWatch(TrainerCallback):
@@ -91,24 +113,75 @@ class AdapterWatch(TrainerCallback):
             )
 
 
-class Interruption(TrainerCallback):
-    """Turns the first Ctrl-C (or SIGTERM) into a checkpoint and a clean stop; a second one stops at once."""
+class StepGivenUp(Exception):  # noqa: N818
+    """The user stopped the run, and the step (or evaluation) in progress takes too long to be waited for."""
 
-    def __init__(self) -> None:
+
+class Interruption(TrainerCallback):
+    """Turns the first Ctrl-C (or SIGTERM) into a resume point and a clean stop; a second one stops at once.
+
+    The step in progress has half of the time that there is, and its end is where the run stops. After that it
+    is given up (`is_late`), and the run stops where it was before it; the other half is for saving. Outside
+    of training the first signal stops at once too, since there is nothing to save.
+
+    Args:
+        grace_seconds: How long after the signal the resume point has to be there.
+    """
+
+    def __init__(self, grace_seconds: float):
+        self.grace_seconds = grace_seconds
         self.requested = False
+        self.agreed: bool | None = None
+        """What several processes know of each other's requests, of the same step; None with one process."""
+        self.where = "stopped before training"
+        self.step: int | None = None
+        self._training = False
+        self._late_at = math.inf
+
+    @property
+    def is_late(self) -> bool:
+        """Whether the step in progress can no longer be waited for."""
+        return self.requested and time.monotonic() > self._late_at
+
+    @property
+    def ends_the_run(self) -> bool:
+        """Whether this step is the last one, for all processes."""
+        return self.requested if self.agreed is None else self.agreed
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """From now on there is something to save."""
+        self._training = True
+        self._see(state)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         """Saves and stops after the step in which the signal came."""
-        if self.requested:
+        self._see(state)
+        if self.ends_the_run:
             control.should_save = True
             control.should_training_stop = True
         return control
 
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """All is saved that a signal could ask for."""
+        self._training = False
+
+    def _see(self, state: TrainerState) -> None:
+        self.step = state.global_step
+        self.where = f"stopped at step {state.global_step} of {state.max_steps}"
+
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Handles the signals inside the block; outside the main thread it changes nothing."""
+        """Handles the signals inside the block; outside the main thread it changes nothing.
+
+        Raises:
+            KeyboardInterrupt: In the block, to stop at once.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -120,7 +193,8 @@ class Interruption(TrainerCallback):
                 signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        if self.requested or not self._training:
             raise KeyboardInterrupt
         self.requested = True
+        self._late_at = time.monotonic() + self.grace_seconds / 2
         logger.warning("stopping after this step and saving a checkpoint; once more stops at once")

@@ -14,7 +14,7 @@ from mamba_sft.evaluation.prompts import Prompt, prompts_digest
 from mamba_sft.planning.extent import RunLength
 from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.run import Run
-from mamba_sft.training.resuming import step_of
+from mamba_sft.training.resume_points import step_in_name
 from mamba_sft.wording import count_text
 
 logger = logging.getLogger(__name__)
@@ -49,14 +49,14 @@ def record_data(
 
 
 def settle_changes(
-    run: Run, record: dict[str, Any], resume_point: Path, *, allowed: bool
+    run: Run, record: dict[str, Any], resume_point: Path | None, *, allowed: bool
 ) -> list[dict[str, Any]]:
     """Compares the data with what a run was started with, or with what it last went on with.
 
     Args:
         run: The run that is to go on.
         record: Of the data as it is now.
-        resume_point: The checkpoint that it goes on from.
+        resume_point: What it goes on from; None: it begins again.
         allowed: Whether the data may have changed.
 
     Returns:
@@ -78,7 +78,7 @@ def settle_changes(
             hint="bring the rows back as they were, start anew with `--overwrite`, or go on with what is "
             "there now: `--resume --allow-changed-data`",
         )
-    step = step_of(resume_point)
+    step = step_in_name(resume_point) if resume_point else 0
     logger.warning("going on after step %d with other data:\n%s", step, lines)
     return [*before.get("changes", []), {"after_step": step, "what": found}]
 

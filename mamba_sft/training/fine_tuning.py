@@ -8,11 +8,11 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,29 +22,42 @@ from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 from mamba_sft.data.packing import Collator
 from mamba_sft.data.preparing import PreparedData, read_corpus
 from mamba_sft.data.rows import row_lengths
+from mamba_sft.disk import check_writable, disk_errors_explained
 from mamba_sft.errors import TrainingError
-from mamba_sft.evaluation.prompts import Prompt, load_prompts, pair, write_samples
+from mamba_sft.evaluation.prompts import Prompt, load_prompts, pair, prompts_digest, write_samples
 from mamba_sft.evaluation.report import write_report
 from mamba_sft.inference.generation import answers, stop_token_ids
 from mamba_sft.inference.sampling import Sampling
 from mamba_sft.kernels import automatic
 from mamba_sft.model.adapter import attach_adapter, load_weights, save_adapter, trained_digest
 from mamba_sft.model.chat_template import TemplateSetup, render
+from mamba_sft.model.checkpoint import base_fingerprint, resolve_base
 from mamba_sft.model.loading import apply_setup, load_model, recommend_sampling
-from mamba_sft.planning.environment import describe_environment
+from mamba_sft.planning.environment import describe_device, describe_environment
 from mamba_sft.planning.extent import RunLength, run_length, with_accumulation
-from mamba_sft.planning.fitting import refuse_what_cannot_fit
+from mamba_sft.planning.fitting import refuse_what_cannot_fit, trained_values
+from mamba_sft.planning.storage import (
+    ANOTHER_PLACE,
+    FILES,
+    adapter_bytes,
+    checkpoint_sizes,
+    refuse_too_small_a_disk,
+)
 from mamba_sft.recipe.builtin import find_path
 from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.run import Run, atomic_directory, write_atomically
 from mamba_sft.training.activations import keep_activations
 from mamba_sft.training.callbacks import AdapterWatch, Interruption, MetricsLog
+from mamba_sft.training.counts import Counts
 from mamba_sft.training.data_record import record_data, settle_changes
+from mamba_sft.training.keeping import Ask, save_surely
+from mamba_sft.training.resume_points import step_in_name, sweep
 from mamba_sft.training.resuming import (
     find_resume_point,
     newest_resume_point,
     refuse_to_overwrite,
 )
+from mamba_sft.training.saving import CheckpointSaves, file_errors_explained, left_out_if_refused
 from mamba_sft.training.starting import check_base, find_start
 from mamba_sft.training.trainer import Trainer, trainer_arguments
 from mamba_sft.wording import count_text
@@ -60,9 +73,10 @@ _CAUSES = ("learning_rate", "grad_norm")
 
 
 class RunInterruptedError(TrainingError):
-    """The user stopped the run; its newest checkpoint is complete."""
+    """The user stopped the run, and can go on with it."""
 
     exit_code = 130
+    heading = "stopped"
 
 
 @dataclass(frozen=True)
@@ -77,8 +91,10 @@ class Preparation:
         prompts: Sample prompts to answer before and after.
         length: What the rows come to: the optimizer steps of the whole run, and whether they are too few.
         start: The adapter that training starts from, where `model.adapter` names one, or None.
-        resume_point: The checkpoint to go on from, or None.
+        resumed: Whether this goes on with what is in the run directory.
+        resume_point: What training goes on from; None where it begins at nothing.
         record: What the run keeps of its data.
+        trained: Values that are trained.
     """
 
     recipe: Recipe
@@ -89,8 +105,10 @@ class Preparation:
     prompts: list[Prompt]
     length: RunLength
     start: Path | None
+    resumed: bool
     resume_point: Path | None
     record: dict[str, Any]
+    trained: int
 
     @property
     def max_steps(self) -> int:
@@ -103,7 +121,7 @@ def prepare(
 ) -> Preparation:
     """Does everything that comes before the weights: reads and renders the data, checks every setting.
 
-    Writes nothing: `recipe.output_dir` is as it was until the run starts.
+    `recipe.output_dir` is written to for a moment, to see that it can be, and is left as it was.
 
     Args:
         recipe: What to train.
@@ -115,6 +133,8 @@ def prepare(
         MambaSFTError: Anything in recipe, base, data, memory or output directory that would make it fail.
     """
     run = Run(Path(recipe.output_dir))
+    if PartialState().is_main_process:
+        check_writable(run.path, TrainingError, hint=ANOTHER_PLACE)
     recipe, resume_point = find_resume_point(run, recipe) if resume else (recipe, None)
     if not resume and PartialState().is_main_process:
         refuse_to_overwrite(run, overwrite=overwrite)
@@ -126,10 +146,14 @@ def prepare(
     )
     recipe, longest = with_accumulation(recipe, length.accumulation), int(lengths.max(initial=0))
     refuse_what_cannot_fit(recipe, longest=longest, trained_rows=len(setup.trained_token_ids))
+    trained = trained_values(recipe, trained_rows=len(setup.trained_token_ids))
+    if PartialState().is_main_process:
+        validates = data.validation_rows is not None
+        refuse_too_small_a_disk(run, recipe, trained, steps=length.steps, validates=validates, resumes=resume)
     arguments = trainer_arguments(recipe, run, has_validation=data.validation_rows is not None)
     prompts = load_prompts(find_path(recipe.eval.prompts)) if recipe.eval.prompts else []
     record = record_data(recipe, data, setup.tokenizer, length, prompts)
-    if resume_point is not None:
+    if resume:
         record["changes"] = settle_changes(run, record, resume_point, allowed=allow_changed_data)
     return Preparation(
         recipe=recipe,
@@ -140,8 +164,10 @@ def prepare(
         prompts=prompts,
         length=length,
         start=start,
+        resumed=resume,
         resume_point=resume_point,
         record=record,
+        trained=trained,
     )
 
 
@@ -170,13 +196,38 @@ def train(
     return train_prepared(preparation, callbacks=callbacks)
 
 
-def train_prepared(preparation: Preparation, *, callbacks: Sequence[TrainerCallback] = ()) -> Run:
-    """Loads the weights of a prepared run, trains, and writes the run directory. See `train`."""
+def train_prepared(
+    preparation: Preparation, *, callbacks: Sequence[TrainerCallback] = (), ask: Ask | None = None
+) -> Run:
+    """Loads the weights of a prepared run, trains, and writes the run directory. See `train`.
+
+    Args:
+        preparation: From `prepare`.
+        callbacks: More trainer callbacks.
+        ask: Asks the user where an adapter is to go that cannot be saved. Without, it is tried again for a
+            while.
+    """
+    interruption = Interruption(preparation.recipe.train.grace_seconds)
+    with interruption.listening():
+        try:
+            return _train(preparation, interruption, callbacks, ask)
+        except KeyboardInterrupt:
+            raise _interrupted(preparation.run, interruption) from None
+
+
+def _train(
+    preparation: Preparation,
+    interruption: Interruption,
+    callbacks: Sequence[TrainerCallback],
+    ask: Ask | None,
+) -> Run:
     recipe, run = preparation.recipe, preparation.run
-    started = time.time()
+    counts = Counts(describe_device()["name"])
+    _say_what_is_left(preparation)
     logger.info("loading `%s`", recipe.model.base)
     if preparation.start is not None:
         check_base(preparation.start, recipe.model)
+    _settle_base(preparation)
     set_seed(recipe.seed)  # before the adapter draws its first weights
     model = load_model(recipe.model)
     logger.info("scan and convolution: backend %s", _backend(recipe.model.kernels, model))
@@ -185,19 +236,40 @@ def train_prepared(preparation: Preparation, *, callbacks: Sequence[TrainerCallb
     model = attach_adapter(model, recipe.adapter, trained_token_ids=preparation.setup.trained_token_ids)
     keep_activations(model, recipe.train.checkpointing)
     _start_directory(preparation)  # an earlier run goes only when this one has all it needs
-    interruption = Interruption()
-    trainer = _build_trainer(preparation, model, interruption, callbacks)
+    trainer = _build_trainer(preparation, model, counts, interruption, callbacks)
     if preparation.start is not None:  # not before: TRL rounds what is trained when the base is quantized
         load_weights(trainer.model, preparation.start)
     start = trained_digest(trainer.model)
-    before = _answer(preparation, trainer, "before")
-    _run_trainer(trainer, preparation.resume_point, interruption)
+    before = _answers_before(preparation, trainer)
+    explained = file_errors_explained(run, lambda: trainer.state.global_step)
+    with explained, _out_of_memory_explained():
+        trainer.fit(preparation.resume_point)
+    if interruption.ends_the_run:
+        raise _interrupted(run, interruption)
+    interruption.where = "stopped after training, before all was written"
     _refuse_unchanged(trainer, start)
     after = _answer(preparation, trainer, "after")
     if trainer.is_world_process_zero():
-        _save(preparation, trainer, before, after, time.time() - started)
+        _save(preparation, trainer, before, after, ask)
     trainer.accelerator.wait_for_everyone()
     return run
+
+
+def _settle_base(preparation: Preparation) -> None:
+    """Keeps the fingerprint of the base, which has to be the same when the run goes on.
+
+    Raises:
+        TrainingError: It is another.
+    """
+    section, run = preparation.recipe.model, preparation.run
+    now = base_fingerprint(resolve_base(section.base, section.revision))
+    before = run.read_data().get("base", now) if preparation.resumed else now
+    if before != now:
+        raise TrainingError(
+            f"`{run.path}` was started on another base than what is in `{section.base}` now",
+            hint="bring that base back, or start anew with `--overwrite`",
+        )
+    preparation.record["base"] = now
 
 
 def _backend(wanted: str, model: Any) -> str:
@@ -205,14 +277,18 @@ def _backend(wanted: str, model: Any) -> str:
 
 
 def _start_directory(preparation: Preparation) -> None:
+    need = "the run cannot begin"
     with preparation.arguments.main_process_first():
         if preparation.arguments.process_index == 0:
-            _clear(preparation)
+            with disk_errors_explained(preparation.run.path, need, TrainingError, hint=ANOTHER_PLACE):
+                _clear(preparation)
 
 
 def _clear(preparation: Preparation) -> None:
     run = preparation.run
-    if preparation.resume_point is None:
+    if preparation.resumed:
+        sweep(run)
+    else:
         shutil.rmtree(run.path, ignore_errors=True)
         run.path.mkdir(parents=True)
     write_atomically(run.recipe, preparation.recipe.to_yaml())
@@ -223,15 +299,22 @@ def _clear(preparation: Preparation) -> None:
 
 
 def _build_trainer(
-    preparation: Preparation, model: Any, interruption: Interruption, callbacks: Sequence[TrainerCallback]
+    preparation: Preparation,
+    model: Any,
+    counts: Counts,
+    interruption: Interruption,
+    callbacks: Sequence[TrainerCallback],
 ) -> Trainer:
     recipe, run = preparation.recipe, preparation.run
-    watchers: list[TrainerCallback] = [MetricsLog(run.metrics), AdapterWatch(), interruption, *callbacks]
+    watchers: list[TrainerCallback] = [MetricsLog(run.metrics), AdapterWatch(), *callbacks]
     if recipe.eval.early_stopping_patience and preparation.data.validation_rows is not None:
         watchers.append(EarlyStoppingCallback(recipe.eval.early_stopping_patience))
     return Trainer(
         run=run,
         section=recipe.train,
+        saves=CheckpointSaves(run, checkpoint_sizes(preparation.trained, recipe.train.optim)),
+        counts=counts,
+        interruption=interruption,
         model=model,
         args=preparation.arguments,
         data_collator=Collator(preparation.setup.tokenizer.pad_token_id),
@@ -242,26 +325,13 @@ def _build_trainer(
     )
 
 
-def _run_trainer(trainer: Trainer, resume_point: Path | None, interruption: Interruption) -> None:
-    with interruption.listening(), _out_of_memory_explained():
-        try:
-            trainer.train(resume_from_checkpoint=str(resume_point) if resume_point else None)
-        except KeyboardInterrupt:
-            raise _interrupted(trainer) from None
-    if interruption.requested:
-        raise _interrupted(trainer)
-
-
-def _interrupted(trainer: Trainer) -> RunInterruptedError:
-    kept = newest_resume_point(trainer.run)
-    if kept is None:
-        return RunInterruptedError(
-            f"stopped at step {trainer.state.global_step}, before the first checkpoint"
-        )
-    return RunInterruptedError(
-        f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; saved `{kept}`",
-        hint=f"continue with `mamba-sft train {trainer.run.recipe} --resume`",
-    )
+def _interrupted(run: Run, interruption: Interruption) -> RunInterruptedError:
+    kept, again = newest_resume_point(run), f"continue with `mamba-sft train {run.recipe} --resume`"
+    if kept is not None:
+        told = "saved" if step_in_name(kept) == interruption.step else "the newest checkpoint is"
+        return RunInterruptedError(f"{interruption.where}; {told} `{kept}`", hint=again)
+    begun = run.recipe.is_file()  # else it is as if nothing had been started
+    return RunInterruptedError(f"{interruption.where}; no checkpoint yet", hint=again if begun else None)
 
 
 def _refuse_unchanged(trainer: Trainer, start: str) -> None:
@@ -290,6 +360,33 @@ def _out_of_memory_explained() -> Iterator[None]:
         ) from error
 
 
+def _say_what_is_left(preparation: Preparation) -> None:
+    if not preparation.resumed:
+        return
+    point, steps = preparation.resume_point, preparation.max_steps
+    if point is None:
+        logger.info("going on from step 0 of %d: the run ended before its first checkpoint", steps)
+    elif step_in_name(point) < steps:
+        logger.info("going on from step %d of %d", step_in_name(point), steps)
+    else:
+        logger.info("going on from step %d of %d: training is done, the rest is left", steps, steps)
+
+
+def _answers_before(preparation: Preparation, trainer: Trainer) -> list[str]:
+    """The answers of the model that training starts from; a resumed run has them from its first session."""
+    path, digest = preparation.run.answers_before, prompts_digest(preparation.prompts)
+    if preparation.resumed and path.is_file():
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        if kept["digest"] == digest:
+            return list(kept["answers"]) if trainer.is_world_process_zero() else []
+    given = _answer(preparation, trainer, "before")
+    if given:
+        text = json.dumps({"digest": digest, "answers": given}, ensure_ascii=False) + "\n"
+        with left_out_if_refused(path):
+            write_atomically(path, text)
+    return given
+
+
 def _answer(preparation: Preparation, trainer: Trainer, when: str) -> list[str]:
     prompts, recipe = preparation.prompts, preparation.recipe
     if not prompts or not trainer.is_world_process_zero():
@@ -309,18 +406,35 @@ def _answer(preparation: Preparation, trainer: Trainer, when: str) -> list[str]:
 
 
 def _save(
-    preparation: Preparation, trainer: Trainer, before: list[str], after: list[str], seconds: float
+    preparation: Preparation, trainer: Trainer, before: list[str], after: list[str], ask: Ask | None
 ) -> None:
     run, recipe = preparation.run, preparation.recipe
-    with atomic_directory(run.adapter) as partial:
-        save_adapter(trainer.model, partial, section=recipe.model, setup=preparation.setup)
+    sessions = trainer.counts.sessions(trainer.state.global_step, trainer.tokens)
+
+    def write(place: Path) -> None:
+        with atomic_directory(place) as partial:
+            save_adapter(trainer.model, partial, section=recipe.model, setup=preparation.setup)
+
+    nbytes = adapter_bytes(preparation.trained) + FILES
+    adapter = save_surely(write, run, nbytes, ask)
     if before:
-        write_samples(run.samples, pair(preparation.prompts, before, after))
+        with left_out_if_refused(run.samples):
+            write_samples(run.samples, pair(preparation.prompts, before, after))
     facts = describe_environment() | {
-        "seconds": round(seconds, 1),
+        "seconds": round(sum(session.seconds for session in sessions), 1),
         "steps": trainer.state.global_step,
-        "tokens": int(max((entry.get("num_tokens", 0) for entry in trainer.state.log_history), default=0)),
+        "tokens": trainer.tokens,
         "best_validation_loss": trainer.state.best_metric,
+        "sessions": [asdict(session) for session in sessions],
     }
-    write_atomically(run.environment, json.dumps(facts, indent=2) + "\n")
-    write_report(run)
+    with left_out_if_refused(run.environment):
+        write_atomically(run.environment, json.dumps(facts, indent=2) + "\n")
+    with left_out_if_refused(run.report):
+        write_report(run)
+    with left_out_if_refused(run.answers_before):
+        run.answers_before.unlink(missing_ok=True)
+    if adapter != run.adapter:
+        raise TrainingError(
+            f"the adapter is in `{adapter}`; its run, `{run.path}`, is not finished without it",
+            hint=f"when there is room: `mv {quote(str(adapter))} {quote(str(run.adapter))}`",
+        )

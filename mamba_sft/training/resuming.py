@@ -3,51 +3,46 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 from mamba_sft.errors import RecipeError, TrainingError
 from mamba_sft.planning.extent import with_accumulation
+from mamba_sft.recipe.builtin import find_path
 from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.run import Run
+from mamba_sft.training.resume_points import find_good, is_proven
+
+logger = logging.getLogger(__name__)
 
 CHANGEABLE = (
     "train.logging_steps", "train.save_total_limit", "train.report_to", "model.kernels",
     "train.checkpointing", "train.stream_tokens", "train.auto_batch", "train.log_activations",
+    "train.grace_seconds",
 )  # fmt: skip
 """Fields that may change between a run and its resumption, because no number in it changes by more than
 rounding: a run that ran out of memory goes on with less of it."""
 LENGTH = ("train.max_steps", "train.num_train_epochs")
 """Fields that say how long a run is: its schedule was made for that length."""
-_STATE = "trainer_state.json"
 
 
 def newest_resume_point(run: Run) -> Path | None:
-    """Returns the newest complete checkpoint of a run: one whose trainer state, written last, can be read."""
-    complete = []
-    for state in run.checkpoints.glob(f"checkpoint-*/{_STATE}"):
-        try:
-            complete.append((json.loads(state.read_text(encoding="utf-8"))["global_step"], state.parent))
-        except (ValueError, KeyError):
-            continue
-    return max(complete)[1] if complete else None
+    """Returns the newest resume point of a run that is what was written."""
+    return find_good(run)[0]
 
 
-def step_of(resume_point: Path) -> int:
-    """Returns the step after which a checkpoint was saved."""
-    state = json.loads((resume_point / _STATE).read_text(encoding="utf-8"))
-    return int(state["global_step"])
+def find_resume_point(run: Run, recipe: Recipe) -> tuple[Recipe, Path | None]:
+    """Returns the recipe with what the run settled of it, and the resume point that `--resume` goes on from.
 
-
-def find_resume_point(run: Run, recipe: Recipe) -> tuple[Recipe, Path]:
-    """Returns the recipe with what the run settled of it, and the checkpoint that `--resume` goes on from.
+    That is None for a run that ended before its first one: it begins again.
 
     Raises:
         RecipeError: The recipe is not the one the run was started with; the message lists what differs.
-        TrainingError: The run is finished, or has no complete checkpoint.
+        TrainingError: The run is finished, or all of its resume points are damaged.
     """
     Run.open(run)
-    trained = Recipe.load(run.recipe)
+    trained = _where_things_are_now(Recipe.load(run.recipe), recipe, run.read_data())
     if recipe.train.gradient_accumulation_steps is None and trained.train.gradient_accumulation_steps:
         recipe = with_accumulation(recipe, trained.train.gradient_accumulation_steps)
     changed = [entry for entry in differences(trained, recipe) if entry[0] not in CHANGEABLE]
@@ -59,16 +54,80 @@ def find_resume_point(run: Run, recipe: Recipe) -> tuple[Recipe, Path]:
             "\n".join([f"`{run.path}` was started with another recipe:", *lines]),
             hint=_way_to_more(run) if longer else own,
         )
-    if run.adapter.is_dir():
+    if _is_finished(run):
         raise TrainingError(
             f"`{run.path}` is finished", hint=f"next: `mamba-sft merge {run.path}`; {_way_to_more(run)}"
         )
-    resume_point = newest_resume_point(run)
-    if resume_point is None:
+    return recipe, _newest_good(run)
+
+
+def _is_finished(run: Run) -> bool:
+    """Whether all was written, and not only the adapter, which is written first of all that ends a run."""
+    try:
+        facts = json.loads(run.environment.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        facts = {}
+    return run.adapter.is_dir() and run.report.is_file() and "steps" in facts
+
+
+def own_recipe_moved(file: Path, recipe: Recipe) -> Recipe:
+    """Returns a run's own recipe with the directory that the run is in now as `output_dir`.
+
+    A run that was copied to another machine, or whose drive is mounted elsewhere, names its first place.
+
+    Args:
+        file: The file that the recipe was read from.
+        recipe: What was read; returned as it is where `file` is not in a run.
+    """
+    run = Run(file.parent)
+    here = file.name == run.recipe.name and run.environment.is_file()
+    if not here or Path(recipe.output_dir).resolve() == run.path.resolve():
+        return recipe
+    logger.info("the run was started in `%s` and is in `%s` now", recipe.output_dir, run.path)
+    return recipe.model_copy(update={"output_dir": str(run.path)})
+
+
+def _where_things_are_now(trained: Recipe, recipe: Recipe, known: dict[str, Any]) -> Recipe:
+    """The recipe of a run with the places that another one names for the same things.
+
+    Where things are decides nothing. What they are is compared too: rows and prompts by their digests, the
+    base by its fingerprint, as far as data.json has them (`known`); the adapter is in the resume point.
+    """
+    moved: dict[str, Any] = {"output_dir": recipe.output_dir}
+    model, data = trained.model, trained.data
+    if "sources" in known and len(data.sources) == len(recipe.data.sources):
+        pairs = zip(data.sources, recipe.data.sources, strict=True)
+        sources = [old.model_copy(update={"path": new.path}) for old, new in pairs]
+        moved["data"] = data.model_copy(update={"sources": sources})
+    if "prompts" in known and trained.eval.prompts and recipe.eval.prompts:
+        moved["eval"] = trained.eval.model_copy(update={"prompts": recipe.eval.prompts})
+    if model.adapter and recipe.model.adapter:
+        model = model.model_copy(update={"adapter": recipe.model.adapter})
+    if "base" in known and find_path(recipe.model.base).is_dir():
+        model = model.model_copy(update={"base": recipe.model.base})
+    return trained.model_copy(update=moved | {"model": model})
+
+
+def _newest_good(run: Run) -> Path | None:
+    """The resume point to go on from; says which newer ones are damaged, and how."""
+    resume_point, faults = find_good(run)
+    if resume_point is None and faults:
         raise TrainingError(
-            f"`{run.path}` has no complete checkpoint to resume from", hint="start anew with `--overwrite`"
+            "\n".join([f"`{run.path}` has no checkpoint that is what was written:", *_indented(faults)]),
+            hint="a disk or a copy damaged them; bring them back, or start anew with `--overwrite`",
         )
-    return recipe, resume_point
+    for fault in faults:
+        logger.warning("%s; going on from the checkpoint before it", fault)
+    if resume_point is not None and not is_proven(resume_point):
+        logger.warning(
+            "`%s` was saved by an earlier version, without hashes: that its files are undamaged is not known",
+            resume_point,
+        )
+    return resume_point
+
+
+def _indented(lines: list[str]) -> list[str]:
+    return [f"  {line}" for line in lines]
 
 
 def _way_to_more(run: Run) -> str:

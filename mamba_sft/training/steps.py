@@ -127,6 +127,7 @@ class ChunkedSteps:
         parts: list[Figures] = []
 
         def run(chunk: Chunk, carry: Carry, close: Callable[[Tensor], Tensor]) -> None:
+            self.trainer.give_up_if_late()
             synchronizes = last and chunk is chunks[0]
             with nullcontext() if synchronizes else accelerator.no_sync(model):
                 figures = Figures.of(model, chunk, carry=carry)

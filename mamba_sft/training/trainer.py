@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from pickle import UnpicklingError
+from typing import Any, NamedTuple
 
 import torch
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers import (
+    EarlyStoppingCallback,
+    PrinterCallback,
+    ProgressCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_callback import ExportableState
 from trl import SFTConfig, SFTTrainer
 
 from mamba_sft.data.packing import PADDING
@@ -23,12 +36,18 @@ from mamba_sft.planning.schedule import TRAINER_NAMES, make_scheduler
 from mamba_sft.recipe.fields import TrainSection
 from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.run import Run, write_atomically
+from mamba_sft.training.callbacks import Interruption, StepGivenUp
+from mamba_sft.training.counts import Counts, mean_loss, read_counts, write_counts
 from mamba_sft.training.figures import Figures, Tally
 from mamba_sft.training.fused_head import add_fused_head
 from mamba_sft.training.largest_residual import LargestResidual
-from mamba_sft.training.resuming import newest_resume_point
+from mamba_sft.training.random_state import RandomState, current_random_state, restore_random_state
+from mamba_sft.training.resume_points import STATE, fault_of, find_good, rotate, written_whole
+from mamba_sft.training.saving import CheckpointSaves, left_out_if_refused
 from mamba_sft.training.steps import ChunkedSteps
 from mamba_sft.training.streaming import split
+
+logger = logging.getLogger(__name__)
 
 
 class Trainer(SFTTrainer):  # type: ignore[misc]
@@ -37,20 +56,35 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
     With `stream_tokens`, `carry_state` or `auto_batch` it takes its own training steps (`ChunkedSteps`).
 
     Args:
-        run: Where a batch that gave NaN is kept.
+        run: Where resume points, and a batch that gave NaN, are kept.
+        saves: How its checkpoints are saved.
         section: The recipe's `train`.
+        counts: Takes this session's time and tokens.
+        interruption: Says when the user wants it to stop; then a step that takes too long is given up.
         callbacks: As the trainer's; one that shows progress (has a `console`) replaces the trainer's bar.
         **arguments: Everything else `SFTTrainer` takes.
     """
 
     def __init__(
-        self, *, run: Run, section: TrainSection, callbacks: Sequence[TrainerCallback], **arguments: Any
+        self,
+        *,
+        run: Run,
+        section: TrainSection,
+        counts: Counts,
+        interruption: Interruption,
+        saves: CheckpointSaves,
+        callbacks: Sequence[TrainerCallback],
+        **arguments: Any,
     ):
         self.run = run
+        self.counts = counts
+        self.interruption = interruption
+        self.saves = saves
         self.schedule = section.lr_scheduler_type
         add_fused_head(arguments["model"].get_base_model())  # beside TRL's, for a loss that needs no wait
         self.residual = LargestResidual() if section.log_activations else None
-        super().__init__(callbacks=[*([self.residual] if self.residual else []), *callbacks], **arguments)
+        watchers = [interruption, *([self.residual] if self.residual else []), *callbacks]
+        super().__init__(callbacks=watchers, **arguments)
         self.remove_callback(PrinterCallback)
         if any(hasattr(callback, "console") for callback in callbacks):
             self.remove_callback(ProgressCallback)
@@ -58,7 +92,68 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         self.tally = Tally(self.accelerator)
         self._largest = 0.0
         self._micro_batches: list[tuple[torch.Tensor, dict[str, Any]]] = []
+        self._resume_point: Path | None = None
+        self._last_step: _LastStep | None = None
+        self._after_evaluation: RandomState | None = None
         self.steps = ChunkedSteps(self, section) if ChunkedSteps.wanted(section) else None
+        self.add_callback(_TakeUp(self))  # last: what was logged before is cut to its place by then
+
+    def fit(self, resume_point: Path | None) -> None:
+        """Trains to the end of the run, from its start or from a resume point, which may be the end.
+
+        When the user stops it, the state after the last whole step has been saved, if there was one.
+
+        Raises:
+            OSError: A resume point cannot be written.
+        """
+        self._resume_point = resume_point
+        try:
+            self.train(resume_from_checkpoint=str(resume_point) if resume_point else None)
+        except StepGivenUp:
+            self._save_last_step()
+
+    def give_up_if_late(self) -> None:
+        """Raises `StepGivenUp` when the user stopped the run and the step, or the evaluation, takes too long.
+
+        With several processes never: one that gives up leaves the others waiting.
+        """
+        if self.interruption.is_late and self.accelerator.num_processes == 1:
+            raise StepGivenUp
+
+    def _save_last_step(self) -> None:
+        """Saves the state after the last whole step, with an evaluation that was given up marked as due."""
+        last, final = self._last_step, self.run.checkpoints / f"checkpoint-{self.state.global_step}"
+        if last is None or (last.saved and fault_of(final) is None):
+            return
+        self._tr_loss, self.current_flos = last.loss, last.operations
+        restore_random_state(last.random, self.args.device)
+        if self.steps is not None:
+            self.steps.passed_on = last.carried
+        self._save_checkpoint(self.model, None)
+
+    def _keep_last_step(self, *, saved: bool) -> None:
+        """Keeps what a step in progress changes before the optimizer's step, to go back to it."""
+        self._last_step = _LastStep(
+            random=current_random_state(self.args.device),
+            loss=self._tr_loss.detach().clone(),
+            operations=self.current_flos,
+            carried=None if self.steps is None else self.steps.passed_on,
+            saved=saved,
+        )
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        saves = self.control.should_save
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        self._keep_last_step(saved=saves or (self._last_step is not None and self._last_step.saved))
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        self._keep_last_step(saved=False)
+        return super()._evaluate(*args, **kwargs)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the run has read in training."""
+        return max(self.tally.tokens, int(self._total_train_tokens))
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Makes the recipe's schedule, with a first and a last step that count."""
@@ -73,6 +168,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """One forward and backward, whose loss and inputs are kept until the optimizer's step."""
+        self.give_up_if_late()
         loss = self._take_step(model, inputs, *args, **kwargs)
         self._micro_batches.append((loss.detach(), inputs))
         return loss
@@ -93,6 +189,9 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         numbers = [found[None], *(loss[None] for loss, _ in batches)]
         if self.residual is not None:
             numbers.append(self.residual.collect(self.accelerator))
+        if self.accelerator.num_processes > 1:  # a signal may reach them in different steps
+            own = torch.tensor([float(self.interruption.requested)], device=figures.device)
+            numbers.append(self.accelerator.reduce(own, reduction="sum"))
         read = torch.cat([x.double().to(figures.device) for x in (*numbers, figures.flatten())]).tolist()
         norm, losses, rest = read[0], read[1 : len(batches) + 1], read[len(batches) + 1 :]
         for loss, (_, inputs) in zip(losses, batches, strict=True):
@@ -102,6 +201,8 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
             self._stop_on_nan("gradient", self._find_bad_gradient(model, [inputs for _, inputs in batches]))
         if self.residual is not None:
             self._largest = max(self._largest, rest.pop(0))
+        if self.accelerator.num_processes > 1:
+            self.interruption.agreed = rest.pop(0) > 0
         self._take("train", [rest[start : start + 4] for start in range(0, len(rest), 4)])
         return float(norm)
 
@@ -124,6 +225,8 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
             inputs = inputs | {"attention_mask": (inputs["seq_idx"] != PADDING).long()}
             del inputs["trained"]
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not model.training:
+            self.give_up_if_late()
         if self.steps is not None and not model.training:
             return self.steps.evaluation_loss(model, inputs)
         (whole,) = split(inputs, None)
@@ -145,7 +248,119 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         if self.residual is not None and "loss" in logs:
             logs["largest_residual"], self._largest = self._largest, 0.0
         self._take("eval", self.tally.collect("eval").tolist())
+        if "train_runtime" in logs:
+            self._sum_up(logs)
         super().log(logs, start_time)
+
+    def _sum_up(self, logs: dict[str, float]) -> None:
+        """Makes the last line of the trainer's tell of the whole run; its rates are of this session."""
+        self.model.train()  # else TRL takes the line for one of an evaluation's
+        step, seconds = self.state.global_step, logs["train_runtime"]
+        self.counts.train_seconds = seconds
+        before = sum(session.train_seconds for session in self.counts.earlier)
+        logs["train_runtime"] = round(before + seconds, 4)
+        logs["train_loss"] = mean_loss(self.state.log_history, float(self._tr_loss), step)
+        taken = self.counts.steps(step)
+        rows = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        for name, count in (("steps", taken), ("samples", taken * rows)):
+            logs.pop(f"train_{name}_per_second", None)
+            if count:
+                logs[f"train_{name}_per_second"] = round(count / seconds, 3)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Trains for an epoch, or takes no step where all of them were taken before."""
+        if self._is_over():
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
+    def _is_over(self) -> bool:
+        return self.state.global_step >= self.state.max_steps or any(
+            callback.early_stopping_patience_counter >= callback.early_stopping_patience
+            for callback in self.callback_handler.callbacks
+            if isinstance(callback, EarlyStoppingCallback)
+        )
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Saves a resume point, if the disk takes it."""
+        self.saves.save(self, self._write_resume_point)
+
+    def _write_resume_point(self) -> None:
+        """Saves a resume point, complete or not at all, and removes those that are too many.
+
+        Raises:
+            OSError: It cannot be written; what was there before still is.
+        """
+        final = self.run.checkpoints / f"checkpoint-{self.state.global_step}"
+        by_us = self.is_world_process_zero()
+        self.store_flos()
+        best = self.run.checkpoints / f"checkpoint-{self.state.best_global_step}"
+        if best == final or best.is_dir():
+            self.state.best_model_checkpoint = str(best)
+        with written_whole(final, by_us=by_us, wait=self.accelerator.wait_for_everyone) as partial:
+            self.save_model(str(partial), _internal_call=True)
+            self._save_optimizer_and_scheduler(str(partial))
+            self._save_scaler(str(partial))
+            self._save_rng_state(str(partial))
+            self._save_record(partial, by_us)
+        if by_us:
+            kept = self.state.best_model_checkpoint
+            best = Path(kept) if kept else final
+            rotate(self.run, newest=final, best=best, limit=self.args.save_total_limit)
+
+    def _save_record(self, directory: Path, by_us: bool) -> None:
+        """Writes what the run has come to: the trainer's state, and what transformers forgets of it."""
+        unlogged = float(self.accelerator.reduce(self._tr_loss, reduction="mean"))
+        if not by_us:
+            return
+        for callback in (*self.callback_handler.callbacks, self.control):
+            if isinstance(callback, ExportableState):
+                self.state.stateful_callbacks[type(callback).__name__] = callback.state()
+        self.state.save_to_json(str(directory / STATE))
+        write_counts(
+            directory,
+            self.counts.sessions(self.state.global_step, self.tokens),
+            tokens=self.tokens,
+            unlogged_loss=unlogged,
+            last_logged_step=self._globalstep_last_logged,
+            unlogged_metrics=dict(self._metrics["train"]),
+            largest_residual=self._largest,
+        )
+
+    def take_up(self) -> None:
+        """Goes on counting where the resume point stopped, or begins at nothing."""
+        if self._resume_point is None:
+            self.counts.begin(0, 0)
+            return
+        best = json.loads((self._resume_point / STATE).read_text(encoding="utf-8"))["best_model_checkpoint"]
+        here = self.run.checkpoints / Path(best).name if best else None  # the run may have been moved
+        self.state.best_model_checkpoint = str(here) if here is not None and here.is_dir() else None
+        earlier, counts = read_counts(self._resume_point)
+        told = [int(line["num_tokens"]) for line in self.state.log_history if "num_tokens" in line]
+        self.tally.tokens = self._total_train_tokens = counts.get("tokens", max(told, default=0))
+        self.counts.begin(self.state.global_step, self.tally.tokens, earlier)
+        if counts:
+            self._tr_loss = torch.tensor(counts["unlogged_loss"], device=self.args.device)
+            self._globalstep_last_logged = counts["last_logged_step"]
+            self._metrics["train"].update(counts["unlogged_metrics"])
+            self._largest = counts["largest_residual"]
+        if self.control.should_evaluate:
+            self._evaluate_now(str(self._resume_point))
+
+    def _evaluate_now(self, resume_point: str) -> None:
+        """Makes up for the evaluation, and the saving after it, that was given up when the run stopped."""
+        self._load_rng_state(resume_point)
+        now = time.time()
+        self._maybe_log_save_evaluate(self._tr_loss, None, self.model, None, self.state.epoch, None, now)
+        self._after_evaluation = current_random_state(self.args.device)
+
+    def _load_best_model(self) -> None:
+        """Loads the adapter of the lowest validation loss; stays with the last one if that is damaged."""
+        best = Path(self.state.best_model_checkpoint)
+        if fault := fault_of(best):
+            logger.warning("the best checkpoint `%s` is damaged: %s; the last adapter is kept", best, fault)
+            return
+        super()._load_best_model()
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
@@ -153,9 +368,21 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
             self.steps.save(Path(output_dir), self.args.process_index)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        super()._load_rng_state(checkpoint)
-        if self.steps is not None and checkpoint is not None:
-            self.steps.load(Path(checkpoint), self.args.process_index)
+        if self._after_evaluation is not None:  # later than what the resume point holds
+            restore_random_state(self._after_evaluation, self.args.device)
+            return
+        with _loading(checkpoint):
+            super()._load_rng_state(checkpoint)
+            if self.steps is not None and checkpoint is not None:
+                self.steps.load(Path(checkpoint), self.args.process_index)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        with _loading(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _loading(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
 
     def _find_bad_gradient(self, model: Any, batches: list[dict[str, Any]]) -> dict[str, Any]:
         """Runs the micro-batches of a step again, as they were run; returns the first with a bad gradient.
@@ -178,9 +405,10 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         rows = inputs["input_ids"].tolist()
         batch = self.run.path / f"nan-batch-step-{step}.json"
         tokens = {key: value.tolist() for key, value in inputs.items() if isinstance(value, torch.Tensor)}
-        write_atomically(batch, json.dumps(tokens))
+        with left_out_if_refused(batch):
+            write_atomically(batch, json.dumps(tokens))
         text = self.processing_class.decode(rows[0][:40])
-        kept = newest_resume_point(self.run)
+        kept, _ = find_good(self.run)
         where = f"the last good checkpoint is `{kept}`" if kept else "no checkpoint had been saved yet"
         raise TrainingError(
             f"the {what} is not a number at step {step}; {where}\n"
@@ -188,6 +416,46 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
             hint="look at that batch, lower `train.learning_rate`, or use bfloat16 instead of float16; "
             "then go on with `--resume`",
         )
+
+
+@contextmanager
+def _loading(resume_point: str | None) -> Iterator[None]:
+    """Says that a resume point is no use: one without a manifest may be damaged, or hold what it must not."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        if isinstance(error, UnpicklingError):  # its own text recommends to load it all the same
+            first = "a file of it holds more than numbers, and is not opened"
+        raise TrainingError(
+            f"`{resume_point}` cannot be loaded: {first}",
+            hint="move that directory away; `--resume` then goes on from the one before",
+        ) from error
+
+
+class _LastStep(NamedTuple):
+    """What was so after the last whole step, and may be otherwise in the middle of the next."""
+
+    random: RandomState
+    loss: torch.Tensor
+    operations: float
+    carried: Any
+    saved: bool
+
+
+class _TakeUp(TrainerCallback):
+    """Has the trainer take up what a run had come to, once transformers has set all of it to nothing."""
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Takes it up."""
+        self.trainer.take_up()
 
 
 def trainer_arguments(recipe: Recipe, run: Run, *, has_validation: bool) -> SFTConfig:
@@ -226,6 +494,7 @@ def trainer_arguments(recipe: Recipe, run: Run, *, has_validation: bool) -> SFTC
         "disable_tqdm": False,
         "report_to": recipe.train.report_to or "none",
         "run_name": run.path.name,
+        "restore_callback_states_from_checkpoint": True,  # else early stopping begins to count anew
         "dataloader_pin_memory": torch.cuda.is_available(),
         "accelerator_config": {"non_blocking": torch.cuda.is_available()},  # from pinned memory, nobody waits
     } | _same_names(recipe)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 
 from mamba_sft import Run
 from mamba_sft.cli import app
+from mamba_sft.cli.progress import TrainingBar
 
 
 class Outcome(NamedTuple):
@@ -180,6 +182,25 @@ def test_expected_failures_are_one_message(
     assert "Traceback" not in failed.err
     assert failed.code == code
     assert not list(Path().rglob("*.partial"))
+
+
+def test_what_the_user_asked_for_is_no_error(
+    mamba_sft: Command, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = TrainingBar.on_step_begin
+    monkeypatch.setattr(TrainingBar, "on_step_begin", lambda self, args, state, control, **kwargs: (
+        signal.raise_signal(signal.SIGINT) if state.global_step == 2 else draw(self, args, state, control)
+    ))  # fmt: skip
+    stopped = mamba_sft("train", str(recipe))
+    assert stopped.code == 130
+    assert "stopped: at step 3 of 4; saved `runs/tiny/checkpoints/checkpoint-3`" in stopped.err
+    assert "hint: continue with `mamba-sft train runs/tiny/recipe.yaml --resume`" in stopped.err
+    assert "error:" not in stopped.err
+    monkeypatch.undo()
+    monkeypatch.chdir(recipe.parent)
+    went_on = mamba_sft("train", "runs/tiny/recipe.yaml", "--resume")
+    assert went_on.code == 0, went_on.err
+    assert "going on from step 3 of 4" in went_on.err
 
 
 def test_a_bug_keeps_its_traceback(mamba_sft: Command, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:

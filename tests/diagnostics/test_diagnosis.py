@@ -162,6 +162,15 @@ def test_the_disk_must_hold_the_base_and_a_run(monkeypatch, tmp_path, free, expe
     assert found["runs"].status == ("problem" if expected == "problem" else "ok")
 
 
+def test_where_nothing_can_be_written_no_free_space_is_spoken_of(tmp_path):
+    (tmp_path / "file").write_text("x")
+    for name, status in (("runs", "note"), ("hub cache", "problem")):
+        found = software._room(name, tmp_path / "file" / "cache", 1.0, "it", "move it")
+        assert found.status == status
+        assert "file` is a file" in found.text
+        assert "free" not in found.text
+
+
 def test_a_cached_base_needs_no_room(monkeypatch, tmp_path):
     import huggingface_hub
 

@@ -109,6 +109,21 @@ def test_an_earlier_run_here_gives_the_rate(recipe: Any) -> None:
     assert measured(recipe("train.checkpointing=none", name="new"), "this one") is None
 
 
+def test_the_sessions_of_a_run_give_the_rate_of_their_own_device(recipe: Any) -> None:
+    settings = recipe(name="new")
+    run = Run(Path(settings.output_dir).parent / "old")
+    run.path.mkdir()
+    run.recipe.write_text(settings.to_yaml())
+    took = (("slow", 300, 3.0), ("fast", 1000, 2.0), ("slow", 500, 5.0), ("slow", 0, 0.1))
+    sessions = [dict(zip(("device", "tokens", "train_seconds"), values, strict=True)) for values in took]
+    run.environment.write_text(json.dumps({"device": {"name": "fast"}, "sessions": sessions}))
+    run.metrics.write_text(json.dumps({"step": 9, "num_tokens": 1800, "train_runtime": 10.0}) + "\n")
+    rates = {device: measured(settings, device) for device in ("slow", "fast", "another")}
+    assert {device: rate and round(rate.tokens_per_second) for device, rate in rates.items()} == {
+        "slow": 100, "fast": 500, "another": None,
+    }  # fmt: skip
+
+
 def small_device(monkeypatch: pytest.MonkeyPatch, usable: int) -> None:
     device = Accelerator("a small one", usable, usable, multiprocessors=2, type="cpu")
     monkeypatch.setattr(fitting, "recognized", lambda facts: device)

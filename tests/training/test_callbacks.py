@@ -14,8 +14,17 @@ from mamba_sft.errors import AdapterError
 from mamba_sft.training.callbacks import AdapterWatch, MetricsLog
 
 
-def state(step: int) -> Any:
-    return SimpleNamespace(global_step=step, epoch=0.5, is_world_process_zero=True)
+def state(step: int, *logged: dict[str, Any]) -> Any:
+    return SimpleNamespace(global_step=step, epoch=0.5, is_world_process_zero=True, log_history=list(logged))
+
+
+def logged_until(step: int) -> list[dict[str, Any]]:
+    return [{"loss": float(n), "epoch": 0.5, "step": n} for n in range(1, step + 1)]
+
+
+def read(log: MetricsLog) -> list[tuple[int, float]]:
+    lines = [json.loads(line) for line in log.path.read_text().splitlines()]
+    return [(line["step"], line["loss"]) for line in lines]
 
 
 def test_a_resumed_run_forgets_the_lines_of_lost_steps(tmp_path: Path) -> None:
@@ -24,10 +33,18 @@ def test_a_resumed_run_forgets_the_lines_of_lost_steps(tmp_path: Path) -> None:
     log.on_train_begin(nothing, state(0), nothing)
     for step in (1, 2, 3):
         log.on_log(nothing, state(step), nothing, logs={"loss": float(step)})
-    log.on_train_begin(nothing, state(2), nothing)
+    log.on_train_begin(nothing, state(2, *logged_until(2)), nothing)
     log.on_log(nothing, state(3), nothing, logs={"loss": 9.0})
-    lines = [json.loads(line) for line in log.path.read_text().splitlines()]
-    assert [(line["step"], line["loss"]) for line in lines] == [(1, 1.0), (2, 2.0), (3, 9.0)]
+    assert read(log) == [(1, 1.0), (2, 2.0), (3, 9.0)]
+
+
+@pytest.mark.parametrize("there", ["", '{"step": 1, "epoch": 0.5, "loss": 1.0}\n{"st', "\x00\x00\n[]\n7\n"])
+def test_lines_that_did_not_reach_the_disk_are_written_again(tmp_path: Path, there: str) -> None:
+    nothing: Any = None
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.path.write_text(there)
+    log.on_train_begin(nothing, state(3, *logged_until(3)), nothing)
+    assert read(log) == [(1, 1.0), (2, 2.0), (3, 3.0)]
 
 
 class Adapter(torch.nn.Module):

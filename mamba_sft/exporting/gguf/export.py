@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from mamba_sft.disk import disk_errors_explained
 from mamba_sft.errors import ExportError, UsageError
 from mamba_sft.evaluation.report import write_report
 from mamba_sft.exporting.full_model import FullModel, base_of, find_model
@@ -21,7 +22,6 @@ from mamba_sft.exporting.gguf.lora import write_adapter
 from mamba_sft.exporting.gguf.types import choose_methods
 from mamba_sft.exporting.ollama.modelfile import modelfile_text, what_ollama_lacks
 from mamba_sft.exporting.request import Exported, ExportRequest, GGUFFile, output_of
-from mamba_sft.merging.disk import disk_errors_explained
 from mamba_sft.merging.preparing import match_adapter
 from mamba_sft.run import HUB_CHECKPOINT, MODEL_CARD, QUALITY, Run, write_atomically
 
@@ -41,9 +41,10 @@ def export_model(request: ExportRequest, *, ollama: bool) -> Exported:
     prepared = prepare_model(request)
     texts = [modelfile_text(prepared.model, file.path.name) for file in prepared.files] if ollama else []
     _tell_what_ollama_lacks(prepared.model, ollama=ollama)
-    files = write_gguf(prepared, request.gguf, request.progress)
-    _refresh_report(prepared)
-    return Exported(prepared.output, files, _write_modelfiles(prepared.output, files, texts))
+    with disk_errors_explained(prepared.output, "what belongs to the files does not fit", ExportError):
+        files = write_gguf(prepared, request.gguf, request.progress)
+        _refresh_report(prepared)
+        return Exported(prepared.output, files, _write_modelfiles(prepared.output, files, texts))
 
 
 def export_adapter(request: ExportRequest, *, ollama: bool) -> Exported:
@@ -73,21 +74,23 @@ def export_adapter(request: ExportRequest, *, ollama: bool) -> Exported:
     bases = base_files.files if base_files and ollama else []
     texts = [modelfile_text(model, file.path.name, adapter=path.name) for file in bases]
     _tell_what_ollama_lacks(model, ollama=ollama)
-    output.mkdir(parents=True, exist_ok=True)
-    try:
-        with disk_errors_explained(output, "the adapter does not fit", ExportError):
+    with disk_errors_explained(output, "the adapter does not fit", ExportError):
+        output.mkdir(parents=True, exist_ok=True)
+        try:
             size = write_adapter(partial, prepared, name=name, fix_epsilon=options.fix_epsilon)
-        files = write_gguf(base_files, options, request.progress) if base_files else []
-        quality = (
-            verify_adapter(model, files[-1], partial, request.progress) if files and options.verify else None
-        )
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    adapter = GGUFFile(path, "LoRA", size, quality)
-    on = {"on": files[-1].path.name} if files else {}
-    record_quality(output / QUALITY, [adapter], {"fix_epsilon": options.fix_epsilon} | on)
-    return Exported(output, [*files, adapter], _write_modelfiles(output, files, texts))
+            files = write_gguf(base_files, options, request.progress) if base_files else []
+            quality = (
+                verify_adapter(model, files[-1], partial, request.progress)
+                if files and options.verify
+                else None
+            )
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+        adapter = GGUFFile(path, "LoRA", size, quality)
+        on = {"on": files[-1].path.name} if files else {}
+        record_quality(output / QUALITY, [adapter], {"fix_epsilon": options.fix_epsilon} | on)
+        return Exported(output, [*files, adapter], _write_modelfiles(output, files, texts))
 
 
 def _tell_what_ollama_lacks(model: FullModel, *, ollama: bool) -> None:

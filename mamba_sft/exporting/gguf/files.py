@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mamba_sft.disk import disk_errors_explained, require_space
 from mamba_sft.errors import ExportError
 from mamba_sft.exporting.full_model import FullModel
 from mamba_sft.exporting.gguf import llama_cpp
@@ -21,7 +22,6 @@ from mamba_sft.exporting.gguf.verifying import Verifier
 from mamba_sft.exporting.gguf.writing import FileLayout, GGUFFiles, Importance, lay_out_file, write_header
 from mamba_sft.exporting.request import GGUFFile, GGUFOptions, Progress, Quality
 from mamba_sft.exporting.texts import calibration_text
-from mamba_sft.merging.disk import disk_errors_explained, require_space
 from mamba_sft.run import QUALITY, write_atomically
 from mamba_sft.wording import size_text
 
@@ -88,7 +88,8 @@ def write_gguf(prepared: PreparedFiles, options: GGUFOptions, progress: Progress
         ModelError: The weights are damaged.
     """
     hint = "ask for fewer quantizations, or give a directory on another disk with `--output`"
-    require_space(prepared.output, prepared.nbytes, "the files take", ExportError, hint)
+    sizes = [file.nbytes for file in prepared.files]
+    require_space(prepared.output, sizes, "the files take", ExportError, hint)
     prepared.output.mkdir(parents=True, exist_ok=True)
     importance: Importance = {}
     origin = None

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
+from mamba_sft.disk import disk_errors_explained, require_space
 from mamba_sft.errors import ExportError
 from mamba_sft.exporting.full_model import FullModel, find_model
 from mamba_sft.exporting.logits import logits_of
 from mamba_sft.exporting.texts import prompt_of
-from mamba_sft.merging.disk import disk_errors_explained, require_space
 from mamba_sft.merging.preparing import PreparedMerge
 from mamba_sft.merging.summed import MergedTensors, write_companions
 from mamba_sft.model.tensor_files import one_thread, write_shard
@@ -51,7 +51,7 @@ def write_checkpoint(
         if model.directory is not None:
             _copy(model.directory, directory, progress)
         elif model.merge is not None:
-            require_space(output, _nbytes(model), "the model takes", ExportError)
+            require_space(output, model.merge.sizes, "the model takes", ExportError)
             _sum(model.merge, directory, progress)
             _check(model, directory)
         else:
@@ -77,7 +77,7 @@ def _link(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
     except OSError:  # another disk, or one that has no links
-        require_space(target.parent, source.stat().st_size, "the model takes", ExportError)
+        require_space(target.parent, [source.stat().st_size], "the model takes", ExportError)
         shutil.copyfile(source, target)
 
 

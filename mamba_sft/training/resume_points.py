@@ -1,0 +1,205 @@
+"""Resume points on disk: complete or absent, and each of their files known by its size and hash.
+
+One is written beside its place; its files reach the disk, then a manifest of them, and a rename gives it its
+name. Whenever the process or the machine dies, what stands under that name is whole. A disk or a copy can
+damage it later: the manifest tells, and training goes on from the one before.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mamba_sft.run import Run
+
+MANIFEST = "manifest.json"
+"""In a resume point: size and SHA-256 of each other file of it; written last."""
+COUNTS = "counts.json"
+"""In a resume point: what its run had come to so far."""
+STATE = "trainer_state.json"
+"""In a resume point: the trainer's own record, with every line that had been logged."""
+
+_NAME = re.compile(r"checkpoint-(\d+)")
+_PARTIAL, _OLD = ".partial", ".old"
+_BLOCK = 1 << 20
+_CANNOT_SYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM}
+"""What file systems answer that know no `fsync` of what they were given; a full disk answers otherwise."""
+
+
+@contextmanager
+def written_whole(final: Path, *, by_us: bool, wait: Callable[[], Any]) -> Iterator[Path]:
+    """Yields an empty directory, and gives it the name `final` when all processes have written into it.
+
+    On any exception `final` is as it was, and nothing half-written is left.
+
+    Args:
+        final: The resume point; replaced if it is there.
+        by_us: Whether this process makes, seals and renames the directory; one of all does.
+        wait: Waits for the other processes.
+
+    Raises:
+        OSError: Something cannot be written.
+    """
+    partial = final.with_name(final.name + _PARTIAL)
+    if by_us:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    wait()
+    try:
+        yield partial
+        wait()
+        if by_us:
+            _seal(partial)
+            _rename(partial, final)
+    finally:
+        if by_us:
+            shutil.rmtree(partial, ignore_errors=True)
+    wait()
+
+
+def saved_points(run: Run) -> list[Path]:
+    """Returns what stands under the name of a resume point, good or not, the newest first."""
+    found = run.checkpoints.glob("checkpoint-*")
+    return sorted((path for path in found if _NAME.fullmatch(path.name)), key=step_in_name, reverse=True)
+
+
+def step_in_name(resume_point: Path) -> int:
+    """Returns the step after which a resume point was saved."""
+    return int(resume_point.name.rpartition("-")[2])
+
+
+def find_good(run: Run) -> tuple[Path | None, list[str]]:
+    """Returns the newest resume point that is what was written, and what is wrong with each newer one."""
+    faults: list[str] = []
+    for resume_point in saved_points(run):
+        fault = fault_of(resume_point)
+        if fault is None:
+            return resume_point, faults
+        faults.append(f"`{resume_point}` is damaged: {fault}")
+    return None, faults
+
+
+def fault_of(resume_point: Path) -> str | None:
+    """Returns which file of a resume point is not what was written, and how; None if all are.
+
+    One without a manifest was written by an earlier version, whose files are known to be complete (the
+    trainer's record was written last) but not to be undamaged; `is_proven` tells them apart.
+    """
+    state = _read_json(resume_point / STATE)
+    if not is_proven(resume_point):
+        sound = isinstance(state, dict) and isinstance(state.get("global_step"), int)
+        return None if sound else f"`{STATE}` {_missing_or(resume_point / STATE, 'is not JSON')}"
+    manifest = _read_json(resume_point / MANIFEST)
+    try:
+        files: dict[str, dict[str, Any]] = manifest["files"]
+        faults = [(name, _file_fault(resume_point / name, **entry)) for name, entry in files.items()]
+        known = (resume_point / MANIFEST).read_text(encoding="utf-8") == _text(files)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return f"`{MANIFEST}` {_missing_or(resume_point / MANIFEST, 'is not what was written')}"
+    for name, fault in faults:
+        if fault is not None:
+            return f"`{name}` {fault}"
+    return None if known else f"`{MANIFEST}` is not what was written"
+
+
+def is_proven(resume_point: Path) -> bool:
+    """Returns whether a resume point was written with a manifest, which versions before it did not."""
+    return (resume_point / MANIFEST).exists() or (resume_point / COUNTS).exists()
+
+
+def sweep(run: Run) -> None:
+    """Removes what a process that died had not finished writing, or not finished removing."""
+    for path in run.checkpoints.glob("checkpoint-*"):
+        if path.name.endswith((_PARTIAL, _OLD)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def rotate(run: Run, *, newest: Path, best: Path, limit: int) -> None:
+    """Removes resume points until `limit` are left; the newest and the best always stay.
+
+    Those of later steps than the newest go first: of damaged ones, or of work that was lost.
+    """
+    points = [path for path in saved_points(run) if path not in {newest, best}]
+    kept = len({newest, best})
+    for path in points:
+        later = step_in_name(path) > step_in_name(newest)
+        if later or kept >= limit:
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            kept += 1
+
+
+def _seal(directory: Path) -> None:
+    files = {}
+    for path in sorted(path for path in directory.rglob("*") if path.is_file()):
+        _sync(path)
+        files[path.relative_to(directory).as_posix()] = {
+            "size": path.stat().st_size,
+            "sha256": _sha256(path),
+        }
+    (directory / MANIFEST).write_text(_text(files), encoding="utf-8")
+    for path in (directory / MANIFEST, *(path for path in directory.rglob("*") if path.is_dir()), directory):
+        _sync(path)
+
+
+def _text(files: dict[str, dict[str, Any]]) -> str:
+    return json.dumps({"files": files}, indent=1) + "\n"
+
+
+def _rename(partial: Path, final: Path) -> None:
+    old = final.with_name(final.name + _OLD)
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        final.rename(old)
+    partial.rename(final)
+    _sync(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file, or the names in a directory, are on the disk."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    except OSError as error:
+        if error.errno not in _CANNOT_SYNC:
+            raise
+    finally:
+        os.close(opened)
+
+
+def _file_fault(path: Path, *, size: int, sha256: str) -> str | None:
+    try:
+        found = path.stat().st_size
+        if found != size:
+            return f"has {found:,} bytes instead of {size:,}"
+        return None if _sha256(path) == sha256 else "is not what was written: its hash is another"
+    except OSError as error:
+        return _missing_or(path, f"cannot be read: {error.strerror}")
+
+
+def _missing_or(path: Path, fault: str) -> str:
+    return fault if path.exists() else "is missing"
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while data := file.read(_BLOCK):
+            digest.update(data)
+    return digest.hexdigest()
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
