@@ -375,16 +375,24 @@ def _say_what_is_left(preparation: Preparation) -> None:
 def _answers_before(preparation: Preparation, trainer: Trainer) -> list[str]:
     """The answers of the model that training starts from; a resumed run has them from its first session."""
     path, digest = preparation.run.answers_before, prompts_digest(preparation.prompts)
-    if preparation.resumed and path.is_file():
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        if kept["digest"] == digest:
-            return list(kept["answers"]) if trainer.is_world_process_zero() else []
+    kept = _kept_answers(path, digest) if preparation.resumed else None
+    if kept is not None:
+        return kept if trainer.is_world_process_zero() else []
     given = _answer(preparation, trainer, "before")
     if given:
         text = json.dumps({"digest": digest, "answers": given}, ensure_ascii=False) + "\n"
         with left_out_if_refused(path):
             write_atomically(path, text)
     return given
+
+
+def _kept_answers(path: Path, digest: str) -> list[str] | None:
+    """Answers to the same prompts that were kept, or None: then they are asked again, of the same model."""
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        return [str(answer) for answer in kept["answers"]] if kept["digest"] == digest else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _answer(preparation: Preparation, trainer: Trainer, when: str) -> list[str]:

@@ -281,6 +281,17 @@ def test_a_start_that_was_killed_begins_again(recipe: Any, tmp_path: Path) -> No
     assert json.loads(run.samples.read_text())["before"] == "kept"
 
 
+def test_kept_answers_that_are_damaged_are_asked_again(recipe: Any, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("hello 3\n")
+    options = ("eval.max_new_tokens=4", f"eval.prompts={tmp_path / 'prompts.txt'}")
+    whole = train(recipe(*options, name="whole"))
+    with pytest.raises(OSError, match="gone"):
+        train_prepared(prepare(recipe(*options)), callbacks=[DieAt(3)])
+    truncate(Run(tmp_path / "run").answers_before)
+    run = train(recipe(*options), resume=True)
+    assert run.samples.read_text() == whole.samples.read_text()
+
+
 def test_a_run_that_was_moved_goes_on(
     recipe: Any, tiny_base: Path, chats: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
