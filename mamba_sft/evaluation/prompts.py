@@ -117,3 +117,14 @@ def read_samples(path: Path) -> list[Sample]:
     """Reads what `write_samples` wrote."""
     rows: list[dict[str, Any]] = [row.value for row in read_json_lines(path)]
     return [Sample(Prompt(r["prompt"], r["answer"], r["system"]), r["before"], r["after"]) for r in rows]
+
+
+def read_step_samples(path: Path) -> list[StepSample]:
+    """Returns what `write_step_samples` wrote and can still be read; nothing where there is no file."""
+    rows = [row.value for row in read_json_lines(path) if isinstance(row.value, dict)] if path.exists() else []
+    names = {"step", "prompt", "answer", "system", "given"}
+    return [
+        StepSample(row["step"], Prompt(row["prompt"], row["answer"], row["system"]), row["given"])
+        for row in rows
+        if row.keys() >= names and isinstance(row["step"], int)
+    ]

@@ -1,4 +1,4 @@
-"""What a run comes to, for every way to show it: its state, its figures, its curves, its data, what is next."""
+"""What a run comes to, for every way to show it: state, figures, curves, answers, data, what is next."""
 
 from __future__ import annotations
 

@@ -233,7 +233,8 @@ def _drawn(curve: Curve, across: _Scale, up: Callable[[float], float]) -> str:
         for piece in _pieces(_thinned(curve.points, _MOST_POINTS))
         if piece
     ]
-    lines = "".join("M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in piece) for piece in placed if len(piece) > 1)
+    texts = [[f"{x:.1f} {y:.1f}" for x, y in piece] for piece in placed if len(piece) > 1]
+    lines = "".join("M" + "L".join(piece) for piece in texts)
     dotted = [point for piece in placed for point in piece if curve.kind == "dots" or len(piece) == 1]
     dots = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3"/>' for x, y in dotted)
     wide, seen = ("1.2", ".4") if curve.kind == "faint" else ("2", "1")

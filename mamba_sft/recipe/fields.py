@@ -248,6 +248,9 @@ class EvalSection(Section):
     prompts: Text | None = None
     """Prompts to answer before and after training: a jsonl file of {"prompt": ..., "answer": ...}, answer
     optional, or a txt file with one prompt a line. null answers none."""
+    sample_steps: Annotated[CountOrShare | None, Field(gt=0, le=MANY)] = None
+    """When a few of the prompts are answered while training goes on, for the report: below 1 a share of the
+    run, from 1 up a number of steps. Costs the time of those answers; null answers none in between."""
     max_new_tokens: int = Field(default=128, ge=1, le=65536)
     """Longest answer to a prompt."""
     load_best_model_at_end: bool = True

@@ -10,6 +10,8 @@
                                          +- largest_residual  what float16 may not hold
                                          +- activations    what is kept for the backward
                                          +- callbacks      metrics on disk, Ctrl-C, an adapter that learns
+                                         +- pace           tokens a second, memory, time a step
+                                         +- live_report, step_samples    told while it runs
                                          +- random_state, resuming, data_record (are the rows the same)
 
 `starting` finds the adapter that a run goes on from, where it starts from one.

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,14 +25,13 @@ from mamba_sft.data.preparing import PreparedData, read_corpus
 from mamba_sft.data.rows import row_lengths
 from mamba_sft.errors import TrainingError
 from mamba_sft.evaluation.prompts import Prompt, load_prompts, pair, write_samples
-from mamba_sft.evaluation.report import write_report
 from mamba_sft.inference.generation import answers, stop_token_ids
 from mamba_sft.inference.sampling import Sampling
 from mamba_sft.kernels import automatic
 from mamba_sft.model.adapter import attach_adapter, load_weights, save_adapter, trained_digest
 from mamba_sft.model.chat_template import TemplateSetup, render
 from mamba_sft.model.loading import apply_setup, load_model, recommend_sampling
-from mamba_sft.planning.environment import describe_environment
+from mamba_sft.planning.environment import describe_call, describe_environment
 from mamba_sft.planning.extent import RunLength, run_length, with_accumulation
 from mamba_sft.planning.fitting import refuse_what_cannot_fit
 from mamba_sft.recipe.builtin import find_path
@@ -40,12 +40,14 @@ from mamba_sft.run import Run, atomic_directory, write_atomically
 from mamba_sft.training.activations import keep_activations
 from mamba_sft.training.callbacks import AdapterWatch, Interruption, MetricsLog
 from mamba_sft.training.data_record import record_data, settle_changes
+from mamba_sft.training.live_report import LiveReport
 from mamba_sft.training.resuming import (
     find_resume_point,
     newest_resume_point,
     refuse_to_overwrite,
 )
 from mamba_sft.training.starting import check_base, find_start
+from mamba_sft.training.step_samples import StepSamples
 from mamba_sft.training.trainer import Trainer, trainer_arguments
 from mamba_sft.wording import count_text
 
@@ -191,11 +193,16 @@ def train_prepared(preparation: Preparation, *, callbacks: Sequence[TrainerCallb
         load_weights(trainer.model, preparation.start)
     start = trained_digest(trainer.model)
     before = _answer(preparation, trainer, "before")
-    _run_trainer(trainer, preparation.resume_point, interruption)
-    _refuse_unchanged(trainer, start)
-    after = _answer(preparation, trainer, "after")
-    if trainer.is_world_process_zero():
-        _save(preparation, trainer, before, after, time.time() - started)
+    _watch_answers(preparation, trainer, before)
+    report = LiveReport(run, preparation.max_steps, writes=trainer.is_world_process_zero())
+    trainer.add_callback(report)  # the last one: it tells what the others have written
+    with report.telling_the_end():
+        _run_trainer(trainer, preparation.resume_point, interruption)
+        _refuse_unchanged(trainer, start)
+        after = _answer(preparation, trainer, "after")
+        if trainer.is_world_process_zero():
+            _save(preparation, trainer, before, after, time.time() - started)
+    report.finish()
     trainer.accelerator.wait_for_everyone()
     return run
 
@@ -219,7 +226,7 @@ def _clear(preparation: Preparation) -> None:
     write_atomically(run.data, json.dumps(preparation.record, indent=2, ensure_ascii=False) + "\n")
     if preparation.data.rejected:
         write_atomically(run.rejected, preparation.data.rejected.read_text(encoding="utf-8"))
-    write_atomically(run.environment, json.dumps(describe_environment(), indent=2) + "\n")
+    write_atomically(run.environment, json.dumps(describe_environment() | describe_call(), indent=2) + "\n")
 
 
 def _build_trainer(
@@ -290,12 +297,24 @@ def _out_of_memory_explained() -> Iterator[None]:
         ) from error
 
 
+def _watch_answers(preparation: Preparation, trainer: Trainer, before: list[str]) -> None:
+    every = preparation.recipe.eval.sample_steps
+    if every is not None and preparation.prompts:
+        answer = partial(_given, preparation, trainer)
+        trainer.add_callback(StepSamples(preparation.run, preparation.prompts, before, every, answer))
+
+
 def _answer(preparation: Preparation, trainer: Trainer, when: str) -> list[str]:
-    prompts, recipe = preparation.prompts, preparation.recipe
+    prompts = preparation.prompts
     if not prompts or not trainer.is_world_process_zero():
         return []
     logger.info("answering %d sample prompts %s training", len(prompts), when)
-    tokenizer = preparation.setup.tokenizer
+    return _given(preparation, trainer, prompts)
+
+
+def _given(preparation: Preparation, trainer: Trainer, prompts: Sequence[Prompt]) -> list[str]:
+    """The model's answers to prompts, as it is now."""
+    recipe, tokenizer = preparation.recipe, preparation.setup.tokenizer
     chats = [prompt.messages(recipe.chat.system) for prompt in prompts]
     given = answers(
         trainer.model,
@@ -316,11 +335,10 @@ def _save(
         save_adapter(trainer.model, partial, section=recipe.model, setup=preparation.setup)
     if before:
         write_samples(run.samples, pair(preparation.prompts, before, after))
-    facts = describe_environment() | {
+    facts = describe_environment() | describe_call() | {
         "seconds": round(seconds, 1),
         "steps": trainer.state.global_step,
         "tokens": int(max((entry.get("num_tokens", 0) for entry in trainer.state.log_history), default=0)),
         "best_validation_loss": trainer.state.best_metric,
     }
     write_atomically(run.environment, json.dumps(facts, indent=2) + "\n")
-    write_report(run)

@@ -26,6 +26,7 @@ from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.run import Run, write_atomically
 from mamba_sft.training.figures import Figures, Tally
 from mamba_sft.training.largest_residual import LargestResidual
+from mamba_sft.training.pace import Pace
 from mamba_sft.training.resuming import newest_resume_point
 from mamba_sft.training.steps import ChunkedSteps
 
@@ -54,7 +55,9 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         # too, today; our own steps ask for the same head, so it is not left to TRL.
         add_fused_lm_head(arguments["model"].get_base_model(), outputs=FUSED_OUTPUTS)
         self.residual = LargestResidual() if section.log_activations else None
-        super().__init__(callbacks=[*([self.residual] if self.residual else []), *callbacks], **arguments)
+        self.pace = Pace()
+        watchers = [self.pace, *([self.residual] if self.residual else []), *callbacks]
+        super().__init__(callbacks=watchers, **arguments)
         self.remove_callback(PrinterCallback)
         if any(hasattr(callback, "console") for callback in callbacks):
             self.remove_callback(ProgressCallback)
@@ -79,6 +82,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         """One forward and backward, whose loss and inputs are kept until the optimizer's step."""
         loss = self._take_step(model, inputs, *args, **kwargs)
         self._micro_batches.append((loss.detach(), inputs))
+        self.pace.count_rows(len(inputs["input_ids"]), self.steps.parts if self.steps is not None else 1)
         return loss
 
     def _take_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -112,8 +116,10 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
     def _take(self, mode: str, rows: list[list[float]]) -> None:
         """Hands what micro-batches came to over to TRL's metrics."""
         if rows:
+            before = self.tally.tokens
             for name, values in self.tally.metrics(mode, rows).items():
                 self._metrics[mode][name] += values
+            self.pace.count_tokens(self.tally.tokens - before)
             self._metrics[mode]["num_tokens"] = [self.tally.tokens]
 
     def compute_loss(
@@ -143,9 +149,11 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         return self.args.loss_type != "nll" or self.label_smoother is not None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Logs what TRL logs, over all processes, and the largest residual where the recipe asks for it."""
-        if self.residual is not None and "loss" in logs:
-            logs["largest_residual"], self._largest = self._largest, 0.0
+        """Logs what TRL logs, over all processes, the pace, and the largest residual if it is asked for."""
+        if "loss" in logs:
+            logs.update(self.pace.collect(self.args.device, self.args.world_size))
+            if self.residual is not None:
+                logs["largest_residual"], self._largest = self._largest, 0.0
         self._take("eval", self.tally.collect("eval").tolist())
         super().log(logs, start_time)
 
