@@ -15,7 +15,7 @@ from mamba_sft.errors import MambaSFTError, UsageError
 def report(
     runs: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[RUN]...", help="Run directories; several are compared. Default: the newest."),
+        typer.Argument(metavar="[RUN]...", help="A run, or several to compare; default: the newest."),
     ] = None,
     output: Annotated[
         str | None,
@@ -27,7 +27,7 @@ def report(
     from mamba_sft.evaluation.report import write_report
     from mamba_sft.wording import path_text
 
-    chosen = [run_or_newest(name) for name in runs or [None]]
+    chosen = [run_or_newest(name) for name in runs] if runs else [run_or_newest(None)]
     if len({run.path.resolve() for run in chosen}) < len(chosen):
         raise UsageError("the same run twice", hint="name each run once")
     if output is not None and len(chosen) == 1:
@@ -47,5 +47,5 @@ def report(
         where = error.filename or place
         raise MambaSFTError(
             f"cannot write the report: `{where}`: {error.strerror or error}",
-            hint="free space or write permission is missing there; a comparison goes elsewhere with `--output`",
+            hint="free space or permission is missing there; a comparison goes elsewhere with `--output`",
         ) from error

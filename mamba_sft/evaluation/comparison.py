@@ -19,7 +19,7 @@ from mamba_sft.run import COMPARISON, Run, write_atomically
 SHOWN_SAMPLES = 12
 _MARK = 'content="mamba-sft comparison"'
 _HEAD = 4096
-_ABSENT = "–"
+_ABSENT = "-"
 _COMPARED = (  # title, unit, name in metrics.jsonl, logarithmic
     ("validation loss", "nats per token", "eval_loss", None),
     ("learning rate", "", "learning_rate", False),

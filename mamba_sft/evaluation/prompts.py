@@ -80,7 +80,7 @@ def prompts_digest(prompts: Sequence[Prompt]) -> str:
 
 
 def is_right(prompt: Prompt, answer: str) -> bool | None:
-    """Returns whether an answer is the prompt's only right one (after stripping), None where there is none."""
+    """Returns whether an answer is the prompt's right one (after stripping), None where it has none."""
     return None if prompt.answer is None else prompt.answer.strip() == answer.strip()
 
 
@@ -121,7 +121,9 @@ def read_samples(path: Path) -> list[Sample]:
 
 def read_step_samples(path: Path) -> list[StepSample]:
     """Returns what `write_step_samples` wrote and can still be read; nothing where there is no file."""
-    rows = [row.value for row in read_json_lines(path) if isinstance(row.value, dict)] if path.exists() else []
+    if not path.exists():
+        return []
+    rows = [row.value for row in read_json_lines(path) if isinstance(row.value, dict)]
     names = {"step", "prompt", "answer", "system", "given"}
     return [
         StepSample(row["step"], Prompt(row["prompt"], row["answer"], row["system"]), row["given"])

@@ -89,7 +89,8 @@ def report_page(facts: RunFacts, progress: Progress | None = None) -> str:
 
 
 def _drawn(plot: Plot) -> str:
-    return svg_plot(plot.curves, title=f"{plot.title} over steps", logarithmic=plot.logarithmic)
+    title = f"{plot.title} over steps"
+    return svg_plot(plot.curves, title=title, logarithmic=plot.logarithmic, from_zero=plot.from_zero)
 
 
 def _share(facts: RunFacts, progress: Progress | None) -> float | None:

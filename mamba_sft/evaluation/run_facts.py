@@ -77,12 +77,12 @@ class RunFacts:
     def number(self, name: str) -> float | None:
         """Returns a number of `environment.json`; None where it is missing or no number."""
         value = self.environment.get(name)
-        return float(value) if _is_number(value) else None
+        return float(value) if value is not None and _is_number(value) else None
 
     def told(self, make: Callable[[], Iterator[Any]], where: Path) -> list[Any]:
-        """Returns what `make` yields of a file; if that is not in it as training wrote it, names the file."""
+        """Returns the texts or rows of texts that `make` yields of a file; if it cannot, names the file."""
         try:
-            return list(make())
+            return [one if isinstance(one, str) else [str(cell) for cell in one] for one in make()]
         except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
             self.problems.append(f"`{where.name}` is not what a run writes: {type(error).__name__} {error}")
             return []

@@ -89,12 +89,14 @@ class Plot:
         unit: In which unit.
         curves: The curves; none, and there is nothing to draw.
         logarithmic: Whether its axis is; None: where the values lie far apart.
+        from_zero: Whether it begins at zero: what is used up is seen as a whole.
     """
 
     title: str
     unit: str
     curves: Sequence[Curve]
     logarithmic: bool | None = None
+    from_zero: bool = False
 
     @property
     def last(self) -> str:
@@ -128,6 +130,7 @@ _PLOTTED = (  # title, unit, (legend, name in metrics.jsonl) of each curve, loga
     ("entropy", "nats per token", [("training", "entropy"), ("validation", "eval_entropy")], False),
     ("largest residual", "float16 ends at 65,504", [("largest residual", "largest_residual")], None),
 )  # fmt: skip
+_FROM_ZERO = {"token accuracy", "tokens per second", "time per step", "batch size", "tokens per step"}
 _NO_COURSE = {
     "step", "epoch", "loss", "eval_loss", "num_tokens", "eval_num_tokens", "total_flos", "train_loss",
     "train_runtime", "train_samples_per_second", "train_steps_per_second", "eval_runtime",
@@ -147,7 +150,9 @@ def plots(facts: RunFacts) -> Iterator[Plot]:
             if (points := facts.series(name))
         ]
         if curves:
-            yield _memory(curves) if title == "memory" else Plot(title, unit, curves, logarithmic)
+            from_zero = title in _FROM_ZERO
+            made = Plot(title, unit, curves, logarithmic, from_zero)
+            yield _memory(curves) if title == "memory" else made
     for name in sorted({name for line in facts.metrics for name in line} - seen):
         yield Plot(name, "", [Curve(name, facts.series(name))])
 
@@ -156,7 +161,7 @@ def _memory(curves: Sequence[Curve]) -> Plot:
     most = max((value for curve in curves for _, value in curve.points if math.isfinite(value)), default=0)
     size, unit = (_GB, "GB") if most >= _GB else (_MB, "MB")
     scaled = [Curve(c.name, [(step, v / size) for step, v in c.points], c.color) for c in curves]
-    return Plot("memory", f"{unit}, the most so far", scaled, False)
+    return Plot("memory", f"{unit}, the most so far", scaled, False, from_zero=True)
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,7 @@ def svg_plot(
     width: int = 440,
     height: int = 200,
     logarithmic: bool | None = None,
+    from_zero: bool = False,
     legend: bool = False,
 ) -> str:
     """Returns curves over steps as an `<svg>` element.
@@ -64,6 +65,7 @@ def svg_plot(
         width: Of its own coordinates; it scales to any.
         height: The same.
         logarithmic: Whether the vertical axis is; None: where values lie far apart.
+        from_zero: Whether an axis that is not begins at zero.
         legend: Whether it names its curves itself.
     """
     curves = [replace(curve, points=[(x, _drawable(y)) for x, y in curve.points]) for curve in curves]
@@ -71,7 +73,7 @@ def svg_plot(
     steps = [x for curve in curves for x, _ in curve.points]
     if logarithmic is None:
         logarithmic = is_logarithmic(values)
-    vertical = _logarithmic_axis(values) if logarithmic else _linear_axis(values)
+    vertical = _logarithmic_axis(values) if logarithmic else _linear_axis([0.0] * from_zero + values)
     top = _TOP + _LEGEND * legend
     across = _Scale(*_steps(steps), _LEFT, width - _RIGHT)
     up = _Scale(vertical.low, vertical.high, height - _BOTTOM, top)

@@ -335,10 +335,16 @@ def _save(
         save_adapter(trainer.model, partial, section=recipe.model, setup=preparation.setup)
     if before:
         write_samples(run.samples, pair(preparation.prompts, before, after))
-    facts = describe_environment() | describe_call() | {
-        "seconds": round(seconds, 1),
-        "steps": trainer.state.global_step,
-        "tokens": int(max((entry.get("num_tokens", 0) for entry in trainer.state.log_history), default=0)),
-        "best_validation_loss": trainer.state.best_metric,
-    }
+    facts = (
+        describe_environment()
+        | describe_call()
+        | {
+            "seconds": round(seconds, 1),
+            "steps": trainer.state.global_step,
+            "tokens": int(
+                max((entry.get("num_tokens", 0) for entry in trainer.state.log_history), default=0)
+            ),
+            "best_validation_loss": trainer.state.best_metric,
+        }
+    )
     write_atomically(run.environment, json.dumps(facts, indent=2) + "\n")
