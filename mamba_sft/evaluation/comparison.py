@@ -13,7 +13,7 @@ from mamba_sft.evaluation.pages import page_text
 from mamba_sft.evaluation.prompts import Prompt, is_right
 from mamba_sft.evaluation.run_facts import RunFacts, read_facts
 from mamba_sft.evaluation.run_figures import Plot, ShownSample
-from mamba_sft.evaluation.svg_plot import Curve, Point, smooth, svg_plot
+from mamba_sft.evaluation.svg_plot import Curve, Point, smooth, svg_text
 from mamba_sft.run import COMPARISON, Run, write_atomically
 
 SHOWN_SAMPLES = 12
@@ -70,11 +70,11 @@ def write_comparison(runs: Sequence[Run], output: Path) -> list[str]:
         problems=problems,
         loss=loss,
         loss_drawn=[
-            ("wide", svg_plot(loss.curves, title="training loss over steps", width=1000, height=300)),
-            ("narrow", svg_plot(loss.curves, title="training loss over steps", height=260)),
+            ("wide", svg_text(loss.curves, title="training loss over steps", width=1000, height=300)),
+            ("narrow", svg_text(loss.curves, title="training loss over steps", height=260)),
         ],
         plots=[
-            (plot, svg_plot(plot.curves, title=f"{plot.title} over steps", logarithmic=plot.logarithmic))
+            (plot, svg_text(plot.curves, title=f"{plot.title} over steps", logarithmic=plot.logarithmic))
             for plot in _plots(names, compared)
         ],
         differences=list(recipe_differences(compared)),

@@ -8,10 +8,10 @@ from datetime import UTC, datetime
 from mamba_sft.evaluation import run_figures as figures
 from mamba_sft.evaluation.losses import loss_warnings
 from mamba_sft.evaluation.pages import page_text
-from mamba_sft.evaluation.report_markdown import report_markdown
+from mamba_sft.evaluation.report_markdown import markdown_text
 from mamba_sft.evaluation.run_facts import RunFacts, read_facts
 from mamba_sft.evaluation.run_figures import Plot, Progress
-from mamba_sft.evaluation.svg_plot import svg_plot
+from mamba_sft.evaluation.svg_plot import svg_text
 from mamba_sft.run import Run, write_atomically
 
 SHOWN_SAMPLES = 12
@@ -34,7 +34,7 @@ def write_report(run: Run, progress: Progress | None = None) -> list[str]:
     """
     facts = read_facts(run)
     write_atomically(run.report, report_page(facts, progress))
-    write_atomically(run.report_text, report_markdown(facts, progress))
+    write_atomically(run.report_text, markdown_text(facts, progress))
     return list(dict.fromkeys(facts.problems))
 
 
@@ -64,8 +64,8 @@ def report_page(facts: RunFacts, progress: Progress | None = None) -> str:
         warnings=[*loss_warnings(facts.metrics), *changes],
         loss=loss,
         loss_drawn=[
-            ("wide", svg_plot(loss.curves, title="loss over steps", width=1000, height=300)),
-            ("narrow", svg_plot(loss.curves, title="loss over steps", height=260)),
+            ("wide", svg_text(loss.curves, title="loss over steps", width=1000, height=300)),
+            ("narrow", svg_text(loss.curves, title="loss over steps", height=260)),
         ],
         plots=[(plot, _drawn(plot)) for plot in figures.plots(facts)],
         samples=samples,
@@ -90,7 +90,7 @@ def report_page(facts: RunFacts, progress: Progress | None = None) -> str:
 
 def _drawn(plot: Plot) -> str:
     title = f"{plot.title} over steps"
-    return svg_plot(plot.curves, title=title, logarithmic=plot.logarithmic, from_zero=plot.from_zero)
+    return svg_text(plot.curves, title=title, logarithmic=plot.logarithmic, from_zero=plot.from_zero)
 
 
 def _share(facts: RunFacts, progress: Progress | None) -> float | None:

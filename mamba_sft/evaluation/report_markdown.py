@@ -18,7 +18,7 @@ _MEANING = re.compile(r"([\\`*_\[\]<>&|~$#])")
 _COURSE = ("loss", "eval_loss", "learning_rate", "grad_norm", "mean_token_accuracy", "tokens_per_second")
 
 
-def report_markdown(facts: RunFacts, progress: Progress | None = None) -> str:
+def markdown_text(facts: RunFacts, progress: Progress | None = None) -> str:
     """Returns the report of a run as Markdown.
 
     Args:

@@ -47,7 +47,7 @@ class Curve:
         return f"c{self.color % len(COLORS)}"
 
 
-def svg_plot(
+def svg_text(
     curves: Sequence[Curve],
     *,
     title: str,

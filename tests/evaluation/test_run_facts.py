@@ -79,7 +79,8 @@ def test_a_directory_in_its_place_is_named_too(run: Run, name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "line"),
     [
-        ("metrics", '{"step": "2", "loss": 1.0}'), ("metrics", '{"loss": 1.0}'), ("metrics", '{"step": true}'),
+        ("metrics", '{"step": "2", "loss": 1.0}'), ("metrics", '{"loss": 1.0}'),
+        ("metrics", '{"step": true}'),
         ("metrics", '{"step": 3, "loss": [1]}'), ("metrics", '{"step": 3, "loss": "1"}'),
         ("metrics", '{"step": -1}'), ("metrics", '{"step": 1' + "0" * 400 + "}"),
         ("metrics", '{"step": 3, "loss": 1' + "0" * 400 + "}"), ("metrics", '{"step": 3, "lo'),

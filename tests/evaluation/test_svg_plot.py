@@ -8,7 +8,7 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from mamba_sft.evaluation.svg_plot import Curve, number_text, smooth, svg_plot
+from mamba_sft.evaluation.svg_plot import Curve, number_text, smooth, svg_text
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -18,7 +18,7 @@ def marks(svg: str) -> list[str]:
 
 
 def test_a_value_is_drawn_where_it_is() -> None:
-    svg = svg_plot([Curve("a", [(0, 0.0), (5, 10.0), (10, 5.0)])], title="t", width=162, height=136)
+    svg = svg_text([Curve("a", [(0, 0.0), (5, 10.0), (10, 5.0)])], title="t", width=162, height=136)
     [path] = [p for p in ET.fromstring(svg).iter(f"{SVG}path") if p.get("class") == "c0"]
     points = [tuple(map(float, pair.split())) for pair in path.get("d", "").lstrip("M").split("L")]
     assert [x for x, _ in points] == [48, 98, 148]  # from the left margin to the right one
@@ -28,9 +28,9 @@ def test_a_value_is_drawn_where_it_is() -> None:
 
 
 def test_far_apart_values_get_a_logarithmic_axis_and_near_ones_none() -> None:
-    far = marks(svg_plot([Curve("a", [(1, 0.001), (2, 10.0)])], title="t"))
+    far = marks(svg_text([Curve("a", [(1, 0.001), (2, 10.0)])], title="t"))
     assert {"0.01", "0.1", "1"} <= set(far)
-    near = marks(svg_plot([Curve("a", [(1, 2.0), (2, 10.0)])], title="t"))
+    near = marks(svg_text([Curve("a", [(1, 2.0), (2, 10.0)])], title="t"))
     assert {"0", "5", "10"} <= set(near)
 
 
@@ -42,14 +42,14 @@ def test_far_apart_values_get_a_logarithmic_axis_and_near_ones_none() -> None:
 @pytest.mark.parametrize("logarithmic", [None, True, False])
 def test_no_value_is_too_odd(values: list[float], logarithmic: bool | None) -> None:
     points = [(float(step), value) for step, value in enumerate(values)]
-    svg = svg_plot([Curve("a", points)], title="t", logarithmic=logarithmic)
+    svg = svg_text([Curve("a", points)], title="t", logarithmic=logarithmic)
     ET.fromstring(svg)
     assert not re.search(r"nan|inf", svg.replace("middle", ""))
 
 
 def test_a_gap_is_a_gap() -> None:
     points = [(1.0, 1.0), (2.0, 2.0), (3.0, math.nan), (4.0, 1.0), (5.0, 2.0)]
-    svg = svg_plot([Curve("a", points)], title="t")
+    svg = svg_text([Curve("a", points)], title="t")
     [path] = [p for p in ET.fromstring(svg).iter(f"{SVG}path") if p.get("class") == "c0"]
     assert path.get("d", "").count("M") == 2
 
@@ -57,7 +57,7 @@ def test_a_gap_is_a_gap() -> None:
 def test_a_long_curve_is_thinned_and_keeps_its_spikes() -> None:
     points = [(float(step), 1.0) for step in range(100_000)]
     points[54_321] = (54_321.0, 9.0)
-    svg = svg_plot([Curve("a", points)], title="t", height=200)
+    svg = svg_text([Curve("a", points)], title="t", height=200)
     assert len(svg) < 30_000
     [path] = [p for p in ET.fromstring(svg).iter(f"{SVG}path") if p.get("class") == "c0"]
     heights = [float(pair.split()[1]) for pair in path.get("d", "")[1:].split("L")]
@@ -66,7 +66,7 @@ def test_a_long_curve_is_thinned_and_keeps_its_spikes() -> None:
 
 
 def test_names_are_text() -> None:
-    svg = svg_plot([Curve('<b>"&', [(1, 1.0)])], title='<i>"', legend=True)
+    svg = svg_text([Curve('<b>"&', [(1, 1.0)])], title='<i>"', legend=True)
     assert marks(svg)[-1] == '<b>"&'
     assert ET.fromstring(svg).get("aria-label") == '<i>"'
 

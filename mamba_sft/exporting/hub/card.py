@@ -16,7 +16,7 @@ from mamba_sft.data.sources import is_hub_dataset
 from mamba_sft.evaluation.prompts import exact_match, read_samples
 from mamba_sft.evaluation.run_facts import read_facts
 from mamba_sft.evaluation.run_figures import loss_curves
-from mamba_sft.evaluation.svg_plot import svg_plot
+from mamba_sft.evaluation.svg_plot import svg_text
 from mamba_sft.exporting.full_model import FullModel
 from mamba_sft.exporting.gguf.tensors import layers
 from mamba_sft.exporting.hub.checkpoint import MARK
@@ -61,7 +61,7 @@ def write_card(model: FullModel, directory: Path, name: str, options: HubOptions
     curves = loss_curves(read_facts(model.run)) if model.run else []
     plot = PLOT_NAME if curves else None
     if plot is not None:
-        drawn = svg_plot(curves, title="loss over steps", width=800, height=320, legend=True)
+        drawn = svg_text(curves, title="loss over steps", width=800, height=320, legend=True)
         (directory / plot).write_text(drawn + "\n", encoding="utf-8")
     recipe = Recipe.load(str(model.run.recipe)) if model.run else None
     facts = _facts(model, name, options) | _training_facts(recipe) | _evaluation_facts(model.run)
