@@ -54,7 +54,8 @@ def measured(page: Path, width: int) -> dict[str, object]:
     wrapper.write_text(MEASURE.format(page=page.as_uri(), width=width))
     words = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1300,2000",
              "--allow-file-access-from-files", "--enable-logging=stderr",
-             f"--user-data-dir={page.parent / 'profile'}", "--virtual-time-budget=2000", "--dump-dom", wrapper.as_uri()]  # fmt: skip
+             f"--user-data-dir={page.parent / 'profile'}", "--virtual-time-budget=2000",
+             "--dump-dom", wrapper.as_uri()]  # fmt: skip
     done = subprocess.run([str(BROWSER), *words], capture_output=True, text=True, timeout=120, check=True)
     console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
     assert not console, console

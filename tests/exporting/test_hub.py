@@ -205,7 +205,7 @@ def test_the_card_lists_gguf_files_with_size_and_quality(
     made.run.environment.write_text(json.dumps({"packages": {"mamba-sft": "0.1.0"}}))
     export(made.run, quantization="Q5_0", options=GGUFOptions(verify=False))
     report = made.run.report.read_text()
-    assert "<td>run.Q8_0.gguf</td>" in report
+    assert "<pre>run.Q8_0.gguf</pre>" in report
     _, text = read_card(export(made.run, format="hf").directory)
     quality = files[0].quality
     assert quality is not None
