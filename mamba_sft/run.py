@@ -26,6 +26,8 @@ MERGE_REPORT = "merge.json"
 """In a merged checkpoint: what was merged, and what its check found."""
 HUB_CHECKPOINT, MODEL_CARD = "hf", "README.md"
 """The exported checkpoint inside `export/`, and its model card."""
+COMPARISON = "comparison.html"
+"""Beside the runs that it compares."""
 QUALITY = "quality.json"
 """Beside exported GGUF files: what was measured of each."""
 
@@ -94,6 +96,11 @@ class Run:
         return self.path / "answers-before.json"
 
     @property
+    def step_samples(self) -> Path:
+        """Answers to a few of the sample prompts while training went on, one JSON object per answer."""
+        return self.path / "step-samples.jsonl"
+
+    @property
     def rejected(self) -> Path:
         """Rows that `data.on_bad_row: skip` dropped, with the reason and where they came from."""
         return self.path / "rejected.jsonl"
@@ -102,6 +109,11 @@ class Run:
     def report(self) -> Path:
         """The run report, one self-contained HTML page."""
         return self.path / "report.html"
+
+    @property
+    def report_text(self) -> Path:
+        """The run report as Markdown."""
+        return self.path / "report.md"
 
     @property
     def merged(self) -> Path:

@@ -44,7 +44,6 @@ LIVES_IN = {
     "jinja2": {"model", "evaluation"},
     "llvmlite": {"kernels"},
     "lm_eval": {"evaluation"},
-    "matplotlib": {"evaluation"},
     "numba": {"kernels", "diagnostics"},
     "packaging": {"diagnostics"},
     "peft": {"model", "merging"},

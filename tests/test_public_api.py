@@ -75,7 +75,8 @@ def test_the_parts_of_a_run_directory() -> None:
         "recipe": "recipe.yaml", "environment": "environment.json", "adapter": "adapter",
         "checkpoints": "checkpoints", "metrics": "metrics.jsonl", "samples": "samples.jsonl",
         "rejected": "rejected.jsonl", "report": "report.html", "merged": "merged", "export": "export",
-        "quality": "export/quality.json", "eval": "eval",
+        "quality": "export/quality.json", "eval": "eval", "report_text": "report.md",
+        "step_samples": "step-samples.jsonl",
     }  # fmt: skip
     for name, path in names.items():
         assert getattr(run, name).as_posix() == f"runs/x/{path}"
@@ -95,4 +96,5 @@ def test_the_command_is_there_and_names_its_verbs() -> None:
         [sys.executable, "-m", "mamba_sft", "--help"], check=True, capture_output=True, text=True
     )
     verbs = ["train", "data", "merge", "recipes", "chat", "generate", "plan", "doctor", "bench", "export"]
+    verbs.append("report")
     assert all(verb in done.stdout for verb in verbs)

@@ -17,7 +17,7 @@ import typer
 from rich.markup import escape
 
 from mamba_sft import __version__
-from mamba_sft.cli import bench, chat, data, doctor, export, generate, merge, plan, recipes, train
+from mamba_sft.cli import bench, chat, data, doctor, export, generate, merge, plan, recipes, report, train
 from mamba_sft.cli.console import err, out
 from mamba_sft.disk import FULL, reason
 from mamba_sft.errors import MambaSFTError
@@ -113,3 +113,4 @@ app.command()(plan.plan)
 app.command()(doctor.doctor)
 app.add_typer(bench.bench_app, name="bench")
 app.command()(export.export)
+app.command()(report.report)

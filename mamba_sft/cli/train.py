@@ -93,13 +93,13 @@ def _show_dry_run(preparation: Preparation) -> None:
 
 def _show_samples(run: Run, fits_no_chat: bool, rows: int = 6) -> None:
     from mamba_sft.evaluation.prompts import exact_match, read_samples
-    from mamba_sft.evaluation.report import sample_titles
+    from mamba_sft.evaluation.run_figures import sample_titles
 
     if not run.samples.exists():
         return
     samples = read_samples(run.samples)
     table = Table(title="sample answers", show_lines=True, expand=True)
-    for title in ("prompt", *sample_titles(run)):
+    for title in ("prompt", *sample_titles(run.read_data())):
         table.add_column(title, ratio=3, overflow="fold")
     for sample in samples[:rows]:
         table.add_row(*(escape(_short(text)) for text in (sample.prompt.prompt, sample.before, sample.after)))

@@ -1,6 +1,8 @@
-"""What a run is judged by, before and after training.
+"""What a run is judged by, before and after training, and the pages that tell of it.
 
-Read `prompts` (sample prompts, the answers of the base and of the tuned model, exact match), `losses` (did
-the loss rise), then `report` (the page about a run: loss, figures, answers, recipe, environment). The loss on
-held-out rows is computed in `inference.scoring`, because a merge needs it too.
+Read `prompts` (sample prompts, the answers of the base and of the tuned model, exact match) and `losses` (did
+the loss rise). Then the reports: `run_facts` reads what a run left behind, however damaged, `run_figures`
+says what it comes to, `svg_plot` draws, and each rendering is a file: `report` (HTML, with `pages`),
+`report_markdown`, `comparison` (several runs). The loss on held-out rows is computed in `inference.scoring`,
+because a merge needs it too.
 """

@@ -44,6 +44,15 @@ class Sample:
     after: str
 
 
+@dataclass(frozen=True)
+class StepSample:
+    """What the model answered to a prompt after a step of training; after step 0 it is the base's answer."""
+
+    step: int
+    prompt: Prompt
+    given: str
+
+
 def load_prompts(path: Path) -> list[Prompt]:
     """Reads sample prompts: JSON Lines of `{"prompt": ..., "answer": ..., "system": ...}`, or lines of text.
 
@@ -70,16 +79,16 @@ def prompts_digest(prompts: Sequence[Prompt]) -> str:
     return blake2b(text.encode(), digest_size=16).hexdigest()
 
 
+def is_right(prompt: Prompt, answer: str) -> bool | None:
+    """Returns whether an answer is the prompt's right one (after stripping), None where it has none."""
+    return None if prompt.answer is None else prompt.answer.strip() == answer.strip()
+
+
 def exact_match(prompts: Sequence[Prompt], answers: Sequence[str]) -> float | None:
     """Returns the share of scored prompts answered exactly (after stripping), None when none is scored."""
-    scored = [
-        (prompt.answer, answer)
-        for prompt, answer in zip(prompts, answers, strict=True)
-        if prompt.answer is not None
-    ]
-    if not scored:
-        return None
-    return sum(right.strip() == answer.strip() for right, answer in scored) / len(scored)
+    marks = [is_right(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    scored = [mark for mark in marks if mark is not None]
+    return sum(scored) / len(scored) if scored else None
 
 
 def pair(prompts: Sequence[Prompt], before: Sequence[str], after: Sequence[str]) -> list[Sample]:
@@ -90,10 +99,34 @@ def pair(prompts: Sequence[Prompt], before: Sequence[str], after: Sequence[str])
 def write_samples(path: Path, samples: Sequence[Sample]) -> None:
     """Writes samples as JSON Lines, atomically."""
     rows = [asdict(sample.prompt) | {"before": sample.before, "after": sample.after} for sample in samples]
-    write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_atomically(path, _lines(rows))
+
+
+def write_step_samples(path: Path, samples: Sequence[StepSample]) -> None:
+    """Writes answers given while training went on as JSON Lines, atomically."""
+    rows = [{"step": one.step} | asdict(one.prompt) | {"given": one.given} for one in samples]
+    write_atomically(path, _lines(rows))
+
+
+def _lines(rows: Sequence[dict[str, Any]]) -> str:
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    return text.encode(errors="backslashreplace").decode()  # half a surrogate pair, as JSON escapes it
 
 
 def read_samples(path: Path) -> list[Sample]:
     """Reads what `write_samples` wrote."""
     rows: list[dict[str, Any]] = [row.value for row in read_json_lines(path)]
     return [Sample(Prompt(r["prompt"], r["answer"], r["system"]), r["before"], r["after"]) for r in rows]
+
+
+def read_step_samples(path: Path) -> list[StepSample]:
+    """Returns what `write_step_samples` wrote and can still be read; nothing where there is no file."""
+    if not path.exists():
+        return []
+    rows = [row.value for row in read_json_lines(path) if isinstance(row.value, dict)]
+    names = {"step", "prompt", "answer", "system", "given"}
+    return [
+        StepSample(row["step"], Prompt(row["prompt"], row["answer"], row["system"]), row["given"])
+        for row in rows
+        if row.keys() >= names and isinstance(row["step"], int)
+    ]

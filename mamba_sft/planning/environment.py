@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 PACKAGES = (
@@ -78,6 +81,16 @@ def nvidia_smi(query: str, device: str | None = None) -> list[str] | None:
         return None
     first = done.stdout.strip().splitlines()[:1]
     return [field.strip() for field in first[0].split(",")] if first else None
+
+
+def describe_call() -> dict[str, str | None]:
+    """Returns the date, and the command that this process was started with; None where it was not ours."""
+    program, *words = sys.argv or [""]
+    ours = Path(program).stem == "mamba-sft" or Path(program).parts[-2:] == ("mamba_sft", "__main__.py")
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "command": shlex.join(["mamba-sft", *words]) if ours else None,
+    }
 
 
 def describe_environment() -> dict[str, Any]:

@@ -48,6 +48,8 @@ Part = Literal[
 """What a column of the data can be for."""
 
 MANY = 1_000_000_000  # where a number needs a bound and has no natural one
+Interval = Annotated[float, Field(gt=0, le=MANY), AfterValidator(_whole_from_one), PlainSerializer(_as_count)]
+"""A count or share that may be left out, so that its bounds are its own."""
 Text = Annotated[str, Field(min_length=1)]
 ORDINARY = BeforeValidator(_empty_is_default)  # `eval:` with nothing under it is a section of defaults
 
@@ -251,6 +253,9 @@ class EvalSection(Section):
     prompts: Text | None = None
     """Prompts to answer before and after training: a jsonl file of {"prompt": ..., "answer": ...}, answer
     optional, or a txt file with one prompt a line. null answers none."""
+    sample_steps: Interval | None = None
+    """When a few of the prompts are answered while training goes on, for the report: below 1 a share of the
+    run, from 1 up a number of steps. Costs the time of those answers; null answers none in between."""
     max_new_tokens: int = Field(default=128, ge=1, le=65536)
     """Longest answer to a prompt."""
     load_best_model_at_end: bool = True

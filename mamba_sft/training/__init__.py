@@ -14,6 +14,8 @@
                                          +- saving         what a full disk does not take
                                          +- resume_points  written whole, known by their hashes
                                          +- counts         tokens, losses and time of all sessions
+                                         +- pace           tokens a second, memory, time a step
+                                         +- live_report, step_samples    told while it runs
                                          +- random_state, resuming, data_record (are the rows the same)
 
 `starting` finds the adapter that a run goes on from, where it starts from one; `keeping` holds the trained

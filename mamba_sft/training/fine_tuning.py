@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,6 @@ from mamba_sft.data.rows import row_lengths
 from mamba_sft.disk import check_writable, disk_errors_explained
 from mamba_sft.errors import TrainingError
 from mamba_sft.evaluation.prompts import Prompt, load_prompts, pair, prompts_digest, write_samples
-from mamba_sft.evaluation.report import write_report
 from mamba_sft.inference.generation import answers, stop_token_ids
 from mamba_sft.inference.sampling import Sampling
 from mamba_sft.kernels import automatic
@@ -33,7 +33,7 @@ from mamba_sft.model.adapter import attach_adapter, load_weights, save_adapter, 
 from mamba_sft.model.chat_template import TemplateSetup, render
 from mamba_sft.model.checkpoint import base_fingerprint, resolve_base
 from mamba_sft.model.loading import apply_setup, load_model, recommend_sampling
-from mamba_sft.planning.environment import describe_device, describe_environment
+from mamba_sft.planning.environment import describe_call, describe_device, describe_environment
 from mamba_sft.planning.extent import RunLength, run_length, with_accumulation
 from mamba_sft.planning.fitting import refuse_what_cannot_fit, trained_values
 from mamba_sft.planning.storage import (
@@ -51,6 +51,7 @@ from mamba_sft.training.callbacks import AdapterWatch, Interruption, MetricsLog
 from mamba_sft.training.counts import Counts
 from mamba_sft.training.data_record import record_data, settle_changes
 from mamba_sft.training.keeping import Ask, save_surely
+from mamba_sft.training.live_report import LiveReport
 from mamba_sft.training.resume_points import step_in_name, sweep
 from mamba_sft.training.resuming import (
     find_resume_point,
@@ -59,6 +60,7 @@ from mamba_sft.training.resuming import (
 )
 from mamba_sft.training.saving import CheckpointSaves, file_errors_explained, left_out_if_refused
 from mamba_sft.training.starting import check_base, find_start
+from mamba_sft.training.step_samples import StepSamples
 from mamba_sft.training.trainer import Trainer, trainer_arguments
 from mamba_sft.wording import count_text
 
@@ -241,16 +243,21 @@ def _train(
         load_weights(trainer.model, preparation.start)
     start = trained_digest(trainer.model)
     before = _answers_before(preparation, trainer)
+    _watch_answers(preparation, trainer, before)
+    report = LiveReport(run, preparation.max_steps, writes=trainer.is_world_process_zero())
+    trainer.add_callback(report)  # the last one: it tells what the others have written
     explained = file_errors_explained(run, lambda: trainer.state.global_step)
-    with explained, _out_of_memory_explained():
-        trainer.fit(preparation.resume_point)
-    if interruption.ends_the_run:
-        raise _interrupted(run, interruption)
-    interruption.where = "stopped after training, before all was written"
-    _refuse_unchanged(trainer, start)
-    after = _answer(preparation, trainer, "after")
-    if trainer.is_world_process_zero():
-        _save(preparation, trainer, before, after, ask)
+    with report.telling_the_end():
+        with explained, _out_of_memory_explained():
+            trainer.fit(preparation.resume_point)
+        if interruption.ends_the_run:
+            raise _interrupted(run, interruption)
+        interruption.where = "stopped after training, before all was written"
+        _refuse_unchanged(trainer, start)
+        after = _answer(preparation, trainer, "after")
+        if trainer.is_world_process_zero():
+            _save(preparation, trainer, before, after, ask)
+    report.finish()
     trainer.accelerator.wait_for_everyone()
     return run
 
@@ -295,7 +302,7 @@ def _clear(preparation: Preparation) -> None:
     write_atomically(run.data, json.dumps(preparation.record, indent=2, ensure_ascii=False) + "\n")
     if preparation.data.rejected:
         write_atomically(run.rejected, preparation.data.rejected.read_text(encoding="utf-8"))
-    write_atomically(run.environment, json.dumps(describe_environment(), indent=2) + "\n")
+    write_atomically(run.environment, json.dumps(describe_environment() | describe_call(), indent=2) + "\n")
 
 
 def _build_trainer(
@@ -395,12 +402,24 @@ def _kept_answers(path: Path, digest: str) -> list[str] | None:
         return None
 
 
+def _watch_answers(preparation: Preparation, trainer: Trainer, before: list[str]) -> None:
+    every = preparation.recipe.eval.sample_steps
+    if every is not None and preparation.prompts:
+        answer = partial(_given, preparation, trainer)
+        trainer.add_callback(StepSamples(preparation.run, preparation.prompts, before, every, answer))
+
+
 def _answer(preparation: Preparation, trainer: Trainer, when: str) -> list[str]:
-    prompts, recipe = preparation.prompts, preparation.recipe
+    prompts = preparation.prompts
     if not prompts or not trainer.is_world_process_zero():
         return []
     logger.info("answering %d sample prompts %s training", len(prompts), when)
-    tokenizer = preparation.setup.tokenizer
+    return _given(preparation, trainer, prompts)
+
+
+def _given(preparation: Preparation, trainer: Trainer, prompts: Sequence[Prompt]) -> list[str]:
+    """The model's answers to prompts, as it is now."""
+    recipe, tokenizer = preparation.recipe, preparation.setup.tokenizer
     chats = [prompt.messages(recipe.chat.system) for prompt in prompts]
     given = answers(
         trainer.model,
@@ -428,17 +447,19 @@ def _save(
     if before:
         with left_out_if_refused(run.samples):
             write_samples(run.samples, pair(preparation.prompts, before, after))
-    facts = describe_environment() | {
-        "seconds": round(sum(session.seconds for session in sessions), 1),
-        "steps": trainer.state.global_step,
-        "tokens": trainer.tokens,
-        "best_validation_loss": trainer.state.best_metric,
-        "sessions": [asdict(session) for session in sessions],
-    }
+    facts = (
+        describe_environment()
+        | describe_call()
+        | {
+            "seconds": round(sum(session.seconds for session in sessions), 1),
+            "steps": trainer.state.global_step,
+            "tokens": trainer.tokens,
+            "best_validation_loss": trainer.state.best_metric,
+            "sessions": [asdict(session) for session in sessions],
+        }
+    )
     with left_out_if_refused(run.environment):
         write_atomically(run.environment, json.dumps(facts, indent=2) + "\n")
-    with left_out_if_refused(run.report):
-        write_report(run)
     with left_out_if_refused(run.answers_before):
         run.answers_before.unlink(missing_ok=True)
     if adapter != run.adapter:

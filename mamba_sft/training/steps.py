@@ -57,6 +57,11 @@ class ChunkedSteps:
         """Returns whether the section asks for anything that TRL's own steps do not do."""
         return section.stream_tokens is not None or section.carry_state or section.auto_batch
 
+    @property
+    def parts(self) -> int:
+        """In how many parts a micro-batch runs, so that it fits."""
+        return 1 if self._auto_batch is None else self._auto_batch.parts
+
     def training_step(
         self, model: Any, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:

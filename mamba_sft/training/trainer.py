@@ -41,6 +41,7 @@ from mamba_sft.training.counts import Counts, mean_loss, read_counts, write_coun
 from mamba_sft.training.figures import Figures, Tally
 from mamba_sft.training.fused_head import add_fused_head
 from mamba_sft.training.largest_residual import LargestResidual
+from mamba_sft.training.pace import Pace
 from mamba_sft.training.random_state import RandomState, current_random_state, restore_random_state
 from mamba_sft.training.resume_points import STATE, fault_of, find_good, rotate, written_whole
 from mamba_sft.training.saving import CheckpointSaves, left_out_if_refused
@@ -83,7 +84,9 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         self.schedule = section.lr_scheduler_type
         add_fused_head(arguments["model"].get_base_model())  # beside TRL's, for a loss that needs no wait
         self.residual = LargestResidual() if section.log_activations else None
-        watchers = [interruption, *([self.residual] if self.residual else []), *callbacks]
+        self.pace = Pace()
+        residual = [self.residual] if self.residual else []
+        watchers = [interruption, self.pace, *residual, *callbacks]
         super().__init__(callbacks=watchers, **arguments)
         self.remove_callback(PrinterCallback)
         if any(hasattr(callback, "console") for callback in callbacks):
@@ -171,6 +174,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         self.give_up_if_late()
         loss = self._take_step(model, inputs, *args, **kwargs)
         self._micro_batches.append((loss.detach(), inputs))
+        self.pace.count_rows(len(inputs["input_ids"]), self.steps.parts if self.steps is not None else 1)
         return loss
 
     def _take_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -209,8 +213,10 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
     def _take(self, mode: str, rows: list[list[float]]) -> None:
         """Hands what micro-batches came to over to TRL's metrics."""
         if rows:
+            before = self.tally.tokens
             for name, values in self.tally.metrics(mode, rows).items():
                 self._metrics[mode][name] += values
+            self.pace.count_tokens(self.tally.tokens - before)
             self._metrics[mode]["num_tokens"] = [self.tally.tokens]
 
     def compute_loss(
@@ -244,9 +250,11 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         return self.args.loss_type != "nll" or self.label_smoother is not None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Logs what TRL logs, over all processes, and the largest residual where the recipe asks for it."""
-        if self.residual is not None and "loss" in logs:
-            logs["largest_residual"], self._largest = self._largest, 0.0
+        """Logs what TRL logs, over all processes, the pace, and the largest residual if it is asked for."""
+        if "loss" in logs:
+            logs.update(self.pace.collect(self.args.device, self.args.world_size))
+            if self.residual is not None:
+                logs["largest_residual"], self._largest = self._largest, 0.0
         self._take("eval", self.tally.collect("eval").tolist())
         if "train_runtime" in logs:
             self._sum_up(logs)

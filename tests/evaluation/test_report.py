@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
-from mamba_sft.evaluation.prompts import Prompt, pair, write_samples
-from mamba_sft.evaluation.report import loss_plot, write_report
+from mamba_sft.evaluation.prompts import Prompt, StepSample, pair, write_samples, write_step_samples
+from mamba_sft.evaluation.report import write_report
+from mamba_sft.evaluation.run_figures import Progress
 from mamba_sft.run import Run
 
 
@@ -41,41 +43,132 @@ class Tags(HTMLParser):
         self.seen.append(tag)
 
 
-def test_the_report_holds_everything_and_nothing_from_outside(run: Run) -> None:
-    write_report(run)
-    page = run.report.read_text()
+def tags_of(page: str) -> Tags:
     tags = Tags()
     tags.feed(page)
+    return tags
+
+
+def test_the_report_holds_everything_and_nothing_from_outside(run: Run) -> None:
+    [problem] = write_report(run)
+    assert problem.startswith("`recipe.yaml` cannot be read as a recipe: ")
+    assert "`data` is missing" in problem
+    page = run.report.read_text()
+    tags = tags_of(page)
     assert "svg" in tags.seen
-    assert "script" not in tags.seen, "a prompt is text, not markup"
+    assert not {"script", "img", "iframe", "object"} & set(tags.seen), "a prompt is text, not markup"
     for text in ("62 min", "1.2500", "exact match before", "0.0 %", "100.0 %", "&lt;script&gt;", "3,900"):
         assert text in page, text
-    assert "http" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
-        "http://creativecommons.org", ""
-    ).replace("https://matplotlib.org", "")
+    assert "http" not in page.replace("http://www.w3.org/2000/svg", "").replace("http-equiv", "")
+    assert "default-src &#39;none&#39;" in page or "default-src 'none'" in page
 
 
 def test_text_of_a_run_is_text_on_the_page(run: Run) -> None:
     """Names, answers, recipes and file names come from anywhere; nothing of them may become markup."""
     hostile = "<img src=x onerror=alert(1)>\"'&</pre>{{ 7*7 }}"
-    write_samples(run.samples, pair([Prompt(hostile, "yes")], [hostile], [hostile]))
+    write_samples(run.samples, pair([Prompt(hostile, hostile)], [hostile], [hostile]))
+    write_step_samples(run.step_samples, [StepSample(1, Prompt(hostile, hostile), hostile)])
     run.recipe.write_text(hostile)
-    facts = {"packages": {"mamba-sft": hostile}, "device": {"name": hostile}}
+    facts = {"packages": {"mamba-sft": hostile}, "device": {"name": hostile}, "command": hostile}
     run.environment.write_text(json.dumps(facts))
     run.export.mkdir()
     run.quality.write_text(json.dumps({"files": {hostile: {"nbytes": 1, "method": "Q8_0"}}}))
+    run.metrics.write_text(json.dumps({"step": 1, "loss": 1.0, hostile: 1.0}) + "\n")
     write_report(run)
     page = run.report.read_text()
-    tags = Tags()
-    tags.feed(page)
+    tags = tags_of(page)
     assert "img" not in tags.seen
-    assert page.count("&lt;img src=x") == 8
-    assert page.count("{{ 7*7 }}") == 8
+    assert "49" not in page.replace("{{ 7*7 }}", "").split("</style>")[1]
+    assert page.count("&lt;img src=x") == page.count("{{ 7*7 }}") >= 14
+    text = run.report_text.read_text()
+    fenced = text[text.index("```yaml") :]
+    assert fenced.count("<img") == 1  # the recipe, between fences
+    assert not re.search(r"(?<!\\)<img", text[: text.index("```yaml")])
 
 
-def test_a_plot_of_one_step_and_of_none(run: Run) -> None:
-    assert loss_plot([{"step": 1, "loss": 2.0}]).startswith("<svg")
-    assert loss_plot([]).startswith("<svg")
+def test_control_characters_are_written_out(run: Run) -> None:
+    steering = "a\x1b[2Jb\r\x07\u202ec\u2028"
+    write_samples(run.samples, pair([Prompt(steering)], ["\ud800"], [steering + "\nlast"]))
+    write_report(run)
+    for path in (run.report, run.report_text):
+        page = path.read_text(encoding="utf-8").split("</style>")[-1]
+        assert "\\x1b" in page, path
+        assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e\u2028]", page), path
+    page = run.report.read_text()
+    assert r"a\x1b[2Jb\r\x07\u202ec\u2028" + "\nlast" in page
+    assert r"\ud800" in page
+
+
+def test_wrong_answers_come_first_and_all_of_them_are_there(run: Run) -> None:
+    prompts = [Prompt(f"question {i}", "yes") for i in range(30)]
+    after = ["no" if i in (20, 25) else "yes" for i in range(30)]
+    write_samples(run.samples, pair(prompts, ["no"] * 30, after))
+    write_report(run)
+    page = run.report.read_text()
+    assert "12 of 30 shown; right of 30: 0 base, 28 tuned" in page
+    shown, folded = page.split("<summary>12 of 30 shown: all of them</summary>")
+    order = re.findall(r"question \d+", shown)
+    assert order[:3] == ["question 20", "question 25", "question 0"]
+    assert len(order) == 12
+    assert len(re.findall(r"question \d+", folded)) == 30
+    assert shown.count("✗ wrong") == 12 + 2
+    assert shown.count("✓ right") == 10
+    text = run.report_text.read_text()
+    assert text.index("question 20") < text.index("question 25") < text.index("question 0 ")
+    assert "✗ no |" in text
+
+
+def test_prompts_without_a_right_answer_are_not_marked(run: Run) -> None:
+    write_samples(run.samples, pair([Prompt("say something")], ["no"], ["yes"]))
+    write_report(run)
+    page = run.report.read_text()
+    assert "✗" not in page
+    assert "expected" not in page
+
+
+def test_answers_while_it_learned(run: Run) -> None:
+    prompt = Prompt("say yes", "yes")
+    write_samples(run.samples, pair([prompt], ["no"], ["yes"]))
+    write_step_samples(run.step_samples, [StepSample(20, prompt, "perhaps"), StepSample(0, prompt, "no")])
+    write_report(run)
+    part = run.report.read_text().split("Answers while it learned")[1]
+    assert part.index("<td>base") < part.index("<td>step 20") < part.index("<td>at the end")
+    assert part.index("perhaps") < part.index("✓ right")
+
+
+@pytest.mark.parametrize(
+    ("progress", "text", "refreshes"),
+    [
+        (Progress(12, 40, 170.0), "step 12 of 40, about 3 min left; this page is rewritten while", True),
+        (Progress(0, 40), "step 0 of 40; this page is rewritten while it runs", True),
+        (Progress(12, 40, ended="ended early: no"), "step 12 of 40; ended early: no", False),
+        (None, "not finished: step 40 was the last one logged", False),
+    ],
+)
+def test_how_far_a_run_is(run: Run, progress: Progress | None, text: str, refreshes: bool) -> None:
+    write_report(run, progress)
+    page = run.report.read_text()
+    assert text in page
+    assert ('http-equiv="refresh"' in page) is refreshes
+    assert ("--resume" in page) is not refreshes
+    assert text in run.report_text.read_text()
+
+
+def test_a_finished_run_says_what_to_do_next(run: Run) -> None:
+    run.adapter.mkdir()
+    write_report(run)
+    page = run.report.read_text()
+    assert "mamba-sft chat &#39;" in page  # the name has a blank and a bracket
+    assert "mamba-sft merge" in page
+    assert "--resume" not in page
+
+
+def test_every_logged_name_is_drawn(run: Run) -> None:
+    names = ["learning_rate", "grad_norm", "mean_token_accuracy", "tokens_per_second", "seconds_per_step",
+             "peak_memory", "rows_per_step", "tokens_per_step", "entropy", "something_new"]  # fmt: skip
+    run.metrics.write_text("".join(json.dumps({"step": i} | dict.fromkeys(names, i)) + "\n" for i in (1, 2)))
+    write_report(run)
+    assert tags_of(run.report.read_text()).seen.count("svg") == len(names)
 
 
 def test_a_run_without_samples_or_metrics_still_has_a_report(run: Run) -> None:
@@ -107,13 +200,13 @@ def test_the_report_has_what_was_seen_of_the_data(run: Run) -> None:
     run.data.write_text(json.dumps(DATA))
     write_report(run)
     page = run.report.read_text()
-    cells = ("messages", "60", "1", "59", "2.0", "110")
+    cells = ("my &lt;chats&gt;.jsonl", "messages", "60", "1", "59", "2", "110")
     for text in (
-        "my &lt;chats&gt;.jsonl</td>" + "".join(f"<td>{cell}</td>" for cell in cells),
         "110 to train on, 4 to validate on", "12 rows of 512 tokens, 90.0% full",
         "5,500, 40.0% of them trained",
         "24, 3 micro-batches of 2 in each, 917 tokens in the mean", "columns not used: `note`",
         "after step 9 the run went on with other data", "60 rows then, 30 now", "<pre>world</pre>",
+        *(f"<pre>{cell}</pre>" for cell in cells),
         "median 50, 95% at most 61, longest 64",
     ):  # fmt: skip
         assert text in page, text

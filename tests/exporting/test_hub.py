@@ -175,7 +175,7 @@ def test_the_card_has_valid_metadata_and_every_part(tmp_path: Path, monkeypatch:
         assert row in text, row
     assert "stderr" not in text
     assert "triton" not in text
-    assert (done.directory / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (done.directory / "loss.svg").read_text().startswith("<svg xmlns=")
     for anchor in re.findall(r"\]\(#([\w-]+)\)", text):
         titles = [line.lstrip("# ").lower().replace(" ", "-").replace(";", "") for line in text.splitlines()]
         assert anchor in titles
@@ -187,7 +187,7 @@ def test_nothing_is_claimed_that_was_not_recorded(tmp_path: Path) -> None:
     assert "base_model" not in metadata  # a directory is no model on the hub
     assert "license" not in metadata
     assert "datasets" not in metadata
-    for absent in ("### Loss", "### Hardware", "# Evaluation", "## GGUF", "None", "loss.png"):
+    for absent in ("### Loss", "### Hardware", "# Evaluation", "## GGUF", "None", "loss.svg"):
         assert absent not in text, absent
     plain = export(made.base, format="hf", output=tmp_path / "plain").directory
     assert "# Training Details" not in read_card(plain)[1]
@@ -205,7 +205,7 @@ def test_the_card_lists_gguf_files_with_size_and_quality(
     made.run.environment.write_text(json.dumps({"packages": {"mamba-sft": "0.1.0"}}))
     export(made.run, quantization="Q5_0", options=GGUFOptions(verify=False))
     report = made.run.report.read_text()
-    assert "<td>run.Q8_0.gguf</td>" in report
+    assert "<pre>run.Q8_0.gguf</pre>" in report
     _, text = read_card(export(made.run, format="hf").directory)
     quality = files[0].quality
     assert quality is not None

@@ -14,7 +14,9 @@ from typing import Any
 from mamba_sft import __version__
 from mamba_sft.data.sources import is_hub_dataset
 from mamba_sft.evaluation.prompts import exact_match, read_samples
-from mamba_sft.evaluation.report import loss_figure
+from mamba_sft.evaluation.run_facts import read_facts
+from mamba_sft.evaluation.run_figures import loss_curves
+from mamba_sft.evaluation.svg_plot import svg_text
 from mamba_sft.exporting.full_model import FullModel
 from mamba_sft.exporting.gguf.tensors import layers
 from mamba_sft.exporting.hub.checkpoint import MARK
@@ -28,7 +30,7 @@ from mamba_sft.run import MODEL_CARD, Run
 from mamba_sft.wording import size_text, time_text
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
-PLOT_NAME = "loss.png"
+PLOT_NAME = "loss.svg"
 RESULTS_NAME = "results.json"
 # The hub's own words for the licences of the bases that this package is for.
 _FALCON_MAMBA = {
@@ -56,10 +58,11 @@ def write_card(model: FullModel, directory: Path, name: str, options: HubOptions
     """
     from huggingface_hub import ModelCard
 
-    metrics = model.run.read_metrics() if model.run else []
-    plot = PLOT_NAME if any("loss" in line for line in metrics) else None
+    curves = loss_curves(read_facts(model.run)) if model.run else []
+    plot = PLOT_NAME if curves else None
     if plot is not None:
-        loss_figure(metrics).savefig(directory / plot, dpi=120)
+        drawn = svg_text(curves, title="loss over steps", width=800, height=320, legend=True)
+        (directory / plot).write_text(drawn + "\n", encoding="utf-8")
     recipe = Recipe.load(str(model.run.recipe)) if model.run else None
     facts = _facts(model, name, options) | _training_facts(recipe) | _evaluation_facts(model.run)
     data = _metadata(model, recipe, name, options, facts["results"])
