@@ -37,7 +37,6 @@ LORA = "peft.tuners.lora.layer"
 TOKENS = "peft.tuners.trainable_tokens.layer"
 STOCK = "transformers.models.falcon_mamba.modeling_falcon_mamba"
 LAYERS = "transformers.modeling_layers"
-TEMPLATES = "transformers.utils.chat_template_utils"
 
 NAMES = [
     Name("peft.tuners.tuners_utils", "_check_lora_target_modules_mamba", "model/adapter.py"),
@@ -82,7 +81,6 @@ NAMES = [
     Name("transformers", "Trainer._load_rng_state", "training/trainer.py"),
     Name("transformers", "Trainer._prepare_inputs", "training/steps.py"),
     Name("transformers", "Trainer:current_gradient_accumulation_steps", "training/steps.py"),
-    Name(TEMPLATES, "render_jinja_template(return_assistant_tokens_mask)", "model/chat_template.py"),
     Name("transformers.utils.logging", "disable_progress_bar", "cli/console.py"),
     Name("trl.trainer", "add_fused_lm_head(outputs)", "training/trainer.py"),
     Name("trl.trainer.utils", "add_fused_lm_head:label_mask", "training/figures.py"),

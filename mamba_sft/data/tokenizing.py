@@ -23,6 +23,8 @@ from mamba_sft.model.chat_template import (
     with_reasoning_as_text,
     with_system,
 )
+from mamba_sft.model.template_process import EndlessTemplateError
+from mamba_sft.wording import shown
 
 _BATCH = 256
 """Rows tokenized in one call, which the tokenizer spreads over the cores. What it returns takes some 150
@@ -111,6 +113,11 @@ class Renderer:
             messages = with_reasoning_as_text(messages)
         try:
             pieces = split_rendered(self.tokenizer, messages, tools=chat.tools)
+        except EndlessTemplateError as error:
+            start = shown(str(chat.messages[0].get("content")))
+            raise DataError(
+                f"`{self.setup.template}`: {error.message}, on the chat that begins `{start}`"
+            ) from error
         except DataError as error:
             raise BadRowError(error.message) from error
         if not (self.assistant_only or chat.masked):

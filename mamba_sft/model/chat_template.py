@@ -12,12 +12,19 @@ import re
 import threading
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mamba_sft.errors import DataError
 from mamba_sft.model.literal_text import Marked, choose_marks, encode_as_text, spellings_of, unescaped
 from mamba_sft.model.special_tokens import is_single, rename_tokens, settle_pad, unused_slots
+from mamba_sft.model.template_process import (
+    LONGEST_TEMPLATE,
+    built_in_template,
+    check_template,
+    render_template,
+)
+from mamba_sft.model.template_rendering import RefusedError
+from mamba_sft.wording import shown
 
 if TYPE_CHECKING:
     from mamba_sft.recipe.fields import ChatSection
@@ -27,8 +34,8 @@ Tools = list[dict[str, Any]] | None
 
 TURN_START = "<|im_start|>"
 TURN_END = "<|im_end|>"
-BUILT_IN_TEMPLATE = Path(__file__).with_name("chatml.jinja")
 
+_REASONING = ("reasoning_content", "thinking", "reasoning")
 _PROBE: list[Message] = [
     {"role": "user", "content": "first question"},
     {"role": "assistant", "content": "first answer"},
@@ -191,7 +198,7 @@ def render(
 
 
 _rendering = threading.Lock()
-"""`transformers` keeps one compiled template for all threads, and in it where the generation marks are."""
+"""A template is compiled once for all threads, and where the generation marks are is noted in it."""
 
 
 def split_rendered(
@@ -204,29 +211,29 @@ def split_rendered(
     Raises:
         DataError: The template refuses the conversation.
     """
-    from jinja2 import TemplateError
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    written = [{k: v for k, v in m.items() if v is not None} for m in messages]
+    written = [_with_every_name({k: v for k, v in m.items() if v is not None}) for m in messages]
     spellings, literal = spellings_of(tokenizer), None
     try:
         if not (spellings.stand_apart(written) and spellings.stand_apart(tools)):
             literal = choose_marks(written, tools)
             written, tools = spellings.enclose(written, literal), spellings.enclose(tools, literal)
+        variables = {
+            **tokenizer.special_tokens_map,
+            "messages": written,
+            "tools": tools or None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+        }
         with _rendering:
-            rendered, marks = render_jinja_template(
-                conversations=[written],
-                tools=tools or None,
-                chat_template=tokenizer.chat_template,
-                return_assistant_tokens_mask=True,
-                add_generation_prompt=add_generation_prompt,
-                **tokenizer.special_tokens_map,
-            )
-    except (TemplateError, TypeError, RecursionError) as error:
-        raise DataError(f"the chat template refuses this conversation: {error}") from error
-    text, end = rendered[0], 0
+            text, marks = render_template(tokenizer.chat_template, variables)
+    except RefusedError as error:
+        reason = shown(str(error), 400)
+        raise DataError(f"the chat template refuses this conversation: {reason}") from error
+    except RecursionError as error:
+        raise DataError("the chat template refuses this conversation: it is nested too deeply") from error
+    end = 0
     pieces: list[tuple[str, bool]] = []
-    for first, last in marks[0]:
+    for first, last in marks:
         pieces += [(text[end:first], False), (text[first:last], True)]
         end = last
     pieces.append((text[end:], False))
@@ -234,6 +241,14 @@ def split_rendered(
     if literal is None:
         return found
     return [(Marked.of(unescaped(piece, literal), literal), trained) for piece, trained in found]
+
+
+def _with_every_name(message: Message) -> Message:
+    """The message with its reasoning under each name that templates know it by."""
+    reasoning = next((message[name] for name in _REASONING if message.get(name) is not None), None)
+    if reasoning is None:
+        return message
+    return {"thinking": reasoning, **message, "reasoning_content": reasoning}
 
 
 def encode_batch(tokenizer: Any, texts: list[str]) -> list[list[int]]:
@@ -350,24 +365,33 @@ def with_system(messages: list[Message], system: str | None) -> list[Message]:
 
 def _template_text(tokenizer: Any, template: str) -> tuple[str, str]:
     if template == "chatml":
-        return template, BUILT_IN_TEMPLATE.read_text(encoding="utf-8")
+        return template, built_in_template()
     if template == "tokenizer":
         if not tokenizer.chat_template:
             raise DataError(
                 "`chat.template: tokenizer`, but the base's tokenizer has no chat template",
                 hint="use `chat.template: chatml`, or the path of a .jinja file",
             )
-        return template, tokenizer.get_chat_template()
+        return template, _checked(template, tokenizer.get_chat_template())
     from mamba_sft.recipe.builtin import find_path
 
     path = find_path(template)
     try:
-        return template, path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        with path.open(encoding="utf-8") as file:
+            return template, _checked(template, file.read(LONGEST_TEMPLATE + 1))
+    except (OSError, ValueError) as error:
         raise DataError(
             f"cannot read the chat template `{template}`: {error}",
             hint="`chat.template` is `chatml`, `tokenizer` or the path of a .jinja file",
         ) from error
+
+
+def _checked(name: str, template: Any) -> str:
+    try:
+        check_template(template)
+    except RefusedError as error:
+        raise DataError(f"the chat template `{shown(name)}` cannot be used: {error}") from error
+    return str(template)
 
 
 def find_stop_token(tokenizer: Any, template: str) -> str:
