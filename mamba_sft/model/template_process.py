@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from mamba_sft.errors import DataError
 from mamba_sft.model import template_rendering
@@ -30,6 +33,10 @@ class EndlessTemplateError(DataError):
     """A template that computed too long: it is not asked again."""
 
 
+Outcome = tuple[str, Marks] | RefusedError
+"""A rendered conversation with its marks, or why there is none."""
+
+
 class TemplateProcess:
     """Renders with one template. It is not for several threads at once.
 
@@ -40,25 +47,21 @@ class TemplateProcess:
     def __init__(self, template: str):
         self.template = template
         self.endless: str | None = None
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: Any = None
 
-    def render(self, variables: dict[str, Any]) -> tuple[str, Marks]:
-        """Renders one conversation, as `template_rendering.rendered` does.
+    def render(self, conversations: Sequence[dict[str, Any]]) -> list[Outcome]:
+        """Renders conversations, each as `template_rendering.rendered` does.
 
         Raises:
-            RefusedError: The template does not render this.
-            EndlessTemplateError: It takes too long, now or before.
+            EndlessTemplateError: One of them takes too long, now or before.
         """
-        try:
-            request = json.dumps(variables, default=lambda value: f"<{type(value).__name__}>")
-        except (ValueError, RecursionError) as error:
-            raise RefusedError(f"what it is given is no JSON: {error}") from error
-        answer = self._ask(request) or self._ask(request)  # the first may have died of what others died of
-        if answer is None:
-            raise RefusedError("the process that renders it dies")
-        if "refused" in answer:
-            raise RefusedError(answer["refused"])
-        return answer["text"], [(first, last) for first, last in answer["marks"]]
+        requests = [_request(variables) for variables in conversations]
+        sent = [request for request in requests if isinstance(request, str)]
+        answers = self._exchange(sent) if len(sent) > 1 else []
+        for request in sent[len(answers) :]:  # it died of one of these: they are asked one by one
+            answers += self._exchange([request]) or self._exchange([request], last=True)
+        left = iter(answers)
+        return [next(left) if isinstance(request, str) else request for request in requests]
 
     def close(self) -> None:
         """Ends the process, if there is one."""
@@ -67,35 +70,57 @@ class TemplateProcess:
             self._process.communicate()
             self._process = None
 
-    def _ask(self, request: str) -> dict[str, Any] | None:
-        """The answer; None if the process has died, for no fault of the template that is known."""
+    def _exchange(self, requests: list[str], last: bool = False) -> list[Outcome]:
+        """The answers; fewer where the process has died.
+
+        Args:
+            requests: What is asked, all at once: answers wait for each other, and so take half the time.
+            last: Give up if it dies.
+
+        Raises:
+            EndlessTemplateError: The only request takes too long.
+        """
         if self.endless is not None:
             raise EndlessTemplateError(self.endless)
         if self._process is None:
             self._process = _start()
-            answer = self._exchange(json.dumps(self.template))
-            if answer is None or answer:
-                self.close()
-                return answer
-        return self._exchange(request)
-
-    def _exchange(self, line: str) -> dict[str, Any] | None:
-        process: Any = self._process
-        try:
-            process.stdin.write(line.encode() + b"\n")
-            process.stdin.flush()
-            reply = process.stdout.readline()
-        except BrokenPipeError:
-            reply = b""
-        if reply.endswith(b"\n"):
-            answer: dict[str, Any] = json.loads(reply)
-            return answer
-        ended = process.wait()
+            requests = [json.dumps(self.template), *requests]
+            return self._exchange(requests, last)[1:]
+        lines = "".join(request + "\n" for request in requests).encode() + b"\n"
+        writer = threading.Thread(target=_write, args=(self._process.stdin, lines))
+        writer.start()
+        replies = [self._process.stdout.readline() for _ in requests]
+        writer.join()
+        answers = [_outcome(reply) for reply in replies if reply.endswith(b"\n")]
+        if len(answers) == len(requests):
+            return answers
+        ended = self._process.wait()
         self.close()
-        if ended == -getattr(signal, "SIGPROF", signal.SIGTERM):
+        if len(requests) <= 2 and ended == -getattr(signal, "SIGPROF", signal.SIGTERM):
             self.endless = f"the chat template takes more than {SECONDS} s of computing"
             raise EndlessTemplateError(self.endless)
-        return None
+        dead = RefusedError("the process that renders it dies")
+        return [*answers, dead, dead][: len(requests)] if last else answers
+
+
+def _request(variables: dict[str, Any]) -> str | RefusedError:
+    try:
+        return json.dumps(variables, default=lambda value: f"<{type(value).__name__}>")
+    except (ValueError, RecursionError) as error:
+        return RefusedError(f"what it is given is no JSON: {error}")
+
+
+def _outcome(reply: bytes) -> Outcome:
+    answer = json.loads(reply)
+    if "refused" in answer:
+        return RefusedError(answer["refused"])
+    return answer["text"], [(first, last) for first, last in answer["marks"]]
+
+
+def _write(pipe: BinaryIO, lines: bytes) -> None:
+    with contextlib.suppress(BrokenPipeError):  # who reads has died, which the answers show
+        pipe.write(lines)
+        pipe.flush()
 
 
 def _start() -> subprocess.Popen[bytes]:
@@ -119,16 +144,16 @@ def built_in_template() -> str:
 _processes: OrderedDict[tuple[int, str], TemplateProcess] = OrderedDict()
 
 
-def render_template(template: Any, variables: dict[str, Any]) -> tuple[str, Marks]:
-    """Renders one conversation; only one thread may do so at a time.
+def render_template(template: Any, conversations: Sequence[dict[str, Any]]) -> list[Outcome]:
+    """Renders conversations; only one thread may do so at a time.
 
     Raises:
-        RefusedError: The template does not render this, or is none.
+        RefusedError: The template is none.
         EndlessTemplateError: It takes too long.
     """
     check_template(template)
     if template == built_in_template():
-        return rendered(template, variables)
+        return [_rendered_here(template, variables) for variables in conversations]
     key = os.getpid(), template  # a process that was forked off needs its own
     if key not in _processes:
         _processes[key] = TemplateProcess(template)
@@ -136,7 +161,14 @@ def render_template(template: Any, variables: dict[str, Any]) -> tuple[str, Mark
             _, oldest = _processes.popitem(last=False)
             oldest.close()
     _processes.move_to_end(key)
-    return _processes[key].render(variables)
+    return _processes[key].render(conversations)
+
+
+def _rendered_here(template: str, variables: dict[str, Any]) -> Outcome:
+    try:
+        return rendered(template, variables)
+    except RefusedError as error:
+        return error
 
 
 def check_template(template: Any) -> None:

@@ -12,6 +12,7 @@ What templates see and can do is what `transformers` gives them; the tests hold 
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import signal
 import sys
@@ -157,7 +158,7 @@ def rendered(template: str, variables: dict[str, Any]) -> tuple[str, Marks]:
         RefusedError: The template does not render this.
     """
     ready = compiled(template)
-    generation = ready.environment.generation  # type: ignore[attr-defined]
+    generation = ready.environment.generation  # type: ignore[union-attr]
     pieces: list[str] = []
     with _refusals(), generation.noting() as marks:
         for piece in ready.generate(variables):
@@ -193,12 +194,17 @@ def _refusals() -> Iterator[None]:
 def serve() -> None:
     """Answers requests until its input ends: the template first, then conversations, each a line of JSON.
 
+    Answers are sent when a line is empty, or when there are many.
     The process is ended by the system when it computes too long, as it cannot be trusted to end itself.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for who asks
     _limit_memory()
     template = ""
+    output = io.BufferedWriter(sys.stdout.buffer.raw, 1 << 16)  # type: ignore[union-attr]
     for line in sys.stdin.buffer:
+        if line == b"\n":
+            output.flush()
+            continue
         _limit_time(SECONDS)
         answer: dict[str, Any]
         try:
@@ -207,7 +213,7 @@ def serve() -> None:
                 if isinstance(request, str):
                     template = request
                     compiled(template)
-                    answer = {}
+                    answer = {"text": "", "marks": []}
                 else:
                     text, marks = rendered(template, request)
                     text.encode("utf-8")
@@ -216,8 +222,7 @@ def serve() -> None:
             answer = {"refused": str(error)}
         reply = json.dumps(answer).encode() + b"\n"
         _limit_time(0)
-        sys.stdout.buffer.write(reply)
-        sys.stdout.buffer.flush()
+        output.write(reply)
 
 
 def _limit_memory() -> None:

@@ -76,7 +76,7 @@ def test_renders_as_transformers_does(tiny_tokenizer: Any, number: int, tools: A
         assert "".join(text for text, _ in pieces) == texts[0]
         assert [text for text, trained in pieces if trained] == [texts[0][a:b] for a, b in marks[0] if a < b]
         variables = {**special, "messages": chat, "tools": tools, "add_generation_prompt": prompt}
-        assert process.render(variables) == rendered(TEMPLATES[number], variables)
+        assert process.render([variables]) == [rendered(TEMPLATES[number], variables)]
     process.close()
 
 
@@ -144,34 +144,34 @@ def test_a_template_that_computes_without_end_is_ended(
 def test_an_endless_template_is_not_asked_again() -> None:
     process = TemplateProcess(plain("{% if messages[0].content == 'go' %}" + ENDLESS[0] + "{% endif %}"))
     variables = {"messages": [{"role": "user", "content": "x"}], "eos_token": "."}
-    assert process.render(variables)[0] == "x."
+    assert process.render([variables] * 3) == [("x.", [])] * 3
     with pytest.raises(EndlessTemplateError):
-        process.render({**variables, "messages": [{"role": "user", "content": "go"}]})
+        process.render([variables, {**variables, "messages": [{"role": "user", "content": "go"}]}, variables])
     with pytest.raises(EndlessTemplateError):
-        process.render(variables)
+        process.render([variables])
 
 
 def test_a_process_that_is_killed_is_replaced() -> None:
     process = TemplateProcess("{{ messages }}")
-    assert process.render({"messages": "a"})[0] == "a"
+    assert process.render([{"messages": "a"}]) == [("a", [])]
     for _ in range(2):
         running = process._process
         assert running is not None
         os.kill(running.pid, signal.SIGKILL)
-        assert process.render({"messages": "b"})[0] == "b"
+        assert process.render([{"messages": "b"}]) == [("b", [])]
     process.close()
 
 
 def test_a_process_that_cannot_live_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(template_process.sys, "executable", "/bin/false")
-    with pytest.raises(RefusedError, match="the process that renders it dies"):
-        TemplateProcess("{{ messages }}").render({"messages": "a"})
+    [answer] = TemplateProcess("{{ messages }}").render([{"messages": "a"}])
+    assert str(answer) == "the process that renders it dies"
 
 
 def test_the_process_sees_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     process = TemplateProcess("x")
-    process.render({})
+    process.render([{}])
     assert process._process is not None
     environment = Path(f"/proc/{process._process.pid}/environ")
     if environment.exists():
@@ -181,7 +181,7 @@ def test_the_process_sees_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_process_ends_with_who_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     process = TemplateProcess("x")
-    process.render({})
+    process.render([{}])
     assert process._process is not None
     assert process._process.stdin is not None
     process._process.stdin.close()
@@ -191,10 +191,36 @@ def test_a_process_ends_with_who_asked(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("template", [{"default": "x"}, 3, ["x"], b"x"])
 def test_a_template_that_is_no_text(tiny_tokenizer: Any, template: Any) -> None:
     with pytest.raises(RefusedError, match="it is no text but"):
-        template_process.render_template(template, {})
+        template_process.render_template(template, [{}])
 
 
 def test_only_so_many_processes_are_kept() -> None:
     for number in range(7):
-        template_process.render_template(f"{number}", {})
+        template_process.render_template(f"{number}", [{}])
     assert len(template_process._processes) <= 4
+
+
+def test_a_batch_is_answered_in_its_order() -> None:
+    template = (
+        "{% if messages == 7 %}{{ 1/0 }}{% elif messages == 9 %}{{ 'a' * 10**10 }}{% endif %}{{ messages }}"
+    )
+    process = TemplateProcess(template)
+    odd: list[Any] = []
+    odd.append(odd)
+    given = [{"messages": number} for number in range(500)]
+    given[3], given[4] = {"messages": odd}, {"messages": "x" * 300_000}
+    answers = process.render(given)
+    assert str(answers[3]).startswith("what it is given is no JSON")
+    assert str(answers[7]) == "line 1: division by zero"
+    assert "GB of memory" in str(answers[9])
+    assert answers[4] == ("x" * 300_000, [])
+    assert all(answer == (str(n), []) for n, answer in enumerate(answers) if n not in (3, 4, 7, 9))
+    process.close()
+
+
+def test_a_batch_goes_on_after_a_death(monkeypatch: pytest.MonkeyPatch) -> None:
+    process = TemplateProcess("{{ messages }}")
+    process.render([{"messages": "a"}])
+    os.kill(process._process.pid, signal.SIGKILL)
+    assert process.render([{"messages": str(n)} for n in range(50)]) == [(str(n), []) for n in range(50)]
+    process.close()
