@@ -158,7 +158,7 @@ def rendered(template: str, variables: dict[str, Any]) -> tuple[str, Marks]:
         RefusedError: The template does not render this.
     """
     ready = compiled(template)
-    generation = ready.environment.generation  # type: ignore[union-attr]
+    generation = ready.environment.generation  # type: ignore[attr-defined]
     pieces: list[str] = []
     with _refusals(), generation.noting() as marks:
         for piece in ready.generate(variables):
