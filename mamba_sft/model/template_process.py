@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import marshal
 import os
 import signal
 import subprocess
@@ -56,12 +57,12 @@ class TemplateProcess:
             EndlessTemplateError: One of them takes too long, now or before.
         """
         requests = [_request(variables) for variables in conversations]
-        sent = [request for request in requests if isinstance(request, str)]
+        sent = [request for request in requests if isinstance(request, bytes)]
         answers = self._exchange(sent) if len(sent) > 1 else []
         for request in sent[len(answers) :]:  # it died of one of these: they are asked one by one
             answers += self._exchange([request]) or self._exchange([request], last=True)
         left = iter(answers)
-        return [next(left) if isinstance(request, str) else request for request in requests]
+        return [next(left) if isinstance(request, bytes) else request for request in requests]
 
     def close(self) -> None:
         """Ends the process, if there is one."""
@@ -70,7 +71,7 @@ class TemplateProcess:
             self._process.communicate()
             self._process = None
 
-    def _exchange(self, requests: list[str], last: bool = False) -> list[Outcome]:
+    def _exchange(self, requests: list[bytes], last: bool = False) -> list[Outcome]:
         """The answers; fewer where the process has died.
 
         Args:
@@ -84,14 +85,15 @@ class TemplateProcess:
             raise EndlessTemplateError(self.endless)
         if self._process is None:
             self._process = _start()
-            requests = [json.dumps(self.template), *requests]
+            requests = [marshal.dumps(self.template), *requests]
             return self._exchange(requests, last)[1:]
-        lines = "".join(request + "\n" for request in requests).encode() + b"\n"
-        writer = threading.Thread(target=_write, args=(self._process.stdin, lines))
+        whole = b"".join(len(each).to_bytes(4, "big") + each for each in [*requests, b""])
+        writer = threading.Thread(target=_write, args=(self._process.stdin, whole))
         writer.start()
-        replies = [self._process.stdout.readline() for _ in requests]
+        answers: list[Outcome] = []
+        while len(answers) < len(requests) and (answer := _read(self._process.stdout)) is not None:
+            answers.append(answer)
         writer.join()
-        answers = [_outcome(reply) for reply in replies if reply.endswith(b"\n")]
         if len(answers) == len(requests):
             return answers
         ended = self._process.wait()
@@ -103,23 +105,32 @@ class TemplateProcess:
         return [*answers, dead, dead][: len(requests)] if last else answers
 
 
-def _request(variables: dict[str, Any]) -> str | RefusedError:
+def _request(variables: dict[str, Any]) -> bytes | RefusedError:
     try:
-        return json.dumps(variables, default=lambda value: f"<{type(value).__name__}>")
-    except (ValueError, RecursionError) as error:
-        return RefusedError(f"what it is given is no JSON: {error}")
+        return marshal.dumps(variables)
+    except ValueError:  # something that is no JSON, or holds itself
+        with contextlib.suppress(ValueError, RecursionError):
+            plain = json.dumps(variables, default=lambda value: f"<{type(value).__name__}>")
+            return marshal.dumps(json.loads(plain))
+    return RefusedError("what it is given is no JSON, or nested too deeply")
 
 
-def _outcome(reply: bytes) -> Outcome:
-    answer = json.loads(reply)
+def _read(pipe: BinaryIO) -> Outcome | None:
+    """The next answer; None where it is not whole."""
+    line = pipe.readline()
+    if not line.endswith(b"\n"):
+        return None
+    answer = json.loads(line)
     if "refused" in answer:
         return RefusedError(answer["refused"])
-    return answer["text"], [(first, last) for first, last in answer["marks"]]
+    text = pipe.read(answer["size"])
+    whole = len(text) == answer["size"]
+    return (text.decode("utf-8"), [(first, last) for first, last in answer["marks"]]) if whole else None
 
 
-def _write(pipe: BinaryIO, lines: bytes) -> None:
+def _write(pipe: BinaryIO, requests: bytes) -> None:
     with contextlib.suppress(BrokenPipeError):  # who reads has died, which the answers show
-        pipe.write(lines)
+        pipe.write(requests)
         pipe.flush()
 
 

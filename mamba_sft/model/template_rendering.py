@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import marshal
 import signal
 import sys
 import traceback
@@ -192,37 +193,40 @@ def _refusals() -> Iterator[None]:
 
 
 def serve() -> None:
-    """Answers requests until its input ends: the template first, then conversations, each a line of JSON.
+    """Answers requests until its input ends: the template first, then conversations.
 
-    Answers are sent when a line is empty, or when there are many.
+    A request is its length in four bytes and then what `marshal` made of it. An answer is a line of JSON and
+    then the text: what comes from here is not trusted, and JSON runs no code. Answers are sent when a request
+    is empty, or when there are many.
     The process is ended by the system when it computes too long, as it cannot be trusted to end itself.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for who asks
     _limit_memory()
     template = ""
     output = io.BufferedWriter(sys.stdout.buffer.raw, 1 << 16)  # type: ignore[union-attr]
-    for line in sys.stdin.buffer:
-        if line == b"\n":
+    while len(head := sys.stdin.buffer.read(4)) == 4:
+        line = sys.stdin.buffer.read(int.from_bytes(head, "big"))
+        if not line:
             output.flush()
             continue
         _limit_time(SECONDS)
         answer: dict[str, Any]
+        written = b""
         try:
             with _refusals():
-                request = json.loads(line)
+                request = marshal.loads(line)
                 if isinstance(request, str):
                     template = request
                     compiled(template)
-                    answer = {"text": "", "marks": []}
+                    answer = {"size": 0, "marks": []}
                 else:
                     text, marks = rendered(template, request)
-                    text.encode("utf-8")
-                    answer = {"text": text, "marks": marks}
+                    written = text.encode("utf-8")
+                    answer = {"size": len(written), "marks": marks}
         except RefusedError as error:
             answer = {"refused": str(error)}
-        reply = json.dumps(answer).encode() + b"\n"
         _limit_time(0)
-        output.write(reply)
+        output.write(json.dumps(answer).encode() + b"\n" + written)
 
 
 def _limit_memory() -> None:

@@ -205,16 +205,18 @@ def test_a_batch_is_answered_in_its_order() -> None:
         "{% if messages == 7 %}{{ 1/0 }}{% elif messages == 9 %}{{ 'a' * 10**10 }}{% endif %}{{ messages }}"
     )
     process = TemplateProcess(template)
-    odd: list[Any] = []
-    odd.append(odd)
-    given = [{"messages": number} for number in range(500)]
-    given[3], given[4] = {"messages": odd}, {"messages": "x" * 300_000}
+    deep: list[Any] = []
+    for _ in range(100_000):
+        deep = [deep]
+    given: list[dict[str, Any]] = [{"messages": number} for number in range(500)]
+    given[3], given[4], given[5] = {"messages": deep}, {"messages": "x" * 300_000}, {"messages": object()}
     answers = process.render(given)
-    assert str(answers[3]).startswith("what it is given is no JSON")
+    assert str(answers[3]) == "what it is given is no JSON, or nested too deeply"
+    assert answers[5] == ("<object>", [])
     assert str(answers[7]) == "line 1: division by zero"
     assert "GB of memory" in str(answers[9])
     assert answers[4] == ("x" * 300_000, [])
-    assert all(answer == (str(n), []) for n, answer in enumerate(answers) if n not in (3, 4, 7, 9))
+    assert all(answer == (str(n), []) for n, answer in enumerate(answers) if n not in (3, 4, 5, 7, 9))
     process.close()
 
 
