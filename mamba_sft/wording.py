@@ -37,3 +37,15 @@ def path_text(path: Path) -> str:
     """Returns a path as messages show it: from the working directory where it lies below it."""
     here = Path.cwd()
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+
+
+def shown(text: str, limit: int = 80) -> str:
+    """Returns foreign text as messages show it, on one line and not too long.
+
+    What does not print (control characters, line ends, halves of a pair) becomes an escape, so that it
+    cannot steer a terminal; of a text beyond `limit` its beginning is left, and its length is told.
+    """
+    start = "".join(
+        each if each.isprintable() else each.encode("unicode_escape").decode() for each in text[:limit]
+    )
+    return start if len(text) <= limit else f"{start}… ({len(text):,} characters)"

@@ -37,7 +37,6 @@ LORA = "peft.tuners.lora.layer"
 TOKENS = "peft.tuners.trainable_tokens.layer"
 STOCK = "transformers.models.falcon_mamba.modeling_falcon_mamba"
 LAYERS = "transformers.modeling_layers"
-TEMPLATES = "transformers.utils.chat_template_utils"
 
 NAMES = [
     Name("peft.tuners.tuners_utils", "_check_lora_target_modules_mamba", "model/adapter.py"),
@@ -96,7 +95,6 @@ NAMES = [
     Name("trl", "SFTTrainer:_total_train_tokens", "training/trainer.py"),
     Name("transformers", "Trainer._prepare_inputs", "training/steps.py"),
     Name("transformers", "Trainer:current_gradient_accumulation_steps", "training/steps.py"),
-    Name(TEMPLATES, "render_jinja_template(return_assistant_tokens_mask)", "model/chat_template.py"),
     Name("transformers.utils.logging", "disable_progress_bar", "cli/console.py"),
     Name("trl.kernels", "ChunkedLogProbFunction", "training/fused_head.py"),
     Name("trl", "SFTTrainer:_metrics", "training/trainer.py"),

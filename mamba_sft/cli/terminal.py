@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, Group, RenderResult
@@ -16,6 +15,7 @@ from rich.text import Text
 from mamba_sft.cli.console import printable
 from mamba_sft.errors import MambaSFTError, UsageError
 from mamba_sft.inference.sessions import ChatSession, CompareSession, Turn
+from mamba_sft.recipe.builtin import expanded
 from mamba_sft.wording import size_text
 
 Session = ChatSession | CompareSession
@@ -101,7 +101,7 @@ def _take(session: Session, console: Console, line: str) -> bool:
     elif word == "/save":
         if not rest:
             raise UsageError("`/save` needs a file", hint="for example `/save chats.jsonl`")
-        session.save(Path(rest).expanduser())
+        session.save(expanded(rest))
         _note(console, f"added the conversation to {rest}")
     elif word == "/help":
         console.print(_help())

@@ -21,6 +21,7 @@ from mamba_sft.model.checkpoint import is_hub_id
 from mamba_sft.model.checksums import file_checksum
 from mamba_sft.packed_files import CANNOT_READ, PACKED, is_packed, kind_of_file, open_bytes
 from mamba_sft.recipe.builtin import find_path
+from mamba_sft.recipe.globs import matching
 
 if TYPE_CHECKING:
     from mamba_sft.recipe.fields import SourceSection
@@ -119,7 +120,7 @@ def _is_saved(path: Path) -> bool:
 
 
 def _matches(pattern: str, found: Path) -> list[Path]:
-    paths = sorted(path for path in map(Path, glob.glob(str(found), recursive=True)) if path.is_file())
+    paths = sorted(path for path in matching(found) if path.is_file())
     if not paths:
         raise DataError(
             f"no file matches `{pattern}`",

@@ -15,20 +15,23 @@ from mamba_sft.data.values import BadRowError
 from mamba_sft.errors import DataError
 from mamba_sft.json_lines import Row
 from mamba_sft.model.chat_template import (
+    Message,
+    Pieces,
     TemplateSetup,
+    Tools,
     check_generation_marks,
     check_stops,
     encode_batch,
-    split_rendered,
+    split_rendered_batch,
     with_reasoning_as_text,
     with_system,
 )
+from mamba_sft.model.template_process import EndlessTemplateError
 
 _BATCH = 256
 """Rows tokenized in one call, which the tokenizer spreads over the cores. What it returns takes some 150
 bytes a token before it is an array."""
 Example = Chat | Passage
-Pieces = list[tuple[str, bool]]
 Batch = list[tuple[Row, Example]]
 
 
@@ -74,7 +77,7 @@ class Renderer:
         waiting: tuple[Batch, list[Pieces | str], Future[list[list[int]]]] | None = None
         with ThreadPoolExecutor(1, "encode") as pool:
             for batch in _batches(examples):
-                pieces = [self._pieces_or_reason(example) for _, example in batch]
+                pieces = self._pieces_or_reasons([example for _, example in batch])
                 texts = [text for cut in pieces for text, _ in _as_pieces(cut)]
                 encoded = pool.submit(encode_batch, self.tokenizer, texts)
                 if waiting is not None:
@@ -93,33 +96,47 @@ class Renderer:
             else:
                 yield self._tokens(row.where, example, cut, list(islice(encoded, len(cut))))
 
-    def _pieces_or_reason(self, example: Example) -> Pieces | str:
+    def _pieces_or_reasons(self, examples: list[Example]) -> list[Pieces | str]:
+        asked = [self._asked(example) for example in examples]
+        rendered = iter(self._rendered([one for one in asked if isinstance(one, tuple)]))
+        return [
+            self._passage(example)
+            if isinstance(example, Passage)
+            else one
+            if isinstance(one, str)
+            else self._checked(example, next(rendered))
+            for example, one in zip(examples, asked, strict=True)
+        ]
+
+    def _asked(self, example: Example) -> tuple[list[Message], Tools] | str | None:
+        """What the template is given, or why it is not; nothing for what needs no template."""
         if isinstance(example, Passage):
-            return self._passage(example)
+            return None
         if self.assistant_only and not self._marks_checked:
             check_generation_marks(self.setup)
             self._marks_checked = True
         try:
-            return self._chat(example)
+            self._check_carried(example)
         except BadRowError as error:
             return str(error)
+        messages = with_system(example.messages, self.system)
+        return messages if self.setup.carries.reasoning else with_reasoning_as_text(messages), example.tools
 
-    def _chat(self, chat: Chat) -> Pieces:
-        self._check_carried(chat)
-        messages = with_system(chat.messages, self.system)
-        if not self.setup.carries.reasoning:
-            messages = with_reasoning_as_text(messages)
+    def _rendered(self, chats: list[tuple[list[Message], Tools]]) -> list[Pieces | DataError]:
         try:
-            pieces = split_rendered(self.tokenizer, messages, tools=chat.tools)
-        except DataError as error:
-            raise BadRowError(error.message) from error
+            return split_rendered_batch(self.tokenizer, chats)
+        except EndlessTemplateError as error:
+            raise DataError(f"`{self.setup.template}`: {error.message}") from error
+
+    def _checked(self, chat: Chat, pieces: Pieces | DataError) -> Pieces | str:
+        """The pieces, or why the row cannot be trained on."""
+        if isinstance(pieces, DataError):
+            return pieces.message
         if not (self.assistant_only or chat.masked):
             return pieces
         marked = sum(trained for _, trained in pieces)
         turns = sum(message["role"] == "assistant" for message in chat.messages)
-        if marked != turns:
-            raise BadRowError(f"the chat template marks {marked} of {turns} assistant turns")
-        return pieces
+        return pieces if marked == turns else f"the chat template marks {marked} of {turns} assistant turns"
 
     def _check_carried(self, chat: Chat) -> None:
         if chat.masked_others is not None and not self.assistant_only:

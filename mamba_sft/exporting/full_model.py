@@ -90,7 +90,9 @@ class FullModel:
                 hint="copy the tokenizer beside the weights",
             )
         try:
-            return AutoTokenizer.from_pretrained(self.tokenizer_dir, local_files_only=True)
+            return AutoTokenizer.from_pretrained(
+                self.tokenizer_dir, trust_remote_code=False, local_files_only=True
+            )
         except Exception as error:  # tokenizers raises a bare Exception for a broken file
             raise ModelError(f"the tokenizer in `{self.tokenizer_dir}` cannot be read: {error}") from error
 

@@ -15,6 +15,7 @@ from mamba_sft.model.chat_template import TemplateSetup, find_stop_token
 from mamba_sft.model.checkpoint import base_fingerprint, read_config
 from mamba_sft.model.loading import apply_setup, load_model, load_setup, load_tokenizer, resolve_base
 from mamba_sft.model.warming_up import warm_up
+from mamba_sft.recipe.builtin import expanded
 from mamba_sft.recipe.fields import ModelSection
 from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.run import ADAPTER_CONFIG, Run
@@ -146,7 +147,7 @@ def _no_adapter(name: str) -> UsageError:
 
 
 def _find(where: Run | str | Path, merged: bool) -> _Source:
-    path = where.path if isinstance(where, Run) else Path(where)
+    path = where.path if isinstance(where, Run) else expanded(str(where))
     if isinstance(where, Run) or Run(path).recipe.is_file():
         return _find_in_run(Run.open(path), merged)
     if merged:

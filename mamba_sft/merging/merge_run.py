@@ -200,7 +200,7 @@ def _check(
 ) -> CheckResult:
     from transformers import AutoTokenizer, FalconMambaConfig
 
-    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
     if tokenizer.chat_template:
         prompt = render(tokenizer, [{"role": "user", "content": _QUESTION}], add_generation_prompt=True)[0]
     else:

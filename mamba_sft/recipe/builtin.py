@@ -7,7 +7,9 @@ import os
 from difflib import get_close_matches
 from pathlib import Path
 
-from mamba_sft.errors import RecipeError
+from mamba_sft.errors import RecipeError, UsageError
+from mamba_sft.recipe.globs import matching
+from mamba_sft.wording import shown
 
 PACKAGE = Path(__file__).parents[1]
 
@@ -35,12 +37,39 @@ def find_path(text: str) -> Path:
 
     Returns:
         The path where something exists; `Path(text)` where nothing does.
+
+    Raises:
+        UsageError: No file can have that name, or it is a glob that would look through a whole disk.
     """
-    path = Path(text).expanduser()
+    path = expanded(text)
     for candidate in (path, bundled_root() / path):
-        if os.path.exists(candidate) or glob.glob(str(candidate), recursive=True):
+        if os.path.exists(candidate):
+            return candidate
+        if glob.has_magic(text) and next(matching(candidate), None) is not None:
             return candidate
     return path
+
+
+def expanded(text: str) -> Path:
+    """The path that a text names, `~` and `~user` resolved.
+
+    Raises:
+        UsageError: There is no such user, or no file can have that name.
+    """
+    names = text.encode("utf-8", "surrogatepass").split(b"/")
+    if max(map(len, names)) > 255 or sum(map(len, names)) + len(names) > 1024 or "\0" in text:
+        raise UsageError(
+            f"no file can be called `{shown(text)}`",
+            hint="a path has up to 1,024 bytes, each name in it up to 255",
+        )
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:  # what pathlib raises
+        user = shown(text.partition("/")[0])
+        raise UsageError(
+            f"`{shown(text)}`: there is no user `{user[1:]}` here",
+            hint=f"write `./{user}` for a file of that name" if user != "~" else None,
+        ) from None
 
 
 def find_recipe(text: str) -> Path:
@@ -49,18 +78,19 @@ def find_recipe(text: str) -> Path:
     Raises:
         RecipeError: There is neither; lists the built-in names.
     """
-    path, built_in = find_path(text), builtin_recipes()
-    if os.path.isfile(path):
-        return path
+    built_in = builtin_recipes()
+    for path in (expanded(text), bundled_root() / text):
+        if os.path.isfile(path):
+            return path
     if text in built_in:
         return built_in[text]
-    if os.path.isdir(path):
+    if os.path.isdir(expanded(text)):
         raise RecipeError(
-            f"recipe `{text}` is a directory", hint="give a YAML file or the name of a built-in recipe"
+            f"recipe `{shown(text)}` is a directory", hint="give a YAML file or the name of a built-in recipe"
         )
     close = get_close_matches(Path(text).stem, built_in, n=1)
     question = f"; did you mean `{close[0]}`?" if close else ""
     raise RecipeError(
-        f"no recipe `{text}`: neither a file nor a built-in recipe{question}",
+        f"no recipe `{shown(text, 300)}`: neither a file nor a built-in recipe{question}",
         hint="built-in recipes: " + ", ".join(built_in),
     )

@@ -6,6 +6,8 @@ does to quality, memory or time.
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -39,7 +41,43 @@ def _as_count(value: float) -> float | int:
     return int(value) if value.is_integer() else value
 
 
-CountOrShare = Annotated[float, AfterValidator(_whole_from_one), PlainSerializer(_as_count)]
+def _not_vanishing(value: float) -> float:
+    if 0 < abs(value) < 1e-12:
+        raise ValueError("must not be nearer to 0 than 1e-12")
+    return value
+
+
+def _prose(text: str) -> str:
+    if not text.strip():
+        raise ValueError("must not be blank")
+    if any(unicodedata.category(each) == "Cc" for each in text if each not in "\n\r\t"):
+        raise ValueError("must not hold control characters")
+    return text
+
+
+def _one_line(text: str) -> str:
+    if re.search(r"[\n\r\t\u2028\u2029]", text):
+        raise ValueError("must be a single line without tabs")
+    return _prose(text)
+
+
+def _file_name(text: str) -> str:
+    names = text.encode("utf-8", "surrogatepass").split(b"/")
+    if max(map(len, names)) > 255 or sum(map(len, names)) + len(names) > 1024:
+        raise ValueError("must have at most 1,024 bytes, and each name in it 255")
+    return _one_line(text)
+
+
+def _layer_name(text: str) -> str:
+    if not re.fullmatch(r"\w+(\.\w+)*", text, re.ASCII):
+        raise ValueError("must be the name of a layer, such as `in_proj`")
+    return text
+
+
+Number = Annotated[float, AfterValidator(_not_vanishing)]
+CountOrShare = Annotated[
+    float, AfterValidator(_not_vanishing), AfterValidator(_whole_from_one), PlainSerializer(_as_count)
+]
 """A count from 1 up, or below 1 a share of the whole."""
 
 Part = Literal[
@@ -50,7 +88,12 @@ Part = Literal[
 MANY = 1_000_000_000  # where a number needs a bound and has no natural one
 Interval = Annotated[float, Field(gt=0, le=MANY), AfterValidator(_whole_from_one), PlainSerializer(_as_count)]
 """A count or share that may be left out, so that its bounds are its own."""
-Text = Annotated[str, Field(min_length=1)]
+Text = Annotated[str, Field(min_length=1), AfterValidator(_prose)]
+"""What people write: lines and tabs are part of it."""
+Name = Annotated[str, Field(min_length=1, max_length=255), AfterValidator(_one_line)]
+FileName = Annotated[str, Field(min_length=1, max_length=1024), AfterValidator(_file_name)]
+"""A path, a glob, or an id of the hub; a longer path cannot be opened everywhere."""
+LayerName = Annotated[str, Field(min_length=1, max_length=255), AfterValidator(_layer_name)]
 ORDINARY = BeforeValidator(_empty_is_default)  # `eval:` with nothing under it is a section of defaults
 
 
@@ -65,11 +108,11 @@ class Section(BaseModel):
 class ModelSection(Section):
     """The base model and how it is loaded."""
 
-    base: Text
+    base: FileName
     """The model to fine-tune: a hub id such as `tiiuae/falcon-mamba-7b`, or a directory."""
-    revision: Text | None = None
+    revision: Name | None = None
     """Branch, tag or commit on the hub; a commit makes the run repeatable. null takes the newest."""
-    adapter: Text | None = None
+    adapter: FileName | None = None
     """A run, or its adapter directory, from whose adapter training goes on. Base and LoRA have to be as they
     were there; everything else may differ. null starts anew."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "bfloat16"
@@ -87,7 +130,7 @@ class ModelSection(Section):
 class ChatSection(Section):
     """How conversations become text."""
 
-    template: Text = "chatml"
+    template: FileName = "chatml"
     """chatml installs the template the published instruct model uses; tokenizer keeps the base's own;
     otherwise the path of a `.jinja` file, which must mark assistant turns with `{% generation %}`."""
     system: Text | None = None
@@ -95,10 +138,10 @@ class ChatSection(Section):
     special_tokens: Literal["auto", "add"] = "auto"
     """auto gives the template's marks unused rows of the vocabulary, so that no matrix grows;
     add appends new rows and resizes the embeddings."""
-    temperature: float | None = Field(default=None, ge=0, le=10)
+    temperature: Annotated[float, Field(ge=0, le=10), AfterValidator(_not_vanishing)] | None = None
     """Sampling that the checkpoint's generation_config recommends to whoever loads it; 0 is greedy, null says
     nothing. Samples of the run are always greedy."""
-    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_p: Annotated[float, Field(gt=0, le=1), AfterValidator(_not_vanishing)] | None = None
     """The same for the probability that the tokens sampled from add up to."""
     reasoning: Literal["keep", "drop"] = "keep"
     """What happens to the reasoning beside an answer (`reasoning_content`, `thinking`): keep trains it as
@@ -108,12 +151,12 @@ class ChatSection(Section):
 class SourceSection(Section):
     """One place that training rows come from."""
 
-    path: Text
+    path: FileName
     """A hub dataset id, a file (jsonl, ndjson, json, csv, tsv, txt, all maybe packed as gz, bz2, xz or zst;
     parquet), a glob of files, or a directory that `save_to_disk` wrote."""
-    name: Text | None = None
+    name: Name | None = None
     """Configuration of the hub dataset, where it has several."""
-    split: Text = "train"
+    split: Name = "train"
     """Split of the hub dataset."""
     sample_by: Literal["line", "paragraph", "document"] = "paragraph"
     """What of a txt file is a row: a line, a paragraph (blank lines stand between them), or all of it."""
@@ -133,7 +176,7 @@ class SourceSection(Section):
     preference: Literal["chosen"] | None = None
     """What to learn from preference data: chosen trains on the preferred answer, or on the rows whose `label`
     is true, and leaves the others out. null refuses such data."""
-    weight: float = Field(default=1.0, gt=0, le=1000)
+    weight: Number = Field(default=1.0, gt=0, le=1000)
     """Share of the rows that an epoch shows: 0.5 a fixed half of them, 2.0 each one twice."""
     limit: int | None = Field(default=None, ge=1, le=MANY)
     """Take at most this many rows. null takes all."""
@@ -172,9 +215,9 @@ class AdapterSection(Section):
     """Rank. Higher can learn more and costs memory and file size in proportion."""
     lora_alpha: int = Field(default=32, ge=1, le=65536)
     """The update is scaled by lora_alpha / r. Higher acts like a higher learning rate."""
-    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
+    lora_dropout: Number = Field(default=0.0, ge=0, lt=1)
     """Share of adapter inputs dropped in training. Helps small data sets against overfitting."""
-    target_modules: list[Text] = Field(default=["in_proj", "x_proj", "out_proj"], min_length=1)
+    target_modules: list[LayerName] = Field(default=["in_proj", "x_proj", "out_proj"], min_length=1)
     """Linear layers of the mixer that get an adapter; `dt_proj` is possible too. Fewer layers save memory
     and can learn less."""
     use_rslora: bool = False
@@ -186,7 +229,7 @@ class AdapterSection(Section):
 class TrainSection(Section):
     """Optimization: how long, how fast, how large the batches are."""
 
-    num_train_epochs: float = Field(default=1.0, gt=0, le=1000)
+    num_train_epochs: Number = Field(default=1.0, gt=0, le=1000)
     """Passes over the data. Instruct tuning rarely gains from more than 3."""
     max_steps: Annotated[int, AfterValidator(_not_zero)] = Field(default=-1, ge=-1, le=MANY)
     """Stop after this many optimizer steps, whatever num_train_epochs says. -1 has no limit."""
@@ -195,7 +238,7 @@ class TrainSection(Section):
     gradient_accumulation_steps: int | None = Field(default=None, ge=1, le=65536)
     """Micro-batches added up for one optimizer step: a larger batch for time instead of memory. null, or left
     out, is 16, or as many fewer as it takes to make 20 steps of a small data set."""
-    learning_rate: float = Field(default=2e-4, gt=0, le=1)
+    learning_rate: Number = Field(default=2e-4, gt=0, le=1)
     """Peak step size. LoRA likes 1e-4 to 3e-4; too high and the loss jumps or becomes NaN."""
     lr_scheduler_type: Literal["wsd", "cosine", "linear", "constant"] = "wsd"
     """Course of the learning rate after the warmup: wsd holds the peak and falls at the end, cosine and
@@ -203,9 +246,9 @@ class TrainSection(Section):
     warmup_steps: CountOrShare = Field(default=0.03, ge=0, le=MANY)
     """How long the learning rate rises to its peak: below 1 a share of the run, from 1 up a number of steps.
     The first step is above 0 already."""
-    weight_decay: float = Field(default=0.0, ge=0, le=1)
+    weight_decay: Number = Field(default=0.0, ge=0, le=1)
     """Pulls adapter weights towards zero. Seldom needed with LoRA."""
-    max_grad_norm: float = Field(default=1.0, gt=0, le=1e6)
+    max_grad_norm: Number = Field(default=1.0, gt=0, le=1e6)
     """Gradients longer than this are scaled down to it, which tames loss spikes."""
     optim: Literal["adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"] = "adamw_torch_fused"
     """The 8-bit ones hold optimizer state in a quarter of the memory; paged moves it to CPU memory when the
@@ -250,7 +293,7 @@ class EvalSection(Section):
     """When the validation loss is measured: below 1 a share of the run, from 1 up a number of steps."""
     per_device_eval_batch_size: int = Field(default=1, ge=1, le=4096)
     """Rows per forward pass in evaluation. Needs far less memory per row than training."""
-    prompts: Text | None = None
+    prompts: FileName | None = None
     """Prompts to answer before and after training: a jsonl file of {"prompt": ..., "answer": ...}, answer
     optional, or a txt file with one prompt a line. null answers none."""
     sample_steps: Interval | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
@@ -12,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from mamba_sft.recipe.conflicts import ConflictError, Keys
 from mamba_sft.recipe.other_tools import FOREIGN_KEYS, FOREIGN_VALUES, UNWANTED_KEYS
+from mamba_sft.wording import shown
 
 Error = Mapping[str, Any]
 """What pydantic says of one wrong value: `type`, `loc`, `input`, and the `ctx` that it was held against."""
@@ -43,18 +45,24 @@ PLACEHOLDERS: dict[str, Any] = {
 """Values for required fields, so that the rest of a broken recipe can be checked."""
 
 
-def find_problems(model: type[BaseModel], tree: dict[str, Any], places: dict[Keys, Place]) -> list[Finding]:
-    """Everything wrong with `tree`.
+MOST_PROBLEMS = 30
+"""More are counted only: nobody reads them, and looking for what was meant takes a millisecond each."""
+
+
+def find_problems(
+    model: type[BaseModel], tree: dict[str, Any], places: dict[Keys, Place]
+) -> tuple[list[Finding], int]:
+    """What is wrong with `tree`: the first problems, and how many more there are.
 
     Clashes between fields show only in a recipe that is valid otherwise. So wrong values are taken out and
     the rest is validated again; a clash that a wrong value takes part in is left for later.
     """
     errors = [error for error in _errors(model, tree) if error["loc"]]  # clashes have no place of their own
     broken = [error["loc"] for error in errors]
+    told = [error for error in errors if error["type"] == "missing" or _is_written(tree, error["loc"])]
+    told.sort(key=lambda error: _place(error["loc"], places))
     findings = [
-        Finding(_place(error["loc"], places), _describe(model, error))
-        for error in errors
-        if error["type"] == "missing" or _is_written(tree, error["loc"])
+        Finding(_place(error["loc"], places), _describe(model, error)) for error in told[:MOST_PROBLEMS]
     ]
     tree = copy.deepcopy(tree)
     for error in errors:
@@ -64,26 +72,42 @@ def find_problems(model: type[BaseModel], tree: dict[str, Any], places: dict[Key
         for path, text, others in conflict.problems if isinstance(conflict, ConflictError) else []:
             if not any(part[: len(bad)] == bad for bad in broken for part in (path, *others)):
                 findings.append(Finding(_place(path, places), f"`{dotted(path)}` {text}"))
-    return findings
+    return findings, len(told[MOST_PROBLEMS:])
 
 
 def dotted(path: Keys) -> str:
     """The path as overrides write it: `data.sources.0.path`."""
-    return ".".join(map(str, path))
+    return shown(".".join(map(str, path)))
 
 
 def _errors(model: type[BaseModel], tree: dict[str, Any]) -> list[Any]:
     try:
         model.model_validate(tree)
     except ValidationError as error:
-        return [_at_its_value(found) for found in error.errors()]
+        return [_at_its_value(found, tree) for found in error.errors()]
     return []
 
 
-def _at_its_value(error: Error) -> Error:
-    """The error, placed at the entry where pydantic places it at the name of one."""
+def _at_its_value(error: Error, tree: Any) -> Error:
+    """The error, placed at its value.
+
+    Pydantic puts `[key]` behind the name of an entry, and the names of types (`list`, `float`) between the
+    keys of a value that may be of several.
+    """
     *path, last = error["loc"] or ("",)
-    return {**error, "loc": tuple(path), "names": True} if last == "[key]" else error
+    if last == "[key]":
+        return {**error, "loc": tuple(path), "names": True}
+    kept: list[str | int] = []
+    for key in error["loc"]:
+        if not isinstance(tree, dict | list | None):
+            break
+        if key == type(tree).__name__ and (isinstance(tree, list) or key not in (tree or ())):
+            continue
+        kept.append(key)
+        inside = isinstance(tree, dict) and key in tree
+        inside |= isinstance(tree, list) and isinstance(key, int) and key < len(tree)
+        tree = tree[key] if inside else None  # type: ignore[index]
+    return {**error, "loc": tuple(kept)}
 
 
 def _place(path: Keys, places: dict[Keys, Place]) -> Place:
@@ -189,6 +213,8 @@ def _where(home: Keys) -> str:
     return f"into an entry of `{dotted(home)}`" if len(home) > 1 else f"under `{home[0]}`"
 
 
+MOST_DIGITS = 100
+"""The longest number of a recipe."""
 EXPECTATIONS = {
     "greater_than": "must be greater than {gt:g}",
     "greater_than_equal": "must be at least {ge:.10g}",
@@ -202,6 +228,8 @@ EXPECTATIONS = {
     "bool_type": "must be true or false",
     "string_type": "must be text",
     "string_too_short": "must not be empty",
+    "string_unicode": "must not hold half of a surrogate pair",
+    "string_too_long": "must have at most {max_length:,} characters",
     "list_type": "must be a list",
     "too_short": "must have at least one entry",
     "dict_type": "must be a section with fields of its own",
@@ -229,25 +257,25 @@ def _choice(expected: str, value: Any) -> str:
     word = FOREIGN_VALUES.get(str(value).lower(), str(value).lower())
     close = get_close_matches(word, choices, n=1, cutoff=0.5)
     question = f"; did you mean `{close[0]}`?" if close else ""
-    got = f"`{value}`" if isinstance(value, str) else shown_value(value)
+    got = f"`{shown(value)}`" if isinstance(value, str) else shown_value(value)
     return f"must be one of {', '.join(f'`{choice}`' for choice in choices)}, got {got}{question}"
 
 
 def _fix(kind: str, value: Any) -> str:
     """The value as it should have been written, where that is plain to see."""
     if kind in ("int_type", "float_type") and isinstance(value, str):
-        number = re.sub(r"[_,\s]", "", value)
+        number = re.sub(r"[_,\s]", "", value[:MOST_DIGITS])
         if re.fullmatch(
             r"[-+]?[0-9]+" + (r"(\.[0-9]*)?([eE][-+]?[0-9]+)?" if kind == "float_type" else ""), number
         ):
             return f"; write {number} without quotes"
-    if kind == "int_type" and isinstance(value, float) and value.is_integer():
+    if kind == "int_type" and isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
         return f"; write {value:.0f}"
-    if kind == "bool_type" and str(value).lower() in BOOLEANS:
-        return f"; write {BOOLEANS[str(value).lower()]}"
+    if kind == "bool_type" and isinstance(value, str | int) and shown_number(value).lower() in BOOLEANS:
+        return f"; write {BOOLEANS[shown_number(value).lower()]}"
     if kind == "string_type" and isinstance(value, int | float):
         return "; put it in quotes"
-    if kind == "list_type" and isinstance(value, str):
+    if kind == "list_type" and isinstance(value, str) and value.isprintable() and len(value) <= 80:
         return f"; write [{', '.join(value.replace(',', ' ').split())}]" if value != "none" else "; write []"
     return ""
 
@@ -257,7 +285,14 @@ def shown_value(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, str):
-        return f"the text `{value}`"
+        return f"the text `{shown(value)}`"
     if isinstance(value, list | dict):
         return "a list" if isinstance(value, list) else "fields"
-    return str(value)
+    return shown_number(value)
+
+
+def shown_number(value: Any) -> str:
+    """A number, or anything else that Python can hold, as text; Python does not write out huge numbers."""
+    if isinstance(value, int) and abs(value).bit_length() > 4 * MOST_DIGITS:
+        return f"a number of some {abs(value).bit_length() * math.log10(2):,.0f} digits"
+    return shown(str(value))

@@ -20,9 +20,9 @@ from mamba_sft.recipe.fields import (
     ChatSection,
     DataSection,
     EvalSection,
+    FileName,
     ModelSection,
     Section,
-    Text,
     TrainSection,
 )
 from mamba_sft.wording import path_text
@@ -31,7 +31,7 @@ from mamba_sft.wording import path_text
 class Recipe(Section):
     """Every setting of a training run."""
 
-    output_dir: Text
+    output_dir: FileName
     """The run directory: adapter, checkpoints, metrics and report go there."""
     seed: int = Field(default=42, ge=0, le=2**32 - 1)
     """Drives the split, the shuffle, the adapter's start and dropout. The same seed repeats the run."""

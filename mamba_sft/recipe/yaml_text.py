@@ -17,10 +17,17 @@ from pydantic import BaseModel, ValidationError
 
 from mamba_sft.errors import RecipeError
 from mamba_sft.recipe.conflicts import Keys
-from mamba_sft.recipe.messages import Finding, Place, dotted, find_problems, shown_value
-from mamba_sft.wording import path_text
+from mamba_sft.recipe.messages import MOST_DIGITS, Finding, Place, dotted, find_problems, shown_value
+from mamba_sft.wording import count_text, path_text, shown, size_text
 
 Model = TypeVar("Model", bound=BaseModel)
+
+LARGEST = 256_000
+"""Bytes of a recipe. The longest of ours have 3,000; YAML is read at some 100 kB a second."""
+MOST_VALUES, DEEPEST = 5_000, 50
+"""Values in a recipe, and how deep one lies in others: what is read in a fraction of a second."""
+MESSAGE, LINE = 3_500, 600
+"""Characters of all problems together, after which the rest is counted, and of a single one."""
 
 TAG = "tag:yaml.org,2002:"
 CORE_SCHEMA = [
@@ -51,14 +58,26 @@ class SyntaxProblem(Exception):  # noqa: N818
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}  # type: ignore[misc]
 
+    def __init__(self, text: str):
+        self.values = self.depth = 0
+        super().__init__(text)
+
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()  # type: ignore[no-untyped-call]
+        self.values += 1
+        if self.values > MOST_VALUES:
+            raise SyntaxProblem(event.start_mark.line + 1, f"holds more than {MOST_VALUES:,} values")
+        if self.depth == DEEPEST:
+            raise SyntaxProblem(event.start_mark.line + 1, "not valid YAML: nested too deeply")
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
             raise SyntaxProblem(
                 event.start_mark.line + 1,
                 "anchors and aliases (`&name`, `*name`) are not allowed; write the value out",
             )
-        return super().compose_node(parent, index)
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
 
 for _name, _pattern, _first in CORE_SCHEMA:
@@ -73,29 +92,43 @@ def read_text(path: Path) -> str:
         RecipeError: It cannot be read, or is not UTF-8.
     """
     try:
-        raw = path.read_bytes()
+        with path.open("rb") as file:
+            raw = file.read(LARGEST + 1)
+        if len(raw) > LARGEST:
+            raise _too_large(shown(path_text(path), LINE // 2), path.stat().st_size)
         return raw.decode("utf-8-sig")
     except OSError as error:
-        raise RecipeError(f"cannot read `{path_text(path)}`: {error.strerror}") from None
+        raise RecipeError(f"cannot read `{shown(path_text(path))}`: {error.strerror}") from None
     except UnicodeDecodeError as error:
         line = raw[: error.start].count(b"\n") + 1
         raise RecipeError(
-            f"{path_text(path)}:{line}: not UTF-8: byte 0x{raw[error.start]:02x}",
+            f"{shown(path_text(path), LINE // 2)}:{line}: not UTF-8: byte 0x{raw[error.start]:02x}",
             hint="save the file as UTF-8",
         ) from None
+
+
+def _too_large(name: str, nbytes: int) -> RecipeError:
+    return RecipeError(
+        f"`{name}` has {size_text(nbytes)}, and a recipe has at most {size_text(LARGEST)}",
+        hint="a recipe holds settings; data goes into files that `data.sources` names",
+    )
 
 
 def load(model: type[Model], text: str, name: str, overrides: Sequence[str]) -> Model:
     """Reads YAML `text` (from the file `name`) and the overrides into `model`.
 
     Raises:
-        RecipeError: All problems, those of the file by line, then those of the overrides.
+        RecipeError: All problems, those of the file by line, then those of the overrides; of very many the
+            first, and how many more there are.
     """
+    name = shown(name, LINE // 2)
+    if len(text) > LARGEST:
+        raise _too_large(name, len(text))
     source = _Source(lambda line: Place(0, line, f"{name}:{line}"), {}, [])
     try:
         tree = source.read(text)
     except SyntaxProblem as problem:
-        raise RecipeError(f"{name}:{problem.line}: {problem.text}") from None
+        raise RecipeError(shown(f"{name}:{problem.line}: {problem.text}", LINE)) from None
     if tree is None:
         raise RecipeError(
             f"{name}:1: the recipe is empty", hint="`mamba-sft recipes show quickstart` prints one"
@@ -105,7 +138,7 @@ def load(model: type[Model], text: str, name: str, overrides: Sequence[str]) -> 
             f"{name}:1: a recipe must consist of fields (`name: value`), got {shown_value(tree)}"
         )
     for order, override in enumerate(overrides, start=1):
-        place = Place(order, 0, f"override `{override}`")
+        place = Place(order, 0, f"override `{shown(override, 120)}`")
         try:
             _apply(tree, override, place, source)
         except SyntaxProblem as problem:
@@ -125,14 +158,21 @@ def build(model: type[Model], values: dict[str, Any]) -> Model:
 def _validate(
     model: type[Model], tree: dict[str, Any], places: dict[Keys, Place], findings: list[Finding]
 ) -> Model:
+    more = 0
     try:
         recipe = model.model_validate(tree)
         if not findings:
             return recipe
     except ValidationError:
-        findings = findings + find_problems(model, tree, places)
-    lines = list(dict.fromkeys(f"{place.text}: {text}" for place, text in sorted(findings)))
-    raise RecipeError("\n".join(lines))
+        found, more = find_problems(model, tree, places)
+        findings = findings + found
+    lines = list(dict.fromkeys(shown(f"{place.text}: {text}", LINE) for place, text in sorted(findings)))
+    told, length = 0, 0
+    while told < len(lines) and length + len(lines[told]) <= MESSAGE:
+        length += len(lines[told])
+        told += 1
+    more += len(lines) - told
+    raise RecipeError("\n".join(lines[:told] + [f"and {count_text(more, 'more problem')}"] * bool(more)))
 
 
 @dataclass
@@ -155,8 +195,12 @@ class _Source:
         Raises:
             SyntaxProblem: The text is not YAML, or YAML that recipes do not allow.
         """
+        if len(text) > LARGEST:
+            raise SyntaxProblem(1, f"is longer than {size_text(LARGEST)}")
+        loader = None
         try:
-            node = yaml.compose(text, Loader=_Loader)
+            loader = _Loader(text)
+            node = loader.get_single_node()  # type: ignore[no-untyped-call]
             return None if node is None else self._convert(node, path)
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
@@ -168,6 +212,9 @@ class _Source:
             raise SyntaxProblem(line, f"not valid YAML: control character #x{error.character:02x}") from None
         except RecursionError:
             raise SyntaxProblem(1, "not valid YAML: nested too deeply") from None
+        except (ValueError, OverflowError):  # escapes and versions that PyYAML takes for any number
+            line = loader.line + 1 if loader else 1
+            raise SyntaxProblem(line, "not valid YAML: a number or a character that does not exist") from None
 
     def _convert(self, node: yaml.Node, path: Keys) -> Any:
         line, kind = node.start_mark.line + 1, node.tag.removeprefix(TAG)
@@ -177,10 +224,12 @@ class _Source:
             return dict(self._items(node, path))
         if isinstance(node, yaml.SequenceNode):
             return [self._entry(item, (*path, index)) for index, item in enumerate(node.value)]
+        if kind in ("int", "float") and len(node.value) > MOST_DIGITS:
+            raise SyntaxProblem(line, f"`{shown(node.value, 20)}` is too long for a number")
         try:
             return CONVERT[kind](node.value)
         except ValueError:
-            raise SyntaxProblem(line, f"`{node.value}` is no {kind}") from None
+            raise SyntaxProblem(line, f"`{shown(node.value)}` is no {kind}") from None
 
     def _entry(self, node: yaml.Node, path: Keys) -> Any:
         self.places[path] = self.place_of(node.start_mark.line + 1)
@@ -208,6 +257,8 @@ def _apply(tree: dict[str, Any], override: str, place: Place, source: _Source) -
     if not equals or not field.strip():
         raise SyntaxProblem(0, "must read `section.field=value`")
     *parents, last = field.strip().split(".")
+    if len(parents) >= DEEPEST:
+        raise SyntaxProblem(0, "names a field too deep in others")
     target: Any = tree
     path: Keys = ()
     for key in parents:
@@ -231,8 +282,10 @@ def _step(target: Any, key: str, path: Keys) -> str | int:
         return key
     if not isinstance(target, list):
         raise SyntaxProblem(0, f"`{dotted(path)}` has no fields")
-    if not key.isdecimal() or int(key) >= len(target):
-        raise SyntaxProblem(0, f"`{dotted(path)}` has no entry `{key}`: it has {len(target)}, counted from 0")
+    if not re.fullmatch("[0-9]{1,9}", key) or int(key) >= len(target):
+        raise SyntaxProblem(
+            0, f"`{dotted(path)}` has no entry `{shown(key)}`: it has {len(target)}, counted from 0"
+        )
     return int(key)
 
 

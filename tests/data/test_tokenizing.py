@@ -194,3 +194,16 @@ def test_calls_are_trained_as_the_system_turn_asks(setup: TemplateSetup, tmp_pat
     assert trained(setup, prepared.train[0]) == (
         '<tool_call>{"name": "area", "arguments": {"a": 2, "b": 3}}</tool_call><|im_end|>six<|im_end|>'
     )
+
+
+def test_a_template_that_never_ends_on_a_row_stops_the_run(tiny_tokenizer: Any, tmp_path: Path) -> None:
+    endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    template = tmp_path / "sometimes.jinja"
+    template.write_text("{% if messages[0].content == 'go' %}" + endless + "{% endif %}" + BARE)
+    tokenizer = prepare_tokenizer(tiny_tokenizer, ChatSection(template=str(template)), {0, 11})
+    assert len(prepare(tokenizer, write(tmp_path / "a.jsonl", [chat("q", "a")] * 3)).train) == 3
+    path = write(tmp_path / "b.jsonl", [chat("q", "a"), chat("go", "a"), chat("q", "a")])
+    with pytest.raises(
+        DataError, match=r"sometimes\.jinja`: the chat template takes more than 3 s of computing"
+    ):
+        prepare(tokenizer, path, on_bad_row="skip")
