@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -29,6 +30,8 @@ HUB_CHECKPOINT, MODEL_CARD = "hf", "README.md"
 QUALITY = "quality.json"
 """Beside exported GGUF files: what was measured of each."""
 
+_HALF = re.compile(r"\.(partial|old)$")
+
 
 @dataclass(frozen=True)
 class Run:
@@ -39,6 +42,16 @@ class Run:
     """
 
     path: Path
+
+    @property
+    def mark(self) -> Path:
+        """What `train` makes a directory known by as a run."""
+        return self.path / "run.json"
+
+    @property
+    def lock(self) -> Path:
+        """Who is writing into the directory, while somebody does."""
+        return self.path / "lock.json"
 
     @property
     def recipe(self) -> Path:
@@ -97,6 +110,10 @@ class Run:
     def report(self) -> Path:
         """The run report, one self-contained HTML page."""
         return self.path / "report.html"
+
+    def nan_batch(self, step: int | str) -> Path:
+        """The batch that gave a loss or a gradient that is not a number."""
+        return self.path / f"nan-batch-step-{step}.json"
 
     @property
     def merged(self) -> Path:
@@ -191,6 +208,11 @@ def check_replaceable(output: Path, ours: bool, made_by: str, reason: str) -> No
             f"`{output}` is not empty and not {made_by}: {reason}",
             hint="give another directory with `--output`, or empty this one",
         )
+
+
+def final_name(name: str) -> str:
+    """Returns the name that a file or directory will have once it is whole; any other name as it is."""
+    return _HALF.sub("", name)
 
 
 @contextmanager

@@ -12,7 +12,8 @@
                                          +- callbacks      metrics on disk, Ctrl-C, an adapter that learns
                                          +- random_state, resuming, data_record (are the rows the same)
 
-`starting` finds the adapter that a run goes on from, where it starts from one.
+`starting` finds the adapter that a run goes on from, where it starts from one; `overwriting` says what
+a new run may take the place of.
 
 Read `fine_tuning` first, then `trainer`, then what it uses.
 """

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -40,11 +39,13 @@ from mamba_sft.run import Run, atomic_directory, write_atomically
 from mamba_sft.training.activations import keep_activations
 from mamba_sft.training.callbacks import AdapterWatch, Interruption, MetricsLog
 from mamba_sft.training.data_record import record_data, settle_changes
-from mamba_sft.training.resuming import (
-    find_resume_point,
-    newest_resume_point,
+from mamba_sft.training.overwriting import (
+    refuse_both,
     refuse_to_overwrite,
+    refuse_to_read_what_goes,
+    start_anew,
 )
+from mamba_sft.training.resuming import find_resume_point, newest_resume_point
 from mamba_sft.training.starting import check_base, find_start
 from mamba_sft.training.trainer import Trainer, trainer_arguments
 from mamba_sft.wording import count_text
@@ -114,10 +115,13 @@ def prepare(
     Raises:
         MambaSFTError: Anything in recipe, base, data, memory or output directory that would make it fail.
     """
+    refuse_both(resume=resume, overwrite=overwrite)
     run = Run(Path(recipe.output_dir))
     recipe, resume_point = find_resume_point(run, recipe) if resume else (recipe, None)
     if not resume and PartialState().is_main_process:
         refuse_to_overwrite(run, overwrite=overwrite)
+        if overwrite:
+            refuse_to_read_what_goes(recipe)
     setup, data = read_corpus(recipe)
     start = find_start(recipe, setup)
     lengths = row_lengths(data.train_rows)
@@ -213,8 +217,7 @@ def _start_directory(preparation: Preparation) -> None:
 def _clear(preparation: Preparation) -> None:
     run = preparation.run
     if preparation.resume_point is None:
-        shutil.rmtree(run.path, ignore_errors=True)
-        run.path.mkdir(parents=True)
+        start_anew(run)
     write_atomically(run.recipe, preparation.recipe.to_yaml())
     write_atomically(run.data, json.dumps(preparation.record, indent=2, ensure_ascii=False) + "\n")
     if preparation.data.rejected:
