@@ -9,7 +9,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,13 +36,16 @@ from mamba_sft.planning.fitting import refuse_what_cannot_fit
 from mamba_sft.recipe.builtin import find_path
 from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.run import Run, atomic_directory, write_atomically
+from mamba_sft.run_lock import refuse_if_held
 from mamba_sft.training.activations import keep_activations
 from mamba_sft.training.callbacks import AdapterWatch, Interruption, MetricsLog
 from mamba_sft.training.data_record import record_data, settle_changes
 from mamba_sft.training.overwriting import (
+    contents_of,
     refuse_both,
     refuse_to_overwrite,
     refuse_to_read_what_goes,
+    sole_writer,
     start_anew,
 )
 from mamba_sft.training.resuming import find_resume_point, newest_resume_point
@@ -80,6 +83,7 @@ class Preparation:
         start: The adapter that training starts from, where `model.adapter` names one, or None.
         resume_point: The checkpoint to go on from, or None.
         record: What the run keeps of its data.
+        seen: What was in the run's directory, by `contents_of`.
     """
 
     recipe: Recipe
@@ -92,6 +96,7 @@ class Preparation:
     start: Path | None
     resume_point: Path | None
     record: dict[str, Any]
+    seen: frozenset[tuple[str, int]]
 
     @property
     def max_steps(self) -> int:
@@ -117,6 +122,9 @@ def prepare(
     """
     refuse_both(resume=resume, overwrite=overwrite)
     run = Run(Path(recipe.output_dir))
+    if PartialState().is_main_process:
+        refuse_if_held(run.lock, run.path)
+    seen = contents_of(run)
     recipe, resume_point = find_resume_point(run, recipe) if resume else (recipe, None)
     if not resume and PartialState().is_main_process:
         refuse_to_overwrite(run, overwrite=overwrite)
@@ -146,6 +154,7 @@ def prepare(
         start=start,
         resume_point=resume_point,
         record=record,
+        seen=seen,
     )
 
 
@@ -176,6 +185,12 @@ def train(
 
 def train_prepared(preparation: Preparation, *, callbacks: Sequence[TrainerCallback] = ()) -> Run:
     """Loads the weights of a prepared run, trains, and writes the run directory. See `train`."""
+    main = preparation.arguments.process_index == 0  # with several processes, it writes for all
+    with sole_writer(preparation.run, preparation.seen) if main else nullcontext():
+        return _train(preparation, callbacks)
+
+
+def _train(preparation: Preparation, callbacks: Sequence[TrainerCallback]) -> Run:
     recipe, run = preparation.recipe, preparation.run
     started = time.time()
     logger.info("loading `%s`", recipe.model.base)

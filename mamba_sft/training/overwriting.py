@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from mamba_sft.errors import RecipeError, TrainingError, UsageError
@@ -11,6 +12,7 @@ from mamba_sft.recipe.builtin import find_path
 from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.run import Run
 from mamba_sft.run_contents import is_marked, listed, mark, remove, strangers
+from mamba_sft.run_lock import hold_run
 
 _OTHER = "choose another directory: `output_dir=runs/NAME`"
 
@@ -86,6 +88,34 @@ def _read_fields(recipe: Recipe) -> Iterator[tuple[str, str]]:
     yield from ((f"data.sources.{n}.path", source.path) for n, source in enumerate(recipe.data.sources))
     if recipe.eval.prompts is not None:
         yield "eval.prompts", recipe.eval.prompts
+
+
+def contents_of(run: Run) -> frozenset[tuple[str, int]]:
+    """Returns what is in a run directory, by names and times, to tell later whether anything has happened."""
+    if not run.path.is_dir():
+        return frozenset()
+    return frozenset(
+        (path.name, path.lstat().st_mtime_ns)
+        for path in run.path.iterdir()
+        if not path.name.startswith(run.lock.name)
+    )
+
+
+@contextmanager
+def sole_writer(run: Run, seen: frozenset[tuple[str, int]]) -> Iterator[None]:
+    """Holds the lock of a run for training, if the directory is what it was when the training was prepared.
+
+    Raises:
+        LockedError: Another process is writing there, or no lock can be made.
+        TrainingError: Another process has been there meanwhile.
+    """
+    with hold_run(run, "train"):
+        if contents_of(run) != seen:
+            raise TrainingError(
+                f"`{run.path}` has changed since this run was prepared: another process was there",
+                hint="look at what it left, and start again",
+            )
+        yield
 
 
 def start_anew(run: Run) -> None:

@@ -15,6 +15,8 @@ from mamba_sft.run_contents import is_marked, remove, strangers
 from mamba_sft.training.fine_tuning import prepare, train
 from mamba_sft.training.overwriting import start_anew
 
+HALF = "0123abcd-4567-89abcdef"  # a process of some host
+
 
 def tree(path: Path) -> dict[str, bytes]:
     return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
@@ -31,8 +33,8 @@ def run(tmp_path: Path) -> Run:
         "checkpoints/README.md", "checkpoints/checkpoint-20/optimizer.pt",
         "checkpoints/checkpoint-20/rng_state_1.pth", "checkpoints/checkpoint-20/trainer_state.json",
         "merged/model-00001-of-00003.safetensors", "merged/merge.json", "export/hf/README.md",
-        "export/run.Q4_K_M.gguf", "export/Modelfile.Q4_K_M", "adapter.partial/adapter_config.json",
-        "merged.old/config.json",
+        "export/run.Q4_K_M.gguf", "export/Modelfile.Q4_K_M", f"adapter.{HALF}.partial/adapter_config.json",
+        f"merged.{HALF}.old/config.json", f"export/hf.{HALF}.partial/config.json",
     ):  # fmt: skip
         path = run.path / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -51,7 +53,8 @@ def test_all_that_verbs_write_is_known_and_goes(run: Run) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "thesis.tex", "notes/ideas.md", "empty/", "recipe.yaml.old.txt", "notes.partial", "adapter/notes.md",
+        "thesis.tex", "notes/ideas.md", "empty/", "recipe.yaml.old.txt", "notes.partial",
+        "merged.old/config.json", "adapter/notes.md",
         "checkpoints/thesis.tex", "checkpoints/checkpoint-20/notes.txt", "merged/notes.md",
         "checkpoints/checkpoint-20/mine/x.json", "merged/mine/config.json", "export/another.gguf",
         "export/hf/paper.pdf", "export/notes.txt", "eval/results.json", ".git/config", "recipe.yaml/",
