@@ -22,7 +22,9 @@ from mamba_sft.wording import size_text
 
 _SPARE = 64 << 20  # tokenizer, configs, and room for the filesystem
 _FILES = 256  # more than a run or an export makes at a time
-_PROBE = b"\x5a" * 65536
+PROBE = ".mamba-sft-"
+"""How the name of a file begins that is there for a moment, to see whether one can be."""
+_PROBE_BYTES = b"\x5a" * 65536
 _MAKE_ROOM = "free some space, or give a directory on another disk with `--output`"
 _ANOTHER = "give another directory with `--output`"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -190,8 +192,8 @@ def _try(directory: Path) -> None:
         for path in reversed(missing):
             path.mkdir(exist_ok=True)
             made.append(path)
-        with tempfile.NamedTemporaryFile(prefix=".mamba-sft-", dir=directory) as file:
-            file.write(_PROBE)
+        with tempfile.NamedTemporaryFile(prefix=PROBE, dir=directory) as file:
+            file.write(_PROBE_BYTES)
             file.flush()
             _sync(file.fileno())
     finally:

@@ -34,6 +34,10 @@ class RecipeError(UsageError):
     """A recipe with problems; the message holds all of them, one a line, sorted by line number."""
 
 
+class LockedError(MambaSFTError):
+    """A directory that another process is writing into, or that no lock can be made for."""
+
+
 class DataError(MambaSFTError):
     """Rows, templates or tokenizers that training data cannot be made from."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mamba_sft.errors import UsageError
+from mamba_sft.processes import NAME, Process
 
 RUNS_ROOT = Path("runs")
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -31,6 +33,8 @@ COMPARISON = "comparison.html"
 QUALITY = "quality.json"
 """Beside exported GGUF files: what was measured of each."""
 
+_HALF = re.compile(rf"\.({NAME})\.(partial|old)$")
+
 
 @dataclass(frozen=True)
 class Run:
@@ -41,6 +45,16 @@ class Run:
     """
 
     path: Path
+
+    @property
+    def mark(self) -> Path:
+        """What `train` makes a directory known by as a run."""
+        return self.path / "run.json"
+
+    @property
+    def lock(self) -> Path:
+        """Who is writing into the directory, while somebody does."""
+        return self.path / "lock.json"
 
     @property
     def recipe(self) -> Path:
@@ -109,6 +123,10 @@ class Run:
     def report(self) -> Path:
         """The run report, one self-contained HTML page."""
         return self.path / "report.html"
+
+    def nan_batch(self, step: int | str) -> Path:
+        """The batch that gave a loss or a gradient that is not a number."""
+        return self.path / f"nan-batch-step-{step}.json"
 
     @property
     def report_text(self) -> Path:
@@ -211,15 +229,58 @@ def check_replaceable(output: Path, ours: bool, made_by: str, reason: str) -> No
         )
 
 
+def final_name(name: str) -> str:
+    """Returns the name that a file or directory will have once it is whole; any other name as it is."""
+    return _HALF.sub("", name)
+
+
+def own_partial(path: Path) -> Path:
+    """Returns the name under which this process writes what is to be `path`; no other process has it."""
+    return path.with_name(f"{path.name}.{Process.own().name}.partial")
+
+
+def remove_leftovers(place: Path, name: str | None = None, *, locked: bool) -> None:
+    """Removes what processes that were killed left half-written in a directory.
+
+    Args:
+        place: The directory.
+        name: Of which file or directory; None: of any.
+        locked: Whether the caller holds the lock of the place. If so, what is left by a process of which
+            nothing can be seen from here goes too; otherwise only what is left by one that has ended.
+    """
+    for half, final, process in _halves(place):
+        if (name is not None and final.name != name) or (half.suffix == ".old" and not final.exists()):
+            continue
+        runs = process.runs
+        if runs is False or (locked and (runs is None or process == Process.own())):
+            if half.is_dir() and not half.is_symlink():
+                shutil.rmtree(half, ignore_errors=True)
+            else:
+                half.unlink(missing_ok=True)
+
+
+def _halves(place: Path) -> Iterator[tuple[Path, Path, Process]]:
+    """What is half-written in a directory, what it was to be, and by which process."""
+    for entry in list(os.scandir(place)) if place.is_dir() else []:
+        found = _HALF.search(entry.name)
+        process = Process.from_name(found[1]) if found else None
+        if process is not None:
+            yield Path(entry.path), place / final_name(entry.name), process
+
+
 @contextmanager
 def atomic_directory(final: Path) -> Iterator[Path]:
-    """Yields `<final>.partial`, an empty directory, and renames it to `final` when the block succeeds.
+    """Yields an empty directory under a name of this process's own, and renames it to `final` at the end.
 
-    A previous `final` is replaced only at that moment; on any exception the partial directory is removed
-    and `final` is as it was.
+    A previous `final` is replaced only at that moment; on any exception the new directory is removed and
+    `final` is as it was. Where a process was killed between the two renames, `final` is put back first. The
+    caller holds the lock of the place.
     """
-    partial = final.with_name(final.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    for half, whole, _ in _halves(final.parent):
+        if whole == final and half.suffix == ".old" and not final.exists():
+            half.rename(final)
+    remove_leftovers(final.parent, final.name, locked=True)
+    partial = own_partial(final)
     partial.mkdir(parents=True)
     try:
         yield partial
@@ -229,8 +290,7 @@ def atomic_directory(final: Path) -> Iterator[Path]:
 
 
 def _replace_directory(partial: Path, final: Path) -> None:
-    old = final.with_name(final.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
+    old = partial.with_suffix(".old")
     if final.exists():
         final.rename(old)
     partial.rename(final)
@@ -238,8 +298,12 @@ def _replace_directory(partial: Path, final: Path) -> None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Writes `text` as UTF-8 to `path` through a temporary file and a rename."""
+    """Writes `text` as UTF-8 to `path` through a file of this process's own and a rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    remove_leftovers(path.parent, path.name, locked=False)
+    partial = own_partial(path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from mamba_sft.errors import UsageError
+from mamba_sft.processes import Process
 from mamba_sft.run import Run, atomic_directory, write_atomically
 
 
@@ -63,11 +67,68 @@ def test_atomic_directory_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     assert [path.name for path in final.iterdir()] == ["b"]
 
 
-def test_leftovers_of_a_killed_process_do_not_stay(tmp_path: Path) -> None:
-    (tmp_path / "merged.partial").mkdir()
-    (tmp_path / "merged.partial" / "half").write_text("x")
+def dead() -> Process:
+    """A process of this host that has ended."""
+    done = subprocess.run(
+        [sys.executable, "-c", "from mamba_sft.processes import Process; print(Process.own().name)"],
+        check=True, capture_output=True, text=True, cwd=Path(__file__).parents[1],
+    )  # fmt: skip
+    process = Process.from_name(done.stdout.strip())
+    assert process is not None
+    return process
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_leftovers_of_a_killed_process_do_not_stay(tmp_path: Path, elsewhere: bool) -> None:
+    process = replace(dead(), space="0" * 8) if elsewhere else dead()
+    (tmp_path / f"merged.{process.name}.partial").mkdir()
+    (tmp_path / f"merged.{process.name}.partial" / "half").write_text("x")
+    for name in ("merged.partial", "merged.old", "merged.mine.old", f"merging.{process.name}.partial"):
+        (tmp_path / name).mkdir()  # somebody's own, or of another name
+    (tmp_path / f"report.html.{process.name}.partial").write_text("half")
     with atomic_directory(tmp_path / "merged") as partial:
         assert not list(partial.iterdir())
+    write_atomically(tmp_path / "report.html", "whole")  # no lock: what may still be written is left alone
+    left = {f"report.html.{process.name}.partial"} if elsewhere else set()
+    assert {path.name for path in tmp_path.iterdir()} == left | {
+        "merged", "report.html", "merged.partial", "merged.old", "merged.mine.old",
+        f"merging.{process.name}.partial",
+    }  # fmt: skip
+
+
+def test_what_another_process_is_writing_is_left_alone(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", PAUSE], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        name = other.stdout.readline().strip()
+        half = tmp_path / f"merged.{name}.partial"
+        half.mkdir()
+        with atomic_directory(tmp_path / "merged"):
+            assert half.is_dir()
+        other.kill()
+    with atomic_directory(tmp_path / "merged"):
+        assert not half.exists()
+
+
+PAUSE = """
+import time
+from mamba_sft.processes import Process
+print(Process.own().name, flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_directory_that_was_being_replaced_is_put_back(tmp_path: Path) -> None:
+    old = tmp_path / f"merged.{dead().name}.old"
+    old.mkdir()
+    (old / "a").write_text("the only copy")
+
+    def fail() -> None:
+        with atomic_directory(tmp_path / "merged"):
+            raise RuntimeError("disk on fire")
+
+    with pytest.raises(RuntimeError, match="disk on fire"):
+        fail()
+    assert (tmp_path / "merged" / "a").read_text() == "the only copy"
     assert [path.name for path in tmp_path.iterdir()] == ["merged"]
 
 

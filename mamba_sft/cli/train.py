@@ -36,7 +36,9 @@ def train(
 ) -> None:
     """Fine-tune a base model as a recipe says: `mamba-sft train recipes/quickstart.yaml`."""
     from mamba_sft.recipe.recipe import Recipe
+    from mamba_sft.training.overwriting import refuse_both
 
+    refuse_both(resume=resume, overwrite=overwrite)
     changes = overrides or []
     loaded = Recipe.load(recipe, overrides=changes)
     from mamba_sft.cli.lines import WarningList
@@ -52,9 +54,8 @@ def train(
         loaded = own_recipe_moved(find_recipe(recipe), loaded)
     if allow_changed_data and not resume:
         raise UsageError("`--allow-changed-data` goes with `--resume`", hint="a new run takes any data")
-    preparation = prepare(
-        loaded, resume=resume, overwrite=overwrite or dry_run, allow_changed_data=allow_changed_data
-    )
+    overwrite = overwrite or (dry_run and not resume)  # a dry run asks what a run would do
+    preparation = prepare(loaded, resume=resume, overwrite=overwrite, allow_changed_data=allow_changed_data)
     fits_no_chat = preparation.data.summary.fits_no_chat
     if dry_run:
         _show_dry_run(preparation)

@@ -18,7 +18,7 @@ from filelock import FileLock
 
 from mamba_sft.errors import DataError
 from mamba_sft.model.checksums import new_digest
-from mamba_sft.run import atomic_directory, write_atomically
+from mamba_sft.run import atomic_directory, final_name, write_atomically
 
 PLACE = "MAMBA_SFT_CACHE"
 """The environment variable that says where else than under `~/.cache/mamba-sft` things are kept."""
@@ -109,7 +109,7 @@ def clear() -> list[Entry]:
     gone = entries()
     left = [entry.path for entry in gone] + list(cache_root().glob("*.partial"))
     for path in left:
-        with _lock(path.stem):  # whoever is making it goes on; then it is an entry
+        with _lock(final_name(path.name)):  # whoever is making it goes on; then it is an entry
             if path.exists():
                 shutil.rmtree(path)
     return gone

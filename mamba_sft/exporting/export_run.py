@@ -6,15 +6,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mamba_sft.errors import UsageError
+from mamba_sft.run import Run
+from mamba_sft.run_lock import hold_output
 
 if TYPE_CHECKING:
     from mamba_sft.exporting.request import Exported, GGUFOptions, HubOptions, Progress
-    from mamba_sft.run import Run
 
 FORMATS = ("gguf", "hf", "ollama")
 
@@ -46,7 +48,7 @@ def export(
         What was written.
 
     Raises:
-        MambaSFTError: It cannot be exported, or a file failed its check.
+        MambaSFTError: It cannot be exported, a file failed its check, or another process is writing there.
     """
     from mamba_sft.exporting.gguf.installed import require_gguf
     from mamba_sft.exporting.request import ExportRequest, GGUFOptions, HubOptions
@@ -58,14 +60,28 @@ def export(
     elif isinstance(options, HubOptions):
         request = replace(request, hub=options)
     check_request(format, names, adapter_only, options)
-    if format == "hf":
-        from mamba_sft.exporting.hub.export import export_checkpoint
+    if format != "hf":
+        require_gguf()
+    with _sole_writer(run, output, format):
+        if format == "hf":
+            from mamba_sft.exporting.hub.export import export_checkpoint
 
-        return export_checkpoint(request)
-    require_gguf()
-    from mamba_sft.exporting.gguf.export import export_adapter, export_model
+            return export_checkpoint(request)
+        from mamba_sft.exporting.gguf.export import export_adapter, export_model
 
-    return (export_adapter if adapter_only else export_model)(request, ollama=format == "ollama")
+        return (export_adapter if adapter_only else export_model)(request, ollama=format == "ollama")
+
+
+def _sole_writer(
+    where: Run | str | Path, output: str | Path | None, format: str
+) -> AbstractContextManager[None]:
+    """Holds the lock of where the files will go; of nothing where nobody has said where to."""
+    run = where if isinstance(where, Run) else Run(Path(where))
+    of = run if run.recipe.is_file() else None
+    if output is None and of is None:
+        return nullcontext()
+    place = run.export if output is None else Path(output)
+    return hold_output(place, "export", of, replaced=format == "hf")
 
 
 def check_request(

@@ -35,6 +35,7 @@ from mamba_sft.model.tensor_files import StoredTensors, one_thread, write_shard
 from mamba_sft.recipe.fields import ModelSection
 from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.run import MERGE_REPORT, Run, atomic_directory
+from mamba_sft.run_lock import hold_output
 from mamba_sft.wording import size_text
 
 if TYPE_CHECKING:
@@ -71,18 +72,18 @@ def merge(
 
     Raises:
         MergeError: The merge cannot be done, or its check failed; nothing is left under the final name.
+        LockedError: Another process is writing there.
         MambaSFTError: The run or its base is missing or broken.
     """
     run = Run.open(run)
-    prepared = prepare_merge(run, Path(output) if output is not None else run.merged, dtype)
-    source = _source(prepared, onto)
-    need = f"the merged model takes {size_text(prepared.nbytes)}"
-    with (
-        disk_errors_explained(prepared.output, need, MergeError),
-        atomic_directory(prepared.output) as directory,
-    ):
-        report = _merge_into(directory, prepared, source, progress or (lambda stage, done, total: None))
-        (directory / MERGE_REPORT).write_text(report.to_json() + "\n", encoding="utf-8")
+    place = Path(output) if output is not None else run.merged
+    with hold_output(place, "merge", run):
+        prepared = prepare_merge(run, place, dtype)
+        source = _source(prepared, onto)
+        need = f"the merged model takes {size_text(prepared.nbytes)}"
+        with disk_errors_explained(place, need, MergeError), atomic_directory(place) as directory:
+            report = _merge_into(directory, prepared, source, progress or (lambda stage, done, total: None))
+            (directory / MERGE_REPORT).write_text(report.to_json() + "\n", encoding="utf-8")
     return report
 
 

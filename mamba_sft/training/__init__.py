@@ -18,8 +18,8 @@
                                          +- live_report, step_samples    told while it runs
                                          +- random_state, resuming, data_record (are the rows the same)
 
-`starting` finds the adapter that a run goes on from, where it starts from one; `keeping` holds the trained
-one in memory until a disk takes it.
+`starting` finds the adapter that a run goes on from, where it starts from one; `overwriting` says what a new
+run may take the place of; `keeping` holds a trained adapter in memory until a disk takes it.
 
 Read `fine_tuning` first, then `trainer`, then what it uses.
 """

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -46,18 +45,23 @@ from mamba_sft.planning.storage import (
 from mamba_sft.recipe.builtin import find_path
 from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.run import Run, atomic_directory, write_atomically
+from mamba_sft.run_lock import refuse_if_held
 from mamba_sft.training.activations import keep_activations
 from mamba_sft.training.callbacks import AdapterWatch, Interruption, MetricsLog
 from mamba_sft.training.counts import Counts
 from mamba_sft.training.data_record import record_data, settle_changes
 from mamba_sft.training.keeping import Ask, save_surely
 from mamba_sft.training.live_report import LiveReport
-from mamba_sft.training.resume_points import step_in_name, sweep
-from mamba_sft.training.resuming import (
-    find_resume_point,
-    newest_resume_point,
+from mamba_sft.training.overwriting import (
+    contents_of,
+    refuse_both,
     refuse_to_overwrite,
+    refuse_to_read_what_goes,
+    sole_writer,
+    start_anew,
 )
+from mamba_sft.training.resume_points import step_in_name, sweep
+from mamba_sft.training.resuming import find_resume_point, newest_resume_point
 from mamba_sft.training.saving import CheckpointSaves, file_errors_explained, left_out_if_refused
 from mamba_sft.training.starting import check_base, find_start
 from mamba_sft.training.step_samples import StepSamples
@@ -97,6 +101,7 @@ class Preparation:
         resume_point: What training goes on from; None where it begins at nothing.
         record: What the run keeps of its data.
         trained: Values that are trained.
+        seen: What was in the run's directory, by `contents_of`.
     """
 
     recipe: Recipe
@@ -111,6 +116,7 @@ class Preparation:
     resume_point: Path | None
     record: dict[str, Any]
     trained: int
+    seen: frozenset[tuple[str, int]]
 
     @property
     def max_steps(self) -> int:
@@ -134,12 +140,17 @@ def prepare(
     Raises:
         MambaSFTError: Anything in recipe, base, data, memory or output directory that would make it fail.
     """
+    refuse_both(resume=resume, overwrite=overwrite)
     run = Run(Path(recipe.output_dir))
     if PartialState().is_main_process:
+        refuse_if_held(run.lock, run.path)
         check_writable(run.path, TrainingError, hint=ANOTHER_PLACE)
+    seen = contents_of(run)
     recipe, resume_point = find_resume_point(run, recipe) if resume else (recipe, None)
     if not resume and PartialState().is_main_process:
         refuse_to_overwrite(run, overwrite=overwrite)
+        if overwrite:
+            refuse_to_read_what_goes(recipe)
     setup, data = read_corpus(recipe)
     start = find_start(recipe, setup)
     lengths = row_lengths(data.train_rows)
@@ -170,6 +181,7 @@ def prepare(
         resume_point=resume_point,
         record=record,
         trained=trained,
+        seen=seen,
     )
 
 
@@ -210,7 +222,9 @@ def train_prepared(
             while.
     """
     interruption = Interruption(preparation.recipe.train.grace_seconds)
-    with interruption.listening():
+    main = preparation.arguments.process_index == 0  # with several processes, it writes for all
+    writes = sole_writer(preparation.run, preparation.seen) if main else nullcontext()
+    with interruption.listening(), writes:
         try:
             return _train(preparation, interruption, callbacks, ask)
         except KeyboardInterrupt:
@@ -296,8 +310,7 @@ def _clear(preparation: Preparation) -> None:
     if preparation.resumed:
         sweep(run)
     else:
-        shutil.rmtree(run.path, ignore_errors=True)
-        run.path.mkdir(parents=True)
+        start_anew(run)
     write_atomically(run.recipe, preparation.recipe.to_yaml())
     write_atomically(run.data, json.dumps(preparation.record, indent=2, ensure_ascii=False) + "\n")
     if preparation.data.rejected:

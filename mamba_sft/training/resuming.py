@@ -1,4 +1,4 @@
-"""What is already in a run directory: the checkpoint to go on from, and what must not be overwritten."""
+"""What is already in a run directory to go on from: the newest checkpoint, and the recipe it is of."""
 
 from __future__ import annotations
 
@@ -156,28 +156,3 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in values.items():
         flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return flat
-
-
-def refuse_to_overwrite(run: Run, *, overwrite: bool) -> None:
-    """Raises `TrainingError` when starting in the run directory would lose something; says what to do.
-
-    Args:
-        run: Where a new run is about to start.
-        overwrite: Whether an earlier run may go. Anything that is not a run is never touched.
-    """
-    held = {path.name for path in run.path.iterdir()} if run.path.is_dir() else set()
-    if held <= {run.rejected.name}:  # what a run of an earlier version left that could not start
-        return
-    other = "choose another directory: `output_dir=runs/NAME`"
-    if run.recipe.name not in held:
-        raise TrainingError(f"`{run.path}` exists and is not a run", hint=other)
-    if overwrite:
-        return
-    if run.adapter.is_dir():
-        raise TrainingError(
-            f"`{run.path}` holds a finished run", hint=f"start anew with `--overwrite`, or {other}"
-        )
-    raise TrainingError(
-        f"`{run.path}` holds an unfinished run",
-        hint=f"continue it with `--resume`, start anew with `--overwrite`, or {other}",
-    )

@@ -411,7 +411,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
     def _stop_on_nan(self, what: str, inputs: dict[str, Any]) -> None:
         step = self.state.global_step + 1
         rows = inputs["input_ids"].tolist()
-        batch = self.run.path / f"nan-batch-step-{step}.json"
+        batch = self.run.nan_batch(step)
         tokens = {key: value.tolist() for key, value in inputs.items() if isinstance(value, torch.Tensor)}
         with left_out_if_refused(batch):
             write_atomically(batch, json.dumps(tokens))

@@ -616,7 +616,7 @@ def test_ctrl_c_while_writing_leaves_nothing(tmp_path: Path) -> None:
     made = make_run(tmp_path)
 
     def stop(stage: str, done: int, total: int) -> None:
-        assert list(made.run.path.glob("merged.partial/*"))
+        assert list(made.run.path.glob("merged.*.partial/*"))
         if done > total / 2:
             raise KeyboardInterrupt
 

@@ -23,7 +23,14 @@ from mamba_sft.exporting.gguf.types import choose_methods
 from mamba_sft.exporting.ollama.modelfile import modelfile_text, what_ollama_lacks
 from mamba_sft.exporting.request import Exported, ExportRequest, GGUFFile, output_of
 from mamba_sft.merging.preparing import match_adapter
-from mamba_sft.run import HUB_CHECKPOINT, MODEL_CARD, QUALITY, Run, write_atomically
+from mamba_sft.run import (
+    HUB_CHECKPOINT,
+    MODEL_CARD,
+    QUALITY,
+    Run,
+    own_partial,
+    write_atomically,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +72,7 @@ def export_adapter(request: ExportRequest, *, ollama: bool) -> Exported:
     output = output_of(model, request.output)
     name = request.name or model.name
     path = output / f"{name}.lora.gguf"
-    partial = path.with_name(path.name + ".partial")
+    partial = own_partial(path)
     base_files = None
     if request.quantization:
         base, methods = base_of(run, prepared), choose_methods(list(request.quantization))

@@ -22,7 +22,7 @@ from mamba_sft.exporting.gguf.verifying import Verifier
 from mamba_sft.exporting.gguf.writing import FileLayout, GGUFFiles, Importance, lay_out_file, write_header
 from mamba_sft.exporting.request import GGUFFile, GGUFOptions, Progress, Quality
 from mamba_sft.exporting.texts import calibration_text
-from mamba_sft.run import QUALITY, write_atomically
+from mamba_sft.run import QUALITY, own_partial, write_atomically
 from mamba_sft.wording import size_text
 
 
@@ -99,7 +99,7 @@ def write_gguf(prepared: PreparedFiles, options: GGUFOptions, progress: Progress
         importance = importance_matrix(
             prepared.model, text.windows, lambda d, n: progress("importance matrix", d, n)
         )
-    partials = [file.path.with_name(file.path.name + ".partial") for file in prepared.files]
+    partials = [own_partial(file.path) for file in prepared.files]
     need = f"the files take {size_text(prepared.nbytes)}"
     try:
         with disk_errors_explained(prepared.output, need, ExportError):

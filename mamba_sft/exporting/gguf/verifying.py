@@ -17,6 +17,7 @@ from mamba_sft.exporting.gguf.types import Method
 from mamba_sft.exporting.logits import logits_of
 from mamba_sft.exporting.request import Quality
 from mamba_sft.exporting.texts import Text, heldout_text, prompt_of
+from mamba_sft.run import final_name
 
 HELDOUT_TOKENS = 512
 ANSWER_TOKENS = 24
@@ -86,7 +87,7 @@ class Verifier:
         limit = _KL_LIMITS[method.base.name]
         if not kl <= limit:
             raise ExportError(
-                f"`{(adapter or file).name.removesuffix('.partial')}` is not the model: its next tokens "
+                f"`{final_name((adapter or file).name)}` is not the model: its next tokens "
                 f"on {self.text.origin} are off by {kl:.3g} nats (KL; the limit is {limit:g}), "
                 f"{top1:.1%} are the same",
                 hint="an unusual model can lose this much; `--no-verify` keeps the file all the same",
@@ -114,7 +115,7 @@ class Verifier:
             expected = self.model.tokenizer(text, add_special_tokens=False).input_ids
             if tokens != expected:
                 raise ExportError(
-                    f"`{file.name.removesuffix('.partial')}` cuts {text!r} into other tokens: {tokens[:8]}, "
+                    f"`{final_name(file.name)}` cuts {text!r} into other tokens: {tokens[:8]}, "
                     f"the model's tokenizer {expected[:8]}",
                     hint="llama.cpp has no tokenizer that works as this model's; please report it",
                 )
