@@ -10,7 +10,7 @@ from pathlib import Path
 from mamba_sft.errors import RecipeError, TrainingError, UsageError
 from mamba_sft.recipe.builtin import find_path
 from mamba_sft.recipe.recipe import Recipe
-from mamba_sft.run import Run
+from mamba_sft.run import Run, final_name
 from mamba_sft.run_contents import is_marked, listed, mark, remove, strangers
 from mamba_sft.run_lock import hold_run
 
@@ -91,13 +91,16 @@ def _read_fields(recipe: Recipe) -> Iterator[tuple[str, str]]:
 
 
 def contents_of(run: Run) -> frozenset[tuple[str, int]]:
-    """Returns what is in a run directory, by names and times, to tell later whether anything has happened."""
+    """Returns what is in a run directory, by names and times, to tell later whether anything has happened.
+
+    What a killed process left half-written does not count: it goes when the lock is taken.
+    """
     if not run.path.is_dir():
         return frozenset()
     return frozenset(
         (path.name, path.lstat().st_mtime_ns)
         for path in run.path.iterdir()
-        if not path.name.startswith(run.lock.name)
+        if not path.name.startswith(run.lock.name) and final_name(path.name) == path.name
     )
 
 

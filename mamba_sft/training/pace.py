@@ -25,21 +25,34 @@ class Pace(TrainerCallback):
 
     def __init__(self) -> None:
         self._started = 0.0
+        self._step_rows = self._step_at_once = 0
         self._forget()
 
     def _forget(self) -> None:
-        self._seconds, self._steps, self._tokens, self._rows, self._at_once = 0.0, 0, 0, 0, 0
+        self.unlogged = 0.0, 0, 0, 0, 0
+
+    @property
+    def unlogged(self) -> tuple[float, int, int, int, int]:
+        """Seconds, steps, tokens, rows, and rows at once, since the last line that was logged."""
+        return self._seconds, self._steps, self._tokens, self._rows, self._at_once
+
+    @unlogged.setter
+    def unlogged(self, values: tuple[float, int, int, int, int]) -> None:
+        self._seconds, self._steps, self._tokens, self._rows, self._at_once = values
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Starts the clock."""
+        """Starts the clock, and forgets a step that was given up."""
+        self._step_rows = self._step_at_once = 0
         self._started = time.monotonic()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Stops it."""
+        """Stops it, and takes the step."""
+        self._rows += self._step_rows
+        self._at_once = max(self._at_once, self._step_at_once)
         self._seconds += time.monotonic() - self._started
         self._steps += 1
 
@@ -50,8 +63,8 @@ class Pace(TrainerCallback):
             rows: How many it has.
             parts: In how many it went through the model.
         """
-        self._rows += rows
-        self._at_once = max(self._at_once, -(-rows // parts))
+        self._step_rows += rows
+        self._step_at_once = max(self._step_at_once, -(-rows // parts))
 
     def count_tokens(self, tokens: int) -> None:
         """Takes the tokens that a step of all processes read."""

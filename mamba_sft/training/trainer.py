@@ -333,6 +333,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
             last_logged_step=self._globalstep_last_logged,
             unlogged_metrics=dict(self._metrics["train"]),
             largest_residual=self._largest,
+            unlogged_pace=self.pace.unlogged,
         )
 
     def take_up(self) -> None:
@@ -352,6 +353,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
             self._globalstep_last_logged = counts["last_logged_step"]
             self._metrics["train"].update(counts["unlogged_metrics"])
             self._largest = counts["largest_residual"]
+            self.pace.unlogged = counts["unlogged_pace"]
         if self.control.should_evaluate:
             self._evaluate_now(str(self._resume_point))
 
