@@ -46,6 +46,16 @@ def is_hub_id(text: str) -> bool:
     return True
 
 
+def is_file_name(name: Any) -> bool:
+    """Returns whether a value names a file of a directory, and none elsewhere.
+
+    A link is a file of the directory, wherever it leads: the hub's cache consists of links, and who can make
+    one here can read what it leads to. An index is text that anybody may have written.
+    """
+    plain = isinstance(name, str) and name.isprintable() and not set(name) & set("/\\:")
+    return plain and name not in ("", ".", "..") and len(name.encode()) <= _LONGEST_NAME
+
+
 def resolve_base(base: str, revision: str | None = None, *, weights: bool = True) -> Path:
     """Returns the local directory of a base model, downloading it if it is a hub id.
 
@@ -224,23 +234,13 @@ def _weight_map(directory: Path) -> dict[str, str]:
     if not isinstance(places, dict) or not places:
         raise ModelError(f"`{directory / INDEX_NAME}` lists no weights", hint="download the model again")
     for tensor, file in places.items():
-        if not _is_file_name(file):
+        if not is_file_name(file):
             raise ModelError(
                 f"`{directory / INDEX_NAME}` says that `{tensor:.100}` is in {file!r:.200},"
                 " which is no name of a file beside it",
                 hint="shards lie in the directory of their index; download the model again",
             )
     return places
-
-
-def _is_file_name(name: Any) -> bool:
-    """Whether a value names a file of a directory, and none elsewhere.
-
-    A link is a file of the directory, wherever it leads: the hub's cache consists of links, and who can make
-    one here can read what it leads to. An index is text that anybody may have written.
-    """
-    plain = isinstance(name, str) and name.isprintable() and not set(name) & set("/\\:")
-    return plain and name not in ("", ".", "..") and len(name.encode()) <= _LONGEST_NAME
 
 
 def _missing_weights(directory: Path, missing: list[str], total: int) -> ModelError:
