@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,42 @@ def test_a_deep_cell_is_a_bad_row_or_a_text(setup: TemplateSetup, tmp_path: Path
     problems = [row.problem for row in rows_of(tmp_path / "deep.jsonl")]
     assert problems[0] is None
     assert (problems[1] is None) == (depth < DEEPEST)
+
+
+def save(directory: Path, table: Any) -> None:
+    from datasets import Dataset
+
+    Dataset(table).save_to_disk(str(directory))
+
+
+def test_a_saved_data_set_with_what_python_cannot_hold(tmp_path: Path) -> None:
+    import pyarrow as pa
+
+    far = pa.array([0, 1 << 62], pa.int64()).cast(pa.timestamp("us"))
+    save(tmp_path / "far", pa.table({"text": ["a", "b"], "far": far}))
+    with pytest.raises(DataError, match="cannot load the dataset"):
+        rows_of(tmp_path / "far")
+
+
+def test_a_damaged_saved_data_set(setup: TemplateSetup, tmp_path: Path) -> None:
+    import pyarrow as pa
+
+    save(tmp_path / "saved", pa.table({"text": ["a", "b"]}))
+    for file in sorted((tmp_path / "saved").iterdir()):
+        whole = file.read_bytes()
+        for content in (
+            b"",
+            whole[: len(whole) // 2],
+            b"\0" * len(whole),
+            b"[" * 100_000,
+            b"[]",
+            b'{"a": 1}',
+        ):
+            file.write_bytes(content)
+            with suppress(DataError):
+                rows_of(tmp_path / "saved")
+        file.write_bytes(whole)
+    assert len(rows_of(tmp_path / "saved")) == 2
 
 
 def test_how_deep_is_too_deep() -> None:
