@@ -163,7 +163,7 @@ def test_prompts_and_answers_in_the_table_of_samples(tmp_path: Path, monkeypatch
     file = io.StringIO()
     console = PrintableConsole(file=file, width=200, force_terminal=True, color_system=None)
     monkeypatch.setattr(train_module, "err", console)
-    monkeypatch.setattr("mamba_sft.evaluation.report.sample_titles", lambda run: ("before", "after"))
+    monkeypatch.setattr("mamba_sft.evaluation.run_figures.sample_titles", lambda run: ("before", "after"))
     train_module._show_samples(run, fits_no_chat=True)
     assert file.getvalue().count(SHOWN.replace(r"\udcff", "")) == 3
     assert is_harmless(file.getvalue())
