@@ -16,6 +16,12 @@ from mamba_sft.errors import DataError
 from mamba_sft.packed_files import CANNOT_READ, kind_of_file, open_bytes
 
 BOM = b"\xef\xbb\xbf"
+DEEPEST = 100
+"""Lists and objects within each other in a value that is taken: no data set needs as many, and what walks
+through values, Python's own parser among them, ends in the middle of deeper ones."""
+
+
+TOO_DEEP = f"nested more than {DEEPEST} deep"
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,37 @@ class Row:
     where: str
     value: Any
     problem: str | None = None
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Returns the value of a JSON text.
+
+    Raises:
+        ValueError: It is not JSON, has a number of thousands of digits, or is deeper than `DEEPEST`.
+    """
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError(TOO_DEEP) from None
+    if is_too_deep(value):
+        raise ValueError(TOO_DEEP)
+    return value
+
+
+def is_too_deep(value: Any) -> bool:
+    """Returns whether lists and objects are nested more than `DEEPEST` deep."""
+    level = [value]
+    for _ in range(DEEPEST + 1):
+        level = [
+            entry
+            for outer in level
+            if isinstance(outer, dict | list | tuple)
+            for entry in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(entry, dict | list | tuple)
+        ]
+        if not level:
+            return False
+    return True
 
 
 def read_json_lines(path: Path) -> Iterator[Row]:
@@ -108,13 +145,13 @@ def _text_prompts(path: Path) -> Iterator[Row]:
 
 def _parse(file: str, where: str, line: bytes) -> Row:
     try:
-        return Row(file, where, json.loads(line.decode("utf-8").rstrip("\r\n")))
+        return Row(file, where, parse_json(line.decode("utf-8").rstrip("\r\n")))
     except UnicodeDecodeError as error:
         shown = line.decode("utf-8", errors="backslashreplace").strip()
         return Row(file, where, shown, _not_utf8(line, error))
     except json.JSONDecodeError as error:
         return Row(file, where, line.decode("utf-8").strip(), f"not JSON: {error.msg}, column {error.colno}")
-    except (RecursionError, ValueError) as error:  # nested too deep, or a number of thousands of digits
+    except ValueError as error:
         return Row(file, where, line.decode("utf-8").strip()[:1000], f"not readable as JSON: {error}")
 
 

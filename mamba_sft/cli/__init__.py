@@ -3,7 +3,8 @@
 Read `app` (the verbs, errors and exit codes) and `console` (where output goes, what verbs share), then any
 verb, one file each: `train` `data` `plan` `merge` `export` `chat` `generate` `doctor` `bench` `recipes`
 `report`.
-`progress` draws the bars, `preview` the rows and counts of `data`, `lines` what must not wrap, `terminal` is
-the loop behind `chat`, `unsaved` asks where else an adapter may go.
+`printable` is how text of others is shown, `progress` draws the bars, `preview` the rows and counts of
+`data`, `lines` what must not wrap, `terminal` is the loop behind `chat`, `unsaved` asks where else an adapter
+may go.
 Verbs import what they need when they run, so that `--help` never loads torch.
 """

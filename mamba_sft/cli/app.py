@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
+from rich.text import Text
 
 from mamba_sft import __version__
 from mamba_sft.cli import bench, chat, data, doctor, export, generate, merge, plan, recipes, report, train
 from mamba_sft.cli.console import err, out
+from mamba_sft.cli.printable import PrintableFormatter, printable
 from mamba_sft.disk import FULL, reason
 from mamba_sft.errors import MambaSFTError
 
@@ -44,7 +45,7 @@ def main() -> None:
         _print_error(error)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        err.print("[bold yellow]stopped:[/] by Ctrl-C")
+        _print_after("stopped:", "bold yellow", "by Ctrl-C")
         sys.exit(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -60,10 +61,13 @@ def main() -> None:
 
 def _print_error(error: MambaSFTError) -> None:
     colour = "red" if error.heading == "error" else "yellow"
-    message = escape(error.message.removeprefix("stopped "))
-    err.print(f"[bold {colour}]{error.heading}:[/] {message}", soft_wrap=True)
+    _print_after(f"{error.heading}:", f"bold {colour}", error.message.removeprefix("stopped "))
     if error.hint:
-        err.print(f"[bold cyan]hint:[/] {escape(error.hint)}", soft_wrap=True)
+        _print_after("hint:", "bold cyan", error.hint)
+
+
+def _print_after(word: str, style: str, text: str) -> None:
+    err.print(Text.assemble((word, style), " ", printable(text)), soft_wrap=True)
 
 
 def _version(shown: bool) -> None:
@@ -83,7 +87,7 @@ def options(
 ) -> None:
     """Sets up messages: ours always, those of the libraries on request."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(PrintableFormatter("%(message)s"))
     logger = logging.getLogger("mamba_sft")
     logger.handlers = [handler]
     logger.setLevel(logging.INFO)

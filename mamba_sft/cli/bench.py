@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from mamba_sft.cli.console import Json, out
 
@@ -49,10 +50,10 @@ def bench_kernels(
         sys.stdout.write(json.dumps(results) + "\n")
         return
     for part in rendered(results):
-        out.print(part, soft_wrap=isinstance(part, str), width=None if out.is_terminal else PIPE_WIDTH)
+        out.print(part, soft_wrap=not isinstance(part, Table), width=None if out.is_terminal else PIPE_WIDTH)
 
 
-def rendered(results: dict[str, Any]) -> Iterator[Table | str]:
+def rendered(results: dict[str, Any]) -> Iterator[Table | Text | str]:
     """Yields the machine as a line of text, then each table after its title, ready to be printed by rich."""
     yield "  ".join(f"{name} {value}" for name, value in results["machine"].items())
     for title, rows in results["tables"].items():
@@ -64,7 +65,7 @@ def rendered(results: dict[str, Any]) -> Iterator[Table | str]:
             table.add_column(name.replace("_", " "), justify="left" if text else "right", overflow="fold")
         for row in rows:
             table.add_row(*(_cell(name, row.get(name)) for name in names))
-        yield f"\n[bold]{title}[/]"
+        yield Text(f"\n{title}", "bold")
         yield table
 
 

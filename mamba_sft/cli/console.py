@@ -5,18 +5,21 @@ Nothing outside this room holds a console.
 
 from __future__ import annotations
 
+import json
 import re
-from typing import TYPE_CHECKING, Annotated
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
+
+from mamba_sft.cli.printable import PrintableConsole
 
 if TYPE_CHECKING:
     from mamba_sft.run import Run
 
-out = Console(highlight=False, soft_wrap=True)
+out = PrintableConsole(soft_wrap=True)
 """Data: what a pipe should get."""
-err = Console(stderr=True, highlight=False)
+err = PrintableConsole(stderr=True)
 """Everything else."""
 
 RecipeArgument = Annotated[
@@ -43,12 +46,13 @@ TopP = Annotated[float, typer.Option(help="Sample from the fewest tokens with th
 TopK = Annotated[int, typer.Option(help="Sample from this many of the likeliest tokens; 0: all.")]
 Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
 
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_NOT_IN_JSON = re.compile(r"[\x7f-\x9f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 
 
-def printable(text: str) -> str:
-    """Returns `text` without the control characters that would steer a terminal; rich keeps escapes."""
-    return _CONTROL.sub("", text)
+def write_json(content: Any) -> None:
+    """Writes JSON to stdout: letters as they are, what would steer a terminal or is no character escaped."""
+    text = json.dumps(content, ensure_ascii=False, indent=2)
+    sys.stdout.write(_NOT_IN_JSON.sub(lambda match: f"\\u{ord(match[0]):04x}", text) + "\n")
 
 
 def quiet_loading() -> None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import sys
 import time
 from typing import Annotated
 
 import typer
 from rich.table import Table
 
-from mamba_sft.cli.console import Json, Overrides, err, out
+from mamba_sft.cli.console import Json, Overrides, err, out, write_json
 from mamba_sft.errors import UsageError
 from mamba_sft.wording import size_text, time_text
 
@@ -54,7 +52,7 @@ def data(
         out.print(f"prepared in {time_text(time.monotonic() - started)}: {prepared.path}")
     elif as_json:
         content = preview.to_dict(prepared, setup.tokenizer, rows=rows, packing=packing, length=length)
-        sys.stdout.write(json.dumps(content, ensure_ascii=False, indent=2) + "\n")
+        write_json(content)
     else:
         shown = preview.overview(prepared, setup.tokenizer, rows=rows, packing=packing, length=length)
         out.print(shown, soft_wrap=False, crop=False)  # texts wrap, names of files do not
@@ -75,7 +73,7 @@ def _show_cached(as_json: bool, *, clear: bool) -> None:
             }
             for one in found
         ]
-        sys.stdout.write(json.dumps(content, ensure_ascii=False, indent=2) + "\n")
+        write_json(content)
         return
     table = Table(box=None, pad_edge=False)
     table.add_column("sources", overflow="fold")

@@ -51,9 +51,10 @@ def _show_diagnosis(diagnosis: Diagnosis) -> None:
         out.print(_line(finding))
     counts = {status: sum(one.status == status for one in diagnosis.findings) for status in MARKS}
     if counts["problem"]:
-        out.print(f"[bold red]{_count(counts['problem'], 'problem')}[/], {_count(counts['note'], 'note')}")
+        problems = _count(counts["problem"], "problem")
+        out.print(Text.assemble((problems, "bold red"), f", {_count(counts['note'], 'note')}"))
     else:
-        out.print(f"[bold green]ready to train[/]; {_count(counts['note'], 'note')}")
+        out.print(Text.assemble(("ready to train", "bold green"), f"; {_count(counts['note'], 'note')}"))
 
 
 def _count(number: int, word: str) -> str:

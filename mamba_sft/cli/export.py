@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
-from mamba_sft.cli.console import Json, err, out, quiet_loading, run_or_newest
+from mamba_sft.cli.console import Json, err, out, quiet_loading, run_or_newest, write_json
 from mamba_sft.errors import UsageError
 from mamba_sft.wording import size_text, time_text
 
@@ -117,7 +114,7 @@ def _show_plan(
     if as_json:
         files = [{"file": str(f.path), "method": f.method, "nbytes": f.nbytes} for f in plan.files]
         content = {"files": files, "nbytes": plan.nbytes, "seconds": seconds, "check_seconds": check_seconds}
-        sys.stdout.write(json.dumps(content, indent=2) + "\n")
+        write_json(content)
         return
     table = Table(box=None)
     for title in ("file", "size"):
@@ -140,7 +137,7 @@ def _show_files(done: Exported, as_json: bool) -> None:
             "others": [str(path) for path in done.others],
             "url": done.url,
         }
-        sys.stdout.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        write_json(content)
         return
     table = Table(box=None)
     for title in ("file", "size", "KL", "top-1", "answer as the model"):
@@ -155,7 +152,7 @@ def _show_files(done: Exported, as_json: bool) -> None:
         err.print(table)
     for file in files:
         if file.quality is not None:
-            answer = escape(" ".join(file.quality.answer.split()))
+            answer = " ".join(file.quality.answer.split())
             err.print(f"{file.method} answers: {answer}")
     for path in done.paths:
         out.print(str(path))

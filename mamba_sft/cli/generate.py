@@ -19,7 +19,6 @@ from mamba_sft.cli.console import (
     err,
     model_or_newest,
     out,
-    printable,
     quiet_loading,
 )
 from mamba_sft.errors import UsageError
@@ -65,7 +64,7 @@ def generate(
     if output is None:
         for one in found:
             if out.is_terminal:
-                out.print(printable(one.text), markup=False)
+                out.print(one.text)
             else:
                 sys.stdout.write(one.text + "\n")
     else:

@@ -14,6 +14,8 @@ from rich.segment import Segment
 from rich.style import Style
 from rich.text import Text
 
+from mamba_sft.cli.printable import printable
+
 _WORD = re.compile(r"(?:`[^`]*`|\S)+")
 """A word; what stands between backticks is part of one, blanks and all."""
 _LEAST = 20
@@ -23,7 +25,7 @@ class WholeLine:
     """A text that stays on one line, however long it is."""
 
     def __init__(self, text: Text | str, *, indent: int = 0):
-        self.text = Text(" " * indent).append_text(Text(text) if isinstance(text, str) else text)
+        self.text = Text(" " * indent).append_text(Text(printable(text)) if isinstance(text, str) else text)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield from self.text.render(console)
@@ -41,7 +43,7 @@ class WarningList:
         width = max(_LEAST, options.max_width - self.indent - 2)
         mark = Text("! ", Style.parse("bold yellow"))
         for warning in self.warnings:
-            first, *fields = warning.split("\n")
+            first, *fields = printable(warning).split("\n")
             for number, line in enumerate(_wrapped(first, width)):
                 yield WholeLine(Text.assemble(mark if number == 0 else "  ", line), indent=self.indent)
             for line in fields:

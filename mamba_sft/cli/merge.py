@@ -54,7 +54,7 @@ def _show_merge(report: MergeResult) -> None:
         f" (at most {check.tolerance:.0e} is rounding), {same}"
     )
     if report.overflowed:
-        err.print(f"[yellow]{report.overflowed:,} values are beyond float16 and became infinite[/]")
+        err.print(f"{report.overflowed:,} values are beyond float16 and became infinite", style="yellow")
     for onto, loss in report.losses.items():
         err.print(f"validation loss merged onto {onto}: {loss:.4f}")
     if report.losses_note:

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mamba_sft.cli.lines import WarningList, WholeLine
+from mamba_sft.cli.printable import printable
 from mamba_sft.data.packing import Packed
 from mamba_sft.data.preparing import PreparedData
 from mamba_sft.data.rows import IGNORED
@@ -81,7 +82,7 @@ def row_panel(tokenizer: Any, row: dict[str, Any]) -> RenderableType:
         title_align="left",
         border_style="dim",
     )
-    return Group(WholeLine(Text(row["where"], "bold")), panel)
+    return Group(WholeLine(Text(printable(row["where"]), "bold")), panel)
 
 
 def token_text(
@@ -157,10 +158,8 @@ def _visible(pieces: Sequence[tuple[str, str]]) -> Text:
                 shown += " " if alone else "·"
             elif character in "\n\t":
                 shown += "↵\n" if character == "\n" else "→"
-            elif character.isprintable() or character == "\u200d":  # the joiner inside many emoji
-                shown += character
             else:
-                shown += f"\\x{ord(character):02x}"
+                shown += printable(character)
         text.append(shown, style)
         start += len(piece)
     text.rstrip()

@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from mamba_sft.cli.console import printable
+from mamba_sft.cli.printable import printable
 from mamba_sft.errors import MambaSFTError, UsageError
 from mamba_sft.inference.sessions import ChatSession, CompareSession, Turn
 from mamba_sft.recipe.builtin import expanded
@@ -173,7 +173,7 @@ class _Columns:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         table = _grid(len(self.names))
-        table.add_row(*(Text(name, style="bold") for name in self.names))
+        table.add_row(*(Text(printable(name), style="bold") for name in self.names))
         width = options.max_width // len(self.names) - 2
         table.add_row(*(self._column(console, text, width) for text in self.texts))
         yield table
@@ -193,19 +193,21 @@ def _grid(columns: int) -> Table:
 
 
 def _write(console: Console, text: str) -> None:
-    """Writes text as it is, cleaned of what would steer a terminal."""
+    """Writes text as it comes; a terminal gets its printable form, in which no character waits for others."""
     if console.is_terminal:
-        text = printable(text)
-    console.print(Text(text), end="", soft_wrap=True)
+        console.print(Text(printable(text)), end="", soft_wrap=True)
+    else:
+        console.file.write(text)
+        console.file.flush()
 
 
 def _note(console: Console, text: str) -> None:
     if console.is_terminal:
-        console.print(Text(text, style="dim"))
+        console.print(Text(printable(text), style="dim"))
 
 
 def _complain(console: Console, error: MambaSFTError) -> None:
-    console.print(Text(error.message, style="red"))
+    console.print(Text(printable(error.message), style="red"))
     if error.hint:
         _note(console, error.hint)
 
@@ -231,7 +233,7 @@ def _banner(session: Session) -> Text:
     names = " | ".join(side.chat_model.name for side in sides)
     state = size_text(sides[0].chat_model.state_bytes)
     limit = f"no context limit: a conversation of any length is a state of {state}"
-    return Text(f"{names}\n{limit}\n/help lists the commands", style="dim")
+    return Text(printable(f"{names}\n{limit}\n/help lists the commands"), style="dim")
 
 
 def _help() -> Table:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from mamba_sft.cli.console import Overrides, RecipeArgument, err, out, quiet_loading
@@ -93,6 +92,7 @@ def _show_dry_run(preparation: Preparation) -> None:
 
 
 def _show_samples(run: Run, fits_no_chat: bool, rows: int = 6) -> None:
+    from mamba_sft.cli.lines import WarningList
     from mamba_sft.evaluation.prompts import exact_match, read_samples
     from mamba_sft.evaluation.run_figures import sample_titles
 
@@ -103,7 +103,7 @@ def _show_samples(run: Run, fits_no_chat: bool, rows: int = 6) -> None:
     for title in ("prompt", *sample_titles(run.read_data())):
         table.add_column(title, ratio=3, overflow="fold")
     for sample in samples[:rows]:
-        table.add_row(*(escape(_short(text)) for text in (sample.prompt.prompt, sample.before, sample.after)))
+        table.add_row(*(_short(text) for text in (sample.prompt.prompt, sample.before, sample.after)))
     err.print(table)
     prompts = [sample.prompt for sample in samples]
     before = exact_match(prompts, [sample.before for sample in samples])
@@ -112,7 +112,8 @@ def _show_samples(run: Run, fits_no_chat: bool, rows: int = 6) -> None:
         count = sum(prompt.answer is not None for prompt in prompts)
         out.print(f"exact match on {count} held-out prompts: {before:.1%} before, {after:.1%} after")
     if fits_no_chat:
-        err.print("[bold yellow]![/] these prompts went through the chat template, which no trained row did")
+        note = "these prompts went through the chat template, which no trained row did"
+        err.print(WarningList([note]), crop=False)
 
 
 def _short(text: str, limit: int = 160) -> str:

@@ -20,7 +20,7 @@ from mamba_sft.data.roles import ROLES, fold_role
 from mamba_sft.data.turns import ROLE_KEYS, looks_like_turns
 from mamba_sft.data.values import kind_of
 from mamba_sft.errors import DataError
-from mamba_sft.json_lines import BOM, Row, read_json_lines
+from mamba_sft.json_lines import BOM, TOO_DEEP, Row, is_too_deep, read_json_lines
 from mamba_sft.packed_files import open_bytes
 
 _LINE = 1 << 20
@@ -85,6 +85,8 @@ def _is_turn(value: Any) -> bool:
 
 
 def _row(path: Path, where: str, value: Any) -> Row:
+    if is_too_deep(value):
+        return Row(str(path), where, f"{kind_of(value)} that is too deep to be shown", TOO_DEEP)
     if _is_chat(value):
         return Row(str(path), where, {"messages": value})
     if isinstance(value, dict):

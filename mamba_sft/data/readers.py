@@ -11,7 +11,7 @@ from typing import Any
 
 from mamba_sft.data.json_files import from_latin, pandas_command, read_json
 from mamba_sft.errors import DataError
-from mamba_sft.json_lines import Row, numbered_lines
+from mamba_sft.json_lines import TOO_DEEP, Row, is_too_deep, numbered_lines
 from mamba_sft.packed_files import open_bytes
 
 _BATCH = 1000
@@ -88,6 +88,8 @@ def _read_table(path: Path, delimiter: str) -> Iterator[Row]:
 
 
 def _checked_header(path: Path, line: int, fields: list[str]) -> list[str]:
+    if not _is_utf8(fields):
+        raise DataError(f"{path}:{line}: the header is not UTF-8", hint=from_latin(path))
     if len(set(fields)) < len(fields) or not all(fields):
         raise DataError(f"{path}:{line}: the header names a column twice or not at all: {', '.join(fields)}")
     for delimiter, name in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars")):
@@ -102,14 +104,21 @@ def _checked_header(path: Path, line: int, fields: list[str]) -> list[str]:
 def _parse_fields(where: str, file: str, header: list[str], fields: list[str]) -> Row:
     if len(fields) != len(header):
         return Row(file, where, fields, f"{len(fields)} fields where the header has {len(header)}")
-    try:
-        "".join(fields).encode("utf-8")
-    except UnicodeEncodeError:
+    if not _is_utf8(fields):
         shown = [
             field.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace") for field in fields
         ]
         return Row(file, where, shown, f"not UTF-8; {from_latin(Path(file))}")
     return Row(file, where, dict(zip(header, fields, strict=True)))
+
+
+def _is_utf8(fields: list[str]) -> bool:
+    """Whether fields that were read with `surrogateescape` were UTF-8."""
+    try:
+        "".join(fields).encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _read_parquet(path: Path) -> Iterator[Row]:
@@ -121,24 +130,27 @@ def _read_parquet(path: Path) -> Iterator[Row]:
         for batch in pq.ParquetFile(path).iter_batches(_BATCH):
             for value, problem in _values(batch):
                 number += 1
-                yield Row(str(path), f"{path}: row {number}", without_nulls(value), problem)
-    except pa.ArrowException as error:
+                yield Row(str(path), f"{path}: row {number}", value, problem)
+    except (pa.ArrowException, ValueError, OverflowError, MemoryError) as error:
         raise DataError(f"`{path}` is not a readable parquet file: {error}") from error
 
 
 def _values(batch: Any) -> Iterator[tuple[Any, str | None]]:
     """The rows of an Arrow batch; one that Python cannot hold (a date in the year 300,000) has a problem."""
     try:
-        yield from ((value, None) for value in batch.to_pylist())
-        return
-    except (OverflowError, ValueError):
-        pass
+        values = batch.to_pylist()
+    except Exception:  # a class of its own for each type: numbers, dates, time zones, texts, extensions
+        values = None
     for number in range(batch.num_rows):
-        row = batch.slice(number, 1)
         try:
-            yield row.to_pylist()[0], None
-        except (OverflowError, ValueError) as error:
-            yield f"a row of {', '.join(batch.schema.names)}", f"Python cannot hold a value of it: {error}"
+            value = values[number] if values is not None else batch.slice(number, 1).to_pylist()[0]
+        except Exception as error:
+            yield f"row {number + 1} of its batch", f"Python cannot hold a value of it: {error}"
+            continue
+        if is_too_deep(value):
+            yield f"row {number + 1} of its batch", TOO_DEEP
+        else:
+            yield without_nulls(value), None
 
 
 def without_nulls(value: Any) -> Any:

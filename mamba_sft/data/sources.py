@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from mamba_sft.data.readers import KINDS, READERS, TEXT_READERS, without_nulls
 from mamba_sft.errors import DataError
-from mamba_sft.json_lines import Row
+from mamba_sft.json_lines import TOO_DEEP, Row, is_too_deep
 from mamba_sft.model.checkpoint import is_hub_id
 from mamba_sft.model.checksums import file_checksum
 from mamba_sft.packed_files import CANNOT_READ, PACKED, is_packed, kind_of_file, open_bytes
@@ -216,12 +216,20 @@ def _read_hub(source: SourceSection, path: str) -> Iterator[Row]:
             dataset = _load_saved(path, source.split)
         else:
             dataset = load_dataset(path, source.name, split=source.split, streaming=source.stream)
-    number = 0
-    for batch in dataset.iter(_BATCH):
-        for values in zip(*batch.values(), strict=True):
-            number += 1
-            value = without_nulls(dict(zip(batch, values, strict=True)))
-            yield Row(path, f"{path} ({source.split}): row {number}", value)
+    for number, value in enumerate(_values(path, dataset), start=1):
+        where = f"{path} ({source.split}): row {number}"
+        if is_too_deep(value):
+            yield Row(path, where, f"a row of {', '.join(value)}", TOO_DEEP)
+        else:
+            yield Row(path, where, without_nulls(value))
+
+
+def _values(path: str, dataset: Any) -> Iterator[dict[str, Any]]:
+    """The rows of a data set; files that are damaged, or hold what Python cannot, are found on the way."""
+    with _hub_errors(path):
+        for batch in dataset.iter(_BATCH):
+            for values in zip(*batch.values(), strict=True):
+                yield dict(zip(batch, values, strict=True))
 
 
 def _load_saved(path: str, split: str) -> Any:

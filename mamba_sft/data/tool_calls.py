@@ -14,6 +14,7 @@ from typing import Any
 from mamba_sft.data.keys import note_unused
 from mamba_sft.data.notes import Notes
 from mamba_sft.data.values import BadRowError, from_json, is_empty, kind_of
+from mamba_sft.json_lines import parse_json
 
 Call = dict[str, Any]
 Tool = dict[str, Any]
@@ -89,7 +90,7 @@ def _read_arguments(what: str, arguments: Any) -> dict[str, Any]:
 
 def _parse(what: str, text: str) -> Any:
     try:
-        return json.loads(text)
+        return parse_json(text)
     except json.JSONDecodeError as error:
         raise BadRowError(f"{what} are not JSON: {error.msg}, column {error.colno}: {text!r:.80}") from error
     except ValueError as error:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ast
-import json
 import math
 from typing import Any
+
+from mamba_sft.json_lines import TOO_DEEP, is_too_deep, parse_json
 
 
 class BadRowError(Exception):
@@ -24,10 +25,10 @@ def from_json(value: Any, what: str = "a value") -> Any:
     """
     if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
         try:
-            return json.loads(value)
-        except RecursionError as error:
-            raise BadRowError(f"{what} is JSON nested too deeply") from error
-        except ValueError:
+            return parse_json(value)
+        except ValueError as error:
+            if str(error) == TOO_DEEP:
+                raise BadRowError(f"{what} is JSON {TOO_DEEP}") from error
             return value
     return value
 
@@ -40,7 +41,7 @@ def python_list(value: Any) -> list[Any] | None:
         read = ast.literal_eval(value.strip())
     except (ValueError, SyntaxError, RecursionError, MemoryError):
         return None
-    return read if isinstance(read, list) else None
+    return read if isinstance(read, list) and not is_too_deep(read) else None
 
 
 def is_nan(value: Any) -> bool:

@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING
 from mamba_sft.disk import check_writable
 from mamba_sft.errors import ExportError, UsageError
 from mamba_sft.exporting.full_model import FullModel
+from mamba_sft.model.checkpoint import is_file_name
 from mamba_sft.run import check_output
 
 if TYPE_CHECKING:
     from mamba_sft.run import Run
 
+_LONGEST = 200
+"""Bytes of a name, so that the quantization and the ending still go behind it."""
 Progress = Callable[[str, int, int], None]
 """Called with the stage, how much of it is done, and its total."""
 
@@ -64,6 +67,9 @@ class ExportRequest:
         progress: Told how far it is.
         gguf: How GGUF files are made.
         hub: How a checkpoint is described and published.
+
+    Raises:
+        UsageError: `name` is no name of a file.
     """
 
     run: Run | str | Path
@@ -73,6 +79,13 @@ class ExportRequest:
     progress: Progress
     gguf: GGUFOptions = GGUFOptions()
     hub: HubOptions = HubOptions()
+
+    def __post_init__(self) -> None:
+        if self.name is not None and not (is_file_name(self.name) and len(self.name.encode()) <= _LONGEST):
+            raise UsageError(
+                f"`--name {self.name:.100}` cannot be what the files are called",
+                hint=f"a name has no slash or colon, and {_LONGEST} bytes at most; `--output` says where to",
+            )
 
 
 @dataclass(frozen=True)

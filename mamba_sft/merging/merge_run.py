@@ -28,10 +28,11 @@ from mamba_sft.merging.preparing import PreparedMerge, prepare_merge
 from mamba_sft.merging.saved_adapter import SavedAdapter
 from mamba_sft.merging.summed import MergedTensors, write_companions
 from mamba_sft.model.chat_template import render
-from mamba_sft.model.checkpoint import TensorEntry, read_tensors
+from mamba_sft.model.checkpoint import read_tensors
 from mamba_sft.model.loading import load_model
 from mamba_sft.model.quantization import quantizes
 from mamba_sft.model.tensor_files import StoredTensors, one_thread, write_shard
+from mamba_sft.model.tensor_headers import TensorEntry
 from mamba_sft.recipe.fields import ModelSection
 from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.run import MERGE_REPORT, Run, atomic_directory

@@ -15,10 +15,11 @@ from mamba_sft.disk import check_writable, require_space
 from mamba_sft.errors import MergeError, ModelError, UsageError
 from mamba_sft.merging.saved_adapter import EMBEDDINGS, HEAD, SavedAdapter, read_adapter
 from mamba_sft.model.base_facts import BaseFacts
-from mamba_sft.model.checkpoint import TensorEntry, base_fingerprint, read_config, read_tensors
+from mamba_sft.model.checkpoint import base_fingerprint, read_config, read_tensors
 from mamba_sft.model.checksums import file_checksum
 from mamba_sft.model.loading import resolve_base
 from mamba_sft.model.tensor_files import DTYPES, Layout, StoredTensors
+from mamba_sft.model.tensor_headers import TensorEntry
 from mamba_sft.run import (
     ADAPTER_WEIGHTS,
     BASE_FACTS,

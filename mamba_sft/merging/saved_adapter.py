@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from mamba_sft.errors import MergeError
+from mamba_sft.errors import MergeError, ModelError
+from mamba_sft.model.tensor_headers import read_header
 from mamba_sft.run import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 EMBEDDINGS, HEAD = "backbone.embeddings.weight", "lm_head.weight"
@@ -174,6 +175,10 @@ def read_adapter(path: Path) -> SavedAdapter:
                 hint="training writes it when it ends; a stopped run goes on with `mamba-sft train --resume`",
             )
     adapter = SavedAdapter(path, _read_config(path / ADAPTER_CONFIG))
+    try:
+        read_header(path / ADAPTER_WEIGHTS)
+    except ModelError as error:
+        raise MergeError(error.message, hint=error.hint) from error
     unknown = []
     with _open(path / ADAPTER_WEIGHTS) as file:
         for key in sorted(file.keys()):
@@ -222,14 +227,38 @@ def _open(path: Path) -> Iterator[Any]:
 def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise MergeError(f"`{path}` is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise MergeError(f"`{path}` is not a JSON object")
     if config.get("peft_type") != "LORA":
         raise MergeError(f"`{path}` is an adapter of type {config.get('peft_type')!r}; only LORA merges")
     used = [f"{key}={config[key]!r}" for key in _UNSUPPORTED if config.get(key)]
     if used:
         raise MergeError(f"`{path}` uses what cannot be merged: " + ", ".join(used))
-    return dict(config)
+    _check_values(path, config)
+    return config
+
+
+def _check_values(path: Path, config: dict[str, Any]) -> None:
+    """Refuses values of other kinds than PEFT writes, before anything is computed from them."""
+    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    right = {
+        "r": type(config.get("r")) is int and config["r"] > 0,
+        "lora_alpha": type(config.get("lora_alpha")) in (int, float),
+        "rank_pattern": _are_patterns(ranks) and all(type(r) is int and r > 0 for r in ranks.values()),
+        "alpha_pattern": _are_patterns(alphas) and all(type(a) in (int, float) for a in alphas.values()),
+    }
+    wrong = [f"{name}={config.get(name)!r:.80}" for name, is_right in right.items() if not is_right]
+    if wrong:
+        raise MergeError(f"`{path}` has values that cannot be: {', '.join(wrong)}")
+
+
+def _are_patterns(values: Any) -> bool:
+    try:
+        return isinstance(values, dict) and all(re.compile(pattern) for pattern in values)
+    except (re.error, RecursionError, OverflowError):
+        return False
 
 
 def _row_ids(adapter: SavedAdapter, module: str, count: int) -> torch.Tensor:

@@ -9,11 +9,11 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mamba_sft.errors import ModelError
+from mamba_sft.model.tensor_headers import TensorEntry, read_header
 from mamba_sft.recipe.builtin import bundled_root, find_path
 from mamba_sft.run import ADAPTER_CONFIG
 
@@ -26,26 +26,9 @@ _WEIGHT_FILES = ["*.safetensors"]
 # Config fields that saving a model again changes while the model stays the same.
 _INCIDENTAL = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
 _PROBES = 8
+_LONGEST_NAME = 255
+"""Bytes, on all common file systems."""
 _PROBE_BYTES = 64
-
-
-@dataclass(frozen=True)
-class TensorEntry:
-    """Where one tensor lies.
-
-    Args:
-        file: The shard that holds it.
-        dtype: As safetensors names it, e.g. `BF16`.
-        shape: Its dimensions.
-        start: First byte in the file.
-        end: One past the last byte.
-    """
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    end: int
 
 
 def is_hub_id(text: str) -> bool:
@@ -61,6 +44,16 @@ def is_hub_id(text: str) -> bool:
     except HFValidationError:
         return False
     return True
+
+
+def is_file_name(name: Any) -> bool:
+    """Returns whether a value names a file of a directory, and none elsewhere.
+
+    A link is a file of the directory, wherever it leads: the hub's cache consists of links, and who can make
+    one here can read what it leads to. An index is text that anybody may have written.
+    """
+    plain = isinstance(name, str) and name.isprintable() and not set(name) & set("/\\:")
+    return plain and name not in ("", ".", "..") and len(name.encode()) <= _LONGEST_NAME
 
 
 def resolve_base(base: str, revision: str | None = None, *, weights: bool = True) -> Path:
@@ -119,7 +112,8 @@ def read_config(directory: Path) -> dict[str, Any]:
             hint="try `tiiuae/falcon-mamba-7b`",
         )
     if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "unknown method")
+        told = config["quantization_config"]
+        method = told.get("quant_method", "unknown method") if isinstance(told, dict) else told
         raise ModelError(
             f"`{directory}` holds weights that are already quantized ({method})",
             hint="give the full-precision base with `model.quantization: nf4`: then the run can be merged",
@@ -140,7 +134,7 @@ def read_tensors(directory: Path) -> dict[str, TensorEntry]:
         raise _missing_weights(directory, missing, len(names))
     entries: dict[str, TensorEntry] = {}
     for name in names:
-        entries.update(_read_header(directory / name))
+        entries.update(read_header(directory / name))
     for tensor, file in places.items():
         if tensor not in entries or entries[tensor].file.name != file:
             raise ModelError(
@@ -239,6 +233,13 @@ def _weight_map(directory: Path) -> dict[str, str]:
     places = _read_json(directory / INDEX_NAME).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise ModelError(f"`{directory / INDEX_NAME}` lists no weights", hint="download the model again")
+    for tensor, file in places.items():
+        if not is_file_name(file):
+            raise ModelError(
+                f"`{directory / INDEX_NAME}` says that `{tensor:.100}` is in {file!r:.200},"
+                " which is no name of a file beside it",
+                hint="shards lie in the directory of their index; download the model again",
+            )
     return places
 
 
@@ -256,40 +257,13 @@ def _missing_weights(directory: Path, missing: list[str], total: int) -> ModelEr
     )
 
 
-def _read_header(path: Path) -> dict[str, TensorEntry]:
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
-        if start == b"version ":
-            raise ModelError(f"`{path}` is a Git LFS pointer, not weights", hint="run `git lfs pull`")
-        length = int.from_bytes(start, "little")
-        header = file.read(length) if len(start) == 8 and length <= size - 8 else b""
-    try:
-        tensors = json.loads(header)
-        tensors.pop("__metadata__", None)
-        entries = {name: _entry(path, 8 + length, value) for name, value in tensors.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(
-            f"`{path}` is not a safetensors file: its header cannot be read ({size:,} bytes in all)",
-            hint="it is corrupt or an interrupted download; fetch it again",
-        ) from error
-    expected = max((entry.end for entry in entries.values()), default=8 + length)
-    if size < expected:
-        raise ModelError(
-            f"`{path}` is truncated: it has {size:,} bytes, its header promises {expected:,}",
-            hint="an interrupted download leaves this; fetch it again",
-        )
-    return entries
-
-
-def _entry(path: Path, data_start: int, value: dict[str, Any]) -> TensorEntry:
-    begin, end = value["data_offsets"]
-    return TensorEntry(path, value["dtype"], tuple(value["shape"]), data_start + begin, data_start + end)
-
-
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelError(f"cannot read `{path}`: {error.strerror or error}") from error
+    except RecursionError as error:
+        raise ModelError(f"`{path}` is JSON nested too deeply", hint="download it again") from error
     except ValueError as error:
         raise ModelError(f"`{path}` is not valid JSON: {error}", hint="download it again") from error
     if not isinstance(content, dict):

@@ -14,7 +14,8 @@ from typing import Any
 import xxhash
 
 from mamba_sft.errors import ModelError
-from mamba_sft.model.checkpoint import TensorEntry, read_tensors
+from mamba_sft.model.checkpoint import read_tensors
+from mamba_sft.model.tensor_headers import TensorEntry
 
 _BLOCK = 1 << 20
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,9 @@ _7B_CONFIG = {
     "use_bias": False,
     "use_conv_bias": True,
 }
+
+_MOST = 1 << 31
+"""No size is as large; a product of three still fits where memory is counted in floats."""
 
 
 @dataclass(frozen=True)
@@ -68,17 +70,24 @@ class Shape:
         """
         hidden = config.get("hidden_size", 768)
         rank = config.get("time_step_rank", "auto")
-        inner = config.get("intermediate_size") or int(config.get("expand", 2) * hidden)
+        inner, expand = config.get("intermediate_size"), config.get("expand", 2)
+        if not all(isinstance(size, int) for size in (hidden, expand)):
+            told = f"hidden_size {hidden!r:.100} and expand {expand!r:.100}"
+            raise ModelError(f"the model's config.json has sizes that cannot be: {told}")
         sizes = {
             "layers": config.get("num_hidden_layers", 32),
             "hidden": hidden,
-            "inner": inner,
+            "inner": inner or expand * hidden,
             "states": config.get("state_size", 16),
-            "rank": math.ceil(hidden / 16) if rank == "auto" else rank,
+            "rank": -(-hidden // 16) if rank == "auto" else rank,
             "width": config.get("conv_kernel", 4),
             "vocabulary": config.get("vocab_size", 50280),
         }
-        wrong = [f"{name} {size!r}" for name, size in sizes.items() if not isinstance(size, int) or size < 1]
+        wrong = [
+            f"{name} {size!r:.100}"
+            for name, size in sizes.items()
+            if not isinstance(size, int) or not 1 <= size < _MOST
+        ]
         if wrong:
             raise ModelError("the model's config.json has sizes that cannot be: " + ", ".join(wrong))
         return cls(

@@ -23,8 +23,8 @@ from typing import cast
 import torch
 
 from mamba_sft.errors import ModelError
-from mamba_sft.model.checkpoint import TensorEntry
 from mamba_sft.model.checksums import check_digest, new_digest
+from mamba_sft.model.tensor_headers import TensorEntry
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _PENDING_BLOCKS = 16

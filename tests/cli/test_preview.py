@@ -60,7 +60,7 @@ def test_control_characters_cannot_reach_the_terminal(setup: TemplateSetup) -> N
     ids = setup.tokenizer.encode("a\x1b[31m[red]\x00\r")
     text = preview.token_text(setup.tokenizer, ids, ids)
     assert "\x1b" not in text.plain
-    assert "\\x1b[31m[red]\\x00\\x0d" in text.plain.replace(" ", "")
+    assert "\\x1b[31m[red]\\x00\\r" in text.plain.replace(" ", "")
 
 
 def test_characters_of_several_tokens_are_shown_whole_even_at_the_border(setup: TemplateSetup) -> None:

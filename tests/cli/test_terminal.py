@@ -105,12 +105,12 @@ def test_ctrl_c_ends_the_answer_then_the_chat(chat_model, monkeypatch):
 def test_what_a_model_writes_cannot_steer_the_terminal(chat_model, monkeypatch):
     session = ChatSession(chat_model, sampling=SHORT)
     monkeypatch.setattr(
-        session, "_answer", lambda text: (piece for piece in ("\x1b[2Jred", "\a [b]x[/b]\r\n"))
+        session, "_answer", lambda text: (piece for piece in ("\x1b", "[2Jred", "\a [b]x[/b]\r\n"))
     )
     out = chat(session, "hello")
     assert "\x1b[2J" not in out
     assert "\a" not in out
-    assert "[2Jred [b]x[/b]\n" in out
+    assert "\\x1b[2Jred\\x07 [b]x[/b]\n" in out
 
 
 def test_two_columns_side_by_side(chat_model):
@@ -132,7 +132,7 @@ def test_columns_show_the_end_of_texts_longer_than_the_screen():
     assert len(out.splitlines()) <= 20
     assert "left 99" in out
     assert "left 50" not in out
-    assert "right [bold][2J" in out
+    assert "right [bold]\\x1b[2J" in out
     columns.tail = False
     console.print(columns)
     assert "left 50" in console.file.getvalue()  # type: ignore[attr-defined]

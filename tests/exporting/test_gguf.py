@@ -42,8 +42,8 @@ from mamba_sft.exporting.gguf.writing import lay_out_file
 from mamba_sft.exporting.logits import logits_of
 from mamba_sft.exporting.request import GGUFOptions
 from mamba_sft.merging.merge_run import merge
-from mamba_sft.model.checkpoint import TensorEntry
 from mamba_sft.model.tensor_files import StoredTensors
+from mamba_sft.model.tensor_headers import TensorEntry
 from tests.conftest import SHARED_FALCON, build_model, build_tokenizer
 from tests.merging.test_merge_run import make_run
 

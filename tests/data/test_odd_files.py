@@ -1,0 +1,177 @@
+"""Any bytes under any name: rows, or one message; never a traceback, never for long."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mamba_sft.data.preparing import PreparedData, prepare_data
+from mamba_sft.data.readers import KINDS
+from mamba_sft.data.sources import read_source
+from mamba_sft.errors import DataError
+from mamba_sft.json_lines import DEEPEST, is_too_deep, parse_json
+from mamba_sft.model.chat_template import TemplateSetup, prepare_tokenizer
+from mamba_sft.packed_files import PACKED
+from mamba_sft.recipe.fields import ChatSection, DataSection, SourceSection
+from tests.data.odd_files import odd_file
+
+ENDINGS = [*KINDS, *(kind + packed for kind in KINDS for packed in PACKED), ".arrow", ""]
+
+
+def setup_for(tokenizer: Any) -> TemplateSetup:
+    return prepare_tokenizer(tokenizer, ChatSection(), {0, 11})
+
+
+@pytest.fixture
+def setup(tiny_tokenizer: Any) -> TemplateSetup:
+    return setup_for(tiny_tokenizer)
+
+
+def answer_to(name: str, content: bytes, setup: TemplateSetup, scratch: Path) -> str:
+    """What becomes of a file as training data: `rows`, or the message; it must be one of both, and soon."""
+    path = scratch / f"odd{name}"
+    path.write_bytes(content)
+    started = time.monotonic()
+    data = DataSection(
+        sources=[SourceSection(path=str(path))], validation=0, on_bad_row="skip", packing=False
+    )
+    try:
+        made = prepare_data(data, setup, system=None, seed=0)
+        answer = "rows"
+        assert isinstance(made, PreparedData)
+        assert len(made.train) > 0
+    except DataError as error:
+        answer = error.message
+        assert str(path) in answer or "no row is left" in answer
+    assert time.monotonic() - started < 10
+    return answer
+
+
+fuzzing = settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+@fuzzing
+@given(number=st.integers(0, 1 << 32))
+def test_real_files_with_something_done_to_them(setup: TemplateSetup, tmp_path: Path, number: int) -> None:
+    answer_to(*odd_file(number), setup, tmp_path)
+
+
+@fuzzing
+@given(name=st.sampled_from(ENDINGS), content=st.binary(max_size=200))
+def test_any_bytes(setup: TemplateSetup, tmp_path: Path, name: str, content: bytes) -> None:
+    answer_to(name, content, setup, tmp_path)
+
+
+PARTS = (
+    *("messages", "conversations", "role", "content", "from", "value", "prompt", "completion", "input"),
+    *("output", "text", "instruction", "tools", "tool_calls", "function", "name", "arguments", "system"),
+    *("history", "chosen", "rejected", "weight", "train"),
+)
+names = st.text(max_size=4) | st.sampled_from(PARTS)
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(names, inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@fuzzing
+@given(rows=st.lists(st.dictionaries(names, json_values, max_size=4) | json_values, max_size=4))
+def test_any_json(setup: TemplateSetup, tmp_path: Path, rows: list[Any]) -> None:
+    answer_to(".jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode(), setup, tmp_path)
+    answer_to(".json", json.dumps(rows).encode(), setup, tmp_path)
+
+
+def rows_of(path: Path) -> list[Any]:
+    return list(read_source(SourceSection(path=str(path))))
+
+
+@pytest.mark.parametrize("depth", [DEEPEST - 2, DEEPEST + 5, 900, 100_000])
+def test_a_deep_cell_is_a_bad_row_or_a_text(setup: TemplateSetup, tmp_path: Path, depth: int) -> None:
+    deep = "[" * depth + "]" * depth
+    good = json.dumps({"text": "fine"})
+    bad = '{"messages": ' + deep + "}"
+    answers = {
+        ".jsonl": f"{good}\n{bad}\n",
+        ".json": f"[{good}, {bad}]",
+        ".csv": f'text,messages\nfine,\n,"{deep}"\n',
+    }
+    for name, content in answers.items():
+        answer_to(name, content.encode(), setup, tmp_path)
+    (tmp_path / "deep.jsonl").write_text(answers[".jsonl"])
+    problems = [row.problem for row in rows_of(tmp_path / "deep.jsonl")]
+    assert problems[0] is None
+    assert (problems[1] is None) == (depth < DEEPEST)
+
+
+def save(directory: Path, table: Any) -> None:
+    from datasets import Dataset
+
+    Dataset(table).save_to_disk(str(directory))
+
+
+def test_a_saved_data_set_with_what_python_cannot_hold(tmp_path: Path) -> None:
+    import pyarrow as pa
+
+    far = pa.array([0, 1 << 62], pa.int64()).cast(pa.timestamp("us"))
+    save(tmp_path / "far", pa.table({"text": ["a", "b"], "far": far}))
+    with pytest.raises(DataError, match="cannot load the dataset"):
+        rows_of(tmp_path / "far")
+
+
+def test_a_damaged_saved_data_set(setup: TemplateSetup, tmp_path: Path) -> None:
+    import pyarrow as pa
+
+    save(tmp_path / "saved", pa.table({"text": ["a", "b"]}))
+    for file in sorted((tmp_path / "saved").iterdir()):
+        whole = file.read_bytes()
+        for content in (
+            b"",
+            whole[: len(whole) // 2],
+            b"\0" * len(whole),
+            b"[" * 100_000,
+            b"[]",
+            b'{"a": 1}',
+        ):
+            file.write_bytes(content)
+            with suppress(DataError):
+                rows_of(tmp_path / "saved")
+        file.write_bytes(whole)
+    assert len(rows_of(tmp_path / "saved")) == 2
+
+
+def test_how_deep_is_too_deep() -> None:
+    assert not is_too_deep(parse_json("[" * DEEPEST + "]" * DEEPEST))
+    for depth in (DEEPEST + 2, 100_000):
+        with pytest.raises(ValueError, match="nested more than"):
+            parse_json("[" * depth + "]" * depth)
+
+
+def test_a_header_that_is_not_utf8(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes("prompt,völlig\na,b\n".encode("latin-1"))
+    with pytest.raises(DataError, match=r"a\.csv:1: the header is not UTF-8") as found:
+        rows_of(tmp_path / "a.csv")
+    assert "iconv" in (found.value.hint or "")
+
+
+def test_what_python_cannot_hold_is_told_with_its_row(tmp_path: Path, caplog: Any) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    caplog.set_level(logging.INFO)
+    far = pa.array([0, 1 << 62], pa.int64()).cast(pa.timestamp("us"))
+    pq.write_table(pa.table({"text": ["a", "b"], "far": far}), tmp_path / "a.parquet")
+    first, second = rows_of(tmp_path / "a.parquet")
+    assert first.problem is None
+    assert "Python cannot hold" in (second.problem or "")
+    assert second.where.endswith("row 2")
