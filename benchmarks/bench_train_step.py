@@ -242,7 +242,8 @@ def load(words: Sequence[str], layers: int | None = None) -> tuple[Recipe, Shape
     shape, _ = find_shape(recipe.model)
     shape = shape if layers is None else replace(shape, layers=layers)
     length = recipe.data.max_length or 2048
-    return recipe, shape, Work.of(recipe, shape, DEVICE, length=length, trained_rows=len(TRAINED))
+    here = recognized(describe_device())
+    return recipe, shape, Work.of(recipe, shape, here, length=length, trained_rows=len(TRAINED))
 
 
 def measure(

@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "model": {"kernels", "recipe"},
     "data": {"model", "recipe"},
     "inference": {"model", "recipe"},
-    "planning": {"data", "model", "recipe"},
+    "planning": {"data", "model", "kernels", "recipe"},
     "evaluation": {"inference", "data", "model", "recipe"},
     "merging": {"inference", "data", "model", "kernels", "recipe"},
     "training": {"planning", "evaluation", "inference", "data", "model", "kernels", "recipe"},

@@ -1,6 +1,7 @@
 """How the scan's backward is cut up for a GPU: from a table of cards, or the fastest of a few ways.
 
-Nothing of it changes what is computed, only the order in which float32 sums are taken.
+Nothing of it changes what is computed, only the order in which float32 sums are taken. The plan of a run
+counts what these choices take, and for it Triton need not be there.
 """
 
 from __future__ import annotations
@@ -13,17 +14,21 @@ import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-import triton
 
 logger = logging.getLogger(__name__)
 
-TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
+try:
+    TRITON = tuple(int(part) for part in version("triton").split(".")[:2])
+except PackageNotFoundError:  # the plan is made for another machine
+    TRITON = (0, 0)
 RESIDENT = 8  # programs of the backward that a multiprocessor's registers hold: 255 each for 32 threads
 FITTING = 0.85  # share of the L2 cache that the states of all of them may take
 STRIDES = (64, 32, 16)  # steps between two states that the forward saves, the longest that fits
+WAVES = 2  # how often the programs fill the GPU, unless another way was found to be faster
 TILE_BYTES = 2048  # of the states of a program: 512 float32
 
 
@@ -44,6 +49,7 @@ class Card:
 
 MB = 1 << 20
 CARDS = {
+    "V100": Card((7, 0), 80, 6 * MB),
     "T4": Card((7, 5), 40, 4 * MB),
     "A100": Card((8, 0), 108, 40 * MB),
     "A10": Card((8, 6), 72, 6 * MB),
@@ -72,7 +78,7 @@ class Choice:
     """
 
     window: int
-    waves: int = 2
+    waves: int = WAVES
 
     @property
     def group_tile(self) -> int:
@@ -83,12 +89,16 @@ class Choice:
 def card_of(device: torch.device) -> Card:
     """Return what the driver says of a GPU; its table entry where that says nothing of the cache."""
     properties = torch.cuda.get_device_properties(device)
-    like = max((name for name in CARDS if name in properties.name), key=len, default="T4")
     return Card(
         (properties.major, properties.minor),
         properties.multi_processor_count,
-        getattr(properties, "L2_cache_size", 0) or CARDS[like].l2_bytes,
+        getattr(properties, "L2_cache_size", 0) or card_named(properties.name).l2_bytes,
     )
+
+
+def card_named(name: str) -> Card:
+    """Return the table's entry for a GPU as it is sold or as the driver calls it; else the smallest."""
+    return CARDS[max((known for known in CARDS if known in name), key=len, default="T4")]
 
 
 def window(capability: tuple[int, int], N: int, rate_wanted: bool) -> int:
@@ -110,6 +120,11 @@ def stride(card: Card, steps: int) -> int:
     """Return how many steps lie between saved states so that the scratch of a chunk stays in the L2 cache."""
     fitting = (s for s in STRIDES if scratch_bytes(card, steps, s) <= FITTING * card.l2_bytes)
     return next(fitting, STRIDES[-1])
+
+
+def state_stride(card: Card, N: int, rate_wanted: bool) -> int:
+    """Return how many steps lie between the states that the forward saves on a card."""
+    return stride(card, window(card.capability, N, rate_wanted))
 
 
 def compiler_options(capability: tuple[int, int], known: frozenset[str]) -> dict[str, str]:

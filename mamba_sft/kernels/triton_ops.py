@@ -390,7 +390,7 @@ def tile(N: int, size: int, most: int) -> dict[str, int]:
     return {"STATES": states, "BLOCK": min(most, size // states)}
 
 
-def _segments(u: Tensor, pieces: int = 1, waves: int = 2) -> tuple[int, int]:
+def _segments(u: Tensor, pieces: int = 1, waves: int = launching.WAVES) -> tuple[int, int]:
     """Return how many segments a row is cut into, and their length.
 
     Cutting costs a second run through the forward, so it is done only where rows and channels do not fill
@@ -415,7 +415,7 @@ def _stride(u: Tensor, N: int, rate_wanted: bool) -> int:
     """Return how many steps lie between two saved states."""
     if INTERPRETED or not u.is_cuda:
         return STATE_STRIDE
-    return launching.stride(launching.card_of(u.device), launching.window(_capability(u), N, rate_wanted))
+    return launching.state_stride(launching.card_of(u.device), N, rate_wanted)
 
 
 def _capability(u: Tensor) -> tuple[int, int]:

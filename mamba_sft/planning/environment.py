@@ -41,6 +41,8 @@ def describe_device() -> dict[str, Any]:
             "name": gpu.name,
             "compute_capability": f"{gpu.major}.{gpu.minor}",
             "memory_bytes": gpu.total_memory,
+            "multiprocessors": gpu.multi_processor_count,
+            "l2_bytes": getattr(gpu, "L2_cache_size", 0),
             "count": torch.cuda.device_count(),
             "bfloat16": torch.cuda.is_bf16_supported(including_emulation=False),
         }

@@ -150,7 +150,7 @@ def refuse_what_cannot_fit(recipe: Recipe, *, longest: int, trained_rows: int) -
     if recipe.model.kernels == "reference" or not usable or not longest:
         return
     shape, _ = find_shape(recipe.model)
-    work = Work.of(recipe, shape, accelerator.type, length=longest, trained_rows=trained_rows)
+    work = Work.of(recipe, shape, accelerator, length=longest, trained_rows=trained_rows)
     least = replace(work, rows=1) if recipe.train.auto_batch else work
     planned = peak(planned_parts(least))
     if planned <= usable:

@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from mamba_sft.errors import UsageError
+from mamba_sft.kernels.launching import Card, card_named
 
 GIB = 1 << 30
 LANES_ISSUED, LANES_MUFU = 128, 16
@@ -55,6 +56,7 @@ class Accelerator:
         fp32_lanes: float32 results of a multiprocessor in a clock.
         bfloat16: Whether it computes in bfloat16.
         type: `cuda` or `cpu`.
+        card: What the kernels' launches depend on. None: no GPU.
     """
 
     name: str
@@ -67,44 +69,43 @@ class Accelerator:
     fp32_lanes: int = 128
     bfloat16: bool = True
     type: str = "cuda"
+    card: Card | None = None
 
 
 def _gpu(name: str, nominal: float, usable: float, **speed: Any) -> Accelerator:
-    """Memory as sold and as reported, both in GiB; tflops, GB/s, MHz."""
+    """Memory as sold and as reported, both in GiB; tflops, GB/s, MHz. The rest is in the kernels' table."""
+    card = card_named(name)
     return Accelerator(
         name=name,
         nominal_bytes=int(nominal * GIB),
         usable_bytes=int(usable * GIB),
         flops=speed["tflops"] * 1e12,
         bandwidth=speed["gbs"] * 1e9,
-        multiprocessors=speed["sms"],
+        multiprocessors=card.multiprocessors,
         clock_hz=speed["mhz"] * 1e6,
         fp32_lanes=speed.get("lanes", 128),
         bfloat16=speed.get("bfloat16", True),
+        card=card,
     )
 
 
 GPUS = {
-    "t4": _gpu("Tesla T4", 16, 14.56, tflops=65, gbs=320, sms=40, mhz=1590, lanes=64, bfloat16=False),
-    "v100-16": _gpu(
-        "Tesla V100 16GB", 16, 15.77, tflops=125, gbs=900, sms=80, mhz=1530, lanes=64, bfloat16=False
-    ),
-    "v100-32": _gpu(
-        "Tesla V100 32GB", 32, 31.73, tflops=125, gbs=900, sms=80, mhz=1530, lanes=64, bfloat16=False
-    ),
-    "l4": _gpu("L4", 24, 22.03, tflops=121, gbs=300, sms=58, mhz=2040),
-    "a10g": _gpu("A10G", 24, 22.06, tflops=70, gbs=600, sms=80, mhz=1710),
-    "a10": _gpu("A10", 24, 21.98, tflops=125, gbs=600, sms=72, mhz=1695),
-    "3090": _gpu("GeForce RTX 3090", 24, 23.56, tflops=71, gbs=936, sms=82, mhz=1695),
-    "4090": _gpu("GeForce RTX 4090", 24, 23.52, tflops=165, gbs=1008, sms=128, mhz=2520),
-    "5090": _gpu("GeForce RTX 5090", 32, 31.36, tflops=210, gbs=1792, sms=170, mhz=2407),
-    "a6000": _gpu("RTX A6000", 48, 47.41, tflops=155, gbs=768, sms=84, mhz=1800),
-    "l40s": _gpu("L40S", 48, 44.40, tflops=362, gbs=864, sms=142, mhz=2520),
-    "a100-40": _gpu("A100 40GB", 40, 39.38, tflops=312, gbs=1555, sms=108, mhz=1410, lanes=64),
-    "a100-80": _gpu("A100 80GB", 80, 79.14, tflops=312, gbs=2039, sms=108, mhz=1410, lanes=64),
-    "h100": _gpu("H100 80GB", 80, 79.11, tflops=989, gbs=3350, sms=132, mhz=1830),
-    "h200": _gpu("H200", 141, 139.80, tflops=989, gbs=4800, sms=132, mhz=1830),
-    "b200": _gpu("B200", 192, 178.30, tflops=2250, gbs=8000, sms=148, mhz=1965),
+    "t4": _gpu("Tesla T4", 16, 14.56, tflops=65, gbs=320, mhz=1590, lanes=64, bfloat16=False),
+    "v100-16": _gpu("Tesla V100 16GB", 16, 15.77, tflops=125, gbs=900, mhz=1530, lanes=64, bfloat16=False),
+    "v100-32": _gpu("Tesla V100 32GB", 32, 31.73, tflops=125, gbs=900, mhz=1530, lanes=64, bfloat16=False),
+    "l4": _gpu("L4", 24, 22.03, tflops=121, gbs=300, mhz=2040),
+    "a10g": _gpu("A10G", 24, 22.06, tflops=70, gbs=600, mhz=1710),
+    "a10": _gpu("A10", 24, 21.98, tflops=125, gbs=600, mhz=1695),
+    "3090": _gpu("GeForce RTX 3090", 24, 23.56, tflops=71, gbs=936, mhz=1695),
+    "4090": _gpu("GeForce RTX 4090", 24, 23.52, tflops=165, gbs=1008, mhz=2520),
+    "5090": _gpu("GeForce RTX 5090", 32, 31.36, tflops=210, gbs=1792, mhz=2407),
+    "a6000": _gpu("RTX A6000", 48, 47.41, tflops=155, gbs=768, mhz=1800),
+    "l40s": _gpu("L40S", 48, 44.40, tflops=362, gbs=864, mhz=2520),
+    "a100-40": _gpu("A100 40GB", 40, 39.38, tflops=312, gbs=1555, mhz=1410, lanes=64),
+    "a100-80": _gpu("A100 80GB", 80, 79.14, tflops=312, gbs=2039, mhz=1410, lanes=64),
+    "h100": _gpu("H100 80GB", 80, 79.11, tflops=989, gbs=3350, mhz=1830),
+    "h200": _gpu("H200", 141, 139.80, tflops=989, gbs=4800, mhz=1830),
+    "b200": _gpu("B200", 192, 178.30, tflops=2250, gbs=8000, mhz=1965),
 }
 """By the name `--card` takes. Speeds are from NVIDIA's data sheets (GeForce and A10G: with float32 sums, half
 the advertised figure); usable memory is what PyTorch's out-of-memory messages in public reports call the
@@ -140,4 +141,9 @@ def recognized(facts: dict[str, Any]) -> Accelerator:
         key=lambda gpu: abs(gpu.usable_bytes - memory),
         default=Accelerator("", memory, memory),
     )
-    return replace(like, name=facts["name"], usable_bytes=memory, bfloat16=facts["bfloat16"])
+    major, minor = facts["compute_capability"].split(".")
+    cache = facts["l2_bytes"] or card_named(facts["name"]).l2_bytes
+    return replace(
+        like, name=facts["name"], usable_bytes=memory, bfloat16=facts["bfloat16"],
+        card=Card((int(major), int(minor)), facts["multiprocessors"], cache),
+    )  # fmt: skip

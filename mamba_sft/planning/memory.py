@@ -12,13 +12,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from mamba_sft.kernels.launching import CARDS, STRIDES, WAVES, Card, scratch_bytes, state_stride, window
 from mamba_sft.model.quantization import quantized_projections
 from mamba_sft.model.shape import Shape
+from mamba_sft.planning.gpus import Accelerator
 from mamba_sft.recipe.fields import AdapterSection
 from mamba_sft.recipe.recipe import Recipe
 
-STATE_STRIDE = 64
-"""Steps between two states that the scan saves (`cpu_loops.STATE_STRIDE`, `triton_scan.STATE_STRIDE`)."""
+STATE_STRIDE = STRIDES[0]
+"""Steps between two states that the scan saves, unless the card says otherwise (`cpu_loops.STATE_STRIDE`)."""
 GROUPS = 32
 """Partial sums of dB and dC on a CPU (`cpu.GROUPS`); a GPU has one for `CHANNELS` channels."""
 CHANNELS = 32
@@ -32,8 +34,6 @@ LIBRARIES = 700_000_000
 """Resident memory of a process that has imported torch, transformers and trl, on a CPU."""
 SLACK = 0.04
 """Share of the moving memory that a caching allocator holds beyond what is asked of it."""
-SCRATCH = 70_000_000
-"""Of the Triton backward, which starts about as many programs as fill the GPU, whatever the shape."""
 PARTIAL_SUMS = 256 << 20
 """The most that its partial sums of dB and dC take (`triton_ops.PARTIAL_BYTES`)."""
 
@@ -60,6 +60,7 @@ class Work:
         optim: `train.optim`.
         adapter: Rank, targets, variants.
         trained_rows: Rows of the vocabulary that are trained.
+        card: What the kernels' launches depend on. None: a GPU that is not known, or none.
     """
 
     shape: Shape
@@ -73,24 +74,28 @@ class Work:
     optim: str = "adamw_torch_fused"
     adapter: AdapterSection = field(default_factory=AdapterSection)
     trained_rows: int = 0
+    card: Card | None = None
 
     @classmethod
-    def of(cls, recipe: Recipe, shape: Shape, device: str, *, length: int, trained_rows: int) -> Work:
+    def of(
+        cls, recipe: Recipe, shape: Shape, accelerator: Accelerator, *, length: int, trained_rows: int
+    ) -> Work:
         """Returns the work of a recipe's training step on rows of `length` tokens."""
         train = recipe.train
-        float32 = ("float32",) if device == "cuda" else ("float32", "auto")
+        float32 = ("float32",) if accelerator.type == "cuda" else ("float32", "auto")
         return cls(
             shape=shape,
             rows=train.per_device_train_batch_size,
             length=length,
             chunk=min(train.stream_tokens or length, length),
             itemsize=4 if recipe.model.dtype in float32 else 2,
-            device="cuda" if device == "cuda" else "cpu",
+            device="cuda" if accelerator.type == "cuda" else "cpu",
             policy=train.checkpointing,
             quantization=recipe.model.quantization,
             optim=train.optim,
             adapter=recipe.adapter,
             trained_rows=trained_rows,
+            card=accelerator.card,
         )
 
     @property
@@ -116,6 +121,11 @@ class Work:
     def targets(self, name: str) -> bool:
         """Whether projection `name` carries LoRA."""
         return any(target.rpartition(".")[2] == name for target in self.adapter.target_modules)
+
+    @property
+    def state_stride(self) -> int:
+        """Steps between two states that the scan saves; the rates A are never trained."""
+        return STATE_STRIDE if self.card is None else state_stride(self.card, self.shape.states, False)
 
     @property
     def lora_values(self) -> int:
@@ -216,10 +226,10 @@ def _int8_inputs(work: Work) -> dict[str, int]:
 def _layer(work: Work) -> int:
     """Bytes that one layer keeps for its backward when nothing is checkpointed.
 
-    The scan: xz (2 D), u, dt (D each), B, C (N each), and a state (D, N) of float32 for every 64 steps. The
-    norms before it: their inputs in float32. LoRA: the input of each target, which in float32 is a tensor
-    that is there anyway, except out_proj's and in_proj's; under autocast PEFT makes a float32 copy of it and
-    autocast a 16-bit one of that, which is kept.
+    The scan: xz (2 D), u, dt (D each), B, C (N each), and a state (D, N) of float32 for every `state_stride`
+    steps. The norms before it: their inputs in float32. LoRA: the input of each target, which in float32 is
+    a tensor that is there anyway, except out_proj's and in_proj's; under autocast PEFT makes a float32 copy
+    of it and autocast a 16-bit one of that, which is kept.
     """
     shape, e, mixed = work.shape, work.itemsize, work.mixed
     d, D, N, R = shape.hidden, shape.inner, shape.states, shape.rank
@@ -231,7 +241,7 @@ def _layer(work: Work) -> int:
     token += _variants(work, on)
     if work.policy == "none" and mixed:  # in float32 the adapter keeps the same tensors
         token += sum(size for name, size in _int8_inputs(work).items() if name != "x_proj")  # the scan has it
-    chunks = work.rows * -(-work.chunk // STATE_STRIDE)
+    chunks = work.rows * -(-work.chunk // work.state_stride)
     once = 4 * D * N  # the rates
     if mixed:
         once += e * work.lora_values // shape.layers
@@ -270,11 +280,24 @@ def _block(work: Work) -> int:
     else:
         partial = min(4 * 2 * N * -(-D // CHANNELS), PARTIAL_SUMS // tokens)
         scan = max(3 * e * D + partial, (2 * e + 4 * work.mixed) * D)
-        scratch = min(SCRATCH, 4 * D * N * 16 * work.rows * max(1, work.chunk // (4 * STATE_STRIDE)))
+        scratch = _scratch(work)
     again = 0 if work.policy == "none" else _layer(work)
     if again and not work.mixed:  # the residual is not computed again
         again -= 4 * shape.hidden * tokens
     return again + (scan + dy + 4 * shape.hidden) * tokens + scratch
+
+
+def _scratch(work: Work) -> int:
+    """Bytes of the Triton backward's states before every window of a chunk, of all programs of a launch.
+
+    It starts about as many programs as fill the GPU `WAVES` times, whatever the shape; fewer for short rows.
+    Of a card that is not known, an H100's.
+    """
+    card = work.card or CARDS["H100"]
+    steps = window(card.capability, work.shape.states, False)
+    segments = work.rows * max(1, work.chunk // (4 * STATE_STRIDE))
+    whole = 4 * work.shape.inner * work.shape.states * (work.state_stride // steps) * segments
+    return min(WAVES * scratch_bytes(card, steps, work.state_stride), whole)
 
 
 def _dequantized(work: Work) -> int:

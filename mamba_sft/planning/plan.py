@@ -139,7 +139,7 @@ def make_plan(recipe: Recipe, gpu: str | None = None) -> Plan:
             hint="plan for a length: `data.max_length=32768`",
         )
     trained = 0 if recipe.chat.template == "tokenizer" else TEMPLATE_TOKENS
-    work = Work.of(recipe, shape, accelerator.type, length=length, trained_rows=trained)
+    work = Work.of(recipe, shape, accelerator, length=length, trained_rows=trained)
     parts = planned_parts(work)
     extent = _extent(recipe, rows)
     accumulation = extent.accumulation if extent else settled_accumulation(recipe.train, None)

@@ -31,8 +31,8 @@ SUSTAINED = 0.8
 """Of the peak rate of matrix products: what large ones reach at the clock that the power limit allows."""
 MOVED = {"none": 28, "mamba": 36, "block": 41}
 """Numbers moved per token, layer and channel by norms, convolution and adapter, by policy."""
-FORWARD_MOVED, BACKWARD_MOVED = 4.25, 9.5
-"""The same for the scan: u, dt, z, y, a state for every 64 steps; the gradients, dB and dC in parts."""
+FORWARD_MOVED, BACKWARD_MOVED = 4, 9
+"""The same for the scan, without the states it saves: u, dt, z, y; the gradients, dB and dC in parts."""
 NF4_MOVED = 2.55
 CORE_FLOPS, CORE_UPDATE_SECONDS = 4e10, (0.67e-9, 2.0e-9)
 """Of a CPU core with AVX2: float32 products per second; a state update, forward and backward (measured by
@@ -66,7 +66,8 @@ def estimate(work: Work, accelerator: Accelerator) -> Rate | None:
     updates = shape.layers * shape.inner * shape.states
     seconds = flops(work) / rate
     number = e * shape.layers * shape.inner / accelerator.bandwidth  # seconds to move one per channel
-    scan_moved = FORWARD_MOVED * (1 + _repeats(work)) + BACKWARD_MOVED
+    states = 4 * shape.states / (work.state_stride * e)  # numbers per channel, float32 as they are
+    scan_moved = (FORWARD_MOVED + states) * (1 + _repeats(work)) + BACKWARD_MOVED + states
     scan = updates * clocks / (accelerator.multiprocessors * accelerator.clock_hz)
     seconds += max(scan, scan_moved * number) + MOVED[work.policy] * number
     moved = NF4_MOVED if work.quantization == "nf4" else e

@@ -63,9 +63,7 @@ def launches(capability: int, dtype: torch.dtype, states: int) -> list[tuple[str
     driver.set_active(Card(capability))
     triton_ops._capability = lambda x: divmod(capability, 10)
     card = next(card for card in launching.CARDS.values() if card.capability == divmod(capability, 10))
-    triton_ops._stride = lambda u, N, wanted: launching.stride(
-        card, launching.window(card.capability, N, wanted)
-    )
+    triton_ops._stride = lambda u, N, wanted: launching.state_stride(card, N, wanted)
     triton_ops._segments = lambda u, *more: (2, 64)
     try:
         scan(dtype, states, trained=False)

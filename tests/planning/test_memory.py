@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -11,12 +13,14 @@ from bitsandbytes.nn import Linear4bit
 from torch.profiler import ProfilerActivity, profile
 
 from mamba_sft.data.packing import Collator
-from mamba_sft.kernels import cpu, cpu_loops
+from mamba_sft.kernels import cpu, cpu_loops, launching
 from mamba_sft.kernels.falcon_mamba import install
 from mamba_sft.model.adapter import attach_adapter
 from mamba_sft.model.loading import load_model
 from mamba_sft.model.shape import Shape, find_shape
 from mamba_sft.planning import memory
+from mamba_sft.planning.environment import describe_device
+from mamba_sft.planning.gpus import GPUS, recognized
 from mamba_sft.planning.memory import Work, peak, planned_parts, weights, with_length
 from mamba_sft.recipe.fields import AdapterSection, ModelSection
 from mamba_sft.training.activations import keep_activations
@@ -45,6 +49,10 @@ class Case(NamedTuple):
     backend: str = "cpu"
 
     @property
+    def on_gpu(self) -> bool:
+        return self.backend == "triton" and torch.cuda.is_available() and not triton_is_interpreted()
+
+    @property
     def work(self) -> Work:
         shape = Shape(
             layers=self.layers, hidden=self.hidden, inner=2 * self.hidden, states=self.states,
@@ -55,7 +63,15 @@ class Case(NamedTuple):
             chunk=min(self.stream or self.length, self.length),
             itemsize=self.dtype.itemsize, device="cuda" if self.backend == "triton" else "cpu",
             policy=self.policy, adapter=AdapterSection(**dict(self.adapter)), trained_rows=len(self.trained),
+            card=launching.card_of(torch.device("cuda")) if self.on_gpu else None,
         )  # fmt: skip
+
+
+def triton_is_interpreted() -> bool:
+    """As it is on the simulated card, whose kernels then save states as for any."""
+    from mamba_sft.kernels import triton_ops
+
+    return bool(triton_ops.INTERPRETED)
 
 
 bf16 = torch.bfloat16
@@ -204,6 +220,42 @@ def test_sizes_are_those_of_the_libraries() -> None:
         TOKEN_CHUNK_SIZE,
         VOCABULARY_TILE,
     )
+
+
+@pytest.mark.parametrize("name", GPUS)
+def test_a_card_is_planned_with_the_states_that_its_kernels_save(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Asked of both with the same driver: the table's card, with a cache that it says or does not say."""
+    triton_ops = pytest.importorskip("mamba_sft.kernels.triton_ops")
+    card = GPUS[name].card
+    assert card is not None
+    for cache in (card.l2_bytes, 0, 1 << 20, 1 << 30):
+        driver = SimpleNamespace(
+            name=GPUS[name].name, major=card.capability[0], minor=card.capability[1],
+            multi_processor_count=card.multiprocessors, L2_cache_size=cache, total_memory=1 << 34,
+        )  # fmt: skip
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, "is_available", lambda: True)
+            patch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+            patch.setattr(torch.cuda, "device_count", lambda: 1)
+            patch.setattr(torch.cuda, "current_device", lambda: 0)
+            patch.setattr(torch.cuda, "get_device_properties", lambda device: driver)  # noqa: B023
+            patch.setattr(triton_ops, "INTERPRETED", False)
+            here = recognized(describe_device()).card
+            for states in (16, 64):
+                shape = replace(SEVEN_B, states=states)
+                saved = triton_ops._stride(SimpleNamespace(is_cuda=True, device="cuda"), states, False)
+                assert Work(shape, 1, 2048, 2048, card=here).state_stride == saved
+                if cache in (card.l2_bytes, 0):
+                    assert Work(shape, 1, 2048, 2048, card=card).state_stride == saved
+
+
+def test_a_small_cache_costs_states_saved_more_often() -> None:
+    """On a T4 every 16 steps, on an H100 every 64; 8192 channels of 16 states in float32, for one layer."""
+    t4, h100 = (Work(SEVEN_B, 1, 2048, 2048, policy="none", card=GPUS[name].card) for name in ("t4", "h100"))
+    more = 4 * 8192 * 16 * (2048 // 16 - 2048 // 64)
+    assert planned_parts(t4)["kept"] - planned_parts(h100)["kept"] == 64 * more
 
 
 def test_parameters_are_counted_exactly() -> None:

@@ -163,7 +163,11 @@ def test_cards_by_name() -> None:
     assert find_gpu("RTX 4090").name == "GeForce RTX 4090"
     with pytest.raises(UsageError, match="did you mean `a100-80`"):
         find_gpu("a100-8")
-    facts = {"type": "cuda", "name": "NVIDIA L40S", "memory_bytes": 47_600_000_000, "bfloat16": True}
+    facts = {
+        "type": "cuda", "name": "NVIDIA L40S", "memory_bytes": 47_600_000_000, "bfloat16": True,
+        "compute_capability": "8.9", "multiprocessors": 142, "l2_bytes": 0,
+    }  # fmt: skip
+    assert recognized(facts).card == GPUS["l40s"].card
     assert recognized(facts).flops == GPUS["l40s"].flops
     assert recognized(facts | {"name": "NVIDIA A100-SXM4-80GB"}).flops == GPUS["a100-80"].flops
     assert recognized(facts | {"name": "Something new"}).flops == 0
