@@ -115,6 +115,11 @@ class Run:
         return self.path / "step-samples.jsonl"
 
     @property
+    def spikes(self) -> Path:
+        """Steps whose loss or gradient was far outside of its course, with the rows they were made of."""
+        return self.path / "spikes.jsonl"
+
+    @property
     def rejected(self) -> Path:
         """Rows that `data.on_bad_row: skip` dropped, with the reason and where they came from."""
         return self.path / "rejected.jsonl"

@@ -87,10 +87,14 @@ class Fetch:
     """
 
     def __init__(self, dataset: Dataset):
-        self.dataset = dataset.select_columns(["input_ids", "labels"]).with_format("arrow")
+        known = [name for name in ("input_ids", "labels", "where") if name in dataset.column_names]
+        self.dataset = dataset.select_columns(known).with_format("arrow")
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[np.ndarray]]:
-        """Returns `input_ids`, `labels` and `seq_lengths` of some packed rows, int32 each."""
+        """Returns `input_ids`, `labels` and `seq_lengths` of some packed rows, int32 each, and `where`.
+
+        `where` is where each row inside came from, if that is known.
+        """
         import pyarrow.compute as pc
 
         counts = [len(rows) for rows in batch["rows"]]
@@ -99,11 +103,14 @@ class Fetch:
         lengths = pc.list_value_length(ids).to_numpy(zero_copy_only=False).astype(np.int32)
         rows = np.cumsum(counts)[:-1]
         tokens = np.cumsum([part.sum() for part in np.split(lengths, rows)])[:-1]
-        return {
+        fetched = {
             "input_ids": np.split(ids.flatten().to_numpy(zero_copy_only=False), tokens),
             "labels": np.split(labels.flatten().to_numpy(zero_copy_only=False), tokens),
             "seq_lengths": np.split(lengths, rows),
         }
+        if "where" in table.column_names:
+            fetched["where"] = np.split(table.column("where").to_numpy(), rows)
+        return fetched
 
 
 def _bin_table(dataset: Dataset, max_length: int, seed: int) -> Any:
@@ -167,17 +174,18 @@ class Collator:
         self.pad_token_id = pad_token_id
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor | np.ndarray]:
-        """Returns `input_ids` and `labels`, int64, `seq_idx`, int32, and `trained`, bool, all (B, L).
+        """Returns `input_ids`, `labels`, int64, `seq_idx`, int32, and `trained`, bool, (B, L), and `where`.
 
-        `trained` says of which positions the next token is trained. It is no tensor, so it stays on the host
-        when the others go to a device: what depends on it must not wait for the device to tell.
+        `trained` says of which positions the next token is trained; `where`, (B,), has the origins of the
+        rows inside each row, e.g. `chats.jsonl:12`. These are no tensors, so they stay on the host when the others
+        go to a device: what depends on them must not wait for the device to tell.
 
         `seq_idx` counts the sequences within a row; padding is one of its own, number `PADDING`. The first
         label of each sequence is -100: nothing before it predicts it. There is no mask: padding stands behind
         everything that is read, where nothing that comes before it can see it.
 
         Args:
-            rows: `input_ids` and `labels`, and `seq_lengths` for packed rows.
+            rows: `input_ids` and `labels`, `seq_lengths` for packed rows, and `where` if it is known.
         """
         import torch
 
@@ -195,4 +203,12 @@ class Collator:
         trained = np.zeros(shape, dtype=bool)
         trained[:, :-1] = labels[:, 1:] != IGNORED
         batch = {"input_ids": input_ids, "labels": labels, "seq_idx": seq_idx}
-        return {name: torch.from_numpy(value) for name, value in batch.items()} | {"trained": trained}
+        where = np.empty(len(rows), dtype=object)
+        where[:] = [_origins(row) for row in rows]
+        on_host = {"trained": trained, "where": where}
+        return {name: torch.from_numpy(value) for name, value in batch.items()} | on_host
+
+
+def _origins(row: dict[str, Any]) -> tuple[str, ...]:
+    where = row.get("where", ())
+    return (where,) if isinstance(where, str) else tuple(where)

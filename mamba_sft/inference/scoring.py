@@ -40,7 +40,11 @@ def heldout_loss(
             labels = batch["labels"][:, 1:]
             trained = labels != -100
             labels = labels[trained].to(device)
-            inputs = {name: x.to(device) for name, x in batch.items() if name not in ("labels", "trained")}
+            inputs = {
+                name: x.to(device)
+                for name, x in batch.items()
+                if isinstance(x, torch.Tensor) and name != "labels"
+            }
             hidden = base.backbone(**inputs, use_cache=False).last_hidden_state[:, :-1]
             total += _losses(base.get_output_embeddings(), hidden[trained.to(device)], labels)
             count += len(labels)

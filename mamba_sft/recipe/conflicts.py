@@ -18,6 +18,7 @@ Keys = tuple[str | int, ...]
 
 NOT_OF_TRL = (
     "checkpointing", "stream_tokens", "carry_state", "auto_batch", "log_activations", "grace_seconds",
+    "on_spike",
 )  # fmt: skip
 """Fields of `train` that SFTConfig does not have."""
 

@@ -277,6 +277,9 @@ class TrainSection(Section):
     grace_seconds: float = Field(default=20.0, ge=0, le=86_400)
     """How soon after Ctrl-C or SIGTERM a checkpoint is there: a step that takes more than half of it is given
     up. Slurm and Colab kill after about 30 seconds."""
+    on_spike: Literal["warn", "skip", "stop"] = "warn"
+    """What to do at a step whose loss or gradient norm is far outside its recent course: say so and name its
+    rows, leave the step out as well, or stop before it. All are in the run's spikes.jsonl."""
     log_activations: bool = False
     """Log the largest number of the residual stream as `largest_residual`, for one more reading of every
     block's output. Beyond 65,504 a float16 model would lose it."""

@@ -13,6 +13,7 @@
                                          +- callbacks      metrics on disk, Ctrl-C, an adapter that learns
                                          +- saving         what a full disk does not take
                                          +- resume_points  written whole, known by their hashes
+                                         +- spikes         steps far outside of their course, and their rows
                                          +- counts         tokens, losses and time of all sessions
                                          +- pace           tokens a second, memory, time a step
                                          +- live_report, step_samples    told while it runs

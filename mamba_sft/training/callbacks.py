@@ -99,7 +99,8 @@ class AdapterWatch(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Looks at the gradients that the optimizer is about to use."""
-        if self.checked >= self.STEPS:
+        left_out = all(parameter.grad is None for parameter in model.parameters())  # by `train.on_spike`
+        if self.checked >= self.STEPS or left_out:
             return
         self.checked += 1
         found = set(dead_adapters(model))

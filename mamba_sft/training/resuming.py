@@ -20,6 +20,7 @@ CHANGEABLE = (
     "train.logging_steps", "train.save_total_limit", "train.report_to", "model.kernels",
     "train.checkpointing", "train.stream_tokens", "train.auto_batch", "train.log_activations",
     "train.grace_seconds",
+    "train.on_spike",  # changes numbers, but a run that it stopped could not go on otherwise
     "eval.sample_steps",
 )  # fmt: skip
 """Fields that may change between a run and its resumption, because no number in it changes by more than

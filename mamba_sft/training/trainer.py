@@ -45,6 +45,7 @@ from mamba_sft.training.pace import Pace
 from mamba_sft.training.random_state import RandomState, current_random_state, restore_random_state
 from mamba_sft.training.resume_points import STATE, fault_of, find_good, rotate, written_whole
 from mamba_sft.training.saving import CheckpointSaves, left_out_if_refused
+from mamba_sft.training.spikes import SpikeWatch, named
 from mamba_sft.training.steps import ChunkedSteps
 from mamba_sft.training.streaming import split
 
@@ -83,6 +84,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         self.saves = saves
         self.schedule = section.lr_scheduler_type
         add_fused_head(arguments["model"].get_base_model())  # beside TRL's, for a loss that needs no wait
+        self.spikes = SpikeWatch(run, section.on_spike)
         self.residual = LargestResidual() if section.log_activations else None
         self.pace = Pace()
         residual = [self.residual] if self.residual else []
@@ -190,14 +192,15 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         found = torch.as_tensor(super()._get_grad_norm(model, grad_norm=grad_norm))
         batches, self._micro_batches = self._micro_batches, []
         figures = self.tally.collect("train")
-        numbers = [found[None], *(loss[None] for loss, _ in batches)]
+        own = torch.stack([loss for loss, _ in batches])
+        numbers = [found[None], self.accelerator.reduce(own.sum()[None], reduction="mean"), own]
         if self.residual is not None:
             numbers.append(self.residual.collect(self.accelerator))
         if self.accelerator.num_processes > 1:  # a signal may reach them in different steps
             own = torch.tensor([float(self.interruption.requested)], device=figures.device)
             numbers.append(self.accelerator.reduce(own, reduction="sum"))
         read = torch.cat([x.double().to(figures.device) for x in (*numbers, figures.flatten())]).tolist()
-        norm, losses, rest = read[0], read[1 : len(batches) + 1], read[len(batches) + 1 :]
+        norm, step_loss, losses, rest = *read[:2], read[2 : len(batches) + 2], read[len(batches) + 2 :]
         for loss, (_, inputs) in zip(losses, batches, strict=True):
             if not math.isfinite(loss):
                 self._stop_on_nan("loss", inputs)
@@ -207,8 +210,19 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
             self._largest = max(self._largest, rest.pop(0))
         if self.accelerator.num_processes > 1:
             self.interruption.agreed = rest.pop(0) > 0
+        origins = [(loss, inputs["where"]) for loss, (_, inputs) in zip(losses, batches, strict=True)]
+        values = {"loss": step_loss, "gradient norm": norm}
+        if self.spikes.skips(self.state.global_step + 1, values, origins):
+            self._leave_out(model)
         self._take("train", [rest[start : start + 4] for start in range(0, len(rest), 4)])
         return float(norm)
+
+    def _leave_out(self, model: Any) -> None:
+        """Takes the gradients of a step away: an optimizer changes nothing that has none."""
+        if self.accelerator.scaler is not None and not self.args.max_grad_norm:
+            self.accelerator.unscale_gradients()  # clipping did it, and the scaler has to see it done
+        for parameter in model.parameters():
+            parameter.grad = None
 
     def _take(self, mode: str, rows: list[list[float]]) -> None:
         """Hands what micro-batches came to over to TRL's metrics."""
@@ -228,8 +242,8 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
     ) -> Any:
         """TRL's loss without its waits for the device; in evaluation, rows stream as they do in training."""
         if return_outputs or self._asks_more_of_the_loss:
-            inputs = inputs | {"attention_mask": (inputs["seq_idx"] != PADDING).long()}
-            del inputs["trained"]
+            tensors = {name: x for name, x in inputs.items() if isinstance(x, torch.Tensor)}
+            inputs = tensors | {"attention_mask": (inputs["seq_idx"] != PADDING).long()}
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not model.training:
             self.give_up_if_late()
@@ -334,6 +348,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
             unlogged_metrics=dict(self._metrics["train"]),
             largest_residual=self._largest,
             unlogged_pace=self.pace.unlogged,
+            spikes=self.spikes.state,
         )
 
     def take_up(self) -> None:
@@ -354,6 +369,8 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
             self._metrics["train"].update(counts["unlogged_metrics"])
             self._largest = counts["largest_residual"]
             self.pace.unlogged = counts["unlogged_pace"]
+            self.spikes.state = counts["spikes"]
+            self.spikes.write()
         if self.control.should_evaluate:
             self._evaluate_now(str(self._resume_point))
 
@@ -416,12 +433,14 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         batch = self.run.nan_batch(step)
         tokens = {key: value.tolist() for key, value in inputs.items() if isinstance(value, torch.Tensor)}
         with left_out_if_refused(batch):
-            write_atomically(batch, json.dumps(tokens))
+            origins = [list(where) for where in inputs["where"]]
+            write_atomically(batch, json.dumps(tokens | {"where": origins}, ensure_ascii=False))
         text = self.processing_class.decode(rows[0][:40])
         kept, _ = find_good(self.run)
         where = f"the last good checkpoint is `{kept}`" if kept else "no checkpoint had been saved yet"
         raise TrainingError(
             f"the {what} is not a number at step {step}; {where}\n"
+            f"{named([row for rows in inputs['where'] for row in rows])}\n"
             f"the batch is in `{batch}`; its first row starts {text!r}",
             hint="look at that batch, lower `train.learning_rate`, or use bfloat16 instead of float16; "
             "then go on with `--resume`",

@@ -90,9 +90,21 @@ def test_a_batch_of_packed_rows() -> None:
     assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5], [6, 7, 8, 9, 9]]
     assert batch["labels"].tolist() == [[-100, 2, -100, 4, 5], [-100, 7, 8, -100, -100]]
     assert batch["seq_idx"].tolist() == [[0, 0, 1, 1, 1], [0, 0, 0, PADDING, PADDING]]
-    assert {name: value.dtype for name, value in batch.items()} == {
-        "input_ids": torch.int64, "labels": torch.int64, "seq_idx": torch.int32
+    assert {name: str(value.dtype) for name, value in batch.items()} == {
+        "input_ids": "torch.int64", "labels": "torch.int64", "seq_idx": "torch.int32",
+        "trained": "bool", "where": "object",
     }  # fmt: skip
+
+
+def test_rows_keep_where_they_came_from() -> None:
+    dataset = rows_of([5, 3, 7]).add_column("where", ["a:1", "a:2", "a:3"])
+    packed = pack(dataset, 8, 0)
+    batch = Collator(0)([packed[i] for i in range(len(packed))])
+    assert sorted(map(sorted, batch["where"])) == [["a:1", "a:2"], ["a:3"]]
+    lengths = {"a:1": 5, "a:2": 3, "a:3": 7}
+    for row, where in zip(packed, batch["where"], strict=True):
+        assert row["seq_lengths"].tolist() == [lengths[one] for one in where]
+    assert [list(where) for where in Collator(0)(list(dataset))["where"]] == [["a:1"], ["a:2"], ["a:3"]]
 
 
 def test_a_batch_of_plain_rows_is_padded_to_the_longest() -> None:

@@ -71,7 +71,7 @@ def test_minimal_recipe_has_every_default() -> None:
 def test_field_count_stays_small() -> None:
     found = sections()
     holders = len(found) - 1  # fields that hold a section are not fields that anyone sets
-    assert sum(len(section.model_fields) for section in found) - holders <= 66
+    assert sum(len(section.model_fields) for section in found) - holders <= 69
 
 
 @pytest.mark.parametrize("section", sections(), ids=lambda section: section.__name__)
