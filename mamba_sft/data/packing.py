@@ -177,8 +177,8 @@ class Collator:
         """Returns `input_ids`, `labels`, int64, `seq_idx`, int32, and `trained`, bool, (B, L), and `where`.
 
         `trained` says of which positions the next token is trained; `where`, (B,), has the origins of the
-        rows inside each row, e.g. `chats.jsonl:12`. These are no tensors, so they stay on the host when the others
-        go to a device: what depends on them must not wait for the device to tell.
+        rows inside each row, e.g. `chats.jsonl:12`. These are no tensors, so they stay on the host when the
+        others go to a device: what depends on them must not wait for the device to tell.
 
         `seq_idx` counts the sequences within a row; padding is one of its own, number `PADDING`. The first
         label of each sequence is -100: nothing before it predicts it. There is no mask: padding stands behind

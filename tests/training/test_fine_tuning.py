@@ -167,7 +167,7 @@ def test_nan_stops_with_the_step_and_the_batch(recipe: Any, tmp_path: Path) -> N
     assert newest_resume_point(run) == run.checkpoints / "checkpoint-2"
     batch = json.loads((run.path / "nan-batch-step-4.json").read_text())
     assert "input_ids" in batch
-    assert batch["where"][0][0].startswith("chats.jsonl:"), batch["where"]
+    assert "/chats.jsonl:" in batch["where"][0][0], batch["where"]
     assert f"its rows: `{batch['where'][0][0]}`" in caught.value.message
     assert "--resume" in (caught.value.hint or "")
 

@@ -102,8 +102,9 @@ class Far(TrainerCallback):
 
 @pytest.fixture
 def early(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three steps say what is usual."""
+    """Three steps say what is usual, and only a thousandfold is far from it."""
     monkeypatch.setattr(spikes, "LEAST", 3)
+    monkeypatch.setattr(spikes, "FAR", 1000.0)
 
 
 @pytest.mark.usefixtures("early")
@@ -123,7 +124,7 @@ def test_a_step_that_is_left_out_changes_no_weight(
     assert not torch.equal(seen[6], seen[5])
     (spike,) = map(json.loads, run.spikes.read_text().splitlines())
     assert (spike["step"], spike["what"], spike["skipped"]) == (5, "gradient norm", True)
-    assert all(row.startswith("chats.jsonl:") for row in spike["rows"])
+    assert all("/chats.jsonl:" in row for row in spike["rows"])
     assert spike["rows"]
 
 
