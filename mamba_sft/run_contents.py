@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mamba_sft.disk import PROBE
+from mamba_sft.errors import UsageError
 from mamba_sft.run import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -65,15 +66,29 @@ def strangers(run: Run) -> list[str]:
     return [_below(run.path, entry) for entry in _entries(run) if not entry.ours]
 
 
-def strangers_in_model(directory: Path, also: Collection[str] = ()) -> list[str]:
-    """Returns what is in a checkpoint's directory and belongs to none, by its name.
+def refuse_strangers(output: Path, also: Collection[str]) -> None:
+    """Refuses to replace a checkpoint's directory that holds what belongs to none, or that is a link.
 
     Args:
-        directory: A merged or exported checkpoint.
+        output: An earlier merge or export.
         also: Names of files that were copied there from beside the model.
+
+    Raises:
+        UsageError: There is such a thing.
     """
+    if output.is_symlink():
+        raise UsageError(
+            f"`{output}` is a link to `{output.resolve()}`, which is not followed",
+            hint="name the directory itself with `--output`",
+        )
     known = [(name,) for name in (*MODEL_FILES, *also)]
-    return [_below(directory, entry) for entry in _walk(directory, (), known) if not entry.ours]
+    entries = _walk(output, (), known) if output.is_dir() else ()
+    found = [_below(output, entry) for entry in entries if not entry.ours]
+    if found:
+        raise UsageError(
+            f"`{output}` would be replaced, and holds what no model consists of: {listed(found)}",
+            hint="move that elsewhere first, or give another directory with `--output`",
+        )
 
 
 def listed(names: list[str]) -> str:

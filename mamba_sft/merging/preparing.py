@@ -28,6 +28,7 @@ from mamba_sft.run import (
     check_output,
     check_replaceable,
 )
+from mamba_sft.run_contents import refuse_strangers
 
 VOCABULARY = (EMBEDDINGS, HEAD)
 _DTYPE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -99,7 +100,7 @@ def prepare_merge(run: Run, output: Path, dtype: str | None) -> PreparedMerge:
         ModelError: The base is missing or incomplete.
     """
     prepared = match_adapter(run, output, dtype)
-    _check_output(output, [prepared.base, run.adapter, run.path])
+    _check_output(output, prepared.base, [run.adapter, run.path])
     require_space(prepared.output, prepared.sizes, "the merged model takes", MergeError)
     return prepared
 
@@ -127,13 +128,14 @@ def match_adapter(run: Run, output: Path, dtype: str | None) -> PreparedMerge:
     return PreparedMerge(run, output, dtype, facts, adapter, base, entries, config, shards)
 
 
-def _check_output(output: Path, sources: Iterable[Path]) -> None:
-    check_output(output, sources, "merged")
+def _check_output(output: Path, base: Path, sources: Iterable[Path]) -> None:
+    check_output(output, [base, *sources], "merged")
     check_writable(output, MergeError)
     if not output.name:
         raise UsageError(f"`{output}` cannot be made anew", hint="give `--output` a directory by its name")
     ours = (output / MERGE_REPORT).is_file()
     check_replaceable(output, ours, "an earlier merge", f"it has no `{MERGE_REPORT}`")
+    refuse_strangers(output, [path.name for path in base.iterdir()])
 
 
 def _check_undamaged(path: Path, facts: BaseFacts) -> None:

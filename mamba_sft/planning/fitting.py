@@ -120,7 +120,8 @@ def trained_values(recipe: Recipe, *, trained_rows: int) -> int:
         trained_rows: Rows of the vocabulary that are trained.
     """
     shape, _ = find_shape(recipe.model)
-    return Work.of(recipe, shape, Accelerator("", 0, 0, type="cpu"), length=1, trained_rows=trained_rows).trained
+    anywhere = Accelerator("", 0, 0, type="cpu")
+    return Work.of(recipe, shape, anywhere, length=1, trained_rows=trained_rows).trained
 
 
 def advice(found: list[Fix]) -> str:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel
 
 from mamba_sft.recipe.fields import AdapterSection, DataSection, EvalSection, SourceSection, TrainSection
+from mamba_sft.recipe.trainer_arguments import find_fault, find_idle
 
 Keys = tuple[str | int, ...]
 
@@ -22,63 +23,10 @@ NOT_OF_TRL = (
 )  # fmt: skip
 """Fields of `train` that SFTConfig does not have."""
 
-OWNED_ARGUMENTS = {
-    "output_dir": "`output_dir`",
-    "seed": "`seed`",
-    "bf16": "`model.dtype: bfloat16`",
-    "fp16": "`model.dtype: float16`",
-    "bf16_full_eval": "`model.dtype: bfloat16`",
-    "fp16_full_eval": "`model.dtype: float16`",
-    "model_init_kwargs": "the section `model`",
-    "chat_template_path": "`chat.template`",
-    "max_length": "`data.max_length`",
-    "packing": "`data.packing`",
-    "assistant_only_loss": "`data.assistant_only_loss`",
-    "completion_only_loss": "`data.assistant_only_loss`",
-    "truncation_mode": "`data.too_long`",
-    "gradient_checkpointing": "`train.checkpointing`",
-    "gradient_checkpointing_kwargs": "`train.checkpointing`",
-    "activation_checkpointing": "`train.checkpointing`",
-    "activation_checkpointing_kwargs": "`train.checkpointing`",
-    "auto_find_batch_size": "`train.auto_batch`",
-    "eval_steps": "`eval.eval_steps`",
-    "eval_strategy": "`eval.eval_steps`",
-    "save_strategy": "`train.save_steps`",
-    "logging_strategy": "`train.logging_steps`",
-    "per_device_eval_batch_size": "`eval.per_device_eval_batch_size`",
-    "load_best_model_at_end": "`eval.load_best_model_at_end`",
-}
-"""Fields of SFTConfig that follow from a field outside `train`, and that field."""
-
-FIXED_ARGUMENTS = {
-    "trust_remote_code": "code from a model repository is never run",
-    "resume_from_checkpoint": "`mamba-sft train --resume` does that",
-    "eos_token": "the chat template settles the stop token",
-    "pad_token": "the chat template settles the padding token",
-    "dataset_text_field": "rows reach the trainer as tokens",
-    "dataset_kwargs": "rows reach the trainer as tokens",
-    "remove_unused_columns": "packed rows need all their columns",
-    "packing_strategy": "rows reach the trainer packed",
-    "eval_packing": "rows reach the trainer packed",
-    "padding_free": "rows reach the trainer packed",
-    "metric_for_best_model": "the best checkpoint is the one with the lowest validation loss",
-    "greater_is_better": "the best checkpoint is the one with the lowest validation loss",
-    "do_train": "`mamba-sft train` always trains",
-    "do_eval": "evaluation follows `data.validation`",
-    "lr_scheduler_kwargs": "`train.lr_scheduler_type` settles them",
-    "logging_nan_inf_filter": "a loss that is not a number stops the run",
-    "prediction_loss_only": "only the loss is measured while training",
-    "do_predict": "`mamba-sft train` always trains",
-}
-"""Fields of SFTConfig that no recipe can set, and why."""
-
-
 WHOLE_ROW_ARGUMENTS = {
     "loss_type": "its own steps compute TRL's `nll` loss",
     "label_smoothing_factor": "its own steps compute TRL's `nll` loss",
     "neftune_noise_alpha": "the size of that noise depends on the length that is run at once",
-    "fsdp": "it needs the whole model in each process",
-    "deepspeed": "it needs the whole model in each process",
 }
 """Fields of SFTConfig that do not go with rows taken in chunks or parts, and why."""
 
@@ -226,14 +174,12 @@ def _meet(save_steps: float, eval_steps: float) -> bool:
 
 def _argument_conflicts(train: TrainSection) -> Iterator[Problem]:
     own = set(TrainSection.model_fields) - {"trainer_arguments", *NOT_OF_TRL}
-    for name in train.trainer_arguments:
-        path = ("train", "trainer_arguments", name)
-        if name in own:
-            yield Problem(path, f"must not be set here; use `train.{name}`")
-        elif name in OWNED_ARGUMENTS:
-            yield Problem(path, f"must not be set here; use {OWNED_ARGUMENTS[name]}")
-        elif name in FIXED_ARGUMENTS:
-            yield Problem(path, f"must not be set: {FIXED_ARGUMENTS[name]}")
+    for name, value in train.trainer_arguments.items():
+        fault = find_fault(name, value, own)
+        if fault is not None:
+            yield Problem(("train", "trainer_arguments", name), fault)
+    for name, fault in find_idle(train.trainer_arguments, reports=bool(train.report_to)):
+        yield Problem(("train", "trainer_arguments", name), fault, (("train", "report_to"),))
     own_steps = [name for name in ("stream_tokens", "carry_state", "auto_batch") if getattr(train, name)]
     for name in WHOLE_ROW_ARGUMENTS.keys() & train.trainer_arguments.keys():
         value = train.trainer_arguments[name]

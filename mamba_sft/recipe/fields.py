@@ -286,7 +286,7 @@ class TrainSection(Section):
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = []
     """Where metrics go besides metrics.jsonl."""
     trainer_arguments: dict[str, JsonValue] = {}
-    """Any other field of TRL's SFTConfig, for the rare case."""
+    """More fields of TRL's SFTConfig, for the rare case: those that nothing else settles."""
 
 
 class EvalSection(Section):

@@ -8,8 +8,6 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
-from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 from pickle import UnpicklingError
@@ -491,7 +489,7 @@ def trainer_arguments(recipe: Recipe, run: Run, *, has_validation: bool) -> SFTC
     """Returns TRL's configuration of a run, every field of which comes from the recipe.
 
     Raises:
-        RecipeError: `train.trainer_arguments` names a field TRL does not have.
+        RecipeError: Its fields do not go together.
         TrainingError: A logger of `train.report_to` is not installed.
     """
     dtype = resolve_dtype(recipe.model)
@@ -550,15 +548,6 @@ def _same_names(recipe: Recipe) -> dict[str, Any]:
 
 
 def _sft_config(values: dict[str, Any], more: dict[str, Any]) -> SFTConfig:
-    known = [field.name for field in fields(SFTConfig)]
-    for name in more:
-        if name not in known:
-            close = get_close_matches(name, known, n=1)
-            raise RecipeError(
-                f"unknown field `train.trainer_arguments.{name}`"
-                + (f"; did you mean `{close[0]}`?" if close else ""),
-                hint="it takes any field of trl.SFTConfig that the recipe has no field for",
-            )
     try:
         return SFTConfig(**values | more)
     except (ValueError, TypeError) as error:

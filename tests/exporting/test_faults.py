@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 pytest.importorskip("gguf")
 pytest.importorskip("xllamacpp")
 
-from mamba_sft.errors import ExportError, MambaSFTError, MergeError, ModelError
+from mamba_sft.errors import ExportError, LockedError, MambaSFTError, MergeError, ModelError, UsageError
 from mamba_sft.exporting.export_run import export
 from mamba_sft.exporting.gguf import export as gguf_export
 from mamba_sft.exporting.gguf import files, probe
@@ -316,3 +316,64 @@ def test_runs_from_before_checksums_still_merge_and_export(made: Made) -> None:
     shutil.rmtree(made.run.export)
     work("merge", made)
     check_outcome("merge", made)
+
+
+@pytest.mark.parametrize("verb", ["merge", "hf"])
+@pytest.mark.parametrize("name", ["thesis.tex", "mine/config.json", "run.Q4_K_M.gguf", "link"])
+def test_what_lies_in_an_earlier_result_is_not_replaced_with_it(made: Made, verb: str, name: str) -> None:
+    work(verb, made)
+    place = made.run.merged if verb == "merge" else made.run.export / "hf"
+    path = place / name
+    path.parent.mkdir(exist_ok=True)
+    if name == "link":
+        path.symlink_to(made.run.adapter)
+    else:
+        path.write_text("years of work")
+    first = name.split("/", maxsplit=1)[0]
+    with pytest.raises(UsageError, match=f"holds what no model consists of: `{first}"):
+        work(verb, made)
+    assert os.path.lexists(path)
+
+
+@pytest.mark.parametrize("verb", ["merge", "hf"])
+def test_a_result_that_is_a_link_is_not_followed(made: Made, verb: str, tmp_path: Path) -> None:
+    work(verb, made)
+    place = made.run.merged if verb == "merge" else made.run.export / "hf"
+    place.rename(tmp_path / "elsewhere")
+    place.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UsageError, match=r"is a link to `.*elsewhere`, which is not followed"):
+        work(verb, made)
+    assert place.is_symlink()
+
+
+SECOND = """
+import os, sys, time
+from mamba_sft import export, merge
+def progress(stage, done, total):
+    print("at work", flush=True)
+    time.sleep(60)
+verb, run = sys.argv[1:]
+if verb == "merge":
+    merge(run, progress=progress)
+else:
+    export(run, format="hf" if verb == "hf" else "gguf", progress=progress)
+"""
+
+
+@pytest.mark.parametrize("first", ["merge", "gguf"])
+def test_a_second_writer_is_refused_and_destroys_nothing(made: Made, first: str) -> None:
+    command = [sys.executable, "-c", SECOND, first, str(made.run.path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "at work\n"
+        halves = list(made.run.path.rglob("*.partial"))
+        verb = "merge" if first == "merge" else "export"
+        for second in ("merge", "hf", "gguf", "adapter"):
+            message = rf"is being written by `mamba-sft {verb}`: process {other.pid} on `"
+            with pytest.raises(LockedError, match=message):
+                work(second, made)
+        assert halves
+        assert list(made.run.path.rglob("*.partial")) == halves
+        other.kill()
+    work(first, made)
+    check_outcome(first, made)

@@ -76,9 +76,13 @@ def test_exporting_again_replaces_only_its_own(tmp_path: Path) -> None:
     made = make_run(tmp_path)
     target = tmp_path / "published"
     export(made.run, format="hf", output=target)
-    (target / "stray.txt").write_text("x")
+    (target / "model-00009-of-00009.safetensors").write_text("of another base")
     export(made.run, format="hf", output=target)
-    assert not (target / "stray.txt").exists()
+    assert not (target / "model-00009-of-00009.safetensors").exists()
+    (target / "stray.txt").write_text("x")
+    with pytest.raises(UsageError, match=r"holds what no model consists of: `stray\.txt`"):
+        export(made.run, format="hf", output=target)
+    assert (target / "stray.txt").exists()
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "README.md").write_text("my notes on mamba-sft")

@@ -7,17 +7,18 @@ import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 from pydantic import BaseModel, ValidationError
 
 from mamba_sft.errors import RecipeError, UsageError
 from mamba_sft.recipe.builtin import builtin_recipes, bundled_root, find_path
-from mamba_sft.recipe.conflicts import FIXED_ARGUMENTS, NOT_OF_TRL, OWNED_ARGUMENTS, WHOLE_ROW_ARGUMENTS
+from mamba_sft.recipe.conflicts import NOT_OF_TRL, WHOLE_ROW_ARGUMENTS
 from mamba_sft.recipe.fields import AdapterSection, EvalSection, ModelSection, TrainSection
 from mamba_sft.recipe.other_tools import FOREIGN_KEYS, FOREIGN_VALUES, UNWANTED_KEYS
 from mamba_sft.recipe.recipe import Recipe, recipe_schema
+from mamba_sft.recipe.trainer_arguments import ALLOWED, FIXED, OWNED
 
 MINIMAL = """\
 output_dir: runs/x
@@ -346,9 +347,9 @@ def test_hints_name_fields_that_exist() -> None:
         field, _, value = ours.partition(" (")[0].partition(": ")
         assert field in known, foreign
         assert not value or value in known[field].annotation.__args__, foreign
-    for name, words in OWNED_ARGUMENTS.items():
+    for name, words in OWNED.items():
         field = words.split("`")[1].partition(": ")[0]
-        assert field in known, name
+        assert field in known or field.startswith("mamba-sft "), name
     assert not set(UNWANTED_KEYS) & set(FOREIGN_KEYS)
 
 
@@ -430,14 +431,15 @@ def test_trainer_arguments_do_not_replace_fields() -> None:
 @pytest.mark.parametrize("field", ["stream_tokens: 64", "carry_state: true", "auto_batch: true"])
 def test_own_steps_do_not_go_with_every_argument(field: str) -> None:
     text = minimal(
-        f"train:\n  {field}\n  trainer_arguments: {{fsdp: full_shard, loss_type: nll}}\n"
+        f"train:\n  {field}\n  trainer_arguments: {{neftune_noise_alpha: 5, loss_type: nll}}\n"
         "eval: {eval_steps: 2}\n"
     )
     assert problems(text) == [
-        f"r.yaml:9: `train.trainer_arguments.fsdp` does not go with `train.{field.partition(':')[0]}`: "
-        "it needs the whole model in each process; leave one out"
+        "r.yaml:9: `train.trainer_arguments.neftune_noise_alpha` does not go with "
+        f"`train.{field.partition(':')[0]}`: the size of that noise depends on the length that is run at "
+        "once; leave one out"
     ]
-    assert Recipe.from_text(text.replace("fsdp: full_shard, ", ""))
+    assert Recipe.from_text(text.replace("neftune_noise_alpha: 5, ", ""))
     assert Recipe.from_text(text.replace(f"  {field}\n", ""))
 
 
@@ -448,15 +450,80 @@ def test_trls_own_search_for_a_batch_size_is_ours() -> None:
     ]
 
 
-def test_refused_trainer_arguments_are_real_ones() -> None:
+def test_every_field_of_sft_config_is_settled_one_way() -> None:
     trl = pytest.importorskip("trl")
     known = {field.name for field in fields(trl.SFTConfig)}
+    own = set(TrainSection.model_fields) - {"trainer_arguments", *NOT_OF_TRL}
+    tables = [own, set(ALLOWED), set(OWNED), set(FIXED)]
     # activation_checkpointing came after the oldest supported transformers
     newer = {"activation_checkpointing", "activation_checkpointing_kwargs"}
-    assert set(OWNED_ARGUMENTS) - newer <= known
-    assert set(FIXED_ARGUMENTS) <= known
-    assert set(WHOLE_ROW_ARGUMENTS) <= known
-    assert set(TrainSection.model_fields) - {"trainer_arguments", *NOT_OF_TRL} <= known
+    assert set().union(*tables) - newer <= known, "no table names what is not there"
+    assert known <= set().union(*tables), "and each field is in one"
+    assert sum(map(len, tables)) == len(set().union(*tables))
+    assert set(WHOLE_ROW_ARGUMENTS) <= set(ALLOWED)
+
+
+GOOD_ARGUMENTS: dict[str, list[Any]] = {
+    "adam_beta1": [0, 0.5], "adam_beta2": [0.95], "adam_epsilon": [1e-8], "ddp_backend": ["gloo"],
+    "average_tokens_across_devices": [False], "dataloader_num_workers": [0, 2], "ddp_timeout": [60],
+    "dataloader_persistent_workers": [False], "ddp_bucket_cap_mb": [25],
+    "dataloader_prefetch_factor": [2], "full_determinism": [False], "label_smoothing_factor": [0.1],
+    "logging_first_step": [False], "loss_type": ["nll", "dft"], "neftune_noise_alpha": [5], "tf32": [False],
+    "project": ["mine"], "run_name": ["one"], "torch_empty_cache_steps": [10],
+}  # fmt: skip
+
+
+def test_allowed_arguments_have_the_types_of_sft_config() -> None:
+    trl = pytest.importorskip("trl")
+    assert GOOD_ARGUMENTS.keys() == ALLOWED.keys()
+    hints = get_type_hints(trl.SFTConfig)
+    for name, kind in ALLOWED.items():
+        (bare,) = {*(get_args(hints[name]) or [hints[name]])} - {type(None)}
+        for value in GOOD_ARGUMENTS[name]:
+            assert kind.accepts(value)
+            assert isinstance(value, (int, float) if bare is float else bare), name
+        wrong = ["yes", [], {}, None, -1, float("inf")] + ([1] if bare in (bool, str) else [True])
+        for value in wrong:
+            if not (bare is str and value == "yes"):
+                assert not kind.accepts(value), (name, value)
+
+
+def test_allowed_arguments_reach_sft_config() -> None:
+    trl = pytest.importorskip("trl")
+    for name, values in GOOD_ARGUMENTS.items():
+        for value in values if name != "ddp_backend" else []:  # that one wants several processes
+            workers = {"dataloader_num_workers": 1} if name == "dataloader_prefetch_factor" else {}
+            config = trl.SFTConfig(output_dir="x", use_cpu=True, bf16=False, **{name: value} | workers)
+            assert getattr(config, name) == value
+
+
+@pytest.mark.parametrize(
+    ("argument", "text"),
+    [
+        ("push_to_hub: true", "must not be set here; use `mamba-sft export RUN --format hf --push-to-hub"),
+        ("hub_token: hf_secret", "must not be set: a token would stand in the recipe and the report"),
+        ("save_only_model: true", "must not be set: a run could no longer be resumed exactly"),
+        ("ignore_data_skip: true", "must not be set: a run could no longer be resumed exactly"),
+        ("trackio_space_id: a/b", "must not be set: nothing is published while training"),
+        ("use_liger_kernel: true", "must not be set here; use `model.kernels`"),
+        ("fsdp: full_shard", "must not be set: each process has the whole model"),
+        ("adam_beta2: high", "must be a number from 0 to below 1, got the text `high`"),
+        ("adam_beta2: true", "must be a number from 0 to below 1, got true"),
+        ("adam_beta2: null", "must be a number from 0 to below 1, got null"),
+        ("dataloader_num_workers: 2.0", "must be a whole number from 0 to 256, got 2.0"),
+        ("loss_type: [nll]", "must be one of `nll`, `dft`, got a list"),
+        ("tf32: 1", "must be true or false, got 1"),
+        ("adam_beta3: 0.9", "is not a field of SFTConfig; did you mean `adam_beta"),
+        ("dataloader_prefetch_factor: 2", "needs `train.trainer_arguments.dataloader_num_workers` to be at"),
+        ("run_name: mine", "needs `train.report_to`: nothing else shows it"),
+    ],
+)
+def test_trainer_arguments_are_refused_with_line_and_reason(argument: str, text: str) -> None:
+    found = problems(minimal(f"train:\n  trainer_arguments:\n    {argument}\n"))
+    name = argument.partition(":")[0]
+    assert len(found) == 1
+    assert found[0].startswith(f"r.yaml:9: `train.trainer_arguments.{name}` {text}")
+    assert "secret" not in found[0]
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])

@@ -10,10 +10,11 @@ import pytest
 import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
+from pydantic import BaseModel, JsonValue
 
 from mamba_sft.errors import RecipeError
 from mamba_sft.recipe.recipe import Recipe, recipe_schema
-from mamba_sft.recipe.yaml_text import EXPONENT
+from mamba_sft.recipe.yaml_text import EXPONENT, dump, load
 
 MINIMAL = """\
 output_dir: runs/x
@@ -294,19 +295,32 @@ values = st.recursive(
 )
 
 
-@given(written, st.floats(1e-12, 1), st.dictionaries(texts.map("x{}".format), values, max_size=3))
-@example("1e5", 1e-5, {"x": "0o7"})
-@example(
-    "\n leading and trailing \n\n", 0.1, {"x": ["#", " ", "\t", "\x85", "\ufeff", "a: b", "- c", "null", ""]}
-)
-@example("---\n...\n", 1.0, {"x": {"yes": [[], {}, [1.0, 1, True, "True"]]}})
-def test_round_trip(text: str, rate: float, arguments: dict[str, Any]) -> None:
+class Anything(BaseModel):
+    """Holds what JSON can hold."""
+
+    values: dict[str, JsonValue]
+
+
+@given(st.dictionaries(texts.map("x{}".format), values, max_size=3))
+@example({"x": "0o7"})
+@example({"x": ["#", " ", "\t", "\x85", "\ufeff", "a: b", "- c", "null", ""]})
+@example({"x": {"yes": [[], {}, [1.0, 1, True, "True"]]}})
+def test_any_value_is_read_as_it_was_written(values: dict[str, Any]) -> None:
+    again = load(Anything, dump({"values": values}), "r.yaml", [])
+    assert repr(again) == repr(Anything(values=values))
+
+
+@given(written, st.floats(1e-12, 1), st.integers(0, 0) | st.floats(0, 0.999))
+@example("1e5", 1e-5, 0)
+@example("\n leading and trailing \n\n", 0.1, 0.5)
+@example("---\n...\n", 1.0, 0.9)
+def test_round_trip(text: str, rate: float, beta: float) -> None:
     recipe = Recipe.build(
         output_dir="runs/x",
         model={"base": "x"},
         chat={"system": text},
         data={"sources": [{"path": "x", "weight": rate, "columns": {"prompt": text}}]},
-        train={"learning_rate": rate, "trainer_arguments": arguments},
+        train={"learning_rate": rate, "trainer_arguments": {"adam_beta1": beta}},
     )
     again = Recipe.from_text(recipe.to_yaml())
     assert again == recipe

@@ -309,11 +309,7 @@ def test_half_a_checkpoint_is_not_resumed_from(recipe: Any, tmp_path: Path) -> N
     assert newest_resume_point(run) == run.checkpoints / "checkpoint-3"
 
 
-def test_trainer_arguments_are_checked(recipe: Any) -> None:
-    with pytest.raises(
-        RecipeError, match=r"unknown field `train\.trainer_arguments\.adam_beta3`; did you mean `adam_beta"
-    ):
-        prepare(recipe("train.trainer_arguments={adam_beta3: 0.9}"))
+def test_trainer_arguments_reach_the_trainer(recipe: Any) -> None:
     assert prepare(recipe("train.trainer_arguments={adam_beta2: 0.95}")).arguments.adam_beta2 == 0.95
 
 

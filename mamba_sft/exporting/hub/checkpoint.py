@@ -18,6 +18,7 @@ from mamba_sft.merging.preparing import PreparedMerge
 from mamba_sft.merging.summed import MergedTensors, write_companions
 from mamba_sft.model.tensor_files import one_thread, write_shard
 from mamba_sft.run import MERGE_REPORT, MODEL_CARD, atomic_directory, check_output, check_replaceable
+from mamba_sft.run_contents import refuse_strangers
 from mamba_sft.wording import size_text
 
 MARK = "mamba-sft"
@@ -105,6 +106,8 @@ def _check_output(output: Path, model: FullModel) -> None:
     card = output / MODEL_CARD
     ours = card.is_file() and f"\n- {MARK}\n" in card.read_text(encoding="utf-8")
     check_replaceable(output, ours, "an earlier export", f"its `{MODEL_CARD}` is not from here")
+    beside = [place for place in model.sources if place is not None]
+    refuse_strangers(output, [path.name for place in beside for path in place.iterdir()])
 
 
 def _nbytes(model: FullModel) -> int:
