@@ -41,9 +41,13 @@ def _as_count(value: float) -> float | int:
     return int(value) if value.is_integer() else value
 
 
+NEAREST_TO_0 = 1e-12
+"""A number that is nearer, and not 0, is a slip: nothing would come of it."""
+
+
 def _not_vanishing(value: float) -> float:
-    if 0 < abs(value) < 1e-12:
-        raise ValueError("must not be nearer to 0 than 1e-12")
+    if 0 < abs(value) < NEAREST_TO_0:
+        raise ValueError(f"must not be nearer to 0 than {NEAREST_TO_0:g}")
     return value
 
 

@@ -198,7 +198,8 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
             own = torch.tensor([float(self.interruption.requested)], device=figures.device)
             numbers.append(self.accelerator.reduce(own, reduction="sum"))
         read = torch.cat([x.double().to(figures.device) for x in (*numbers, figures.flatten())]).tolist()
-        norm, step_loss, losses, rest = *read[:2], read[2 : len(batches) + 2], read[len(batches) + 2 :]
+        norm, step_loss = read[:2]
+        losses, rest = read[2 : len(batches) + 2], read[len(batches) + 2 :]
         for loss, (_, inputs) in zip(losses, batches, strict=True):
             if not math.isfinite(loss):
                 self._stop_on_nan("loss", inputs)

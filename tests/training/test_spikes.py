@@ -29,9 +29,7 @@ def feed(one: SpikeWatch, *losses: float, norm: float = 1.0) -> list[bool]:
     return [one.skips(n + 1, {"loss": x, "gradient norm": norm}, ROWS) for n, x in enumerate(losses)]
 
 
-def test_a_step_far_above_the_usual_is_a_spike(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_step_far_above_the_usual_is_a_spike(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     quiet = [1.0, 1.1, 0.9, 1.05] * 5
     one = watch(tmp_path)
     assert feed(one, *quiet, 9.0) == [False] * 21  # a warning changes nothing

@@ -21,7 +21,7 @@ from mamba_sft.planning.plan import make_plan
 from mamba_sft.training.fine_tuning import RunInterruptedError, prepare, train, train_prepared
 from tests.conftest import build_model
 from tests.training.test_fine_tuning import SignalAt, adapter, losses
-from tests.training.test_learning import UNDERFLOW
+from tests.training.test_learning import UNDERFLOW, recipes_take_any_rate  # noqa: F401
 
 
 @pytest.fixture
@@ -85,9 +85,10 @@ def test_it_resumes_like_any_other(recipe: Any, first: Run) -> None:
     assert losses(halves) == pytest.approx(losses(whole), rel=1e-6)
 
 
+@pytest.mark.usefixtures("recipes_take_any_rate")
 def test_a_start_that_nothing_moved_is_nothing_learned(recipe: Any, first: Run) -> None:
     with pytest.raises(TrainingError, match="nothing was learned"):
-        train(recipe(f"model.adapter={first.path}", *UNDERFLOW, name="second"))
+        train(recipe(f"model.adapter={first.path}", UNDERFLOW, name="second"))
 
 
 def test_answers_before_are_not_the_base_model_s(recipe: Any, first: Run, tmp_path: Path) -> None:
