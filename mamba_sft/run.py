@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mamba_sft.credentials import without_secrets
 from mamba_sft.errors import UsageError
 from mamba_sft.processes import NAME, Process
 
@@ -303,12 +304,18 @@ def _replace_directory(partial: Path, final: Path) -> None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Writes `text` as UTF-8 to `path` through a file of this process's own and a rename."""
+    """Writes `text` as UTF-8 to `path` through a file of this process's own and a rename.
+
+    Tokens and passwords of the environment do not come into it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path.parent, path.name, locked=False)
     partial = own_partial(path)
     try:
-        partial.write_text(text, encoding="utf-8")
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(without_secrets(text))
+            file.flush()
+            os.fsync(file.fileno())  # else a power cut may leave the new name with nothing behind it
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

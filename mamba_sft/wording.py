@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+
+UNPRINTABLE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # control characters but tab and newline
+    "\u202a-\u202e\u2066-\u2069"  # what turns the direction of writing round
+    "\u2028\u2029"  # ends of lines to some terminals only
+    "\ufeff\U000e0000-\U000e007f"  # a byte order mark and tags: letters that do not show
+    "\ud800-\udfff]"  # halves of characters, and bytes that were not UTF-8
+)
+"""What would steer a terminal, or show other text than is there."""
 
 
 def size_text(nbytes: float) -> str:
@@ -49,3 +59,12 @@ def shown(text: str, limit: int = 80) -> str:
         each if each.isprintable() else each.encode("unicode_escape").decode() for each in text[:limit]
     )
     return start if len(text) <= limit else f"{start}… ({len(text):,} characters)"
+
+
+def printable(text: str) -> str:
+    """Returns `text` with control characters and their like written out; tabs and newlines stay."""
+    return UNPRINTABLE.sub(_written_out, text.replace("\r\n", "\n"))
+
+
+def _written_out(match: re.Match[str]) -> str:
+    return match[0].encode("unicode_escape").decode("ascii")

@@ -9,7 +9,6 @@ is a word, not a style.
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,22 +16,8 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 from rich.text import Span, Text
 
-_UNPRINTABLE = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # control characters but tab and newline
-    "\u202a-\u202e\u2066-\u2069"  # what turns the direction of writing round
-    "\u2028\u2029"  # ends of lines to some terminals only
-    "\ufeff\U000e0000-\U000e007f"  # a byte order mark and tags: letters that do not show
-    "\ud800-\udfff]"  # halves of characters, and bytes that were not UTF-8
-)
-
-
-def printable(text: str) -> str:
-    """Returns `text` with control characters and their like written out; tabs and newlines stay."""
-    return _UNPRINTABLE.sub(_written_out, text.replace("\r\n", "\n"))
-
-
-def _written_out(match: re.Match[str]) -> str:
-    return match[0].encode("unicode_escape").decode("ascii")
+from mamba_sft.credentials import without_secrets
+from mamba_sft.wording import UNPRINTABLE, printable
 
 
 class PrintableConsole(Console):
@@ -56,12 +41,13 @@ class PrintableConsole(Console):
         """Renders anything: a text is made printable before its lines are broken, the rest on its way out."""
         shown = _printable_text(renderable) if isinstance(renderable, Text) else renderable
         for segment in super().render(shown, options):
-            yield segment if segment.control else segment._replace(text=printable(segment.text))
+            text = segment.text if segment.control else printable(without_secrets(segment.text))
+            yield segment._replace(text=text)
 
 
 def _printable_text(text: Text) -> Text:
     """`text` in its printable form, each character in the styles that it had."""
-    found = [match.span() for match in _UNPRINTABLE.finditer(text.plain)]
+    found = [match.span() for match in UNPRINTABLE.finditer(text.plain)]
     if not found:
         return text
     shown = text.blank_copy()
@@ -77,4 +63,4 @@ class PrintableFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Returns the record's text."""
-        return printable(super().format(record))
+        return printable(without_secrets(super().format(record)))

@@ -6,33 +6,16 @@ what would steer a reader's eye or a terminal is written out, and the page itsel
 
 from __future__ import annotations
 
-import unicodedata
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-_KEPT = "\n\t"
-_TURNING = "\u200e\u200f\u061c\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff"
-"""Marks that turn the direction of the text behind them, or cannot be seen at all."""
-
-
-def visible(text: str) -> str:
-    r"""Returns text whose control characters are written out (`\x1b`); line feeds and tabs stay."""
-    if text.isascii() and text.isprintable():
-        return text
-    return "".join(_visible(letter) for letter in text)
-
-
-def _visible(letter: str) -> str:
-    hidden = unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") and letter not in _KEPT
-    if not hidden and letter not in _TURNING:
-        return letter
-    return letter.encode("unicode_escape", "backslashreplace").decode("ascii")
+from mamba_sft.wording import printable
 
 
 def _finalized(value: Any) -> Any:
-    return visible(value) if type(value) is str else value  # markup of ours is of another type
+    return printable(value) if type(value) is str else value  # markup of ours is of another type
 
 
 def page_text(template: str, **facts: Any) -> str:

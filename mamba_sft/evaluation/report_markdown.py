@@ -7,10 +7,10 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from mamba_sft.evaluation import run_figures as figures
 from mamba_sft.evaluation.losses import loss_warnings
-from mamba_sft.evaluation.pages import visible
 from mamba_sft.evaluation.run_facts import RunFacts
 from mamba_sft.evaluation.run_figures import Progress, ShownSample
 from mamba_sft.evaluation.svg_plot import number_text
+from mamba_sft.wording import printable
 
 _SHOWN_SAMPLES = 12
 _SHOWN_STEPS = 10
@@ -110,9 +110,9 @@ def _table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str
 
 def _plain(text: str) -> str:
     """Text that Markdown shows as it is, on one line."""
-    return _MEANING.sub(r"\\\1", visible(text)).replace("\n", "<br>").replace("\t", " ")
+    return _MEANING.sub(r"\\\1", printable(text)).replace("\n", "<br>").replace("\t", " ")
 
 
 def _fenced(text: str, language: str = "") -> Iterator[str]:
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall(r"`+", text)), default=0))
-    yield from (f"{fence}{language}", visible(text).rstrip("\n"), fence, "")
+    yield from (f"{fence}{language}", printable(text).rstrip("\n"), fence, "")

@@ -13,6 +13,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from mamba_sft.credentials import masked
+
 PACKAGES = (
     "mamba-sft", "torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes", "numba",
     "triton", "tokenizers", "safetensors",
@@ -91,7 +93,7 @@ def describe_call() -> dict[str, str | None]:
     ours = Path(program).stem == "mamba-sft" or Path(program).parts[-2:] == ("mamba_sft", "__main__.py")
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "command": shlex.join(["mamba-sft", *words]) if ours else None,
+        "command": masked(shlex.join(["mamba-sft", *words])) if ours else None,
     }
 
 

@@ -20,6 +20,8 @@ from pydantic import (
     PlainSerializer,
 )
 
+from mamba_sft.credentials import has_credentials
+
 
 def _whole_from_one(value: float) -> float:
     if value >= 1 and not value.is_integer():
@@ -56,6 +58,8 @@ def _prose(text: str) -> str:
         raise ValueError("must not be blank")
     if any(unicodedata.category(each) == "Cc" for each in text if each not in "\n\r\t"):
         raise ValueError("must not hold control characters")
+    if has_credentials(text):
+        raise ValueError("must not hold a token or password: recipes are kept with runs (tokens: `HF_TOKEN`)")
     return text
 
 

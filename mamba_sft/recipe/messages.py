@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, get_args
 
 from pydantic import BaseModel, ValidationError
 
+from mamba_sft.credentials import masked
 from mamba_sft.recipe.conflicts import ConflictError, Keys
 from mamba_sft.recipe.other_tools import FOREIGN_KEYS, FOREIGN_VALUES, UNWANTED_KEYS
 from mamba_sft.wording import shown
@@ -77,7 +78,7 @@ def find_problems(
 
 def dotted(path: Keys) -> str:
     """The path as overrides write it: `data.sources.0.path`."""
-    return shown(".".join(map(str, path)))
+    return shown(masked(".".join(map(str, path))))
 
 
 def _errors(model: type[BaseModel], tree: dict[str, Any]) -> list[Any]:
@@ -285,7 +286,7 @@ def shown_value(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, str):
-        return f"the text `{shown(value)}`"
+        return f"the text `{shown(masked(value))}`"
     if isinstance(value, list | dict):
         return "a list" if isinstance(value, list) else "fields"
     return shown_number(value)

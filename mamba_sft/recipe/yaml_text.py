@@ -15,6 +15,7 @@ from typing import Any, ClassVar, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from mamba_sft.credentials import masked
 from mamba_sft.errors import RecipeError
 from mamba_sft.recipe.conflicts import Keys
 from mamba_sft.recipe.messages import MOST_DIGITS, Finding, Place, dotted, find_problems, shown_value
@@ -138,7 +139,7 @@ def load(model: type[Model], text: str, name: str, overrides: Sequence[str]) -> 
             f"{name}:1: a recipe must consist of fields (`name: value`), got {shown_value(tree)}"
         )
     for order, override in enumerate(overrides, start=1):
-        place = Place(order, 0, f"override `{shown(override, 120)}`")
+        place = Place(order, 0, f"override `{shown(masked(override), 120)}`")
         try:
             _apply(tree, override, place, source)
         except SyntaxProblem as problem:
