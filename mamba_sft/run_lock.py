@@ -27,6 +27,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mamba_sft.disk import reason
 from mamba_sft.errors import LockedError
 from mamba_sft.processes import Process
 from mamba_sft.run import Run, remove_leftovers
@@ -243,6 +244,6 @@ def _existing(place: Path) -> Path:
 
 def _unwritable(directory: Path, error: OSError) -> LockedError:
     return LockedError(
-        f"cannot write into `{directory}`: {error.strerror or error}",
+        f"cannot write into `{directory}`: {reason(error, directory)}",
         hint="choose a directory that can be written to, with room on its disk",
     )

@@ -19,6 +19,8 @@ from rich.text import Span, Text
 from mamba_sft.credentials import without_secrets
 from mamba_sft.wording import UNPRINTABLE, printable
 
+__all__ = ["PrintableConsole", "PrintableFormatter", "printable"]
+
 
 class PrintableConsole(Console):
     """A console that writes all text in its printable form and reads no markup or `:emoji:` in it.

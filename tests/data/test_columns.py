@@ -193,7 +193,7 @@ def test_json_nested_too_deeply_is_a_bad_row() -> None:
         {"messages": deep},
         {"messages": [USER, ANSWER], "history": deep},
     ):
-        with pytest.raises(BadRowError, match="nested too deeply"):
+        with pytest.raises(BadRowError, match="nested"):
             read(row)
 
 
