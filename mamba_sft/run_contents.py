@@ -58,7 +58,8 @@ def is_marked(run: Run) -> bool:
     if _read_json(run.mark).get("written_by") == _WRITER:
         return True
     packages = _read_json(run.environment).get("packages")
-    return run.recipe.is_file() and isinstance(packages, dict) and {"mamba-sft", "torch"} <= packages.keys()
+    known = isinstance(packages, dict) and {"mamba-sft", "torch"} <= packages.keys()
+    return known and run.recipe.is_file()
 
 
 def strangers(run: Run) -> list[str]:
@@ -166,9 +167,9 @@ def _below(place: Path, entry: Entry) -> str:
 
 def _read_json(path: Path) -> dict[str, Any]:
     """What a JSON file holds, if it is a file of its own and one of fields; nothing else."""
-    if path.is_symlink() or not path.is_file():
-        return {}
     try:
+        if path.is_symlink() or not path.is_file():
+            return {}
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError):
         return {}

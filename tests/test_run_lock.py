@@ -165,24 +165,24 @@ def test_a_place_that_cannot_be_written_is_one_message(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(LockedError, match=r"cannot write into `.*file/run`: Not a directory"):
+    with pytest.raises(LockedError, match=r"cannot write into `.*file/run`: .*file` is a file"):
         take(Run(tmp_path / "file" / "run"))
 
     def refuse(*_: Any) -> int:
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("mamba_sft.run_lock.os.open", refuse)
-    with pytest.raises(LockedError, match=r"cannot write into `.*x`: Permission denied"):
+    with pytest.raises(LockedError, match=r"cannot write into `.*x`: this user has no permission"):
         take(run)
 
 
 def test_a_disk_that_is_full_leaves_no_lock(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(_: int) -> None:
-        raise OSError(28, "No space left on device")
+        raise OSError(28, "its disk is full")
 
     with monkeypatch.context() as patch:
         patch.setattr("mamba_sft.run_lock.os.fsync", full)
-        with pytest.raises(LockedError, match="No space left on device"):
+        with pytest.raises(LockedError, match="its disk is full"):
             take(run)
     assert not run.lock.exists()
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from mamba_sft.disk import PROBE
 from mamba_sft.errors import RecipeError, TrainingError, UsageError
 from mamba_sft.recipe.builtin import find_path
 from mamba_sft.recipe.recipe import Recipe
@@ -47,7 +48,7 @@ def refuse_to_overwrite(run: Run, *, overwrite: bool) -> None:
             f"`{run.path}` is a link to `{run.path.resolve()}`, and `--overwrite` follows none",
             hint=f"name the directory itself: `output_dir={run.path.resolve()}`",
         )
-    held = sorted(path.name for path in run.path.iterdir() if not path.name.startswith(run.lock.name))
+    held = sorted(name for name, _ in contents_of(run))
     if not held:
         return
     if not is_marked(run):
@@ -93,14 +94,15 @@ def _read_fields(recipe: Recipe) -> Iterator[tuple[str, str]]:
 def contents_of(run: Run) -> frozenset[tuple[str, int]]:
     """Returns what is in a run directory, by names and times, to tell later whether anything has happened.
 
-    What a killed process left half-written does not count: it goes when the lock is taken.
+    What a killed process left half-written does not count: it goes when the lock is taken. Nor does what
+    another process of the same run makes for a moment, to see whether it can.
     """
     if not run.path.is_dir():
         return frozenset()
     return frozenset(
         (path.name, path.lstat().st_mtime_ns)
-        for path in run.path.iterdir()
-        if not path.name.startswith(run.lock.name) and final_name(path.name) == path.name
+        for path in list(run.path.iterdir())
+        if not path.name.startswith((run.lock.name, PROBE)) and final_name(path.name) == path.name
     )
 
 
@@ -113,9 +115,10 @@ def sole_writer(run: Run, seen: frozenset[tuple[str, int]]) -> Iterator[None]:
         TrainingError: Another process has been there meanwhile.
     """
     with hold_run(run, "train"):
-        if contents_of(run) != seen:
+        if changed := contents_of(run) ^ seen:
+            names = listed(sorted({name for name, _ in changed}))
             raise TrainingError(
-                f"`{run.path}` has changed since this run was prepared: another process was there",
+                f"`{run.path}` has changed since this run was prepared: another process wrote {names}",
                 hint="look at what it left, and start again",
             )
         yield

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from mamba_sft import disk
-from mamba_sft.errors import ExportError, MambaSFTError, MergeError, UsageError
+from mamba_sft.errors import ExportError, LockedError, MambaSFTError, MergeError, UsageError
 from mamba_sft.exporting.export_run import export
 from mamba_sft.merging.merge_run import merge
 from mamba_sft.model.tensor_files import StoredTensors
@@ -42,7 +42,7 @@ def test_what_is_in_the_way(made: Made, tmp_path: Path, verb: str) -> None:
     (tmp_path / "file").write_text("x")
     before = set(tmp_path.rglob("*"))
     for place, words in (("file", "is a file"), ("file/a/b", "is a file"), ("n" * 300, "too long")):
-        with pytest.raises((kind, UsageError), match=words):
+        with pytest.raises((kind, UsageError, LockedError), match=words):
             call(made.run, tmp_path / place)
     assert set(tmp_path.rglob("*")) == before
 
