@@ -104,10 +104,10 @@ def card_named(name: str) -> Card:
 def window(capability: tuple[int, int], N: int, rate_wanted: bool) -> int:
     """Return the longest window that the compiler keeps in registers, read from machine code.
 
-    Two steps where the gradient of A takes 16 registers more, and where the compiler spills: for Blackwell,
-    and that of Triton 3.9 for Hopper too.
+    Two steps where the gradient of A takes 16 registers more, and where the compiler spills: for the B200,
+    and that of Triton 3.9 for Hopper and the 5090 too.
     """
-    spills = capability[0] >= (9 if TRITON >= (3, 9) else 10)
+    spills = capability[0] == 10 or (capability[0] >= 9 and TRITON >= (3, 9))
     return 2 if N > 16 or rate_wanted or spills else 4
 
 
@@ -128,10 +128,11 @@ def state_stride(card: Card, N: int, rate_wanted: bool) -> int:
 
 
 def compiler_options(capability: tuple[int, int], known: frozenset[str]) -> dict[str, str]:
-    """Return what to tell ptxas: for the T4, to hold less that it could load again, or it spills two."""
-    if capability == (7, 5) and "ptx_options" in known:
-        return {"ptx_options": "--register-usage-level=3"}
-    return {}
+    """Return what to tell ptxas of registers: with its own level, which is 5, it spills one to four here."""
+    level = {(7, 5): 3, (9, 0): 7, (12, 0): 3}.get(capability)
+    if level is None or "ptx_options" not in known:
+        return {}
+    return {"ptx_options": f"--register-usage-level={level}"}
 
 
 def candidates(best: Choice) -> list[Choice]:
