@@ -314,7 +314,7 @@ def rows_from(pointer, t, row: tl.constexpr, at_w, at_d):
     """Return pointers to the positions of a window that begins at t.
 
     A window of four steps needs all registers: there the offsets are added up first, so that no pointer of
-    each thread's own is kept through the loop for each tensor. For two steps the compiler does better with it.
+    each thread's own is kept through the loop for each tensor. For two steps the compiler spills without it.
     """
     at = t.to(tl.int64) * row
     if at_w.shape[0] == 4:
