@@ -105,9 +105,10 @@ def window(capability: tuple[int, int], N: int, rate_wanted: bool) -> int:
     """Return the longest window that the compiler keeps in registers, read from machine code.
 
     Two steps where the gradient of A takes 16 registers more, and where the compiler spills: for the B200,
-    and that of Triton 3.9 for Hopper and the 5090 too.
+    for the 5090 unless it is that of Triton 3.7 or 3.8, and that of 3.9 for Hopper too.
     """
     spills = capability[0] == 10 or (capability[0] >= 9 and TRITON >= (3, 9))
+    spills |= capability[0] == 12 and TRITON < (3, 7)
     return 2 if N > 16 or rate_wanted or spills else 4
 
 
@@ -127,9 +128,11 @@ def state_stride(card: Card, N: int, rate_wanted: bool) -> int:
     return stride(card, window(card.capability, N, rate_wanted))
 
 
-def compiler_options(capability: tuple[int, int], known: frozenset[str]) -> dict[str, str]:
-    """Return what to tell ptxas of registers: with its own level, which is 5, it spills one to four here."""
-    level = {(7, 5): 3, (9, 0): 7, (12, 0): 3}.get(capability)
+def compiler_options(capability: tuple[int, int], steps: int, known: frozenset[str]) -> dict[str, str]:
+    """Return what to tell ptxas of registers, read from machine code: with its own level it spills a few."""
+    level = {(7, 5): 7, (9, 0): 7, (12, 0): 3}.get(capability)
+    if capability in {(8, 6), (8, 9)} and (steps == 4 or TRITON >= (3, 9)):
+        level = 7
     if level is None or "ptx_options" not in known:
         return {}
     return {"ptx_options": f"--register-usage-level={level}"}

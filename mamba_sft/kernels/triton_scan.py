@@ -553,6 +553,9 @@ def backward(
         u_n, dt_n, dy_n, z_n = window_rows(u, dt, dy, z, t, u_row, dt_row, dy_row, z_row, at_w, at_d, live)
         while end > start:
             fresh = begun == t
+            if GROUPS == 1:  # where the window before lies; of two groups, the second has a register for it
+                if begins is not None:
+                    begun = tl.load(begins + t - 1, mask=t > start, other=-1)
             slot = scratch + (t - start) // WINDOW * STATES * BLOCK + at_slot
             at = t.to(tl.int64)
             live = (at_w < end - t)[:, None] & has_d[None, :]
@@ -576,7 +579,7 @@ def backward(
                     h = tl.load(slot + k * GROUP * BLOCK, mask=only_if(fresh == 0, at_slot >= 0), other=0.0)
                 else:
                     h = tl.load(slot + k * GROUP * BLOCK)
-                if k == GROUPS - 1:
+                if k > 0 and k == GROUPS - 1:
                     if begins is not None:
                         begun = tl.load(begins + t - 1, mask=t > start, other=-1)
                 g, rate_sum, dBs, dCs, ys, inputs, by_rates = there_and_back(
@@ -600,7 +603,8 @@ def backward(
                         shift = rows_at(bias, 0, at_w, here, has_w)
                     if SOFTPLUS:
                         raw_w = load_row(rows_from(dt, t, dt_row, at_w, at_d), live)
-                    u_w = load_row(rows_from(u, t, u_row, at_w, at_d), live)
+                    if GROUPS > 1:  # four registers less in between
+                        u_w = load_row(rows_from(u, t, u_row, at_w, at_d), live)
                 more_y, more_input, more_rate = exchanged(
                     dBs, dCs, ys, inputs, by_rates, dBC + at * 2 * N + k * GROUP, end - t, at_w,
                     WINDOW, k, N, GROUP, LANES, z is not None,

@@ -83,7 +83,7 @@ def both_walks(row: dict[str, Any], what: str) -> float:
     return windows + first_walk * (1 - row["window"] / row["stride"])
 
 
-BACKWARD = {75: 28.6, 80: 30.0, 86: 29.0, 89: 30.0, 90: 29.2, 100: 29.4, 120: 29.8}
+BACKWARD = {75: 28.2, 80: 30.0, 86: 28.8, 89: 30.0, 90: 29.2, 100: 29.4, 120: 29.8}
 BACKWARD_TRAINED = 34.0
 COUNTED = triton.__version__.startswith("3.7.")
 """Whether this is the Triton of the pinned torch, whose code is counted; others write their own."""
@@ -127,8 +127,9 @@ def test_loads_are_issued_before_they_are_needed(rows):
         (lead,) = row["lead"]
         assert lead[0] >= (30 if COUNTED else 10), (named(row), lead)
     for row in counted(rows, "scan.backward"):
-        for lead in row["lead"]:
-            assert lead[0] >= (50 if COUNTED else 30), (named(row), lead)
+        leads = sorted(sum(row["lead"], []))
+        assert leads[0] >= 30, (named(row), leads)
+        assert sum(lead >= 60 for lead in leads) >= 0.95 * len(leads), (named(row), leads)
 
 
 def test_a_load_that_is_used_at_once_has_no_lead():
