@@ -127,7 +127,7 @@ def test_loads_are_issued_before_they_are_needed(rows):
         (lead,) = row["lead"]
         assert lead[0] >= (30 if COUNTED else 10), (named(row), lead)
     for row in counted(rows, "scan.backward"):
-        leads = sorted(sum(row["lead"], []))
+        leads = sorted(lead for loop in row["lead"] for lead in loop)
         assert leads[0] >= 30, (named(row), leads)
         assert sum(lead >= 60 for lead in leads) >= 0.95 * len(leads), (named(row), leads)
 
