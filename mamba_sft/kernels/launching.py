@@ -104,10 +104,11 @@ def card_named(name: str) -> Card:
 def window(capability: tuple[int, int], N: int, rate_wanted: bool) -> int:
     """Return the longest window that the compiler keeps in registers, read from machine code.
 
-    Two steps where the gradient of A takes 16 registers more, and where the compiler spills: for Blackwell,
-    and that of Triton 3.9 for Hopper too.
+    Two steps where the gradient of A takes 16 registers more, and where the compiler spills: for the B200,
+    for the 5090 unless it is that of Triton 3.7 or 3.8, and that of 3.9 for Hopper too.
     """
-    spills = capability[0] >= (9 if TRITON >= (3, 9) else 10)
+    spills = capability[0] == 10 or (capability[0] >= 9 and TRITON >= (3, 9))
+    spills |= capability[0] == 12 and TRITON < (3, 7)
     return 2 if N > 16 or rate_wanted or spills else 4
 
 
@@ -127,11 +128,14 @@ def state_stride(card: Card, N: int, rate_wanted: bool) -> int:
     return stride(card, window(card.capability, N, rate_wanted))
 
 
-def compiler_options(capability: tuple[int, int], known: frozenset[str]) -> dict[str, str]:
-    """Return what to tell ptxas: for the T4, to hold less that it could load again, or it spills two."""
-    if capability == (7, 5) and "ptx_options" in known:
-        return {"ptx_options": "--register-usage-level=3"}
-    return {}
+def compiler_options(capability: tuple[int, int], steps: int, known: frozenset[str]) -> dict[str, str]:
+    """Return what to tell ptxas of registers, read from machine code: with its own level it spills a few."""
+    level = {(7, 5): 7, (9, 0): 7, (12, 0): 3}.get(capability)
+    if capability in {(8, 6), (8, 9)} and (steps == 4 or TRITON >= (3, 9)):
+        level = 7
+    if level is None or "ptx_options" not in known:
+        return {}
+    return {"ptx_options": f"--register-usage-level={level}"}
 
 
 def candidates(best: Choice) -> list[Choice]:

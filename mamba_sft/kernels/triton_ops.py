@@ -282,7 +282,7 @@ def _backward(
                 part, parts, partial.shape[2],
                 u.stride(1), dt.stride(1), z_strides[1], dy.stride(1),
                 SOFTPLUS=dt_softplus, WINDOW=steps, GROUP=group, STRIDE=stride, **shape, **COMPILE,
-                **launching.compiler_options(_capability(u), PTXAS_KNOWN),
+                **launching.compiler_options(_capability(u), steps, PTXAS_KNOWN),
             )  # fmt: skip
             here = dBC[:, part * segment : part * segment + span]
             torch.sum(partial[:, :, : here.shape[1]], 0, out=here)

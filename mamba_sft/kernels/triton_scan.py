@@ -310,6 +310,41 @@ def rows_at(pointer, row: tl.constexpr, at_w, at_d, live):
 
 
 @triton.jit
+def rows_from(pointer, t, row: tl.constexpr, at_w, at_d):
+    """Return pointers to the positions of a window that begins at t.
+
+    A window of four steps needs all registers: there the offsets are added up first, so that no pointer of
+    each thread's own is kept through the loop for each tensor. For two steps the compiler spills without it.
+    """
+    at = t.to(tl.int64) * row
+    if at_w.shape[0] == 4:
+        return pointer + (at + (at_w[:, None] * row + at_d[None, :]))
+    else:
+        return pointer + at + at_w[:, None] * row + at_d[None, :]
+
+
+@triton.jit
+def next_rows(dt, u, t, count, dt_row, u_row, at_w, at_d, has_d):
+    """Load what the first walk needs of a window at t."""
+    live = (at_w < count)[:, None] & has_d[None, :]
+    dt_w = tl.load(rows_from(dt, t, dt_row, at_w, at_d), mask=live, other=0.0)
+    u_w = tl.load(rows_from(u, t, u_row, at_w, at_d), mask=live, other=0.0)
+    return dt_w, u_w
+
+
+@triton.jit
+def window_rows(u, dt, dy, z, t, u_row, dt_row, dy_row, z_row, at_w, at_d, live):
+    """Load what a window needs of each activation, as it lies in memory: half the registers in 16 bits."""
+    z_w = None
+    u_w = tl.load(rows_from(u, t, u_row, at_w, at_d), mask=live, other=0.0)
+    dt_w = tl.load(rows_from(dt, t, dt_row, at_w, at_d), mask=live, other=0.0)
+    dy_w = tl.load(rows_from(dy, t, dy_row, at_w, at_d), mask=live, other=0.0)
+    if z is not None:
+        z_w = tl.load(rows_from(z, t, z_row, at_w, at_d), mask=live, other=0.0)
+    return u_w, dt_w, dy_w, z_w
+
+
+@triton.jit
 def over_states(x, PARTS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr):
     """Add up what a thread has of the states of a channel: (GROUP, BLOCK) becomes (PARTS, BLOCK)."""
     return tl.sum(tl.reshape(x, (GROUP // PARTS, PARTS, BLOCK)), axis=0)
@@ -323,8 +358,8 @@ def over_channels(x, LANES: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constex
 
 @triton.jit
 def there_and_back(
-    h, g, rate_sum, rate, steps, flows, outs, BC, dBC, count, at_w, at_n, has_n,
-    WINDOW: tl.constexpr, k: tl.constexpr, N: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
+    h, g, rate_sum, rate, steps, flows, outs, BC, count, at_n, has_n,
+    WINDOW: tl.constexpr, N: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
     PARTS: tl.constexpr, LANES: tl.constexpr, GATED: tl.constexpr, RATE_WANTED: tl.constexpr,
 ):  # fmt: skip
     """Take group k of the states through a window and back.
@@ -358,6 +393,16 @@ def there_and_back(
         rates = (over_states(by_decay * rate, PARTS, GROUP, BLOCK),) + rates
         if RATE_WANTED:
             rate_sum += by_decay * steps[step][None, :]
+    return g, rate_sum, dBs, dCs, ys, inputs, rates
+
+
+@triton.jit
+def exchanged(
+    dBs, dCs, ys, inputs, rates, dBC, count, at_w,
+    WINDOW: tl.constexpr, k: tl.constexpr, N: tl.constexpr, GROUP: tl.constexpr,
+    LANES: tl.constexpr, GATED: tl.constexpr,
+):  # fmt: skip
+    """Add up between threads what each has of the sums of a window."""
     dBC_w = tl.join(stacked(dBs, WINDOW), stacked(dCs, WINDOW))  # GROUP, LANES, WINDOW, 2
     dBC_w = fold(tl.reshape(tl.permute(dBC_w, (1, 2, 3, 0)), (LANES, WINDOW, 2 * GROUP)))
     at_bc = tl.arange(0, 2 * GROUP)
@@ -371,7 +416,7 @@ def there_and_back(
         y_w = fold(tl.permute(stacked(ys, WINDOW), (0, 2, 1)))
     by_input = fold(tl.permute(stacked(inputs, WINDOW), (0, 2, 1)))
     by_rate = fold(tl.permute(stacked(rates, WINDOW), (0, 2, 1)))
-    return g, rate_sum, y_w, by_input, by_rate
+    return y_w, by_input, by_rate
 
 
 @triton.jit(do_not_specialize=["length", "segment", "first_part", "parts", "span"])
@@ -440,6 +485,7 @@ def backward(
     program = (row * tl.num_programs(1) + tl.program_id(1)) * blocks + block
     scratch += program * tl.cdiv(STRIDE, WINDOW) * STATES * BLOCK
 
+    has_w = (at_w < WINDOW)[:, None] & has_d[None, :]
     chunk = tl.cdiv(last, STRIDE) - 1
     while chunk * STRIDE >= first:
         start = chunk * STRIDE
@@ -448,14 +494,18 @@ def backward(
         for k in tl.static_range(GROUPS):
             at_saved = (chunk.to(tl.int64) * N + k * GROUP + at_n)[:, None] * channels + at_d[None, :]
             hs = hs + (tl.load(saved + at_saved, mask=has_states[k], other=0.0),)
+        shift = None
+        if bias is not None:
+            shift = rows_at(bias, 0, at_w, at_d, has_w)
+        end = tl.minimum(start + WINDOW, stop)
+        halt, fresh = stop, False
+        if begins is not None:
+            halt, fresh = tl.load(stops + start), tl.load(begins + start) == start
+            end = tl.minimum(end, halt)
         t = start
+        dt_n, u_n = next_rows(dt, u, t, end - t, dt_row, u_row, at_w, at_d, has_d)
         while t < stop:
-            end = tl.minimum(t + WINDOW, stop)
             slot = scratch + (t - start) // WINDOW * STATES * BLOCK + at_slot
-            fresh = False
-            if begins is not None:
-                end = tl.minimum(end, tl.load(stops + t))
-                fresh = tl.load(begins + t) == t
             new = ()
             for k in tl.static_range(GROUPS):
                 h = hs[k]
@@ -466,18 +516,23 @@ def backward(
                     tl.store(slot + k * GROUP * BLOCK, h)
                 new = new + (h,)
             hs = new
+            end_n = tl.minimum(end + WINDOW, stop)
             if end < stop:  # the state behind the chunk is nobody's
-                at = t.to(tl.int64)
+                if begins is not None:
+                    fresh = end == halt
+                    halt = tl.load(stops + end)
                 live = (at_w < end - t)[:, None] & has_d[None, :]
-                shift = None
-                if bias is not None:
-                    shift = rows_at(bias, 0, at_w, at_d, live)
-                dt_w = step_size(rows_at(dt + at * dt_row, dt_row, at_w, at_d, live), shift, SOFTPLUS)
+                dt_w = step_size(dt_n.to(tl.float32), shift, SOFTPLUS)
                 dt_w = tl.where(live, dt_w, 0.0)
                 steps = rows_of(dt_w, WINDOW, BLOCK)
-                flows = rows_of(dt_w * rows_at(u + at * u_row, u_row, at_w, at_d, live), WINDOW, BLOCK)
+                flows = rows_of(dt_w * u_n.to(tl.float32), WINDOW, BLOCK)
+                at = t.to(tl.int64)
                 new = ()
                 for k in tl.static_range(GROUPS):
+                    if k == GROUPS - 1:  # the next window is loaded while this one is computed
+                        if begins is not None:
+                            end_n = tl.minimum(end_n, halt)
+                        dt_n, u_n = next_rows(dt, u, end, end_n - end, dt_row, u_row, at_w, at_d, has_d)
                     h = hs[k]
                     for step in tl.static_range(WINDOW):
                         has_b = only_if(t + step < end, has_ns[k])
@@ -485,33 +540,35 @@ def backward(
                         h = exp2(steps[step][None, :] * rates[k]) * h + flows[step][None, :] * b[:, None]
                     new = new + (h,)
                 hs = new
-            t = end
+            t, end = end, end_n
         tl.debug_barrier()  # what one thread wrote, another may read
 
         end = stop
+        begun = start
+        if begins is not None:
+            begun = tl.load(begins + end - 1)
+        begin = tl.maximum(start, begun)
+        t = begin + (end - 1 - begin) // WINDOW * WINDOW
+        live = (at_w < end - t)[:, None] & has_d[None, :]
+        u_n, dt_n, dy_n, z_n = window_rows(u, dt, dy, z, t, u_row, dt_row, dy_row, z_row, at_w, at_d, live)
         while end > start:
-            begin = start
-            if begins is not None:
-                begin = tl.maximum(start, tl.load(begins + end - 1))
-            t = begin + (end - 1 - begin) // WINDOW * WINDOW
+            fresh = begun == t
+            if GROUPS == 1:  # where the window before lies; of two groups, the second has a register for it
+                if begins is not None:
+                    begun = tl.load(begins + t - 1, mask=t > start, other=-1)
             slot = scratch + (t - start) // WINDOW * STATES * BLOCK + at_slot
-            fresh = False
-            if begins is not None:
-                fresh = tl.load(begins + t) == t
             at = t.to(tl.int64)
             live = (at_w < end - t)[:, None] & has_d[None, :]
-            u_w = rows_at(u + at * u_row, u_row, at_w, at_d, live)
-            raw_w = rows_at(dt + at * dt_row, dt_row, at_w, at_d, live)
-            shift = None
-            if bias is not None:
-                shift = rows_at(bias, 0, at_w, at_d, live)
+            u_w = u_n.to(tl.float32)
+            raw_w = dt_n.to(tl.float32)
             dt_w = tl.where(live, step_size(raw_w, shift, SOFTPLUS), 0.0)
-            dy_w = rows_at(dy + at * dy_row, dy_row, at_w, at_d, live)
+            dy_w = dy_n.to(tl.float32)
             out_w = dy_w
             if z is not None:
-                z_w = rows_at(z + at * z_row, z_row, at_w, at_d, live)
+                z_w = z_n.to(tl.float32)
                 gate_w = sigmoid(z_w)
                 out_w *= z_w * gate_w
+                dy_w *= gate_w * (1.0 + z_w * (1.0 - gate_w))  # and y makes dz of it
             steps = rows_of(dt_w, WINDOW, BLOCK)
             flows = rows_of(dt_w * u_w, WINDOW, BLOCK)
             outs = rows_of(out_w, WINDOW, BLOCK)
@@ -522,10 +579,35 @@ def backward(
                     h = tl.load(slot + k * GROUP * BLOCK, mask=only_if(fresh == 0, at_slot >= 0), other=0.0)
                 else:
                     h = tl.load(slot + k * GROUP * BLOCK)
-                g, rate_sum, more_y, more_input, more_rate = there_and_back(
+                if k > 0 and k == GROUPS - 1:
+                    if begins is not None:
+                        begun = tl.load(begins + t - 1, mask=t > start, other=-1)
+                g, rate_sum, dBs, dCs, ys, inputs, by_rates = there_and_back(
                     h, gs[k], rate_sums[k], rates[k], steps, flows, outs,
-                    BC + at * 2 * N + k * GROUP, dBC + at * 2 * N + k * GROUP, end - t, at_w, at_n, has_ns[k],
-                    WINDOW, k, N, GROUP, BLOCK, PARTS, LANES, z is not None, dA is not None,
+                    BC + at * 2 * N + k * GROUP, end - t, at_n, has_ns[k],
+                    WINDOW, N, GROUP, BLOCK, PARTS, LANES, z is not None, dA is not None,
+                )  # fmt: skip
+                if k == GROUPS - 1:  # the window before is loaded while the sums of this one are exchanged
+                    begin = tl.maximum(start, begun)
+                    t_n = begin + (t - 1 - begin) // WINDOW * WINDOW
+                    live_n = (at_w < tl.where(t > start, t - t_n, 0))[:, None] & has_d[None, :]
+                    u_n, dt_n, dy_n, z_n = window_rows(
+                        u, dt, dy, z, t_n, u_row, dt_row, dy_row, z_row, at_w, at_d, live_n
+                    )
+                    here = at_d
+                    if WINDOW == 4:  # the same, but no pointer to it is kept in registers through the loop
+                        here += tl.multiple_of(tl.minimum(t, 0), 16)
+                    if D is not None:
+                        skip = rows_at(D, 0, at_w, here, has_w)
+                    if bias is not None:
+                        shift = rows_at(bias, 0, at_w, here, has_w)
+                    if SOFTPLUS:
+                        raw_w = load_row(rows_from(dt, t, dt_row, at_w, at_d), live)
+                    if GROUPS > 1:  # four registers less in between
+                        u_w = load_row(rows_from(u, t, u_row, at_w, at_d), live)
+                more_y, more_input, more_rate = exchanged(
+                    dBs, dCs, ys, inputs, by_rates, dBC + at * 2 * N + k * GROUP, end - t, at_w,
+                    WINDOW, k, N, GROUP, LANES, z is not None,
                 )  # fmt: skip
                 if k == 0:
                     y_w, by_input, by_rate = more_y, more_input, more_rate
@@ -541,23 +623,21 @@ def backward(
             gs, rate_sums = new_gs, new_sums
             if z is not None:
                 if D is not None:
-                    y_w += rows_at(D, 0, at_w, at_d, live) * u_w
-                dz_w = dy_w * y_w * gate_w * (1.0 + z_w * (1.0 - gate_w))
-                tl.store(dz + at * channels + at_w[:, None] * channels + at_d[None, :], dz_w, mask=live)
+                    y_w += skip * u_w
+                tl.store(rows_from(dz, t, channels, at_w, at_d), dy_w * y_w, mask=live)
             by_u = dt_w * by_input
             if D is not None:
-                by_u += rows_at(D, 0, at_w, at_d, live) * out_w
-            tl.store(du + at * channels + at_w[:, None] * channels + at_d[None, :], by_u, mask=live)
+                by_u += skip * out_w
+            tl.store(rows_from(du, t, channels, at_w, at_d), by_u, mask=live)
             by_dt = u_w * by_input + by_rate * LN2
             if SOFTPLUS:
-                raw_w = rows_at(dt + at * dt_row, dt_row, at_w, at_d, live)
                 if bias is not None:
-                    raw_w += rows_at(bias, 0, at_w, at_d, live)
+                    raw_w += shift
                 by_dt *= sigmoid(raw_w)
-            tl.store(ddt + at * channels + at_w[:, None] * channels + at_d[None, :], by_dt, mask=live)
+            tl.store(rows_from(ddt, t, channels, at_w, at_d), by_dt, mask=live)
             skip_sum += out_w * u_w
             bias_sum += tl.where(live, by_dt, 0.0)
-            end = t
+            end, t = t, t_n
         chunk -= 1
 
     left = chunk + 1 - first // STRIDE  # 0; what is computed from it only here takes no register before

@@ -83,7 +83,7 @@ def both_walks(row: dict[str, Any], what: str) -> float:
     return windows + first_walk * (1 - row["window"] / row["stride"])
 
 
-BACKWARD = {75: 29.2, 80: 29.9, 86: 29.1, 89: 30.3, 90: 29.7, 100: 29.4, 120: 30.7}
+BACKWARD = {75: 28.2, 80: 30.0, 86: 28.8, 89: 30.0, 90: 29.2, 100: 29.4, 120: 29.8}
 BACKWARD_TRAINED = 34.0
 COUNTED = triton.__version__.startswith("3.7.")
 """Whether this is the Triton of the pinned torch, whose code is counted; others write their own."""
@@ -119,15 +119,17 @@ def test_the_plan_and_the_benchmark_count_as_the_machine_code_does(rows):
 
 
 def test_loads_are_issued_before_they_are_needed(rows):
-    """Of the forward all loads, of the backward most: while one step is computed, those of the next are on
-    their way. The first of a window are not: where it ends and its first positions are needed at once.
+    """While a step or a window is computed, the loads of the next one are on their way.
+
+    Instructions between each load of the innermost loops and the first that reads it.
     """
     for row in counted(rows, "scan.forward"):
         (lead,) = row["lead"]
         assert lead[0] >= (30 if COUNTED else 10), (named(row), lead)
     for row in counted(rows, "scan.backward"):
-        for lead in row["lead"]:
-            assert sum(one >= 60 for one in lead) >= len(lead) * 0.55, (named(row), lead)
+        leads = sorted(lead for loop in row["lead"] for lead in loop)
+        assert leads[0] >= 30, (named(row), leads)
+        assert sum(lead >= 60 for lead in leads) >= 0.95 * len(leads), (named(row), leads)
 
 
 def test_a_load_that_is_used_at_once_has_no_lead():
