@@ -21,7 +21,7 @@ DEEPEST = 100
 through values, Python's own parser among them, ends in the middle of deeper ones."""
 
 
-TOO_DEEP = f"nested more than {DEEPEST} deep"
+TOO_DEEP = f"nested too deeply, more than {DEEPEST} levels"
 
 
 @dataclass(frozen=True)

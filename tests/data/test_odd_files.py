@@ -153,7 +153,7 @@ def test_a_damaged_saved_data_set(setup: TemplateSetup, tmp_path: Path) -> None:
 def test_how_deep_is_too_deep() -> None:
     assert not is_too_deep(parse_json("[" * DEEPEST + "]" * DEEPEST))
     for depth in (DEEPEST + 2, 100_000):
-        with pytest.raises(ValueError, match="nested more than"):
+        with pytest.raises(ValueError, match="nested too deeply"):
             parse_json("[" * depth + "]" * depth)
 
 

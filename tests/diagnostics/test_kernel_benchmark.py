@@ -42,7 +42,7 @@ def forget_peers():
 
 @pytest.mark.parametrize(
     ("card", "forward", "backward", "training"),
-    [(H200, 2.7, 7.9, 13.3), (A100, 4.4, 15.7, 24.4), (T4, 11.9, 42.6, 66.5)],
+    [(H200, 2.7, 7.9, 13.3), (A100, 4.4, 15.6, 24.4), (T4, 11.9, 42.4, 66.2)],
     ids=lambda value: getattr(value, "name", None),
 )
 def test_the_floor_is_the_pipe_that_takes_longest(card, forward, backward, training):
