@@ -97,7 +97,7 @@ def require_space(
         MambaSFTError: It has not.
     """
     check_writable(output, kind)
-    place = next(path for path in (output.absolute(), *output.absolute().parents) if path.is_dir())
+    place = nearest_directory(output)
     free, needed = shutil.disk_usage(place).free, sum(sizes) + _SPARE
     if free < needed:
         raise kind(f"{what} {size_text(needed)}; `{place}` has {size_text(free)} left", hint=hint)
@@ -141,6 +141,11 @@ def disk_errors_explained(
         raise kind(f"cannot write to `{output}`: {reason(error, output)}") from error
 
 
+def nearest_directory(path: Path) -> Path:
+    """Returns the path, or the nearest directory above it that is there: whose disk it would be on."""
+    return next(place for place in (path.absolute(), *path.absolute().parents) if place.is_dir())
+
+
 def reason(error: BaseException, path: Path) -> str:
     """Returns why a file system refused to write to a path, in words.
 
@@ -163,8 +168,7 @@ def _why(number: int, path: Path) -> str:
         with suppress(OSError):
             if _lacks_inodes(path):
                 return "its disk can hold hardly any more files (its inodes are used up)"
-            there = next(place for place in (path, *path.absolute().parents) if place.is_dir())
-            return f"its disk is full ({size_text(shutil.disk_usage(there).free)} left)"
+            return f"its disk is full ({size_text(shutil.disk_usage(nearest_directory(path)).free)} left)"
         return "its disk is full"
     return _REASONS.get(number, os.strerror(number))
 
@@ -195,7 +199,7 @@ def _try(directory: Path) -> None:
         with tempfile.NamedTemporaryFile(prefix=PROBE, dir=directory) as file:
             file.write(_PROBE_BYTES)
             file.flush()
-            _sync(file.fileno())
+            sync(file.fileno())
     finally:
         for path in reversed(made):
             with suppress(OSError):  # another process has begun to write there
@@ -215,8 +219,15 @@ def _untouched(directory: Path) -> Iterator[None]:
                 os.utime(there, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
-def _sync(descriptor: int) -> None:
-    """Waits until a file is on the disk: a network file system says only then that a quota is used up."""
+def sync(descriptor: int) -> None:
+    """Waits until an open file, or the names in a directory, are on the disk.
+
+    A network file system says only then that a quota is used up. Where there is nothing to wait for, it is
+    no error.
+
+    Raises:
+        OSError: The disk does not take it.
+    """
     try:
         os.fsync(descriptor)
     except OSError as error:
@@ -251,6 +262,5 @@ def _lacks_inodes(place: Path) -> bool:
     """Whether only few more files fit, however small; many file systems have no such bound."""
     if not hasattr(os, "statvfs"):
         return False
-    there = next(path for path in (place, *place.absolute().parents) if path.is_dir())
-    found = os.statvfs(there)
+    found = os.statvfs(nearest_directory(place))
     return found.f_files > 0 and found.f_favail < _FILES

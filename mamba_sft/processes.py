@@ -1,4 +1,4 @@
-"""Who this process is, so that another can tell later whether it still runs.
+"""Who this process is, so that another can tell later whether it still runs, and what it takes.
 
 A process id alone does not say: ids are used again, and mean something else on another host or in another
 container. So a process is named by where its id means something, the id, and when it was started.
@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import resource
 import socket
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,6 +61,17 @@ class Process:
             return None
         found = _birth(self.pid)
         return found is not None and (found == self.birth or _UNSEEN in (found, self.birth))
+
+
+def peak_rss() -> int:
+    """Returns the largest resident set of this process so far, in bytes."""
+    try:  # getrusage also counts what the parent had before it started us
+        if match := re.search(r"VmHWM:\s+(\d+) kB", (_PROC / "self/status").read_text(encoding="ascii")):
+            return int(match[1]) * 1024
+    except OSError:
+        pass
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _space() -> str:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mamba_sft.credentials import without_secrets
+from mamba_sft.disk import sync
 from mamba_sft.errors import UsageError
 from mamba_sft.processes import NAME, Process
 
@@ -315,7 +316,7 @@ def write_atomically(path: Path, text: str) -> None:
         with partial.open("w", encoding="utf-8") as file:
             file.write(without_secrets(text))
             file.flush()
-            os.fsync(file.fileno())  # else a power cut may leave the new name with nothing behind it
+            sync(file.fileno())  # else a power cut may leave the new name with nothing behind it
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

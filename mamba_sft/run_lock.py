@@ -27,7 +27,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mamba_sft.disk import reason
+from mamba_sft.disk import reason, sync
 from mamba_sft.errors import LockedError
 from mamba_sft.processes import Process
 from mamba_sft.run import Run, remove_leftovers
@@ -231,7 +231,7 @@ def _create(file: Path, own: Holder) -> bool:
         with os.fdopen(handle, "w", encoding="utf-8") as stream:
             stream.write(json.dumps(asdict(own)) + "\n")
             stream.flush()
-            os.fsync(handle)
+            sync(handle)
     except OSError:
         file.unlink(missing_ok=True)
         raise

@@ -50,11 +50,10 @@ class _Question:
         if said == self.said:
             return
         self.said = said
-        err.print(unsaved.text, style="bold red", markup=False, soft_wrap=True)
+        err.print(unsaved.text, style="bold red", soft_wrap=True)
         err.print(
             f"it is kept in memory, and tried again every {seconds:.0f} s. Free some space and press Enter,"
             f" or type another directory to save it in, or `{_GIVE_UP}`:",
-            markup=False,
             soft_wrap=True,
         )
 

@@ -13,10 +13,9 @@ from mamba_sft.evaluation.pages import page_text
 from mamba_sft.evaluation.prompts import Prompt, is_right
 from mamba_sft.evaluation.run_facts import RunFacts, read_facts
 from mamba_sft.evaluation.run_figures import Plot, ShownSample
-from mamba_sft.evaluation.svg_plot import Curve, Point, smooth, svg_text
+from mamba_sft.evaluation.svg_plot import Curve, Point, in_both_widths, smooth, svg_text
 from mamba_sft.run import COMPARISON, Run, write_atomically
 
-SHOWN_SAMPLES = 12
 _MARK = 'content="mamba-sft comparison"'
 _HEAD = 4096
 _ABSENT = "-"
@@ -69,10 +68,7 @@ def write_comparison(runs: Sequence[Run], output: Path) -> list[str]:
         figures=list(_figure_rows(compared)),
         problems=problems,
         loss=loss,
-        loss_drawn=[
-            ("wide", svg_text(loss.curves, title="training loss over steps", width=1000, height=300)),
-            ("narrow", svg_text(loss.curves, title="training loss over steps", height=260)),
-        ],
+        loss_drawn=in_both_widths(loss.curves, title="training loss over steps"),
         plots=[
             (plot, svg_text(plot.curves, title=f"{plot.title} over steps", logarithmic=plot.logarithmic))
             for plot in _plots(names, compared)
@@ -80,7 +76,7 @@ def write_comparison(runs: Sequence[Run], output: Path) -> list[str]:
         differences=list(recipe_differences(compared)),
         unread=[name for name, facts in zip(names, compared, strict=True) if facts.recipe is None],
         samples=compared_samples(names, compared),
-        shown=SHOWN_SAMPLES,
+        shown=figures.SHOWN_SAMPLES,
         written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),
     )
     write_atomically(output, page)

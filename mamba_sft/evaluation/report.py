@@ -11,10 +11,9 @@ from mamba_sft.evaluation.pages import page_text
 from mamba_sft.evaluation.report_markdown import markdown_text
 from mamba_sft.evaluation.run_facts import RunFacts, read_facts
 from mamba_sft.evaluation.run_figures import Plot, Progress
-from mamba_sft.evaluation.svg_plot import svg_text
+from mamba_sft.evaluation.svg_plot import in_both_widths, svg_text
 from mamba_sft.run import Run, write_atomically
 
-SHOWN_SAMPLES = 12
 REFRESH = 15
 """Seconds after which the page of a run in progress asks for itself again."""
 
@@ -63,16 +62,13 @@ def report_page(facts: RunFacts, progress: Progress | None = None) -> str:
         figures=list(figures.key_figures(facts)),
         warnings=[*loss_warnings(facts.metrics), *changes],
         loss=loss,
-        loss_drawn=[
-            ("wide", svg_text(loss.curves, title="loss over steps", width=1000, height=300)),
-            ("narrow", svg_text(loss.curves, title="loss over steps", height=260)),
-        ],
+        loss_drawn=in_both_widths(loss.curves, title="loss over steps"),
         plots=[(plot, _drawn(plot)) for plot in figures.plots(facts)],
         samples=samples,
-        samples_heading=figures.samples_heading(min(SHOWN_SAMPLES, len(samples)), len(samples)),
+        samples_heading=figures.samples_heading(min(figures.SHOWN_SAMPLES, len(samples)), len(samples)),
         right_counts=figures.right_counts(samples),
         sample_titles=titles,
-        shown=SHOWN_SAMPLES,
+        shown=figures.SHOWN_SAMPLES,
         changing=figures.changing_samples(facts),
         sources=sources,
         data_facts=told(lambda: figures.data_facts(data), facts.run.data) if data else [],

@@ -12,7 +12,6 @@ from mamba_sft.evaluation.run_figures import Progress, ShownSample
 from mamba_sft.evaluation.svg_plot import number_text
 from mamba_sft.wording import printable
 
-_SHOWN_SAMPLES = 12
 _SHOWN_STEPS = 10
 _MEANING = re.compile(r"([\\`*_\[\]<>&|~$#])")
 _COURSE = ("loss", "eval_loss", "learning_rate", "grad_norm", "mean_token_accuracy", "tokens_per_second")
@@ -80,11 +79,11 @@ def _samples(facts: RunFacts) -> Iterator[str]:
     samples = figures.shown_samples(facts)
     if not samples:
         return
-    heading = figures.samples_heading(min(_SHOWN_SAMPLES, len(samples)), len(samples))
+    heading = figures.samples_heading(min(figures.SHOWN_SAMPLES, len(samples)), len(samples))
     counts = figures.right_counts(samples)
     yield from ("## Answers", "", f"{heading}{'; ' if counts else ''}{counts}", "")
     titles = ("prompt", "expected", *figures.sample_titles(facts.data))
-    yield from _table(titles, map(_row, samples[:_SHOWN_SAMPLES]))
+    yield from _table(titles, map(_row, samples[: figures.SHOWN_SAMPLES]))
 
 
 def _row(sample: ShownSample) -> list[str]:

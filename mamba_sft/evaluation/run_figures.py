@@ -14,6 +14,8 @@ from mamba_sft.evaluation.run_facts import RunFacts
 from mamba_sft.evaluation.svg_plot import Curve, Point, number_text, smooth
 from mamba_sft.wording import count_text, size_text, time_text
 
+SHOWN_SAMPLES = 12
+"""Sample prompts in sight; the others are behind a fold, or left to the page."""
 _GB, _MB = 1e9, 1e6
 
 

@@ -47,6 +47,14 @@ class Curve:
         return f"c{self.color % len(COLORS)}"
 
 
+def in_both_widths(curves: Sequence[Curve], *, title: str) -> list[tuple[str, str]]:
+    """Returns the plot at the head of a page as (class, `<svg>`): for a wide page and for a phone."""
+    return [
+        ("wide", svg_text(curves, title=title, width=1000, height=300)),
+        ("narrow", svg_text(curves, title=title, height=260)),
+    ]
+
+
 def svg_text(
     curves: Sequence[Curve],
     *,

@@ -7,9 +7,6 @@ of one layer. What is on disk is then checked against base and adapter, before t
 from __future__ import annotations
 
 import logging
-import re
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -33,6 +30,7 @@ from mamba_sft.model.loading import load_model
 from mamba_sft.model.quantization import quantizes
 from mamba_sft.model.tensor_files import StoredTensors, one_thread, write_shard
 from mamba_sft.model.tensor_headers import TensorEntry
+from mamba_sft.processes import peak_rss
 from mamba_sft.recipe.fields import ModelSection
 from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.run import MERGE_REPORT, Run, atomic_directory
@@ -115,7 +113,7 @@ def _merge_into(
         overflowed=tensors.overflowed,
         seconds=round(written - started, 3),
         check_seconds=round(checked - written, 3),
-        peak_rss=_peak_rss(),
+        peak_rss=peak_rss(),
         check=check,
         losses=losses,
         losses_note=note,
@@ -282,12 +280,3 @@ def _require_memory(prepared: PreparedMerge) -> None:
     needed = prepared.nbytes + (2 << 30)
     if needed > free:
         raise MergeError(f"the merged model needs {size_text(needed)} of memory, {size_text(free)} are free")
-
-
-def _peak_rss() -> int:
-    """The process's largest resident set so far, in bytes."""
-    status = Path("/proc/self/status")  # getrusage also counts what the parent had before it started us
-    if status.is_file() and (match := re.search(r"VmHWM:\s+(\d+) kB", status.read_text(encoding="ascii"))):
-        return int(match[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -99,8 +99,9 @@ class AdapterWatch(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Looks at the gradients that the optimizer is about to use."""
-        left_out = all(parameter.grad is None for parameter in model.parameters())  # by `train.on_spike`
-        if self.checked >= self.STEPS or left_out:
+        if self.checked >= self.STEPS:
+            return
+        if all(parameter.grad is None for parameter in model.parameters()):  # left out by `train.on_spike`
             return
         self.checked += 1
         found = set(dead_adapters(model))

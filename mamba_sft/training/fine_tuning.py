@@ -142,12 +142,13 @@ def prepare(
     """
     refuse_both(resume=resume, overwrite=overwrite)
     run = Run(Path(recipe.output_dir))
-    if PartialState().is_main_process:
+    processes = PartialState(cpu=not torch.cuda.is_available())  # as the trainer asks; else each is the first
+    if processes.is_main_process:
         refuse_if_held(run.lock, run.path)
         check_writable(run.path, TrainingError, hint=ANOTHER_PLACE)
     seen = contents_of(run)
     recipe, resume_point = find_resume_point(run, recipe) if resume else (recipe, None)
-    if not resume and PartialState().is_main_process:
+    if not resume and processes.is_main_process:
         refuse_to_overwrite(run, overwrite=overwrite)
         if overwrite:
             refuse_to_read_what_goes(recipe)
@@ -155,12 +156,12 @@ def prepare(
     start = find_start(recipe, setup)
     lengths = row_lengths(data.train_rows)
     length = run_length(
-        recipe, rows=len(lengths), tokens=int(lengths.sum()), processes=PartialState().num_processes
+        recipe, rows=len(lengths), tokens=int(lengths.sum()), processes=processes.num_processes
     )
     recipe, longest = with_accumulation(recipe, length.accumulation), int(lengths.max(initial=0))
     refuse_what_cannot_fit(recipe, longest=longest, trained_rows=len(setup.trained_token_ids))
     trained = trained_values(recipe, trained_rows=len(setup.trained_token_ids))
-    if PartialState().is_main_process:
+    if processes.is_main_process:
         validates = data.validation_rows is not None
         refuse_too_small_a_disk(run, recipe, trained, steps=length.steps, validates=validates, resumes=resume)
     arguments = trainer_arguments(recipe, run, has_validation=data.validation_rows is not None)

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from mamba_sft.disk import error_number, reason
+from mamba_sft.disk import error_number, nearest_directory, reason
 from mamba_sft.errors import TrainingError
 from mamba_sft.run import Run
 from mamba_sft.training.resuming import newest_resume_point
@@ -119,8 +119,7 @@ def _new_name(directory: Path, run: Run) -> Path:
 
 def _free(place: Path) -> int | None:
     with suppress(OSError, StopIteration):
-        there = next(path for path in place.absolute().parents if path.is_dir())
-        return shutil.disk_usage(there).free
+        return shutil.disk_usage(nearest_directory(place.parent)).free
     return None
 
 

@@ -94,8 +94,8 @@ def _read_fields(recipe: Recipe) -> Iterator[tuple[str, str]]:
 def contents_of(run: Run) -> frozenset[tuple[str, int]]:
     """Returns what is in a run directory, by names and times, to tell later whether anything has happened.
 
-    What a killed process left half-written does not count: it goes when the lock is taken. Nor does what
-    another process of the same run makes for a moment, to see whether it can.
+    What a killed process left half-written does not count: it goes when the lock is taken. Nor does the file
+    with which one sees for a moment whether it can write.
     """
     if not run.path.is_dir():
         return frozenset()

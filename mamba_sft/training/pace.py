@@ -6,15 +6,13 @@ a step to its end is the device's time too.
 
 from __future__ import annotations
 
-import re
-import resource
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from mamba_sft.processes import peak_rss
 
 
 class Pace(TrainerCallback):
@@ -92,17 +90,8 @@ class Pace(TrainerCallback):
         return figures
 
 
-_STATUS = Path("/proc/self/status")
-
-
 def peak_memory(device: torch.device) -> float:
     """Returns the most bytes in use so far: by tensors on a GPU, or by this process on a CPU."""
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))  # the allocator's own count: no wait
-    try:  # getrusage also counts what the parent had before it started us
-        if match := re.search(r"VmHWM:\s+(\d+) kB", _STATUS.read_text(encoding="ascii")):
-            return float(match[1]) * 1024
-    except OSError:
-        pass
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return float(peak if sys.platform == "darwin" else peak * 1024)
+    return float(peak_rss())

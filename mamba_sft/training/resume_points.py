@@ -7,7 +7,6 @@ damage it later: the manifest tells, and training goes on from the one before.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -18,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from mamba_sft.disk import sync
 from mamba_sft.run import Run
 
 MANIFEST = "manifest.json"
@@ -29,9 +29,6 @@ STATE = "trainer_state.json"
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 _PARTIAL, _OLD = ".partial", ".old"
-_BLOCK = 1 << 20
-_CANNOT_SYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM}
-"""What file systems answer that know no `fsync` of what they were given; a full disk answers otherwise."""
 
 
 @contextmanager
@@ -168,10 +165,7 @@ def _sync(path: Path) -> None:
     """Waits until a file, or the names in a directory, are on the disk."""
     opened = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(opened)
-    except OSError as error:
-        if error.errno not in _CANNOT_SYNC:
-            raise
+        sync(opened)
     finally:
         os.close(opened)
 
@@ -191,11 +185,8 @@ def _missing_or(path: Path, fault: str) -> str:
 
 
 def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while data := file.read(_BLOCK):
-            digest.update(data)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_json(path: Path) -> Any:

@@ -102,8 +102,9 @@ class CheckpointSaves:
 
     def _remove(self, step: int) -> None:
         """Removes what there is of a checkpoint, unless it was complete before something else failed."""
+        newest = newest_resume_point(self.run)
         for path in self.run.checkpoints.glob(f"checkpoint-{step}*"):
-            if path.name.partition(".")[0] == f"checkpoint-{step}" and path != newest_resume_point(self.run):
+            if path.name.partition(".")[0] == f"checkpoint-{step}" and path != newest:
                 shutil.rmtree(path, ignore_errors=True)
 
     def _pause(self, step: int, why: str, then: str) -> None:

@@ -741,8 +741,8 @@ def test_memory_stays_below_the_largest_tensor(tmp_path: Path) -> None:
     made = make_run(tmp_path, base_dtype=torch.bfloat16, config={"hidden_size": 512, "vocab_size": 65_536})
     measure = (
         "import sys, bitsandbytes, transformers.models.falcon_mamba, peft.mapping\n"
-        "from mamba_sft.merging.merge_run import _peak_rss, merge\n"
-        "before = _peak_rss(); print(merge(sys.argv[1]).peak_rss - before)\n"
+        "from mamba_sft.merging.merge_run import merge\nfrom mamba_sft.processes import peak_rss\n"
+        "before = peak_rss(); print(merge(sys.argv[1]).peak_rss - before)\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", measure, str(made.run.path)], check=True, capture_output=True, text=True
