@@ -56,10 +56,12 @@ def write_comparison(runs: Sequence[Run], output: Path) -> list[str]:
         for name, facts in zip(names, compared, strict=True)
         for problem in dict.fromkeys(facts.problems)
     ]
+    losses = [facts.series("loss") for facts in compared]
+    longest = max(map(len, losses))
     loss = Plot(
         "training loss",
         "nats per token, smoothed",
-        [Curve(n, smooth(f.series("loss")), i) for i, (n, f) in enumerate(zip(names, compared, strict=True))],
+        [Curve(n, smooth(x, longest), i) for i, (n, x) in enumerate(zip(names, losses, strict=True))],
     )
     page = page_text(
         "comparison.html.jinja",

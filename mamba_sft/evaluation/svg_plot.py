@@ -104,10 +104,16 @@ def is_logarithmic(values: Iterable[float]) -> bool:
     return bool(finite) and min(finite) > 0 and max(finite) >= LOGARITHMIC * min(finite)
 
 
-def smooth(points: Sequence[Point]) -> list[Point]:
-    """Returns the exponential moving average over about a twentieth of the run."""
+def smooth(points: Sequence[Point], longest: int = 0) -> list[Point]:
+    """Returns the exponential moving average over about a twentieth of the run.
+
+    Args:
+        points: What was logged.
+        longest: Points of the longest run beside it, if it has more: runs that are compared are all smoothed
+            alike, or the same values would not lie on each other.
+    """
     finite = [(step, value) for step, value in points if math.isfinite(value)]
-    weight = max(0.0, 1 - 20 / max(1, len(finite)))
+    weight = max(0.0, 1 - 20 / max(1, len(finite), longest))
     found: list[Point] = []
     total = norm = 0.0
     for step, value in finite:

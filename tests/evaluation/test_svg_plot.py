@@ -85,3 +85,10 @@ def test_the_smoothed_curve_follows_and_forgets_what_is_no_number() -> None:
 )  # fmt: skip
 def test_numbers_on_an_axis(value: float, text: str) -> None:
     assert number_text(value) == text
+
+
+def test_runs_of_different_lengths_are_smoothed_alike() -> None:
+    points = [(float(step), 100.0 / (1 + step)) for step in range(200)]
+    whole, begun = smooth(points, 200), smooth(points[:30], 200)
+    assert begun == whole[:30]
+    assert begun != smooth(points[:30])
