@@ -16,10 +16,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _PROC = Path("/proc")
+_RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+"""Where torchrun and the kinds of MPI tell a process its number, in the order in which accelerate looks."""
 _MACHINE_IDS = (Path("/etc/machine-id"), Path("/var/lib/dbus/machine-id"))
 _UNSEEN = "0" * 8  # the birth of a process that a system hides from other users
 NAME = r"[0-9a-f]{8}-\d{1,9}-[0-9a-f]{8}"
 """What the name of a process looks like, as a regular expression."""
+
+
+def is_first() -> bool:
+    """Returns whether this is the first of the processes that work together, or the only one.
+
+    Read from the environment, before torch and accelerate are loaded, which would say the same.
+    """
+    return int(next((os.environ[name] for name in _RANKS if os.environ.get(name, "").isdecimal()), "0")) == 0
 
 
 @dataclass(frozen=True)

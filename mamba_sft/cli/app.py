@@ -22,6 +22,7 @@ from mamba_sft.cli.console import err, out
 from mamba_sft.cli.printable import PrintableFormatter, printable
 from mamba_sft.disk import FULL, reason
 from mamba_sft.errors import MambaSFTError
+from mamba_sft.processes import is_first
 
 app = typer.Typer(
     name="mamba-sft",
@@ -92,7 +93,7 @@ def options(
     logger.handlers = [handler]
     logger.setLevel(logging.INFO)
     logger.propagate = False
-    if os.environ.get("RANK", "0") != "0":  # one of several processes speaks
+    if not is_first():  # one of several processes speaks
         out.quiet = err.quiet = True
         logger.setLevel(logging.WARNING)
     # Waiting threads sleep instead of spinning. Spinning gains nothing measurable on an idle machine; with

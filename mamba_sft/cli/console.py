@@ -8,9 +8,13 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.control import Control
+from rich.segment import ControlType
 
 from mamba_sft.cli.printable import PrintableConsole
 
@@ -53,6 +57,21 @@ def write_json(content: Any) -> None:
     """Writes JSON to stdout: letters as they are, what would steer a terminal or is no character escaped."""
     text = json.dumps(content, ensure_ascii=False, indent=2)
     sys.stdout.write(_NOT_IN_JSON.sub(lambda match: f"\\u{ord(match[0]):04x}", text) + "\n")
+
+
+@contextmanager
+def loading(libraries: str) -> Iterator[None]:
+    """Says which libraries are being loaded, on a terminal, in a line that goes again: it takes seconds.
+
+    Everything that can be told without them is told before.
+    """
+    if err.is_terminal:
+        err.print(f"loading {libraries} ...", style="dim", end="\r")
+    try:
+        yield
+    finally:
+        if err.is_terminal:
+            err.control(Control((ControlType.ERASE_IN_LINE, 2)))
 
 
 def quiet_loading() -> None:

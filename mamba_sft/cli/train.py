@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from mamba_sft.cli.console import Overrides, RecipeArgument, err, out, quiet_loading
+from mamba_sft.cli.console import Overrides, RecipeArgument, err, loading, out, quiet_loading
 from mamba_sft.errors import UsageError
 from mamba_sft.wording import count_text
 
@@ -38,23 +38,27 @@ def train(
     from mamba_sft.training.overwriting import refuse_both
 
     refuse_both(resume=resume, overwrite=overwrite)
+    if allow_changed_data and not resume:
+        raise UsageError("`--allow-changed-data` goes with `--resume`", hint="a new run takes any data")
     changes = overrides or []
     loaded = Recipe.load(recipe, overrides=changes)
-    from mamba_sft.cli.lines import WarningList
-    from mamba_sft.cli.progress import TrainingBar
-    from mamba_sft.cli.unsaved import ask_on_terminal
-    from mamba_sft.data.summary import FITS_NO_CHAT
-    from mamba_sft.evaluation.losses import loss_warnings
     from mamba_sft.recipe.builtin import find_recipe
-    from mamba_sft.training.fine_tuning import prepare, train_prepared
+    from mamba_sft.training.first_checks import check_first
     from mamba_sft.training.resuming import own_recipe_moved
 
     if resume and not any(change.startswith("output_dir=") for change in changes):
         loaded = own_recipe_moved(find_recipe(recipe), loaded)
-    if allow_changed_data and not resume:
-        raise UsageError("`--allow-changed-data` goes with `--resume`", hint="a new run takes any data")
     overwrite = overwrite or (dry_run and not resume)  # a dry run asks what a run would do
-    preparation = prepare(loaded, resume=resume, overwrite=overwrite, allow_changed_data=allow_changed_data)
+    checked = check_first(loaded, resume=resume, overwrite=overwrite)
+    with loading("torch, transformers, peft and trl"):
+        from mamba_sft.cli.lines import WarningList
+        from mamba_sft.cli.progress import TrainingBar
+        from mamba_sft.cli.unsaved import ask_on_terminal
+        from mamba_sft.data.summary import FITS_NO_CHAT
+        from mamba_sft.evaluation.losses import loss_warnings
+        from mamba_sft.training.fine_tuning import prepare_checked, train_prepared
+
+    preparation = prepare_checked(checked, allow_changed_data=allow_changed_data)
     fits_no_chat = preparation.data.summary.fits_no_chat
     if dry_run:
         _show_dry_run(preparation)

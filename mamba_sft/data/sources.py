@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import glob
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from itertools import chain, islice
@@ -50,6 +50,21 @@ def read_source(source: SourceSection) -> Iterator[Row]:
         DataError: Nothing is there, it is no kind of file we read, it is damaged as a whole, or it is empty.
     """
     return islice(chain.from_iterable(_not_empty(name, rows) for name, rows in _open(source)), source.limit)
+
+
+def check_source(source: SourceSection) -> None:
+    """Checks that a source is there, and that its files are of a kind that is read, without reading rows.
+
+    Of a data set on the hub nothing is asked.
+
+    Raises:
+        DataError: Nothing is there, or something that is no data.
+    """
+    for place in _places(source) or []:
+        if place.is_dir():
+            _check_kinds(place)
+        else:
+            _reader_of(source, place)
 
 
 def identity(source: SourceSection) -> dict[str, str]:
@@ -103,8 +118,14 @@ def _places(source: SourceSection) -> list[Path] | None:
 
 
 def _read_directory(source: SourceSection, path: Path) -> Iterator[Row]:
+    _check_kinds(path)
+    return _read_hub(source, str(path))
+
+
+def _check_kinds(path: Path) -> None:
+    """Refuses a directory of files of several kinds, of which `datasets` would read one."""
     if _is_saved(path):
-        return _read_hub(source, str(path))
+        return
     kinds = Counter(kind_of_file(file) for file in path.rglob("*") if kind_of_file(file) in KINDS)
     if len(kinds) > 1:
         found = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
@@ -112,7 +133,6 @@ def _read_directory(source: SourceSection, path: Path) -> Iterator[Row]:
         raise DataError(
             f"`{path}` holds files of several kinds: {found}", hint=f"name those you mean: {globs}"
         )
-    return _read_hub(source, str(path))
 
 
 def _is_saved(path: Path) -> bool:
@@ -152,15 +172,28 @@ def _not_empty(name: str, rows: Iterator[Row]) -> Iterator[Row]:
 
 
 def _read_file(source: SourceSection, path: Path) -> Iterator[Row]:
+    reader = _reader_of(source, path)
+    with _damage_told(path):
+        yield from reader(path)
+
+
+def _reader_of(source: SourceSection, path: Path) -> Callable[[Path], Iterator[Row]]:
+    """What reads a file, once it is known to be of a kind that is read and the source's fields fit it."""
     kind = kind_of_file(path)
     reader = TEXT_READERS[source.sample_by] if kind == ".txt" else READERS.get(kind)
     if reader is None:
         raise _unknown_kind(path)
     _refuse_idle_fields(source, path)
-    try:
+    with _damage_told(path):
         if kind != ".parquet":
             _refuse_utf16(path)
-        yield from reader(path)
+    return reader
+
+
+@contextmanager
+def _damage_told(path: Path) -> Iterator[None]:
+    try:
+        yield
     except CANNOT_READ as error:
         raise DataError(f"cannot read `{path}`: {getattr(error, 'strerror', None) or error}") from error
 

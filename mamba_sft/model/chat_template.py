@@ -38,6 +38,8 @@ Pieces = list[tuple[str, bool]]
 TURN_START = "<|im_start|>"
 TURN_END = "<|im_end|>"
 
+_NO_FILES = ("chatml", "tokenizer")
+"""Values of `chat.template` that are no path."""
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 _PROBE: list[Message] = [
     {"role": "user", "content": "first question"},
@@ -400,6 +402,19 @@ def with_system(messages: list[Message], system: str | None) -> list[Message]:
     return [{"role": "system", "content": system}, *messages]
 
 
+def check_template_file(template: str) -> None:
+    """Checks a template of a file of its own, where `template` names one: that it is there and can be used.
+
+    Args:
+        template: `chat.template`.
+
+    Raises:
+        DataError: It cannot be read or used.
+    """
+    if template not in _NO_FILES:
+        _template_file(template)
+
+
 def _template_text(tokenizer: Any, template: str) -> tuple[str, str]:
     if template == "chatml":
         return template, built_in_template()
@@ -410,12 +425,16 @@ def _template_text(tokenizer: Any, template: str) -> tuple[str, str]:
                 hint="use `chat.template: chatml`, or the path of a .jinja file",
             )
         return template, _checked(template, tokenizer.get_chat_template())
+    return template, _template_file(template)
+
+
+def _template_file(template: str) -> str:
     from mamba_sft.recipe.builtin import find_path
 
     path = find_path(template)
     try:
         with path.open(encoding="utf-8") as file:
-            return template, _checked(template, file.read(LONGEST_TEMPLATE + 1))
+            return _checked(template, file.read(LONGEST_TEMPLATE + 1))
     except (OSError, ValueError) as error:
         raise DataError(
             f"cannot read the chat template `{template}`: {error}",

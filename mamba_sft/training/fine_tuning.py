@@ -22,9 +22,9 @@ from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 from mamba_sft.data.packing import Collator
 from mamba_sft.data.preparing import PreparedData, read_corpus
 from mamba_sft.data.rows import row_lengths
-from mamba_sft.disk import check_writable, disk_errors_explained
+from mamba_sft.disk import disk_errors_explained
 from mamba_sft.errors import TrainingError
-from mamba_sft.evaluation.prompts import Prompt, load_prompts, pair, prompts_digest, write_samples
+from mamba_sft.evaluation.prompts import Prompt, pair, prompts_digest, write_samples
 from mamba_sft.inference.generation import answers, stop_token_ids
 from mamba_sft.inference.sampling import Sampling
 from mamba_sft.kernels import automatic
@@ -42,28 +42,20 @@ from mamba_sft.planning.storage import (
     checkpoint_sizes,
     refuse_too_small_a_disk,
 )
-from mamba_sft.recipe.builtin import find_path
 from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.run import Run, atomic_directory, write_atomically
-from mamba_sft.run_lock import refuse_if_held
 from mamba_sft.training.activations import keep_activations
 from mamba_sft.training.callbacks import AdapterWatch, Interruption, MetricsLog
 from mamba_sft.training.counts import Counts
 from mamba_sft.training.data_record import record_data, settle_changes
+from mamba_sft.training.first_checks import Checked, check_first
 from mamba_sft.training.keeping import Ask, save_surely
 from mamba_sft.training.live_report import LiveReport
-from mamba_sft.training.overwriting import (
-    contents_of,
-    refuse_both,
-    refuse_to_overwrite,
-    refuse_to_read_what_goes,
-    sole_writer,
-    start_anew,
-)
+from mamba_sft.training.overwriting import sole_writer, start_anew
 from mamba_sft.training.resume_points import step_in_name, sweep
-from mamba_sft.training.resuming import find_resume_point, newest_resume_point
+from mamba_sft.training.resuming import newest_resume_point
 from mamba_sft.training.saving import CheckpointSaves, file_errors_explained, left_out_if_refused
-from mamba_sft.training.starting import check_base, find_start
+from mamba_sft.training.starting import check_base, check_vocabulary
 from mamba_sft.training.step_samples import StepSamples
 from mamba_sft.training.trainer import Trainer, trainer_arguments
 from mamba_sft.wording import count_text
@@ -129,8 +121,6 @@ def prepare(
 ) -> Preparation:
     """Does everything that comes before the weights: reads and renders the data, checks every setting.
 
-    `recipe.output_dir` is written to for a moment, to see that it can be, and is left as it was.
-
     Args:
         recipe: What to train.
         resume: Go on from the newest complete checkpoint in `recipe.output_dir`.
@@ -140,20 +130,22 @@ def prepare(
     Raises:
         MambaSFTError: Anything in recipe, base, data, memory or output directory that would make it fail.
     """
-    refuse_both(resume=resume, overwrite=overwrite)
-    run = Run(Path(recipe.output_dir))
+    checked = check_first(recipe, resume=resume, overwrite=overwrite)
+    return prepare_checked(checked, allow_changed_data=allow_changed_data)
+
+
+def prepare_checked(checked: Checked, *, allow_changed_data: bool = False) -> Preparation:
+    """Does what `prepare` does after the first checks.
+
+    Args:
+        checked: From `check_first`.
+        allow_changed_data: Resume with other rows, or other prompts, than the run was started with.
+    """
+    recipe, run = checked.recipe, checked.run
     processes = PartialState(cpu=not torch.cuda.is_available())  # as the trainer asks; else each is the first
-    if processes.is_main_process:
-        refuse_if_held(run.lock, run.path)
-        check_writable(run.path, TrainingError, hint=ANOTHER_PLACE)
-    seen = contents_of(run)
-    recipe, resume_point = find_resume_point(run, recipe) if resume else (recipe, None)
-    if not resume and processes.is_main_process:
-        refuse_to_overwrite(run, overwrite=overwrite)
-        if overwrite:
-            refuse_to_read_what_goes(recipe)
     setup, data = read_corpus(recipe)
-    start = find_start(recipe, setup)
+    if checked.start is not None:
+        check_vocabulary(checked.start, setup)
     lengths = row_lengths(data.train_rows)
     length = run_length(
         recipe, rows=len(lengths), tokens=int(lengths.sum()), processes=processes.num_processes
@@ -163,26 +155,27 @@ def prepare(
     trained = trained_values(recipe, trained_rows=len(setup.trained_token_ids))
     if processes.is_main_process:
         validates = data.validation_rows is not None
-        refuse_too_small_a_disk(run, recipe, trained, steps=length.steps, validates=validates, resumes=resume)
+        refuse_too_small_a_disk(
+            run, recipe, trained, steps=length.steps, validates=validates, resumes=checked.resumed
+        )
     arguments = trainer_arguments(recipe, run, has_validation=data.validation_rows is not None)
-    prompts = load_prompts(find_path(recipe.eval.prompts)) if recipe.eval.prompts else []
-    record = record_data(recipe, data, setup.tokenizer, length, prompts)
-    if resume:
-        record["changes"] = settle_changes(run, record, resume_point, allowed=allow_changed_data)
+    record = record_data(recipe, data, setup.tokenizer, length, checked.prompts)
+    if checked.resumed:
+        record["changes"] = settle_changes(run, record, checked.resume_point, allowed=allow_changed_data)
     return Preparation(
         recipe=recipe,
         run=run,
         setup=setup,
         data=data,
         arguments=arguments,
-        prompts=prompts,
+        prompts=checked.prompts,
         length=length,
-        start=start,
-        resumed=resume,
-        resume_point=resume_point,
+        start=checked.start,
+        resumed=checked.resumed,
+        resume_point=checked.resume_point,
         record=record,
         trained=trained,
-        seen=seen,
+        seen=checked.seen,
     )
 
 

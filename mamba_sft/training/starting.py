@@ -10,17 +10,19 @@ import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mamba_sft.errors import AdapterError, RecipeError
 from mamba_sft.model.base_facts import BaseFacts
-from mamba_sft.model.chat_template import TemplateSetup
 from mamba_sft.model.checkpoint import base_fingerprint, resolve_base
 from mamba_sft.model.checksums import file_checksum
 from mamba_sft.recipe.builtin import find_path
 from mamba_sft.recipe.fields import AdapterSection, ModelSection
 from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.run import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Run
+
+if TYPE_CHECKING:
+    from mamba_sft.model.chat_template import TemplateSetup
 
 logger = logging.getLogger(__name__)
 
@@ -33,12 +35,13 @@ FOREIGN = (
 """What PEFT can do and no recipe can say; an adapter that uses it cannot be trained on here."""
 
 
-def find_start(recipe: Recipe, setup: TemplateSetup) -> Path | None:
+def find_start(recipe: Recipe) -> Path | None:
     """Returns the directory of the adapter that training starts from; None where it starts anew.
+
+    Whether its vocabulary fits is left to `check_vocabulary`.
 
     Args:
         recipe: What is trained.
-        setup: Its tokenizer, with the special tokens settled.
 
     Raises:
         RecipeError: It is inside `output_dir`.
@@ -62,7 +65,6 @@ def find_start(recipe: Recipe, setup: TemplateSetup) -> Path | None:
         )
     if find_path(recipe.model.base).is_dir():  # else it may not be downloaded yet
         check_base(path, recipe.model)
-    _check_vocabulary(path, facts, setup)
     if facts.quantization != recipe.model.quantization:
         logger.warning(
             "`%s` was trained on a base in `%s` and goes on with one in `%s`",
@@ -144,7 +146,17 @@ def _shown(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _check_vocabulary(path: Path, facts: BaseFacts, setup: TemplateSetup) -> None:
+def check_vocabulary(path: Path, setup: TemplateSetup) -> None:
+    """Checks that an adapter trained the rows of the vocabulary that a recipe trains.
+
+    Args:
+        path: The adapter's directory.
+        setup: The recipe's tokenizer, with the special tokens settled.
+
+    Raises:
+        AdapterError: It trained others.
+    """
+    facts = BaseFacts.read(path)
     its, ours = sorted(facts.trained_token_ids), sorted(setup.trained_token_ids)
     if (its, facts.resize_to) == (ours, setup.resize_to):
         return
