@@ -16,6 +16,7 @@ from mamba_sft.cli.console import (
     Temperature,
     TopK,
     TopP,
+    loading,
     model_or_newest,
     out,
     quiet_loading,
@@ -37,12 +38,15 @@ def chat(
     from mamba_sft.inference.sampling import Sampling
 
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
-    where = model_or_newest(model)
-    from mamba_sft.cli.terminal import chat_loop
-    from mamba_sft.inference.answering import open_session
+    from mamba_sft.inference.model_places import find_place
 
-    quiet_loading()
-    session = open_session(where, compare=compare, merged=merged, sampling=sampling, system=system)
+    place = find_place(model_or_newest(model), merged=merged, needs_adapter=compare)
+    with loading("torch, transformers and peft"):
+        from mamba_sft.cli.terminal import chat_loop
+        from mamba_sft.inference.answering import open_session
+
+        quiet_loading()
+    session = open_session(place, compare=compare, sampling=sampling, system=system)
     if isinstance(sys.stdin, TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # a pipe may hold anything
     if sys.stdin.isatty():

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from mamba_sft.cli.console import Json, Overrides, err, out, write_json
+from mamba_sft.cli.console import Json, Overrides, err, loading, out, write_json
 from mamba_sft.errors import UsageError
 from mamba_sft.wording import size_text, time_text
 
@@ -39,9 +39,14 @@ def data(
     from mamba_sft.recipe.recipe import Recipe
 
     loaded = Recipe.load(recipe, overrides=overrides or [])
-    from mamba_sft.cli import preview
-    from mamba_sft.data.preparing import read_corpus
-    from mamba_sft.planning.extent import run_length
+    from mamba_sft.data.sources import check_source
+
+    for source in loaded.data.sources:
+        check_source(source)
+    with loading("torch and transformers"):
+        from mamba_sft.cli import preview
+        from mamba_sft.data.preparing import read_corpus
+        from mamba_sft.planning.extent import run_length
 
     started = time.monotonic()
     setup, prepared = read_corpus(loaded)

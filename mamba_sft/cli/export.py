@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from mamba_sft.cli.console import Json, err, out, quiet_loading, run_or_newest, write_json
+from mamba_sft.cli.console import Json, err, loading, out, quiet_loading, run_or_newest, write_json
 from mamba_sft.errors import UsageError
 from mamba_sft.wording import size_text, time_text
 
@@ -65,21 +65,25 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Export a run: GGUF files for llama.cpp, Ollama, a checkpoint for the hub."""
+    from mamba_sft.exporting.export_run import check_request
     from mamba_sft.exporting.export_run import export as export_run
     from mamba_sft.exporting.request import GGUFOptions, HubOptions
 
-    quiet_loading()
     options: GGUFOptions | HubOptions = GGUFOptions(epsilon_fix, verify, imatrix)
     if format == "hf" or push_to_hub is not None:
         options = HubOptions(tuple(language or ["en"]), push_to_hub, private)
     where = run if run is not None else run_or_newest(None)
     if dry_run and (format == "hf" or adapter_only):
         raise UsageError("`--dry-run` plans a model's GGUF files; a checkpoint is as large as its base")
+    check_request(where, format, quantization or [], adapter_only, options)
+    with loading("torch and transformers"):
+        import mamba_sft.exporting.full_model  # noqa: F401  # what every format needs
+        from mamba_sft.cli.progress import StageBar
+
+        quiet_loading()
     if dry_run:
         _show_plan(where, quantization or [], output, name, verify, as_json)
         return
-    from mamba_sft.cli.progress import StageBar
-
     with StageBar(err) as bar:
         done = export_run(
             where,
@@ -102,9 +106,6 @@ def _show_plan(
     verify: bool,
     as_json: bool,
 ) -> None:
-    from mamba_sft.exporting.gguf.installed import require_gguf
-
-    require_gguf()
     from mamba_sft.exporting.gguf.export import prepare_model
     from mamba_sft.exporting.gguf.timing import checking_seconds, writing_seconds
     from mamba_sft.exporting.request import ExportRequest

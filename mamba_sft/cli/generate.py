@@ -17,6 +17,7 @@ from mamba_sft.cli.console import (
     TopK,
     TopP,
     err,
+    loading,
     model_or_newest,
     out,
     quiet_loading,
@@ -51,15 +52,20 @@ def generate(
         raise UsageError(
             "give either `--prompt` or `--input`", hint='for example --prompt "What is a haiku?"'
         )
-    where = model_or_newest(model)
-    from mamba_sft.cli.progress import StageBar
-    from mamba_sft.inference.answering import generate as answer
+    from mamba_sft.inference.model_places import find_place
+    from mamba_sft.inference.request import check_files
 
-    quiet_loading()
+    check_files(input_file, output)
+    place = find_place(model_or_newest(model))
+    with loading("torch, transformers and peft"):
+        from mamba_sft.cli.progress import StageBar
+        from mamba_sft.inference.answering import generate as answer
+
+        quiet_loading()
     prompts: Path | list[str] = input_file if input_file is not None else prompt or []
     with StageBar(err) as bar:
         found = answer(
-            where, prompts, output=output, sampling=sampling, system=system, raw=raw, on_answer=bar.count
+            place, prompts, output=output, sampling=sampling, system=system, raw=raw, on_answer=bar.count
         )
     if output is None:
         for one in found:

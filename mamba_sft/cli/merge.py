@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mamba_sft.cli.console import FinishedRun, Json, err, out, quiet_loading, run_or_newest
+from mamba_sft.cli.console import FinishedRun, Json, err, loading, out, quiet_loading, run_or_newest
 from mamba_sft.wording import size_text, time_text
 
 if TYPE_CHECKING:
@@ -28,10 +28,14 @@ def merge(
 ) -> None:
     """Merge a run's adapter into its base: a checkpoint that transformers loads by itself."""
     chosen = run_or_newest(run)
-    from mamba_sft.cli.progress import StageBar
-    from mamba_sft.merging.merge_run import merge as merge_run
+    from mamba_sft.merging.request import check_request
 
-    quiet_loading()
+    check_request(chosen, output=output, dtype=dtype, onto=onto)
+    with loading("torch, transformers and peft"):
+        from mamba_sft.cli.progress import StageBar
+        from mamba_sft.merging.merge_run import merge as merge_run
+
+        quiet_loading()
     with StageBar(err) as bar:
         report = merge_run(chosen, output=output, dtype=dtype, onto=onto, progress=bar.update)
     if as_json:

@@ -50,18 +50,15 @@ def export(
     Raises:
         MambaSFTError: It cannot be exported, a file failed its check, or another process is writing there.
     """
-    from mamba_sft.exporting.gguf.installed import require_gguf
     from mamba_sft.exporting.request import ExportRequest, GGUFOptions, HubOptions
 
     names = [quantization] if isinstance(quantization, str) else list(quantization or [])
+    check_request(run, format, names, adapter_only, options)
     request = ExportRequest(run, names, output, name, progress or (lambda stage, done, total: None))
     if isinstance(options, GGUFOptions):
         request = replace(request, gguf=options)
     elif isinstance(options, HubOptions):
         request = replace(request, hub=options)
-    check_request(format, names, adapter_only, options)
-    if format != "hf":
-        require_gguf()
     with _sole_writer(run, output, format):
         if format == "hf":
             from mamba_sft.exporting.hub.export import export_checkpoint
@@ -85,13 +82,20 @@ def _sole_writer(
 
 
 def check_request(
-    format: str, quantization: Sequence[str], adapter_only: bool, options: GGUFOptions | HubOptions | None
+    run: Run | str | Path,
+    format: str,
+    quantization: Sequence[str],
+    adapter_only: bool,
+    options: GGUFOptions | HubOptions | None,
 ) -> None:
-    """Refuses what does not go together.
+    """Refuses what is not there or does not go together, before torch is loaded. Arguments are `export`'s.
 
     Raises:
-        UsageError: There is no such format, or something belongs to another one.
+        UsageError: There is no such run, format or quantization, or something belongs to another format.
+        ExportError: What GGUF files need is not installed.
     """
+    if isinstance(run, Run) or adapter_only or not (Path(run) / "config.json").is_file():
+        Run.open(run)
     from mamba_sft.exporting.request import GGUFOptions, HubOptions
 
     if format not in FORMATS:
@@ -100,3 +104,10 @@ def check_request(
         raise UsageError("quantizations and adapters alone are GGUF files", hint="leave `--format hf` out")
     if format != "hf" and isinstance(options, HubOptions):
         raise UsageError("only a checkpoint is pushed to the hub", hint="say `--format hf`")
+    if format != "hf":
+        from mamba_sft.exporting.gguf.installed import require_gguf
+
+        require_gguf()
+        from mamba_sft.exporting.gguf.types import choose_methods
+
+        choose_methods(list(quantization))

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 from mamba_sft.disk import check_writable
 from mamba_sft.errors import ExportError, UsageError
-from mamba_sft.exporting.full_model import FullModel
 from mamba_sft.model.checkpoint import is_file_name
 from mamba_sft.run import check_output
 
 if TYPE_CHECKING:
+    from mamba_sft.exporting.full_model import FullModel
     from mamba_sft.run import Run
 
 _LONGEST = 200

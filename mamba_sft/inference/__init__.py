@@ -2,7 +2,7 @@
 
 Read `sampling` (how the next token is chosen), `generation` (prompts to answers, state carried) with
 `next_token` (the step of one, recorded on a GPU), `scoring` (loss on held-out rows) and `evaluating` (dropout
-off meanwhile); `chat_model` (a model with all that talking needs, from a run or a checkpoint), `sessions`
-(conversations with one model, or base and tuned side by side), `answering` (what the verbs `generate` and
-`chat` do).
+off meanwhile); `request` and `model_places` (what is asked for, and of which model), `chat_model` (a model
+with all that talking needs, from such a place), `sessions` (conversations with one model, or base and tuned
+side by side), `answering` (what the verbs `generate` and `chat` do).
 """

@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mamba_sft.disk import check_writable
 from mamba_sft.errors import DataError, UsageError
 from mamba_sft.inference.chat_model import ChatModel, load_chat_model, require_template, split_chat_model
 from mamba_sft.inference.generation import Answer, answers
+from mamba_sft.inference.model_places import ModelPlace
+from mamba_sft.inference.request import check_files
 from mamba_sft.inference.sampling import Sampling
 from mamba_sft.inference.sessions import ChatSession, CompareSession
 from mamba_sft.json_lines import Row, read_prompt_file
@@ -22,7 +23,7 @@ Prompt = str | Sequence[Message]
 
 
 def generate(
-    model: ChatModel | Run | str | Path,
+    model: ChatModel | ModelPlace | Run | str | Path,
     prompts: Prompt | Path | Iterable[Prompt],
     *,
     output: str | Path | None = None,
@@ -35,7 +36,7 @@ def generate(
     """Answers prompts, several at a time.
 
     Args:
-        model: A run, a model directory, a hub id, or what `load_chat_model` returned.
+        model: A run, a model directory, a hub id, or what `load_chat_model` or `find_place` returned.
         prompts: A text, a list of messages, several of either, or the `Path` of a JSON Lines file with one
             `{"prompt": ...}` or `{"messages": [...]}` a line, or of a txt file with one prompt a line.
         output: JSON Lines file to write: prompt, `answer`, `finish_reason` (`stop` or `length`), `tokens`.
@@ -52,11 +53,8 @@ def generate(
         UsageError: A prompt is blank, or the output cannot be written.
         DataError: A line of the file is not a prompt (with file and line), or there is no chat template.
     """
+    check_files(prompts if isinstance(prompts, Path) else None, output)
     rows = _read_prompts(prompts) if isinstance(prompts, Path) else _list_prompts(prompts)
-    if output is not None and Path(output).is_dir():
-        raise UsageError(f"the output `{output}` is a directory", hint="for example `answers.jsonl`")
-    if output is not None:
-        check_writable(Path(output).parent, UsageError, hint="choose another place for `--output`")
     chat_model = model if isinstance(model, ChatModel) else load_chat_model(model, needs_template=not raw)
     system = chat_model.system if system is None else system
     if not raw:
@@ -76,7 +74,7 @@ def generate(
 
 
 def open_session(
-    model: ChatModel | Run | str | Path,
+    model: ChatModel | ModelPlace | Run | str | Path,
     *,
     compare: bool = False,
     merged: bool = False,
@@ -86,7 +84,7 @@ def open_session(
     """Starts a conversation.
 
     Args:
-        model: A run, a model directory, a hub id, or what `load_chat_model` returned.
+        model: A run, a model directory, a hub id, or what `load_chat_model` or `find_place` returned.
         compare: Talk to a run's base and to its tuned model at once; they share one model in memory.
         merged: Talk to the run's merged checkpoint rather than to base and adapter.
         sampling: How to choose tokens; greedy by default.

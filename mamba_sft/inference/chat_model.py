@@ -6,19 +6,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from mamba_sft.errors import AdapterError, DataError, UsageError
+from mamba_sft.errors import AdapterError, DataError
 from mamba_sft.inference.generation import stop_token_ids
+from mamba_sft.inference.model_places import ModelPlace, find_place, no_adapter
 from mamba_sft.model.adapter import load_adapter
 from mamba_sft.model.base_facts import BaseFacts
 from mamba_sft.model.base_view import without_adapter
 from mamba_sft.model.chat_template import TemplateSetup, find_stop_token
-from mamba_sft.model.checkpoint import base_fingerprint, read_config
+from mamba_sft.model.checkpoint import base_fingerprint
 from mamba_sft.model.loading import apply_setup, load_model, load_setup, load_tokenizer, resolve_base
 from mamba_sft.model.warming_up import warm_up
-from mamba_sft.recipe.builtin import expanded
-from mamba_sft.recipe.fields import ModelSection
-from mamba_sft.recipe.recipe import Recipe
-from mamba_sft.run import ADAPTER_CONFIG, Run
+from mamba_sft.run import Run
 
 Quantization = Literal["none", "nf4", "int8"]
 
@@ -50,25 +48,8 @@ class ChatModel:
         return int(config.num_hidden_layers * (conv + scan))
 
 
-@dataclass(frozen=True)
-class _Source:
-    """What was asked for: a model, and an adapter on top of it unless it is complete by itself.
-
-    Args:
-        section: The model.
-        adapter: The adapter's directory, or None.
-        recipe: What the adapter was trained by, where it is known.
-        facts: What was saved with the adapter of its base; None for a checkpoint, where the recipe tells.
-    """
-
-    section: ModelSection
-    adapter: Path | None = None
-    recipe: Recipe | None = None
-    facts: BaseFacts | None = None
-
-
 def load_chat_model(
-    where: Run | str | Path,
+    where: ModelPlace | Run | str | Path,
     *,
     merged: bool = False,
     quantization: Quantization | None = None,
@@ -79,7 +60,7 @@ def load_chat_model(
 
     Args:
         where: A run (its base with its adapter on top), a checkpoint or the adapter directory of one, a model
-            directory or a hub id.
+            directory or a hub id; or what `find_place` found of it.
         merged: Take the run's merged checkpoint rather than base and adapter.
         quantization: How to hold the weights in memory; None takes what the run was trained with, or none.
         needs_template: Refuse a model that cannot hold conversations.
@@ -91,10 +72,12 @@ def load_chat_model(
         ModelError: There is no such model.
         AdapterError: The adapter is incomplete, does not fit, or was trained on another base.
     """
-    name = str(where.path if isinstance(where, Run) else where)
-    source = _find(where, merged)
-    if needs_adapter and source.adapter is None:
-        raise _no_adapter(name)
+    source = (
+        where
+        if isinstance(where, ModelPlace)
+        else find_place(where, merged=merged, needs_adapter=needs_adapter)
+    )
+    name = source.name
     setup = None if source.adapter is None else _setup(source, source.adapter)
     tokenizer = load_tokenizer(source.section) if setup is None else setup.tokenizer
     if needs_template:
@@ -134,66 +117,12 @@ def split_chat_model(chat_model: ChatModel) -> tuple[ChatModel, ChatModel]:
         UsageError: The model has no adapter, so there is nothing to compare with.
     """
     if not hasattr(chat_model.model, "peft_config"):
-        raise _no_adapter(chat_model.name)
+        raise no_adapter(chat_model.name)
     base = replace(chat_model, name="base", model=without_adapter(chat_model.model))
     return base, replace(chat_model, name="tuned")
 
 
-def _no_adapter(name: str) -> UsageError:
-    return UsageError(
-        f"`{name}` has no adapter to switch off, so there is no base to compare with",
-        hint="compare a run, which has an adapter beside its base",
-    )
-
-
-def _find(where: Run | str | Path, merged: bool) -> _Source:
-    path = where.path if isinstance(where, Run) else expanded(str(where))
-    if isinstance(where, Run) or Run(path).recipe.is_file():
-        return _find_in_run(Run.open(path), merged)
-    if merged:
-        raise UsageError(
-            f"`{path}` is not a run, so it has no merged checkpoint", hint="leave `--merged` out"
-        )
-    if (path / ADAPTER_CONFIG).is_file():
-        return _find_adapter(path)
-    return _Source(_section_of(str(where)))
-
-
-def _find_in_run(run: Run, merged: bool) -> _Source:
-    recipe = Recipe.load(str(run.recipe))
-    if merged:
-        if not run.merged.is_dir():
-            raise UsageError(
-                f"`{run.path}` has no merged checkpoint", hint=f"`mamba-sft merge {run.path}` makes one"
-            )
-        return _Source(_section_of(str(run.merged)), recipe=recipe)
-    if not run.adapter.is_dir():
-        raise UsageError(
-            f"`{run.path}` has no adapter yet: its training has not finished",
-            hint=f"finish it with `mamba-sft train {run.recipe} --resume`, or give one of its checkpoints",
-        )
-    return _Source(recipe.model, run.adapter, recipe, BaseFacts.read(run.adapter))
-
-
-def _find_adapter(path: Path) -> _Source:
-    run = Run(path.resolve().parents[1])
-    if run.checkpoints == path.resolve().parent and run.recipe.is_file():
-        recipe = Recipe.load(str(run.recipe))
-        return _Source(recipe.model, path, recipe)
-    facts = BaseFacts.read(path)
-    known = {name: getattr(facts, name) for name in ("base", "revision", "dtype", "quantization")}
-    return _Source(ModelSection.model_validate(known), path, facts=facts)
-
-
-def _section_of(base: str) -> ModelSection:
-    """A section that loads a checkpoint in the precision it was saved in."""
-    config = read_config(resolve_base(base, weights=False))
-    saved = str(config.get("dtype") or config.get("torch_dtype") or "auto")
-    known = {"bfloat16", "float16", "float32"}
-    return ModelSection.model_validate({"base": base, "dtype": saved if saved in known else "auto"})
-
-
-def _setup(source: _Source, adapter: Path) -> TemplateSetup:
+def _setup(source: ModelPlace, adapter: Path) -> TemplateSetup:
     """Returns the tokenizer that the adapter was trained with, and what it needs of the base."""
     section = source.section
     if source.facts is None and source.recipe is not None:

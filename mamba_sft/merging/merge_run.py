@@ -18,10 +18,11 @@ import torch
 from mamba_sft.data.packing import Collator
 from mamba_sft.data.preparing import read_corpus
 from mamba_sft.disk import disk_errors_explained
-from mamba_sft.errors import MambaSFTError, MergeError, UsageError
+from mamba_sft.errors import MambaSFTError, MergeError
 from mamba_sft.inference.scoring import heldout_loss
 from mamba_sft.merging.check import CheckResult, MergeCheck, MergeResult
 from mamba_sft.merging.preparing import PreparedMerge, prepare_merge
+from mamba_sft.merging.request import check_request
 from mamba_sft.merging.saved_adapter import SavedAdapter
 from mamba_sft.merging.summed import MergedTensors, write_companions
 from mamba_sft.model.chat_template import render
@@ -74,10 +75,10 @@ def merge(
         LockedError: Another process is writing there.
         MambaSFTError: The run or its base is missing or broken.
     """
-    run = Run.open(run)
-    place = Path(output) if output is not None else run.merged
-    with hold_output(place, "merge", run):
-        prepared = prepare_merge(run, place, dtype)
+    asked = check_request(run, output=output, dtype=dtype, onto=onto)
+    place = asked.output
+    with hold_output(place, "merge", asked.run):
+        prepared = prepare_merge(asked.run, place, dtype)
         source = _source(prepared, onto)
         need = f"the merged model takes {size_text(prepared.nbytes)}"
         with disk_errors_explained(place, need, MergeError), atomic_directory(place) as directory:
@@ -176,15 +177,8 @@ class DequantizedTensors(StoredTensors):
 
 
 def _source(prepared: PreparedMerge, onto: str) -> StoredTensors:
-    if onto not in ("base", "dequantized"):
-        raise UsageError(f"merge onto what? `{onto}` is neither `base` nor `dequantized`")
     if onto == "base":
         return prepared.source
-    if prepared.facts.quantization == "none":
-        raise UsageError(
-            "this run's base was not quantized, so there are no dequantized weights to merge onto",
-            hint="leave `--onto` out",
-        )
     facts = prepared.facts
     return DequantizedTensors(
         prepared.entries, facts.quantization, getattr(torch, facts.dtype), facts.checksums

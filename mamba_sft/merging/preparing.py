@@ -13,6 +13,7 @@ import torch
 
 from mamba_sft.disk import check_writable, require_space
 from mamba_sft.errors import MergeError, ModelError, UsageError
+from mamba_sft.merging.request import DTYPE_NAMES
 from mamba_sft.merging.saved_adapter import EMBEDDINGS, HEAD, SavedAdapter, read_adapter
 from mamba_sft.model.base_facts import BaseFacts
 from mamba_sft.model.checkpoint import base_fingerprint, read_config, read_tensors
@@ -31,7 +32,6 @@ from mamba_sft.run import (
 from mamba_sft.run_contents import refuse_strangers
 
 VOCABULARY = (EMBEDDINGS, HEAD)
-_DTYPE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 @dataclass(frozen=True)
@@ -107,8 +107,6 @@ def prepare_merge(run: Run, output: Path, dtype: str | None) -> PreparedMerge:
 
 def match_adapter(run: Run, output: Path, dtype: str | None) -> PreparedMerge:
     """Checks that a run's adapter and its base make one model, and lays it out; see `prepare_merge`."""
-    if dtype is not None and dtype not in _DTYPE_NAMES:
-        raise UsageError(f"no such dtype `{dtype}`", hint=f"give one of {', '.join(_DTYPE_NAMES)}")
     adapter = read_adapter(run.adapter)
     facts = BaseFacts.read(run.adapter)
     base = resolve_base(facts.base, facts.revision)
@@ -219,7 +217,7 @@ def _lay_out(entries: dict[str, TensorEntry], facts: BaseFacts, dtype: str | Non
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].file, item[1].start)):
         if entry.dtype not in DTYPES:
             raise MergeError(f"`{name}` is stored as {entry.dtype}; merge handles {', '.join(DTYPES)}")
-        kind = _DTYPE_NAMES[dtype] if dtype else entry.dtype
+        kind = DTYPE_NAMES[dtype] if dtype else entry.dtype
         rows = facts.resize_to if name in VOCABULARY and facts.resize_to else None
         shape = (rows, *entry.shape[1:]) if rows else entry.shape
         shards.setdefault(entry.file.name, []).append(Layout(name, kind, shape))

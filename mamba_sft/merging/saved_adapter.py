@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from mamba_sft.errors import MergeError, ModelError
+from mamba_sft.merging.request import check_adapter_files
 from mamba_sft.model.tensor_headers import read_header
 from mamba_sft.run import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
@@ -168,12 +169,7 @@ def read_adapter(path: Path) -> SavedAdapter:
         MergeError: There is none, it is damaged, or it holds something that is not a sum of low-rank
             updates, trained rows and biases.
     """
-    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
-        if not (path / name).is_file():
-            raise MergeError(
-                f"no adapter in `{path}`: it has no `{name}`",
-                hint="training writes it when it ends; a stopped run goes on with `mamba-sft train --resume`",
-            )
+    check_adapter_files(path)
     adapter = SavedAdapter(path, _read_config(path / ADAPTER_CONFIG))
     try:
         read_header(path / ADAPTER_WEIGHTS)

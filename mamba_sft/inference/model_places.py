@@ -1,0 +1,113 @@
+"""What is at a place that was named: a run, an adapter, a checkpoint, a model of the hub. Imports no torch.
+
+So that a name that is wrong is told at once, before seconds of loading libraries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from mamba_sft.errors import UsageError
+from mamba_sft.model.base_facts import BaseFacts
+from mamba_sft.model.checkpoint import read_config, resolve_base
+from mamba_sft.recipe.builtin import expanded
+from mamba_sft.recipe.fields import ModelSection
+from mamba_sft.recipe.recipe import Recipe
+from mamba_sft.run import ADAPTER_CONFIG, Run
+
+
+@dataclass(frozen=True)
+class ModelPlace:
+    """What was asked for: a model, and an adapter on top of it unless it is complete by itself.
+
+    Args:
+        name: What to call it: where it was found.
+        section: The model.
+        adapter: The adapter's directory, or None.
+        recipe: What the adapter was trained by, where it is known.
+        facts: What was saved with the adapter of its base; None for a checkpoint, where the recipe tells.
+    """
+
+    name: str
+    section: ModelSection
+    adapter: Path | None = None
+    recipe: Recipe | None = None
+    facts: BaseFacts | None = None
+
+
+def no_adapter(name: str) -> UsageError:
+    """Returns what to say of a model that has no adapter where one is needed."""
+    return UsageError(
+        f"`{name}` has no adapter to switch off, so there is no base to compare with",
+        hint="compare a run, which has an adapter beside its base",
+    )
+
+
+def find_place(where: Run | str | Path, *, merged: bool = False, needs_adapter: bool = False) -> ModelPlace:
+    """Returns what is at `where`. Of a model of the hub that is not here yet, the configuration is fetched.
+
+    Args:
+        where: A run (its base with its adapter on top), a checkpoint or the adapter directory of one, a model
+            directory or a hub id.
+        merged: Take the run's merged checkpoint rather than base and adapter.
+        needs_adapter: Refuse a model without an adapter.
+
+    Raises:
+        UsageError: The run has no adapter, or no merged checkpoint.
+        ModelError: There is no such model.
+        AdapterError: The adapter does not say what its base is.
+    """
+    name = str(where.path if isinstance(where, Run) else where)
+    found = _find(where, name, merged)
+    if needs_adapter and found.adapter is None:
+        raise no_adapter(name)
+    resolve_base(found.section.base, found.section.revision, weights=False)
+    return found
+
+
+def _find(where: Run | str | Path, name: str, merged: bool) -> ModelPlace:
+    path = where.path if isinstance(where, Run) else expanded(str(where))
+    if isinstance(where, Run) or Run(path).recipe.is_file():
+        return _find_in_run(name, Run.open(path), merged)
+    if merged:
+        raise UsageError(
+            f"`{path}` is not a run, so it has no merged checkpoint", hint="leave `--merged` out"
+        )
+    if (path / ADAPTER_CONFIG).is_file():
+        return _find_adapter(name, path)
+    return ModelPlace(name, _section_of(str(where)))
+
+
+def _find_in_run(name: str, run: Run, merged: bool) -> ModelPlace:
+    recipe = Recipe.load(str(run.recipe))
+    if merged:
+        if not run.merged.is_dir():
+            raise UsageError(
+                f"`{run.path}` has no merged checkpoint", hint=f"`mamba-sft merge {run.path}` makes one"
+            )
+        return ModelPlace(name, _section_of(str(run.merged)), recipe=recipe)
+    if not run.adapter.is_dir():
+        raise UsageError(
+            f"`{run.path}` has no adapter yet: its training has not finished",
+            hint=f"finish it with `mamba-sft train {run.recipe} --resume`, or give one of its checkpoints",
+        )
+    return ModelPlace(name, recipe.model, run.adapter, recipe, BaseFacts.read(run.adapter))
+
+
+def _find_adapter(name: str, path: Path) -> ModelPlace:
+    run = Run(path.resolve().parents[1])
+    if run.checkpoints == path.resolve().parent and run.recipe.is_file():
+        recipe = Recipe.load(str(run.recipe))
+        return ModelPlace(name, recipe.model, path, recipe)
+    facts = BaseFacts.read(path)
+    known = {name: getattr(facts, name) for name in ("base", "revision", "dtype", "quantization")}
+    return ModelPlace(name, ModelSection.model_validate(known), path, facts=facts)
+
+
+def _section_of(base: str) -> ModelSection:
+    """A section that loads a checkpoint in the precision it was saved in."""
+    config = read_config(resolve_base(base, weights=False))
+    saved = str(config.get("dtype") or config.get("torch_dtype") or "auto")
+    known = {"bfloat16", "float16", "float32"}
+    return ModelSection.model_validate({"base": base, "dtype": saved if saved in known else "auto"})

@@ -1,0 +1,26 @@
+"""What is asked of `generate`, checked before torch is loaded: the file of prompts, the place for answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mamba_sft.disk import check_writable
+from mamba_sft.errors import UsageError
+
+
+def check_files(prompts: Path | None, output: str | Path | None) -> None:
+    """Checks the files that `generate` reads and writes.
+
+    Args:
+        prompts: The file of prompts, or None where they are no file.
+        output: Where answers go, or None where they go to no file.
+
+    Raises:
+        UsageError: There is no such file, or nothing can be written there.
+    """
+    if prompts is not None and not prompts.exists():
+        raise UsageError(f"no file `{prompts}`", hint="prompts are JSON Lines, or a .txt with one a line")
+    if output is not None and Path(output).is_dir():
+        raise UsageError(f"the output `{output}` is a directory", hint="for example `answers.jsonl`")
+    if output is not None:
+        check_writable(Path(output).parent, UsageError, hint="choose another place for `--output`")
