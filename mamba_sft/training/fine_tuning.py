@@ -32,6 +32,7 @@ from mamba_sft.model.adapter import attach_adapter, load_weights, save_adapter, 
 from mamba_sft.model.chat_template import TemplateSetup, render
 from mamba_sft.model.checkpoint import base_fingerprint, resolve_base
 from mamba_sft.model.loading import apply_setup, load_model, recommend_sampling
+from mamba_sft.planning.course import Course, plan_course
 from mamba_sft.planning.environment import describe_call, describe_device, describe_environment
 from mamba_sft.planning.extent import RunLength, run_length, with_accumulation
 from mamba_sft.planning.fitting import refuse_what_cannot_fit, trained_values
@@ -45,6 +46,7 @@ from mamba_sft.planning.storage import (
 from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.run import Run, atomic_directory, write_atomically
 from mamba_sft.training.activations import keep_activations
+from mamba_sft.training.arguments import trainer_arguments
 from mamba_sft.training.callbacks import AdapterWatch, Interruption, MetricsLog
 from mamba_sft.training.counts import Counts
 from mamba_sft.training.data_record import record_data, settle_changes
@@ -57,7 +59,7 @@ from mamba_sft.training.resuming import newest_resume_point
 from mamba_sft.training.saving import CheckpointSaves, file_errors_explained, left_out_if_refused
 from mamba_sft.training.starting import check_base, check_vocabulary
 from mamba_sft.training.step_samples import StepSamples
-from mamba_sft.training.trainer import Trainer, trainer_arguments
+from mamba_sft.training.trainer import Trainer
 from mamba_sft.wording import count_text
 
 if TYPE_CHECKING:
@@ -86,6 +88,7 @@ class Preparation:
         setup: The tokenizer with its chat template and special tokens settled.
         data: The prepared rows and what was seen while preparing them.
         arguments: The trainer's own configuration.
+        course: Which rows each optimizer step takes.
         prompts: Sample prompts to answer before and after.
         length: What the rows come to: the optimizer steps of the whole run, and whether they are too few.
         start: The adapter that training starts from, where `model.adapter` names one, or None.
@@ -101,6 +104,7 @@ class Preparation:
     setup: TemplateSetup
     data: PreparedData
     arguments: SFTConfig
+    course: Course
     prompts: list[Prompt]
     length: RunLength
     start: Path | None
@@ -158,7 +162,9 @@ def prepare_checked(checked: Checked, *, allow_changed_data: bool = False) -> Pr
         refuse_too_small_a_disk(
             run, recipe, trained, steps=length.steps, validates=validates, resumes=checked.resumed
         )
-    arguments = trainer_arguments(recipe, run, has_validation=data.validation_rows is not None)
+    course = plan_course(recipe.train, lengths, seed=recipe.seed, processes=processes.num_processes)
+    has_validation = data.validation_rows is not None
+    arguments = trainer_arguments(recipe, run, steps=course.steps, has_validation=has_validation)
     record = record_data(recipe, data, setup.tokenizer, length, checked.prompts)
     if checked.resumed:
         record["changes"] = settle_changes(run, record, checked.resume_point, allowed=allow_changed_data)
@@ -168,6 +174,7 @@ def prepare_checked(checked: Checked, *, allow_changed_data: bool = False) -> Pr
         setup=setup,
         data=data,
         arguments=arguments,
+        course=course,
         prompts=checked.prompts,
         length=length,
         start=checked.start,
@@ -326,6 +333,7 @@ def _build_trainer(
     return Trainer(
         run=run,
         section=recipe.train,
+        course=preparation.course,
         saves=CheckpointSaves(run, checkpoint_sizes(preparation.trained, recipe.train.optim)),
         counts=counts,
         interruption=interruption,

@@ -173,9 +173,8 @@ class ChunkedSteps:
         ]
 
     def _make_auto_batch(self) -> AutoBatch:
-        args = self.trainer.args
-        rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        return AutoBatch(self.trainer.model, effective_batch=rows, processes=args.world_size)
+        rows = int(self.trainer.course.sizes.max())
+        return AutoBatch(self.trainer.model, effective_batch=rows, processes=self.trainer.args.world_size)
 
     def _try_longest(self, model: Any) -> None:
         """Before the first step, runs the longest rows together: no batch of the run needs more memory."""

@@ -7,8 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from importlib.util import find_spec
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, NamedTuple
@@ -24,15 +23,14 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer_callback import ExportableState
-from trl import SFTConfig, SFTTrainer
+from trl import SFTTrainer
 
 from mamba_sft.data.packing import PADDING
-from mamba_sft.errors import RecipeError, TrainingError
+from mamba_sft.errors import TrainingError
 from mamba_sft.model.adapter import keep_float32
-from mamba_sft.model.loading import resolve_dtype
+from mamba_sft.planning.course import Course
 from mamba_sft.planning.schedule import TRAINER_NAMES, make_scheduler
 from mamba_sft.recipe.fields import TrainSection
-from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.run import Run, write_atomically
 from mamba_sft.training.callbacks import Interruption, StepGivenUp
 from mamba_sft.training.counts import Counts, mean_loss, read_counts, write_counts
@@ -44,6 +42,7 @@ from mamba_sft.training.random_state import RandomState, current_random_state, r
 from mamba_sft.training.resume_points import STATE, fault_of, find_good, rotate, written_whole
 from mamba_sft.training.saving import CheckpointSaves, left_out_if_refused
 from mamba_sft.training.spikes import SpikeWatch, named
+from mamba_sft.training.step_loader import Batch, count_rows, step_loader
 from mamba_sft.training.steps import ChunkedSteps
 from mamba_sft.training.streaming import split
 
@@ -59,6 +58,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         run: Where resume points, and a batch that gave NaN, are kept.
         saves: How its checkpoints are saved.
         section: The recipe's `train`.
+        course: Which rows each optimizer step takes.
         counts: Takes this session's time and tokens.
         interruption: Says when the user wants it to stop; then a step that takes too long is given up.
         callbacks: As the trainer's; one that shows progress (has a `console`) replaces the trainer's bar.
@@ -70,6 +70,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         *,
         run: Run,
         section: TrainSection,
+        course: Course,
         counts: Counts,
         interruption: Interruption,
         saves: CheckpointSaves,
@@ -77,6 +78,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         **arguments: Any,
     ):
         self.run = run
+        self.course = course
         self.counts = counts
         self.interruption = interruption
         self.saves = saves
@@ -94,7 +96,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         keep_float32(self.model)
         self.tally = Tally(self.accelerator)
         self._largest = 0.0
-        self._micro_batches: list[tuple[torch.Tensor, dict[str, Any]]] = []
+        self._micro_batches: list[tuple[torch.Tensor, Batch]] = []
         self._resume_point: Path | None = None
         self._last_step: _LastStep | None = None
         self._after_evaluation: RandomState | None = None
@@ -146,6 +148,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         saves = self.control.should_save
+        self.state.epoch = float(self.course.epochs[self.state.global_step - 1])
         super()._maybe_log_save_evaluate(*args, **kwargs)
         self._keep_last_step(saved=saves or (self._last_step is not None and self._last_step.saved))
 
@@ -169,18 +172,59 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
             )
         return self.lr_scheduler
 
-    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        """One forward and backward, whose loss and inputs are kept until the optimizer's step."""
-        self.give_up_if_late()
-        loss = self._take_step(model, inputs, *args, **kwargs)
-        self._micro_batches.append((loss.detach(), inputs))
-        self.pace.count_rows(len(inputs["input_ids"]), self.steps.parts if self.steps is not None else 1)
-        return loss
+    def get_train_dataloader(self) -> Any:
+        """One item for each optimizer step of the run: the micro-batches of this process."""
+        return step_loader(self.train_dataset, self.data_collator, self.course, self.args)
 
-    def _take_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[list[Batch]], num_batches: int, device: torch.device
+    ) -> tuple[list[list[Batch]], torch.Tensor | int | None]:
+        """The micro-batches of the next optimizer step, and the trained tokens of all processes in it."""
+        batches = next(epoch_iterator)
+        return [batches], self._get_num_items_in_batch(batches, device)
+
+    def floating_point_ops(self, inputs: list[Batch]) -> float:
+        """Floating-point operations of an optimizer step."""
+        return float(sum(super(Trainer, self).floating_point_ops(batch) for batch in inputs))
+
+    def training_step(
+        self, model: Any, inputs: list[Batch], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """All forwards and backwards of an optimizer step, whose losses and inputs are kept until its end."""
+        total = torch.zeros((), device=self.args.device)
+        for number, batch in enumerate(inputs, 1):
+            self.give_up_if_late()
+            self.pace.count_rows(count_rows(batch), self.steps.parts if self.steps is not None else 1)
+            with nullcontext() if number == len(inputs) else self._gradients_apart(model):
+                loss = self._take_micro_batch(model, self._on_device(batch), num_items_in_batch)
+            self._micro_batches.append((loss, batch))
+            total = total + loss
+        return total
+
+    @contextmanager
+    def _gradients_apart(self, model: Any) -> Iterator[None]:
+        """Adds gradients up in each process by itself: they meet in the last micro-batch of a step."""
+        state = self.accelerator.gradient_state
+        state._set_sync_gradients(False)
+        try:
+            with self.accelerator.no_sync(model):
+                yield
+        finally:
+            state._set_sync_gradients(True)
+
+    def _on_device(self, batch: Batch) -> Batch:
+        """The batch with its tensors on the device; from pinned memory, nobody waits for that."""
+        return {
+            name: value.to(self.args.device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+            for name, value in batch.items()
+        }
+
+    def _take_micro_batch(
+        self, model: Any, batch: Batch, num_items: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
         step = super().training_step if self.steps is None else self.steps.training_step
-        loss: torch.Tensor = step(model, inputs, *args, **kwargs)
-        return loss
+        loss: torch.Tensor = step(model, batch, num_items)
+        return loss.detach()
 
     def _get_grad_norm(self, model: Any, grad_norm: torch.Tensor | None = None) -> float:
         """Returns the gradient's norm; raises `TrainingError` before a NaN can reach the weights.
@@ -282,8 +326,8 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         logs["train_runtime"] = round(before + seconds, 4)
         logs["train_loss"] = mean_loss(self.state.log_history, float(self._tr_loss), step)
         taken = self.counts.steps(step)
-        rows = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        for name, count in (("steps", taken), ("samples", taken * rows)):
+        rows = int(self.course.starts[step] - self.course.starts[step - taken])
+        for name, count in (("steps", taken), ("samples", rows)):
             logs.pop(f"train_{name}_per_second", None)
             if count:
                 logs[f"train_{name}_per_second"] = round(count / seconds, 3)
@@ -420,7 +464,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         for inputs in batches:
             model.zero_grad()
             with self.accelerator.no_sync(model):
-                self._take_step(model, inputs)
+                self._take_micro_batch(model, self._on_device(inputs))
             gradients = [p.grad for p in model.parameters() if p.grad is not None]
             if not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
                 bad.append(inputs)
@@ -484,72 +528,3 @@ class _TakeUp(TrainerCallback):
     ) -> None:
         """Takes it up."""
         self.trainer.take_up()
-
-
-def trainer_arguments(recipe: Recipe, run: Run, *, has_validation: bool) -> SFTConfig:
-    """Returns TRL's configuration of a run, every field of which comes from the recipe.
-
-    Raises:
-        RecipeError: Its fields do not go together.
-        TrainingError: A logger of `train.report_to` is not installed.
-    """
-    dtype = resolve_dtype(recipe.model)
-    if dtype == torch.float16 and not torch.cuda.is_available():
-        raise RecipeError(
-            "`model.dtype: float16` trains on CUDA GPUs only",
-            hint="use `float32` or `bfloat16` on a CPU: `model.dtype=float32`",
-        )
-    for name in recipe.train.report_to:
-        if find_spec(name) is None:
-            raise TrainingError(
-                f"`train.report_to` names `{name}`, which is not installed",
-                hint=f"pip install 'mamba-sft[{name}]'",
-            )
-    values = {
-        "output_dir": str(run.checkpoints),
-        "seed": recipe.seed,
-        "use_cpu": not torch.cuda.is_available(),
-        "bf16": dtype == torch.bfloat16,
-        "fp16": dtype == torch.float16,
-        "gradient_checkpointing": False,  # `activations.py` does it
-        "lr_scheduler_type": TRAINER_NAMES[recipe.train.lr_scheduler_type],
-        "ddp_find_unused_parameters": False,
-        "max_length": None,
-        "dataset_kwargs": {"skip_prepare_dataset": True},
-        "remove_unused_columns": False,
-        "logging_first_step": True,
-        "logging_nan_inf_filter": False,
-        "disable_tqdm": False,
-        "report_to": recipe.train.report_to or "none",
-        "run_name": run.path.name,
-        "restore_callback_states_from_checkpoint": True,  # else early stopping begins to count anew
-        "dataloader_pin_memory": torch.cuda.is_available(),
-        "accelerator_config": {"non_blocking": torch.cuda.is_available()},  # from pinned memory, nobody waits
-    } | _same_names(recipe)
-    if has_validation:
-        values |= {
-            "eval_strategy": "steps",
-            "eval_steps": recipe.eval.eval_steps,
-            "per_device_eval_batch_size": recipe.eval.per_device_eval_batch_size,
-            "prediction_loss_only": True,
-            "load_best_model_at_end": recipe.eval.load_best_model_at_end,
-            "metric_for_best_model": "eval_loss",
-            "greater_is_better": False,
-        }
-    return _sft_config(values, recipe.train.trainer_arguments)
-
-
-def _same_names(recipe: Recipe) -> dict[str, Any]:
-    names = (
-        "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps",
-        "learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "optim", "logging_steps",
-        "save_steps", "save_total_limit",
-    )  # fmt: skip
-    return {name: getattr(recipe.train, name) for name in names}
-
-
-def _sft_config(values: dict[str, Any], more: dict[str, Any]) -> SFTConfig:
-    try:
-        return SFTConfig(**values | more)
-    except (ValueError, TypeError) as error:
-        raise RecipeError(f"the trainer refuses these settings: {error}") from error
