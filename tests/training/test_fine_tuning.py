@@ -215,7 +215,7 @@ def test_the_micro_batch_whose_gradient_is_no_number_is_found(
 ) -> None:
     """Among three that are added up, however they are run: they are run again to find it."""
     seen: list[list[list[int]]] = []
-    poison, take = PoisonedGradient(1), Trainer._take_step
+    poison, take = PoisonedGradient(1), Trainer._take_micro_batch
 
     def watched(trainer: Any, model: Any, inputs: Any, *args: Any, **options: Any) -> Any:
         rows = inputs["input_ids"].tolist()
@@ -223,7 +223,7 @@ def test_the_micro_batch_whose_gradient_is_no_number_is_found(
         poison.factor = float("nan") if seen.index(rows) == bad else 1.0
         return take(trainer, model, inputs, *args, **options)
 
-    monkeypatch.setattr(Trainer, "_take_step", watched)
+    monkeypatch.setattr(Trainer, "_take_micro_batch", watched)
     three = ("data.packing=false", "train.gradient_accumulation_steps=3",
              "train.per_device_train_batch_size=1", *more)  # fmt: skip
     with pytest.raises(TrainingError, match="gradient is not a number at step 1"):
