@@ -6,6 +6,7 @@ text, which it does not.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -224,6 +225,9 @@ def _parse(row: dict[str, Any], expected: str, reading: Reading) -> Chat | Passa
             notes.note(NOT_CHOSEN)
             return LeftOut(notes)
     example = _READERS[expected](one)
+    if (column := reading.columns.get("difficulty")) is not None:
+        one.used.add(column)
+        difficulty_of(row, column)
     note_unused("row", row, one.used, notes)
     notes.missing = {column: 1 for column in reading.columns.values() if column not in row}
     if isinstance(example, Chat):
@@ -236,6 +240,22 @@ def _parse(row: dict[str, Any], expected: str, reading: Reading) -> Chat | Passa
         note_marks_of_text(text, reading.stop_token, notes)
         check_encodable("text", text)
     return example
+
+
+def difficulty_of(row: Mapping[str, Any], column: str) -> float:
+    """Returns the number in a row's column of difficulty.
+
+    Raises:
+        BadRowError: It holds none.
+    """
+    value = row.get(column)
+    try:
+        found = math.nan if isinstance(value, bool) or value is None else float(value)
+    except (TypeError, ValueError, OverflowError):
+        found = math.nan
+    if not math.isfinite(found):
+        raise BadRowError(f"`{column}`, by which rows are ordered, is {kind_of(value)}, not a number")
+    return found
 
 
 def _fits(row: Mapping[str, Any], layout: Layout, expected: str) -> bool:

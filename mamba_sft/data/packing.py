@@ -87,13 +87,13 @@ class Fetch:
     """
 
     def __init__(self, dataset: Dataset):
-        known = [name for name in ("input_ids", "labels", "where") if name in dataset.column_names]
+        known = [name for name in ("input_ids", "labels", "where", "source") if name in dataset.column_names]
         self.dataset = dataset.select_columns(known).with_format("arrow")
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[np.ndarray]]:
-        """Returns `input_ids`, `labels` and `seq_lengths` of some packed rows, int32 each, and `where`.
+        """Returns `input_ids`, `labels` and `seq_lengths` of some packed rows, int32 each, and more if known.
 
-        `where` is where each row inside came from, if that is known.
+        `where` is where each row inside came from, `source` the number of its source.
         """
         import pyarrow.compute as pc
 
@@ -108,8 +108,9 @@ class Fetch:
             "labels": np.split(labels.flatten().to_numpy(zero_copy_only=False), tokens),
             "seq_lengths": np.split(lengths, rows),
         }
-        if "where" in table.column_names:
-            fetched["where"] = np.split(table.column("where").to_numpy(), rows)
+        for name in ("where", "source"):
+            if name in table.column_names:
+                fetched[name] = np.split(table.column(name).to_numpy(), rows)
         return fetched
 
 
@@ -174,18 +175,19 @@ class Collator:
         self.pad_token_id = pad_token_id
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor | np.ndarray]:
-        """Returns `input_ids`, `labels`, int64, `seq_idx`, int32, and `trained`, bool, (B, L), and `where`.
+        """Returns a batch: `input_ids`, `labels`, int64, `seq_idx`, int32, (B, L), and more for the host.
 
-        `trained` says of which positions the next token is trained; `where`, (B,), has the origins of the
-        rows inside each row, e.g. `chats.jsonl:12`. These are no tensors, so they stay on the host when the
-        others go to a device: what depends on them must not wait for the device to tell.
+        That is `trained`, bool, (B, L), the positions whose next token is trained; `source`, int32, (B, L),
+        the number of the source of each; and `where`, (B,), the origins of the rows inside each row, e.g.
+        `chats.jsonl:12`. They are no tensors, so they do not go to a device with the others: what depends on
+        them must not wait for the device to tell.
 
         `seq_idx` counts the sequences within a row; padding is one of its own, number `PADDING`. The first
         label of each sequence is -100: nothing before it predicts it. There is no mask: padding stands behind
         everything that is read, where nothing that comes before it can see it.
 
         Args:
-            rows: `input_ids` and `labels`, `seq_lengths` for packed rows, and `where` if it is known.
+            rows: `input_ids` and `labels`, `seq_lengths` for packed rows, `where` and `source` if known.
         """
         import torch
 
@@ -193,6 +195,7 @@ class Collator:
         input_ids = np.full(shape, self.pad_token_id, dtype=np.int64)
         labels = np.full(shape, IGNORED, dtype=np.int64)
         seq_idx = np.full(shape, PADDING, dtype=np.int32)
+        source = np.zeros(shape, dtype=np.int32)
         for i, row in enumerate(rows):
             length = len(row["input_ids"])
             lengths = np.asarray(row.get("seq_lengths", [length]))
@@ -200,12 +203,13 @@ class Collator:
             labels[i, :length] = row["labels"]
             labels[i, np.cumsum(lengths) - lengths] = IGNORED
             seq_idx[i, :length] = np.repeat(np.arange(len(lengths)), lengths)
+            source[i, :length] = np.repeat(np.atleast_1d(row.get("source", 0)), lengths)
         trained = np.zeros(shape, dtype=bool)
         trained[:, :-1] = labels[:, 1:] != IGNORED
         batch = {"input_ids": input_ids, "labels": labels, "seq_idx": seq_idx}
         where = np.empty(len(rows), dtype=object)
         where[:] = [_origins(row) for row in rows]
-        on_host = {"trained": trained, "where": where}
+        on_host = {"trained": trained, "source": source, "where": where}
         return {name: torch.from_numpy(value) for name, value in batch.items()} | on_host
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, groupby, islice
@@ -24,6 +25,7 @@ from mamba_sft.data.bad_rows import BadRows
 from mamba_sft.data.cache import key_of, made_once
 from mamba_sft.data.chats import Chat, LeftOut
 from mamba_sft.data.digests import RowsDigest
+from mamba_sft.data.mixing import Pieces
 from mamba_sft.data.notes import NOT_CHOSEN, WEIGHT_ZERO
 from mamba_sft.data.packing import Packed, open_packed, write_bins
 from mamba_sft.data.rows import RowIndex, RowWriter, open_rows, row_lengths
@@ -46,7 +48,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2
+FORMAT = 3
 """Version of what is kept: raised when the same recipe and files would give other rows."""
 _ANNOUNCED = 50_000
 """Rows after which a long read says that it is alive."""
@@ -63,6 +65,7 @@ class PreparedData:
         validation: The same, or None.
         train_rows: The training rows as the trainer takes them: packed where `data.packing` is on.
         validation_rows: The same of the validation rows, or None.
+        pieces: What is known of the training rows without reading them, to mix them by.
         summary: What became of the rows.
         rejected: The bad rows that `on_bad_row: skip` left out, as JSON Lines with their reasons, or None.
         path: Where all this is kept.
@@ -72,6 +75,7 @@ class PreparedData:
     validation: Dataset | None
     train_rows: Dataset
     validation_rows: Dataset | None
+    pieces: Pieces
     summary: DataSummary
     rejected: Path | None
     path: Path
@@ -120,7 +124,8 @@ def prepare_data(data: DataSection, setup: TemplateSetup, *, system: str | None,
         new = True
         return _prepare(directory, data, Renderer(setup, system, data.assistant_only_loss), seed)
 
-    prepared = _open(made_once(key, make), packed=data.packing and data.max_length is not None)
+    packed = data.packing and data.max_length is not None
+    prepared = _open(made_once(key, make), packed=packed, mixed=data.mixture is not None)
     if not new:
         for seen in chain.from_iterable(source.seen for source in prepared.summary.sources):
             logger.info("%s", seen)
@@ -152,7 +157,9 @@ def _prepare(directory: Path, data: DataSection, renderer: Renderer, seed: int) 
     rows = open_rows(directory / ROWS)
     for name, pieces in (("train", train), ("validation", validation)):
         np.save(directory / f"{name}.npy", pieces)
-        if data.packing and data.max_length is not None and len(pieces):
+        np.save(directory / f"{name}-facts.npy", _facts(index, pieces))
+        mixed = name == "train" and data.mixture is not None  # packed for each run, see `planning.mixture`
+        if data.packing and data.max_length is not None and len(pieces) and not mixed:
             write_bins(directory / f"{name}-packed.arrow", rows.select(pieces), data.max_length, seed)
     summary.count_tokens(index, train, validation)
     write_atomically(directory / SUMMARY, json.dumps(summary.to_dict()) + "\n")
@@ -163,22 +170,32 @@ def _prepare(directory: Path, data: DataSection, renderer: Renderer, seed: int) 
     }
 
 
-def _open(directory: Path, *, packed: bool) -> PreparedData:
+def _facts(index: RowIndex, pieces: np.ndarray) -> np.ndarray:
+    """(n, 2) float64: source and difficulty of the row that each of these pieces is of."""
+    row = np.searchsorted(index.pieces, pieces, side="right") - 1
+    return np.stack([index.source[row], index.difficulty[row]], axis=1)
+
+
+def _open(directory: Path, *, packed: bool, mixed: bool) -> PreparedData:
     rows = open_rows(directory / ROWS)
     pieces = {name: np.load(directory / f"{name}.npy") for name in ("train", "validation")}
     single = {name: rows.select(chosen) if len(chosen) else None for name, chosen in pieces.items()}
     trained = {
-        name: open_packed(directory / f"{name}-packed.arrow", dataset) if packed and dataset else dataset
+        name: open_packed(directory / f"{name}-packed.arrow", dataset)
+        if packed and dataset and not (mixed and name == "train")
+        else dataset
         for name, dataset in single.items()
     }
     summary = DataSummary.from_dict(json.loads((directory / SUMMARY).read_text(encoding="utf-8")))
     summary.lengths = row_lengths(single["train"])
     rejected = directory / REJECTED
+    facts = np.load(directory / "train-facts.npy")
     return PreparedData(
         train=single["train"],
         validation=single["validation"],
         train_rows=trained["train"],
         validation_rows=trained["validation"],
+        pieces=Pieces(facts[:, 0].astype(np.int64), summary.lengths, facts[:, 1]),
         summary=summary,
         rejected=rejected if rejected.is_file() else None,
         path=directory,
@@ -192,7 +209,9 @@ def _select(
     rows, held_out = take_validation(index, data.validation, np.random.default_rng(seed), summary)
     epoch = []
     for number, section in enumerate(data.sources):
-        own = weighted(rows[index.source[rows] == number], section.weight, (seed, number))
+        own = rows[index.source[rows] == number]
+        if data.mixture is None:
+            own = weighted(own, section.weight, (seed, number))
         summary.sources[number].train_rows = len(own)
         epoch.append(own)
     return index.pieces_of(np.concatenate(epoch)), index.pieces_of(held_out)
@@ -210,11 +229,12 @@ def _read(
     source, digest = SourceSummary(section.path, section.weight), RowsDigest()
     summary.sources.append(source)
     bad_before = bad.count
-    for rendered in renderer.render(_examples(section, renderer, source, bad)):
+    difficulties: dict[str, float] = {}
+    for rendered in renderer.render(_examples(section, renderer, source, bad, difficulties)):
         if not isinstance(rendered, Tokens):
             bad.add(*rendered)
         elif pieces := cut_row(rendered, data, summary):
-            writer.add(number, pieces)
+            writer.add(number, pieces, difficulties.pop(rendered.where, math.nan))
             digest.add(pieces)
             source.kept += 1
     source.bad = bad.count - bad_before
@@ -222,11 +242,16 @@ def _read(
 
 
 def _examples(
-    section: SourceSection, renderer: Renderer, summary: SourceSummary, bad: BadRows
+    section: SourceSection,
+    renderer: Renderer,
+    summary: SourceSummary,
+    bad: BadRows,
+    difficulties: dict[str, float],
 ) -> Iterator[tuple[Row, Example]]:
     """Yields the good rows of a source as examples; adds the others to `bad`.
 
-    Once a row is bad and the run is to stop there is nothing to render: the rest is only counted.
+    Where the source names a column of difficulty, what is in it goes into `difficulties`, by the row's
+    origin. Once a row is bad and the run is to stop there is nothing to render: the rest is only counted.
     """
     reading = formats.Reading.of(section, renderer.setup)
     for file, rows in groupby(read_source(section), key=lambda row: row.file):
@@ -244,6 +269,8 @@ def _examples(
             summary.notes.add(example.notes)
             summary.trimmed += isinstance(example, Chat) and example.trimmed > 0
             if not (isinstance(example, LeftOut) or bad.stops):
+                if (column := section.columns.get("difficulty")) is not None:
+                    difficulties[row.where] = formats.difficulty_of(row.value, column)
                 yield row, example
 
 

@@ -7,6 +7,7 @@ digests, where each came from) is a few numbers a row, kept as arrays.
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ class RowIndex:
     """What is known of the rows without reading their tokens.
 
     Args:
+        difficulty: (n,) float64, from the column that the recipe names; NaN where it names none.
         source: (n,) int32, the number of the source that each row came from.
         pieces: (n + 1,) int64, row i is the pieces from `pieces[i]` up to `pieces[i + 1]`.
         digest: (n,) 16 bytes each, equal for rows that are equal token for token.
@@ -40,6 +42,7 @@ class RowIndex:
         trained: (p,) int32, trained tokens of each piece.
     """
 
+    difficulty: np.ndarray
     source: np.ndarray
     pieces: np.ndarray
     digest: np.ndarray
@@ -62,10 +65,10 @@ class RowWriter:
 
     def __init__(self, path: Path):
         self.path = path
-        self._sources, self._counts = array("i"), array("i")
+        self._sources, self._counts, self._difficulties = array("i"), array("i"), array("d")
         self._lengths, self._trained = array("i"), array("i")
         self._digests = bytearray()
-        self._waiting: list[Tokens] = []
+        self._waiting: list[tuple[int, Tokens]] = []
         self._tokens = 0
 
     def __enter__(self) -> Self:
@@ -83,7 +86,7 @@ class RowWriter:
         self._writer.close()
         self._sink.close()
 
-    def add(self, source: int, pieces: Sequence[Tokens]) -> None:
+    def add(self, source: int, pieces: Sequence[Tokens], difficulty: float = math.nan) -> None:
         """Adds a row of a source."""
         digest = blake2b(digest_size=16)
         for piece in pieces:
@@ -93,8 +96,9 @@ class RowWriter:
             self._tokens += len(piece.ids)
         self._digests += digest.digest()
         self._sources.append(source)
+        self._difficulties.append(difficulty)
         self._counts.append(len(pieces))
-        self._waiting += pieces
+        self._waiting += [(source, piece) for piece in pieces]
         if self._tokens >= _BATCH_TOKENS:
             self._flush()
 
@@ -102,6 +106,7 @@ class RowWriter:
     def index(self) -> RowIndex:
         """What was written."""
         return RowIndex(
+            difficulty=np.array(self._difficulties, dtype=np.float64),
             source=np.array(self._sources, dtype=np.int32),
             pieces=np.concatenate([[0], np.cumsum(np.array(self._counts, dtype=np.int64))]).astype(np.int64),
             digest=np.frombuffer(bytes(self._digests), dtype="V16"),
@@ -115,9 +120,10 @@ class RowWriter:
         self._waiting, self._tokens = [], 0
 
 
-def _table(pieces: list[Tokens]) -> Any:
+def _table(rows: list[tuple[int, Tokens]]) -> Any:
     import pyarrow as pa
 
+    pieces = [piece for _, piece in rows]
     lengths = np.array([len(piece.ids) for piece in pieces], dtype=np.int32)
     ids = np.concatenate([np.zeros(0, np.int32), *(piece.ids for piece in pieces)])
     trained = np.concatenate([np.zeros(0, bool), *(piece.trained for piece in pieces)])
@@ -126,11 +132,12 @@ def _table(pieces: list[Tokens]) -> Any:
         list_table({"input_ids": (ids, lengths), "labels": (labels, lengths)})
         .append_column("length", pa.array(lengths))
         .append_column("where", pa.array([piece.where for piece in pieces], pa.string()))
+        .append_column("source", pa.array([source for source, _ in rows], pa.int32()))
     )
 
 
 def open_rows(path: Path) -> Dataset:
-    """Maps the pieces that `RowWriter` wrote: `input_ids`, `labels`, `length` and `where`."""
+    """Maps the pieces that `RowWriter` wrote: `input_ids`, `labels`, `length`, `where` and `source`."""
     from datasets import Dataset as ArrowDataset
 
     return ArrowDataset.from_file(str(path))

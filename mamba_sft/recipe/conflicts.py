@@ -8,18 +8,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from pydantic import BaseModel
 
 from mamba_sft.recipe.fields import AdapterSection, DataSection, EvalSection, SourceSection, TrainSection
+from mamba_sft.recipe.mixtures import Problem, mixture_conflicts
 from mamba_sft.recipe.trainer_arguments import find_fault, find_idle
 
 Keys = tuple[str | int, ...]
 
 NOT_OF_TRL = (
     "checkpointing", "stream_tokens", "carry_state", "auto_batch", "log_activations", "grace_seconds",
-    "on_spike",
+    "on_spike", "stages",
 )  # fmt: skip
 """Fields of `train` that SFTConfig does not have."""
 
@@ -29,14 +30,6 @@ WHOLE_ROW_ARGUMENTS = {
     "neftune_noise_alpha": "the size of that noise depends on the length that is run at once",
 }
 """Fields of SFTConfig that do not go with rows taken in chunks or parts, and why."""
-
-
-class Problem(NamedTuple):
-    """A clash, told at `path`: `text` follows the name of that field, `fields` are the others in it."""
-
-    path: Keys
-    text: str
-    fields: tuple[Keys, ...] = ()
 
 
 class ConflictError(ValueError):
@@ -50,7 +43,8 @@ class ConflictError(ValueError):
 def derive_defaults(values: Any) -> Any:
     """Fills in the defaults that follow from another field.
 
-    `train.save_steps` is `eval.eval_steps`; `eval.load_best_model_at_end` is false without validation rows.
+    `train.save_steps` is `eval.eval_steps`; `eval.load_best_model_at_end` is false without validation rows;
+    `data.mixture` is there where there are `train.stages`.
     """
     if not isinstance(values, dict):
         return values
@@ -62,7 +56,9 @@ def derive_defaults(values: Any) -> Any:
         train.setdefault("save_steps", interval)
     if data.get("validation") == 0:
         eval_.setdefault("load_best_model_at_end", False)
-    return values | {"train": train, "eval": eval_}
+    if train.get("stages") and data.get("mixture") is None:
+        data["mixture"] = {}
+    return values | {"data": data, "train": train, "eval": eval_}
 
 
 def _as_dict(section: Any) -> dict[str, Any] | None:
@@ -79,6 +75,7 @@ def refuse_conflicts(
     """Raises ConflictError with every clash between these sections, if there is one."""
     problems = [
         *_data_conflicts(data),
+        *mixture_conflicts(data, train),
         *_validation_conflicts(data, train, eval_),
         *_argument_conflicts(train),
         *_duplicates(("adapter", "target_modules"), adapter.target_modules),

@@ -89,7 +89,8 @@ CountOrShare = Annotated[
 """A count from 1 up, or below 1 a share of the whole."""
 
 Part = Literal[
-    "messages", "prompt", "input", "response", "system", "history", "tools", "text", "chosen", "rejected"
+    "messages", "prompt", "input", "response", "system", "history", "tools", "text", "chosen", "rejected",
+    "difficulty",
 ]
 """What a column of the data can be for."""
 
@@ -159,6 +160,8 @@ class ChatSection(Section):
 class SourceSection(Section):
     """One place that training rows come from."""
 
+    id: Name | None = None
+    """What the source is called in stages, metrics and report; left out, its file's name without endings."""
     path: FileName
     """A hub dataset id, a file (jsonl, ndjson, json, csv, tsv, txt, all maybe packed as gz, bz2, xz or zst;
     parquet), a glob of files, or a directory that `save_to_disk` wrote."""
@@ -177,7 +180,8 @@ class SourceSection(Section):
     columns: dict[Part, Text] = {}
     """Columns with names of their own, part -> column: `{prompt: task, response: reply}`. Parts are messages
     (a list of turns), or prompt (maybe with input below it) and response, or text; beside them system,
-    history, tools, chosen and rejected. Common names are known without it."""
+    history, tools, chosen and rejected, and difficulty, a number that `curriculum` may order rows by. Common
+    names are known without it."""
     roles: dict[Text, Literal["system", "user", "assistant", "tool"]] = {}
     """Names of roles that are not known by themselves: `{customer: user, agent: assistant}`. Case and blanks
     around a name do not matter."""
@@ -185,7 +189,10 @@ class SourceSection(Section):
     """What to learn from preference data: chosen trains on the preferred answer, or on the rows whose `label`
     is true, and leaves the others out. null refuses such data."""
     weight: Number = Field(default=1.0, gt=0, le=1000)
-    """Share of the rows that an epoch shows: 0.5 a fixed half of them, 2.0 each one twice."""
+    """Share of the rows that an epoch shows: 0.5 a fixed half of them, 2.0 each one twice. With
+    `data.mixture`, the source's part of the mixture."""
+    epochs: Number | None = Field(default=None, gt=0, le=1000)
+    """With `data.mixture`: read at most so often; then the other sources take its part. null has no limit."""
     limit: int | None = Field(default=None, ge=1, le=MANY)
     """Take at most this many rows. null takes all."""
     stream: bool = False
@@ -193,11 +200,27 @@ class SourceSection(Section):
     ever fetched."""
 
 
+class MixtureSection(Section):
+    """How sources are mixed at every moment of a run, instead of epoch by epoch."""
+
+    by: Literal["tokens", "rows"] = "tokens"
+    """What the sources' weights are shares of."""
+    temperature: Number | None = Field(default=None, gt=0, le=1e6)
+    """Multiplies each weight by the source's size to the power of 1 / temperature: 1 mixes in proportion to
+    the sizes, a high one evenly. null leaves sizes out."""
+    curriculum: Literal["length", "difficulty"] | None = None
+    """Read each source from its short rows to its long ones, or by its column of difficulty, easy ones first.
+    null shuffles."""
+
+
 class DataSection(Section):
     """What the model is trained on, and which tokens of it."""
 
     sources: list[SourceSection] = Field(min_length=1)
     """Where rows come from; several are mixed by their weights."""
+    mixture: MixtureSection | None = None
+    """Shares of the sources, kept at every moment, each source read as often as that takes. null reads every
+    row once an epoch, or `weight` times."""
     validation: CountOrShare = Field(default=0.02, ge=0, le=MANY)
     """Rows held out for the validation loss: below 1 a share, from 1 up a number of rows. 0 holds none out;
     then no best checkpoint can be chosen."""
@@ -234,6 +257,20 @@ class AdapterSection(Section):
     """Learn the length of each weight row apart from its direction. Can help at low rank; slower."""
 
 
+class StageSection(Section):
+    """A part of a run with lengths and a mixture of its own; optimizer and schedule go on through all."""
+
+    until: float | None = Field(default=None, gt=0, lt=1)
+    """Where it ends, as a share of the run. Left out for the last stage alone."""
+    max_length: int | None = Field(default=None, ge=8, le=1_048_576)
+    """Longest row in tokens; longer ones wait for a later stage. null is `data.max_length`."""
+    sources: Annotated[dict[Name, Annotated[Number, Field(ge=0, le=1000)]], Field(min_length=1)] | None = None
+    """Id of a source -> its weight in this stage; sources that are not named are not read. null takes all, by
+    their own weights."""
+    curriculum: Literal["length", "difficulty"] | None = None
+    """As in `data.mixture`, for this stage; null is what is said there."""
+
+
 class TrainSection(Section):
     """Optimization: how long, how fast, how large the batches are."""
 
@@ -241,6 +278,9 @@ class TrainSection(Section):
     """Passes over the data. Instruct tuning rarely gains from more than 3."""
     max_steps: Annotated[int, AfterValidator(_not_zero)] = Field(default=-1, ge=-1, le=MANY)
     """Stop after this many optimizer steps, whatever num_train_epochs says. -1 has no limit."""
+    stages: list[StageSection] | None = Field(default=None, min_length=1, max_length=100)
+    """Parts of the run, one after the other, such as short rows first and long ones last; needs
+    `data.mixture`, which is there with its defaults if it is left out. null is one stage."""
     per_device_train_batch_size: int = Field(default=1, ge=1, le=4096)
     """Rows that go through the model at once on each device. Activation memory is proportional to it."""
     gradient_accumulation_steps: int | None = Field(default=None, ge=1, le=65536)
