@@ -8,18 +8,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from pydantic import BaseModel
 
 from mamba_sft.recipe.fields import AdapterSection, DataSection, EvalSection, SourceSection, TrainSection
+from mamba_sft.recipe.schedule_conflicts import Keys, Problem, ramp_conflicts, rate_conflicts
 from mamba_sft.recipe.trainer_arguments import find_fault, find_idle
 
-Keys = tuple[str | int, ...]
+__all__ = ["ConflictError", "Keys", "Problem", "derive_defaults", "refuse_conflicts"]
 
 NOT_OF_TRL = (
     "checkpointing", "stream_tokens", "carry_state", "auto_batch", "log_activations", "grace_seconds",
-    "on_spike",
+    "on_spike", "decay", "min_lr_ratio", "stable_steps", "decay_steps", "batch_ramp", "batch_scaling",
 )  # fmt: skip
 """Fields of `train` that SFTConfig does not have."""
 
@@ -29,14 +30,6 @@ WHOLE_ROW_ARGUMENTS = {
     "neftune_noise_alpha": "the size of that noise depends on the length that is run at once",
 }
 """Fields of SFTConfig that do not go with rows taken in chunks or parts, and why."""
-
-
-class Problem(NamedTuple):
-    """A clash, told at `path`: `text` follows the name of that field, `fields` are the others in it."""
-
-    path: Keys
-    text: str
-    fields: tuple[Keys, ...] = ()
 
 
 class ConflictError(ValueError):
@@ -81,6 +74,8 @@ def refuse_conflicts(
         *_data_conflicts(data),
         *_validation_conflicts(data, train, eval_),
         *_argument_conflicts(train),
+        *rate_conflicts(train),
+        *ramp_conflicts(train),
         *_duplicates(("adapter", "target_modules"), adapter.target_modules),
         *_duplicates(("train", "report_to"), train.report_to),
     ]

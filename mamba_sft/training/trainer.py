@@ -27,9 +27,11 @@ from transformers.trainer_callback import ExportableState
 from trl import SFTConfig, SFTTrainer
 
 from mamba_sft.data.packing import PADDING
+from mamba_sft.data.rows import row_lengths
 from mamba_sft.errors import RecipeError, TrainingError
 from mamba_sft.model.adapter import keep_float32
 from mamba_sft.model.loading import resolve_dtype
+from mamba_sft.planning.course import plan_course
 from mamba_sft.planning.schedule import TRAINER_NAMES, make_scheduler
 from mamba_sft.recipe.fields import TrainSection
 from mamba_sft.recipe.recipe import Recipe
@@ -80,7 +82,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         self.counts = counts
         self.interruption = interruption
         self.saves = saves
-        self.schedule = section.lr_scheduler_type
+        self.section = section
         add_fused_head(arguments["model"].get_base_model())  # beside TRL's, for a loss that needs no wait
         self.spikes = SpikeWatch(run, section.on_spike)
         self.residual = LargestResidual() if section.log_activations else None
@@ -161,11 +163,10 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Makes the recipe's schedule, with a first and a last step that count."""
         if self.lr_scheduler is None:  # type: ignore[has-type]
+            lengths, args = row_lengths(self.train_dataset), self.args
+            course = plan_course(self.section, lengths, seed=args.seed, processes=args.world_size)
             self.lr_scheduler = make_scheduler(
-                TRAINER_NAMES[self.schedule],
-                self.optimizer if optimizer is None else optimizer,
-                warmup=self.args.get_warmup_steps(num_training_steps),
-                steps=num_training_steps,
+                self.optimizer if optimizer is None else optimizer, self.section, course.tokens
             )
         return self.lr_scheduler
 
@@ -542,7 +543,7 @@ def trainer_arguments(recipe: Recipe, run: Run, *, has_validation: bool) -> SFTC
 def _same_names(recipe: Recipe) -> dict[str, Any]:
     names = (
         "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps",
-        "learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "optim", "logging_steps",
+        "learning_rate", "weight_decay", "max_grad_norm", "optim", "logging_steps",
         "save_steps", "save_total_limit",
     )  # fmt: skip
     return {name: getattr(recipe.train, name) for name in names}
