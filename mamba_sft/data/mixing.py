@@ -28,6 +28,13 @@ class Pieces:
     length: np.ndarray
     difficulty: np.ndarray
 
+    def up_to(self, longest: int | None) -> Pieces:
+        """Returns those of at most so many tokens; all of them for None."""
+        if longest is None:
+            return self
+        fits = self.length <= longest
+        return Pieces(self.source[fits], self.length[fits], self.difficulty[fits])
+
 
 def shares(
     weights: Mapping[int, float], pieces: Pieces, *, by: str, temperature: float | None
@@ -136,9 +143,7 @@ class Dealer:
         """How often each source has been read so far."""
         return [source.dealt / max(1, len(source.pieces)) for source in self._sources]
 
-    def _sort_in(
-        self, source: _Source, rows: list[int], longest: int | None, curriculum: str | None
-    ) -> None:
+    def _sort_in(self, source: _Source, rows: list[int], longest: int | None, curriculum: str | None) -> None:
         """Sorts what is left of a pass into what the stage may be dealt, in its order, and the rest."""
         left = np.array(rows, dtype=np.int64)
         if curriculum is not None:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 if TYPE_CHECKING:
-    from mamba_sft.recipe.fields import TrainSection
+    from mamba_sft.recipe.fields import RampSection, TrainSection
 
 
 @dataclass(frozen=True)
@@ -53,27 +54,83 @@ def plan_course(train: TrainSection, lengths: np.ndarray, *, seed: int, processe
 
     An epoch reads every row once, in an order of its own, and ends with a step of what is left. The order is
     that of accelerate's `SeedableRandomSampler`: `torch.randperm` from the seed plus the number of the epoch.
+    Of an epoch that `num_train_epochs` asks for in part, as large a part of its steps is taken; with a
+    `batch_ramp`, whose steps differ, the fewest steps that read that part of the rows.
 
     Args:
-        train: Batch size, accumulation (settled), and `num_train_epochs` or `max_steps`.
+        train: Batch size, accumulation (settled), `batch_ramp`, and `num_train_epochs` or `max_steps`.
         lengths: (n,) tokens of each row as it is trained.
         seed: The recipe's.
         processes: Processes that share a step's rows out.
+
+    Raises:
+        ValueError: There are no rows.
     """
-    size = train.per_device_train_batch_size * (train.gradient_accumulation_steps or 1) * processes
-    per_epoch = max(1, math.ceil(len(lengths) / size))
-    steps = train.max_steps if train.max_steps > 0 else math.ceil(train.num_train_epochs * per_epoch)
-    order, starts, epochs = [], [0], []
-    for epoch, rows in enumerate(_epochs(len(lengths), seed)):
+    if not len(lengths):
+        raise ValueError("a course needs rows")
+    ramp, count = train.batch_ramp, len(lengths)
+    same = train.per_device_train_batch_size * (train.gradient_accumulation_steps or 1) * processes
+    steps, rows_wanted = _end(train, count, same)
+    order: list[np.ndarray] = []
+    starts, tokens, epochs = [0], [], []
+    read = 0  # tokens, before the step
+    for epoch, rows in enumerate(_epochs(count, seed)):
         order.append(rows)
-        for end in [*range(size, len(rows), size), len(rows)]:
-            starts.append(epoch * len(rows) + end)
-            epochs.append(epoch + end / len(rows))
-            if len(epochs) == steps:
-                read = np.concatenate(order)[: starts[-1]]
-                tokens = np.add.reduceat(lengths[read], np.array(starts[:-1])).astype(np.int64)
-                return Course(read, np.array(starts), tokens, np.array(epochs))
+        before = np.concatenate([[0], np.cumsum(lengths[rows])])
+        end = 0
+        while end < count:
+            size = same if ramp is None else ramped_size(ramp, read)
+            start, end = end, min(count, end + size)
+            tokens.append(int(before[end] - before[start]))
+            starts.append(epoch * count + end)
+            epochs.append(epoch + end / count)
+            read += tokens[-1]
+            if len(tokens) == steps or (steps is None and starts[-1] >= rows_wanted):
+                taken = np.concatenate(order)[: starts[-1]]
+                return Course(taken, np.array(starts), np.array(tokens), np.array(epochs))
     raise AssertionError("there are endlessly many epochs")
+
+
+def estimated_sizes(train: TrainSection, *, length: int, processes: int = 1) -> np.ndarray:
+    """Returns the rows of each of `max_steps` steps, (S,) int64, where the rows themselves are not known.
+
+    Args:
+        train: Batch size, accumulation (settled), `batch_ramp` and `max_steps`.
+        length: Tokens that every row is taken to have.
+        processes: Processes that share a step's rows out.
+    """
+    same = train.per_device_train_batch_size * (train.gradient_accumulation_steps or 1) * processes
+    if train.batch_ramp is None:
+        return np.full(train.max_steps, same, dtype=np.int64)
+    sizes, read = [], 0
+    for _ in range(train.max_steps):
+        sizes.append(ramped_size(train.batch_ramp, read))
+        read += sizes[-1] * length
+    return np.array(sizes, dtype=np.int64)
+
+
+def ramped_size(ramp: RampSection, read: int) -> int:
+    """Returns the rows of the global batch after some tokens: they grow evenly with what was read.
+
+    b = from + (to - from) * min(1, read / tokens), rounded, halves up: Falcon-Mamba's ramp from 128 rows to
+    2,048 over the first 50 GT (arXiv 2410.05355, and the model card). In whole numbers, so that it is the
+    same everywhere.
+
+    Args:
+        ramp: The recipe's `train.batch_ramp`.
+        read: Tokens that all steps before have read.
+    """
+    grown = (ramp.to - ramp.from_) * min(read, ramp.tokens)
+    return ramp.from_ + (2 * grown + ramp.tokens) // (2 * ramp.tokens)
+
+
+def _end(train: TrainSection, count: int, size: int) -> tuple[int | None, int]:
+    """When a run ends: its steps; for a ramp over epochs None, and the rows that it reads at least."""
+    if train.max_steps > 0:
+        return train.max_steps, 0
+    if train.batch_ramp is not None:
+        return None, math.ceil(Fraction(str(train.num_train_epochs)) * count)
+    return math.ceil(train.num_train_epochs * max(1, math.ceil(count / size))), 0
 
 
 def _epochs(rows: int, seed: int) -> Iterator[np.ndarray]:

@@ -10,7 +10,10 @@ import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from mamba_sft.planning.schedule import warmup_count
+import numpy as np
+
+from mamba_sft.planning.course import estimated_sizes, plan_course
+from mamba_sft.planning.schedule import find_phases
 from mamba_sft.wording import count_text
 
 if TYPE_CHECKING:
@@ -33,12 +36,15 @@ class RunLength:
         tokens: Their tokens.
         batch_size: Rows of a micro-batch on one device.
         processes: Devices that train at once.
-        accumulation: Micro-batches of an optimizer step.
+        accumulation: Micro-batches of an optimizer step; with a ramp, of those at its end.
         chosen: Whether `accumulation` was settled here, because the recipe leaves it out.
         epochs: Passes over the rows that the recipe asks for.
         max_steps: `train.max_steps`, which overrules them, or None.
         steps: Optimizer steps of the run.
         warmup: Those of the warm-up.
+        ramp: With `train.batch_ramp`, the rows of the first step and of the last, over all devices.
+        read: Tokens of the whole run, where they were counted step by step: with a ramp, or a part of the
+            schedule in tokens.
     """
 
     rows: int
@@ -51,10 +57,14 @@ class RunLength:
     max_steps: int | None
     steps: int
     warmup: int
+    ramp: tuple[int, int] | None = None
+    read: int | None = None
 
     @property
     def tokens_per_step(self) -> float:
         """Tokens of an optimizer step, in the mean."""
+        if self.ramp is not None and self.read is not None:
+            return self.read / self.steps
         return self.tokens / _steps_of_epoch(self.batches, self.accumulation)
 
     @property
@@ -86,6 +96,8 @@ class RunLength:
         """Overrides that make at least `ENOUGH` steps, with as many tokens in each as that leaves."""
         if self.max_steps is not None:
             return f"train.max_steps={ENOUGH}"
+        if self.ramp is not None:
+            return self._longer_ramp(*self.ramp)
         size = self.batch_size
         if self.batches * self.epochs < ENOUGH:
             size = max(1, math.floor(self.rows * self.epochs / (ENOUGH * self.processes)))
@@ -102,46 +114,101 @@ class RunLength:
         }
         return " ".join(f"train.{name}={new:g}" for name, (old, new) in changes.items() if new != old)
 
+    def _longer_ramp(self, first: int, last: int) -> str:
+        """The same for a batch that grows: never more rows in a step than make `ENOUGH` of them."""
+        epochs = self.epochs
+        if self.rows * epochs < ENOUGH:
+            epochs = min(_MOST_EPOCHS, math.ceil(ENOUGH / self.rows))
+        most = max(1, math.floor(self.rows * epochs / ENOUGH))
+        changes = {
+            "batch_ramp.from": (first, min(first, most)),
+            "batch_ramp.to": (last, min(last, most)),
+            "num_train_epochs": (self.epochs, epochs),
+        }
+        return " ".join(f"train.{name}={new:g}" for name, (old, new) in changes.items() if new != old)
+
     def to_dict(self) -> dict[str, Any]:
         """Returns everything as JSON can hold it."""
         return asdict(self) | {"tokens_per_step": round(self.tokens_per_step), "warnings": self.warnings()}
 
 
-def run_length(recipe: Recipe, *, rows: int, tokens: int, processes: int = 1) -> RunLength:
+def run_length(
+    recipe: Recipe, *, rows: int, tokens: int, processes: int = 1, lengths: np.ndarray | None = None
+) -> RunLength:
     """Returns the length of a run.
 
     Args:
-        recipe: Its batch size, accumulation, epochs and warm-up.
+        recipe: Its batch size, accumulation, ramp, epochs and schedule.
         rows: Rows of an epoch as they are trained.
         tokens: Their tokens.
         processes: Devices that train at once.
+        lengths: (rows,) tokens of each row. A ramp, and parts of the schedule in tokens, are estimated
+            without: with rows of the same length, or, where there are none either, of `data.max_length`.
+
+    Raises:
+        RecipeError: The parts of the schedule do not go into the run.
     """
     train = recipe.train
     batches = math.ceil(rows / (train.per_device_train_batch_size * processes))
-    accumulation = settled_accumulation(train, batches)
+    accumulation = settled_accumulation(train, batches, processes)
     max_steps = train.max_steps if train.max_steps > 0 else None
     steps = max_steps or math.ceil(train.num_train_epochs * _steps_of_epoch(batches, accumulation))
+    read = None
+    if train.batch_ramp is not None or _counts_tokens(train):
+        if lengths is None and rows:
+            lengths = np.full(rows, max(1, round(tokens / rows)))
+        by_step = tokens_of_steps(recipe, lengths, processes=processes)
+        steps, read = len(by_step), int(by_step.sum())
+    else:
+        by_step = np.zeros(steps, dtype=np.int64)  # only their number counts
     return RunLength(
         rows=rows,
         tokens=tokens,
         batch_size=train.per_device_train_batch_size,
         processes=processes,
         accumulation=accumulation,
-        chosen=train.gradient_accumulation_steps is None,
+        chosen=train.gradient_accumulation_steps is None and train.batch_ramp is None,
         epochs=train.num_train_epochs,
         max_steps=max_steps,
         steps=steps,
-        warmup=warmup_count(train.warmup_steps, steps),
+        warmup=find_phases(train, by_step).warmup,
+        ramp=(train.batch_ramp.from_, train.batch_ramp.to) if train.batch_ramp is not None else None,
+        read=read,
     )
 
 
-def settled_accumulation(train: TrainSection, batches: int | None) -> int:
+def tokens_of_steps(recipe: Recipe, lengths: np.ndarray | None, *, processes: int = 1) -> np.ndarray:
+    """Returns the tokens that each step of a run reads, (S,) int64.
+
+    Args:
+        recipe: What would be trained.
+        lengths: (n,) tokens of each row. None where the rows are not known: `max_steps` steps of rows of
+            `data.max_length`.
+        processes: Devices that train at once.
+    """
+    if lengths is None:
+        length = recipe.data.max_length or 1
+        train = with_accumulation(recipe, settled_accumulation(recipe.train, None)).train
+        return estimated_sizes(train, length=length, processes=processes) * length
+    batches = math.ceil(len(lengths) / (recipe.train.per_device_train_batch_size * processes))
+    train = with_accumulation(recipe, settled_accumulation(recipe.train, batches, processes)).train
+    return plan_course(train, lengths, seed=recipe.seed, processes=processes).tokens
+
+
+def _counts_tokens(train: TrainSection) -> bool:
+    return any(isinstance(span, str) for span in (train.warmup_steps, train.stable_steps, train.decay_steps))
+
+
+def settled_accumulation(train: TrainSection, batches: int | None, processes: int = 1) -> int:
     """Returns `gradient_accumulation_steps`, or what it comes to where it is left out.
 
     Args:
         train: The recipe's `train`.
         batches: Micro-batches of an epoch on one device; None where the rows are not known yet.
+        processes: Devices that share the rows of a `batch_ramp` out.
     """
+    if train.batch_ramp is not None:
+        return math.ceil(train.batch_ramp.to / (train.per_device_train_batch_size * processes))
     if train.gradient_accumulation_steps is not None:
         return train.gradient_accumulation_steps
     if batches is None or train.max_steps > 0:
@@ -150,7 +217,9 @@ def settled_accumulation(train: TrainSection, batches: int | None) -> int:
 
 
 def with_accumulation(recipe: Recipe, accumulation: int) -> Recipe:
-    """Returns the recipe with `train.gradient_accumulation_steps` written out."""
+    """Returns the recipe with `train.gradient_accumulation_steps` written out, unless a ramp says it."""
+    if recipe.train.batch_ramp is not None:
+        return recipe
     train = recipe.train.model_copy(update={"gradient_accumulation_steps": accumulation})
     return recipe.model_copy(update={"train": train})
 

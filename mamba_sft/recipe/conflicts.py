@@ -13,14 +13,16 @@ from typing import Any
 from pydantic import BaseModel
 
 from mamba_sft.recipe.fields import AdapterSection, DataSection, EvalSection, SourceSection, TrainSection
-from mamba_sft.recipe.mixtures import Problem, mixture_conflicts
+from mamba_sft.recipe.mixtures import mixture_conflicts
+from mamba_sft.recipe.schedule_conflicts import Keys, Problem, ramp_conflicts, rate_conflicts
 from mamba_sft.recipe.trainer_arguments import find_fault, find_idle
 
-Keys = tuple[str | int, ...]
+__all__ = ["ConflictError", "Keys", "Problem", "derive_defaults", "refuse_conflicts"]
 
 NOT_OF_TRL = (
     "checkpointing", "stream_tokens", "carry_state", "auto_batch", "log_activations", "grace_seconds",
-    "on_spike", "stages",
+    "on_spike", "decay", "min_lr_ratio", "stable_steps", "decay_steps", "batch_ramp", "batch_scaling",
+    "stages",
 )  # fmt: skip
 """Fields of `train` that SFTConfig does not have."""
 
@@ -78,6 +80,8 @@ def refuse_conflicts(
         *mixture_conflicts(data, train),
         *_validation_conflicts(data, train, eval_),
         *_argument_conflicts(train),
+        *rate_conflicts(train),
+        *ramp_conflicts(train),
         *_duplicates(("adapter", "target_modules"), adapter.target_modules),
         *_duplicates(("train", "report_to"), train.report_to),
     ]

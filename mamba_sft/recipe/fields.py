@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from mamba_sft.credentials import has_credentials
+from mamba_sft.recipe.spans import TokenCount, span_of
 
 
 def _whole_from_one(value: float) -> float:
@@ -89,12 +90,26 @@ CountOrShare = Annotated[
 """A count from 1 up, or below 1 a share of the whole."""
 
 Part = Literal[
-    "messages", "prompt", "input", "response", "system", "history", "tools", "text", "chosen", "rejected",
+    "messages",
+    "prompt",
+    "input",
+    "response",
+    "system",
+    "history",
+    "tools",
+    "text",
+    "chosen",
+    "rejected",
     "difficulty",
 ]
 """What a column of the data can be for."""
 
 MANY = 1_000_000_000  # where a number needs a bound and has no natural one
+Span = Annotated[
+    float | str,
+    span_of(Annotated[float, AfterValidator(_not_vanishing), AfterValidator(_whole_from_one)], most=MANY),
+]
+"""How long a part of the run is: a share below 1, steps from 1 up, or tokens such as `20M tokens`."""
 Interval = Annotated[float, Field(gt=0, le=MANY), AfterValidator(_whole_from_one), PlainSerializer(_as_count)]
 """A count or share that may be left out, so that its bounds are its own."""
 Text = Annotated[str, Field(min_length=1), AfterValidator(_prose)]
@@ -271,6 +286,19 @@ class StageSection(Section):
     """As in `data.mixture`, for this stage; null is what is said there."""
 
 
+class RampSection(Section):
+    """How the batch grows at the start of a run."""
+
+    model_config = ConfigDict(serialize_by_alias=True)
+
+    from_: int = Field(alias="from", ge=1, le=1_000_000)
+    """Rows of the first step, over all devices."""
+    to: int = Field(ge=1, le=1_000_000)
+    """Rows of a step from the end of the ramp on."""
+    tokens: TokenCount
+    """Tokens over which it grows, evenly in what was read: a number, or such as `20M tokens`."""
+
+
 class TrainSection(Section):
     """Optimization: how long, how fast, how large the batches are."""
 
@@ -285,15 +313,33 @@ class TrainSection(Section):
     """Rows that go through the model at once on each device. Activation memory is proportional to it."""
     gradient_accumulation_steps: int | None = Field(default=None, ge=1, le=65536)
     """Micro-batches added up for one optimizer step: a larger batch for time instead of memory. null, or left
-    out, is 16, or as many fewer as it takes to make 20 steps of a small data set."""
+    out, is 16, or as many fewer as it takes to make 20 steps of a small data set; with batch_ramp it
+    follows."""
+    batch_ramp: RampSection | None = None
+    """Begin with small steps, which learn more from a token while all is new, and let the batch grow:
+    `{from: 8, to: 128, tokens: 20M tokens}`. null takes every step alike."""
+    batch_scaling: bool = False
+    """While the batch grows, scale the learning rate by sqrt(batch / to), which keeps the noise in Adam's
+    steps what it is at the end of the ramp."""
     learning_rate: Number = Field(default=2e-4, gt=0, le=1)
     """Peak step size. LoRA likes 1e-4 to 3e-4; too high and the loss jumps or becomes NaN."""
     lr_scheduler_type: Literal["wsd", "cosine", "linear", "constant"] = "wsd"
     """Course of the learning rate after the warmup: wsd holds the peak and falls at the end, cosine and
     linear fall all the way, constant stays."""
-    warmup_steps: CountOrShare = Field(default=0.03, ge=0, le=MANY)
-    """How long the learning rate rises to its peak: below 1 a share of the run, from 1 up a number of steps.
-    The first step is above 0 already."""
+    decay: Literal["exponential", "1-sqrt", "linear"] | None = None
+    """How wsd falls: 1-sqrt steeply at first and to 0, exponential by the same factor in every step, as
+    Falcon-Mamba was pre-trained. null is 1-sqrt."""
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1), AfterValidator(_not_vanishing)] | None = None
+    """Share of the peak that the learning rate has in the last step. null is 1/256 for an exponential decay;
+    otherwise 0, which would come a step after the last."""
+    warmup_steps: Span = 0.03
+    """How long the learning rate rises to its peak: below 1 a share of the run, from 1 up a number of steps,
+    or tokens: `20M tokens`. The first step is above 0 already."""
+    stable_steps: Span | None = None
+    """How long wsd holds the peak, written as warmup_steps is. null is what warm-up and decay leave."""
+    decay_steps: Span | None = None
+    """How long wsd falls, written as warmup_steps is. null is a fifth of the run, or what stable_steps
+    leaves."""
     weight_decay: Number = Field(default=0.0, ge=0, le=1)
     """Pulls adapter weights towards zero. Seldom needed with LoRA."""
     max_grad_norm: Number = Field(default=1.0, gt=0, le=1e6)

@@ -42,6 +42,9 @@ PLACEHOLDERS: dict[str, Any] = {
     "data": {"sources": [{"path": "x"}]},
     "sources": [{"path": "x"}],
     "path": "x",
+    "from": 1,
+    "to": 1,
+    "tokens": 1,
 }
 """Values for required fields, so that the rest of a broken recipe can be checked."""
 
@@ -173,7 +176,8 @@ def _section_at(model: type[BaseModel], path: Keys) -> type[BaseModel] | None:
 
 
 def _names(section: type[BaseModel], required: bool = False) -> list[str]:
-    return [name for name, field in section.model_fields.items() if field.is_required() or not required]
+    fields = section.model_fields.items()
+    return [field.alias or name for name, field in fields if field.is_required() or not required]
 
 
 def _homes(model: type[BaseModel], path: Keys = ()) -> Iterator[tuple[str, Keys]]:

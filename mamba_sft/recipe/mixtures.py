@@ -5,19 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
-from typing import NamedTuple
 
 from mamba_sft.recipe.fields import DataSection, SourceSection, StageSection, TrainSection
-
-Keys = tuple[str | int, ...]
-
-
-class Problem(NamedTuple):
-    """A clash, told at `path`: `text` follows the name of that field, `fields` are the others in it."""
-
-    path: Keys
-    text: str
-    fields: tuple[Keys, ...] = ()
+from mamba_sft.recipe.schedule_conflicts import Keys, Problem
 
 
 def source_ids(data: DataSection) -> list[str]:

@@ -82,7 +82,7 @@ def trainer_arguments(recipe: Recipe, run: Run, *, steps: int, has_validation: b
 
 def _same_names(recipe: Recipe) -> dict[str, Any]:
     names = (
-        "per_device_train_batch_size", "learning_rate", "warmup_steps", "weight_decay", "max_grad_norm",
+        "per_device_train_batch_size", "learning_rate", "weight_decay", "max_grad_norm",
         "optim", "logging_steps", "save_steps", "save_total_limit",
     )  # fmt: skip
     return {name: getattr(recipe.train, name) for name in names}

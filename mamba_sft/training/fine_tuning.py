@@ -152,7 +152,11 @@ def prepare_checked(checked: Checked, *, allow_changed_data: bool = False) -> Pr
         check_vocabulary(checked.start, setup)
     lengths = row_lengths(data.train_rows)
     length = run_length(
-        recipe, rows=len(lengths), tokens=int(lengths.sum()), processes=processes.num_processes
+        recipe,
+        rows=len(lengths),
+        tokens=int(lengths.sum()),
+        processes=processes.num_processes,
+        lengths=lengths,
     )
     recipe, longest = with_accumulation(recipe, length.accumulation), int(lengths.max(initial=0))
     refuse_what_cannot_fit(recipe, longest=longest, trained_rows=len(setup.trained_token_ids))

@@ -29,7 +29,7 @@ from mamba_sft.data.packing import PADDING
 from mamba_sft.errors import TrainingError
 from mamba_sft.model.adapter import keep_float32
 from mamba_sft.planning.course import Course
-from mamba_sft.planning.schedule import TRAINER_NAMES, make_scheduler
+from mamba_sft.planning.schedule import make_scheduler
 from mamba_sft.recipe.fields import TrainSection
 from mamba_sft.run import Run, write_atomically
 from mamba_sft.training.callbacks import Interruption, StepGivenUp
@@ -82,7 +82,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         self.counts = counts
         self.interruption = interruption
         self.saves = saves
-        self.schedule = section.lr_scheduler_type
+        self.section = section
         add_fused_head(arguments["model"].get_base_model())  # beside TRL's, for a loss that needs no wait
         self.spikes = SpikeWatch(run, section.on_spike)
         self.residual = LargestResidual() if section.log_activations else None
@@ -165,10 +165,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         """Makes the recipe's schedule, with a first and a last step that count."""
         if self.lr_scheduler is None:  # type: ignore[has-type]
             self.lr_scheduler = make_scheduler(
-                TRAINER_NAMES[self.schedule],
-                self.optimizer if optimizer is None else optimizer,
-                warmup=self.args.get_warmup_steps(num_training_steps),
-                steps=num_training_steps,
+                self.optimizer if optimizer is None else optimizer, self.section, self.course.tokens
             )
         return self.lr_scheduler
 

@@ -72,7 +72,10 @@ def test_minimal_recipe_has_every_default() -> None:
 def test_field_count_stays_small() -> None:
     found = sections()
     holders = len(found) - 1  # fields that hold a section are not fields that anyone sets
-    assert sum(len(section.model_fields) for section in found) - holders <= 69
+    # 8 of them are the procedure that Falcon-Mamba was pre-trained by: a decay, its end, the lengths of the
+    # schedule's parts, and a batch that grows; each is in the model card, and no other field can say it.
+    # 10 more are its stages and mixtures: 3 of a mixture, 4 of a stage, a source's id and its most passes
+    assert sum(len(section.model_fields) for section in found) - holders <= 87
 
 
 @pytest.mark.parametrize("section", sections(), ids=lambda section: section.__name__)
