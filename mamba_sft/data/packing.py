@@ -79,6 +79,19 @@ def open_packed(path: Path, dataset: Dataset) -> Dataset:
     return ArrowDataset.from_file(str(path)).with_transform(Fetch(dataset))
 
 
+def put_together(dataset: Dataset, rows: np.ndarray, counts: np.ndarray) -> Dataset:
+    """Returns packed rows that somebody else has chosen.
+
+    Args:
+        dataset: The rows.
+        rows: (m,) int64, the rows inside all packed rows, one packed row after the other.
+        counts: (n,) int64, how many each packed row holds.
+    """
+    from datasets import Dataset as ArrowDataset
+
+    return ArrowDataset(_bins_as_table(row_lengths(dataset), rows, counts)).with_transform(Fetch(dataset))
+
+
 class Fetch:
     """Puts packed rows together from the rows they name.
 
@@ -115,15 +128,19 @@ class Fetch:
 
 
 def _bin_table(dataset: Dataset, max_length: int, seed: int) -> Any:
-    """Columns `rows` (indices into the data set) and `length` (their tokens) of each packed row."""
-    import pyarrow as pa
-
     lengths = row_lengths(dataset)
     bins = assign_bins(lengths, max_length, np.random.default_rng(seed))
     order = np.concatenate([np.zeros(0, np.int64), *(np.asarray(rows, dtype=np.int64) for rows in bins)])
-    tokens = np.array([lengths[rows].sum() for rows in bins], dtype=np.int32)
-    counts = np.array([len(rows) for rows in bins], dtype=np.int64)
-    return list_table({"rows": (order, counts)}).append_column("length", pa.array(tokens))
+    return _bins_as_table(lengths, order, np.array([len(rows) for rows in bins], dtype=np.int64))
+
+
+def _bins_as_table(lengths: np.ndarray, rows: np.ndarray, counts: np.ndarray) -> Any:
+    """Columns `rows` (indices into the data set) and `length` (their tokens) of each packed row."""
+    import pyarrow as pa
+
+    ends = np.concatenate([[0], np.cumsum(lengths[rows])])
+    tokens = np.diff(ends[np.concatenate([[0], np.cumsum(counts)])]).astype(np.int32)
+    return list_table({"rows": (rows, counts)}).append_column("length", pa.array(tokens))
 
 
 def assign_bins(lengths: np.ndarray, capacity: int, rng: np.random.Generator) -> list[list[int]]:

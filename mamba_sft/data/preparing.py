@@ -86,7 +86,7 @@ class PreparedData:
         limit = self.summary.max_length
         if limit is None or self.train_rows is self.train:
             return None
-        return Packed.of(len(self.train_rows), limit, self.summary.train_tokens)
+        return Packed.of(len(self.train_rows), limit, int(row_lengths(self.train_rows).sum()))
 
 
 def read_corpus(recipe: Recipe) -> tuple[TemplateSetup, PreparedData]:

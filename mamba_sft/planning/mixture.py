@@ -147,8 +147,8 @@ class _Planner:
         packer.put_back()
         if len(self.tokens) == first:
             raise DataError(
-                f"stage {number + 1} of `train.stages` has no row left: its sources have been read as often as "
-                "their `epochs` allow",
+                f"stage {number + 1} of `train.stages` has no row left: its sources have been read as often "
+                "as their `epochs` allow",
                 hint="raise the `epochs` of a source, or shorten the run",
             )
         read = np.array([piece for rows in self.bins[first_bin:] for piece in rows])

@@ -21,7 +21,6 @@ from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 
 from mamba_sft.data.packing import Collator
 from mamba_sft.data.preparing import PreparedData, read_corpus
-from mamba_sft.data.rows import row_lengths
 from mamba_sft.disk import disk_errors_explained
 from mamba_sft.errors import TrainingError
 from mamba_sft.evaluation.prompts import Prompt, pair, prompts_digest, write_samples
@@ -32,10 +31,11 @@ from mamba_sft.model.adapter import attach_adapter, load_weights, save_adapter, 
 from mamba_sft.model.chat_template import TemplateSetup, render
 from mamba_sft.model.checkpoint import base_fingerprint, resolve_base
 from mamba_sft.model.loading import apply_setup, load_model, recommend_sampling
-from mamba_sft.planning.course import Course, plan_course
+from mamba_sft.planning.course import Course
 from mamba_sft.planning.environment import describe_call, describe_device, describe_environment
-from mamba_sft.planning.extent import RunLength, run_length, with_accumulation
+from mamba_sft.planning.extent import RunLength
 from mamba_sft.planning.fitting import refuse_what_cannot_fit, trained_values
+from mamba_sft.planning.settling import settle
 from mamba_sft.planning.storage import (
     ANOTHER_PLACE,
     FILES,
@@ -43,6 +43,7 @@ from mamba_sft.planning.storage import (
     checkpoint_sizes,
     refuse_too_small_a_disk,
 )
+from mamba_sft.recipe.mixtures import source_ids
 from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.run import Run, atomic_directory, write_atomically
 from mamba_sft.training.activations import keep_activations
@@ -150,15 +151,9 @@ def prepare_checked(checked: Checked, *, allow_changed_data: bool = False) -> Pr
     setup, data = read_corpus(recipe)
     if checked.start is not None:
         check_vocabulary(checked.start, setup)
-    lengths = row_lengths(data.train_rows)
-    length = run_length(
-        recipe,
-        rows=len(lengths),
-        tokens=int(lengths.sum()),
-        processes=processes.num_processes,
-        lengths=lengths,
-    )
-    recipe, longest = with_accumulation(recipe, length.accumulation), int(lengths.max(initial=0))
+    settled = settle(recipe, data, processes=processes.num_processes)
+    recipe, data, course, length = settled.recipe, settled.data, settled.course, settled.length
+    longest = int(settled.lengths.max(initial=0))
     refuse_what_cannot_fit(recipe, longest=longest, trained_rows=len(setup.trained_token_ids))
     trained = trained_values(recipe, trained_rows=len(setup.trained_token_ids))
     if processes.is_main_process:
@@ -166,10 +161,11 @@ def prepare_checked(checked: Checked, *, allow_changed_data: bool = False) -> Pr
         refuse_too_small_a_disk(
             run, recipe, trained, steps=length.steps, validates=validates, resumes=checked.resumed
         )
-    course = plan_course(recipe.train, lengths, seed=recipe.seed, processes=processes.num_processes)
     has_validation = data.validation_rows is not None
     arguments = trainer_arguments(recipe, run, steps=course.steps, has_validation=has_validation)
     record = record_data(recipe, data, setup.tokenizer, length, checked.prompts)
+    if settled.mixture is not None:
+        record["mixture"] = settled.mixture.to_dict()
     if checked.resumed:
         record["changes"] = settle_changes(run, record, checked.resume_point, allowed=allow_changed_data)
     return Preparation(
@@ -338,6 +334,7 @@ def _build_trainer(
         run=run,
         section=recipe.train,
         course=preparation.course,
+        sources=source_ids(recipe.data) if len(recipe.data.sources) > 1 else [],
         saves=CheckpointSaves(run, checkpoint_sizes(preparation.trained, recipe.train.optim)),
         counts=counts,
         interruption=interruption,

@@ -20,6 +20,12 @@ VOCABULARY_TILE = 32768
 """Logits of a position that exist at a time: TRL's own number, two tiles for Falcon-Mamba's 65,024."""
 
 
+def send(array: np.ndarray, device: torch.device) -> Tensor:
+    """Returns an array as a tensor on a device, without waiting for the copy."""
+    found = torch.from_numpy(array)
+    return (found.pin_memory() if device.type == "cuda" else found).to(device, non_blocking=True)
+
+
 class Targets(NamedTuple):
     """What is predicted where.
 
@@ -39,11 +45,7 @@ class Targets(NamedTuple):
             shift_labels: (B, L) int64, the token after each position, on the device.
             trained: (B, L) bool, on the host: where a token is trained.
         """
-        found = torch.from_numpy(np.flatnonzero(trained))
-        device = shift_labels.device
-        if device.type == "cuda":
-            found = found.pin_memory()
-        positions = found.to(device, non_blocking=True)
+        positions = send(np.flatnonzero(trained), shift_labels.device)
         return cls(positions, shift_labels.reshape(-1).index_select(0, positions))
 
 

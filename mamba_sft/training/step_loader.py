@@ -119,6 +119,7 @@ def _untrained(pad_token_id: int) -> Batch:
         "labels": torch.full((1, 1), IGNORED),
         "seq_idx": torch.full((1, 1), PADDING, dtype=torch.int32),
         "trained": np.zeros((1, 1), dtype=bool),
+        "source": np.zeros((1, 1), dtype=np.int32),
         "where": where,
     }
 

@@ -115,7 +115,7 @@ class ChunkedSteps:
         parts = []
         for chunk in split(batch, self.tokens):
             carry = Carry(chunk.enter(states))
-            parts.append(Figures.of(model, chunk, carry=carry))
+            parts.append(Figures.of(model, chunk, sources=len(self.trainer.tally.sources), carry=carry))
             states = carry.after
         return Figures.total(parts)
 
@@ -135,7 +135,7 @@ class ChunkedSteps:
             self.trainer.give_up_if_late()
             synchronizes = last and chunk is chunks[0]
             with nullcontext() if synchronizes else accelerator.no_sync(model):
-                figures = Figures.of(model, chunk, carry=carry)
+                figures = Figures.of(model, chunk, sources=len(self.trainer.tally.sources), carry=carry)
                 figures = figures._replace(loss=figures.loss * share)
                 accelerator.backward(close(figures.loss))
             parts.append(figures._replace(loss=figures.loss.detach()))

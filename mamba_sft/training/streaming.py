@@ -34,11 +34,13 @@ class Chunk:
         inputs: `input_ids`, `seq_idx` and `shift_labels`, each (B, l). The label of a
             position is the token after it, for the last position the first of the next chunk.
         trained: (B, l) bool, on the host: the positions whose label is trained.
+        source: (B, l) int32, on the host: the number of the source that each position is of.
         continues: (B, 1, 1) bool, the rows whose sequence began in an earlier chunk; None for the first.
     """
 
     inputs: dict[str, Tensor]
     trained: np.ndarray
+    source: np.ndarray
     continues: Tensor | None
 
     @property
@@ -64,7 +66,7 @@ def split(inputs: dict[str, Any], tokens: int | None) -> list[Chunk]:
     """Cuts a batch along its length.
 
     Args:
-        inputs: From `packing.Collator`: `input_ids`, `labels`, `seq_idx` and `trained`, each (B, L).
+        inputs: From `packing.Collator`: `input_ids`, `labels`, `seq_idx`, `trained`, `source`, each (B, L).
         tokens: Positions per chunk, of which the last may have fewer; None makes a single chunk.
 
     Returns:
@@ -80,7 +82,12 @@ def split(inputs: dict[str, Any], tokens: int | None) -> list[Chunk]:
         continues = (seq_idx[:, start] == seq_idx[:, start - 1])[:, None, None] if start else None
         part = np.s_[:, start : start + size]
         chunks.append(
-            Chunk({name: x[part] for name, x in columns.items()}, inputs["trained"][part], continues)
+            Chunk(
+                {name: x[part] for name, x in columns.items()},
+                inputs["trained"][part],
+                inputs["source"][part],
+                continues,
+            )
         )
     return chunks
 

@@ -59,6 +59,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         saves: How its checkpoints are saved.
         section: The recipe's `train`.
         course: Which rows each optimizer step takes.
+        sources: What the sources are called whose losses are told apart; none where there is one alone.
         counts: Takes this session's time and tokens.
         interruption: Says when the user wants it to stop; then a step that takes too long is given up.
         callbacks: As the trainer's; one that shows progress (has a `console`) replaces the trainer's bar.
@@ -71,6 +72,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         run: Run,
         section: TrainSection,
         course: Course,
+        sources: Sequence[str],
         counts: Counts,
         interruption: Interruption,
         saves: CheckpointSaves,
@@ -94,7 +96,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         if any(hasattr(callback, "console") for callback in callbacks):
             self.remove_callback(ProgressCallback)
         keep_float32(self.model)
-        self.tally = Tally(self.accelerator)
+        self.tally = Tally(self.accelerator, sources)
         self._largest = 0.0
         self._micro_batches: list[tuple[torch.Tensor, Batch]] = []
         self._resume_point: Path | None = None
@@ -254,7 +256,8 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         values = {"loss": step_loss, "gradient norm": norm}
         if self.spikes.skips(self.state.global_step + 1, values, origins):
             self._leave_out(model)
-        self._take("train", [rest[start : start + 4] for start in range(0, len(rest), 4)])
+        width = self.tally.width
+        self._take("train", [rest[start : start + width] for start in range(0, len(rest), width)])
         return float(norm)
 
     def _leave_out(self, model: Any) -> None:
@@ -290,7 +293,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         if self.steps is not None and not model.training:
             return self.steps.evaluation_loss(model, inputs)
         (whole,) = split(inputs, None)
-        figures = Figures.of(model, whole)
+        figures = Figures.of(model, whole, sources=len(self.tally.sources))
         self.tally.add("train" if model.training else "eval", figures, inputs)
         tokens = figures.labels if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
         loss = figures.loss / tokens.clamp(min=1)
