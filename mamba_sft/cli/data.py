@@ -46,12 +46,13 @@ def data(
     with loading("torch and transformers"):
         from mamba_sft.cli import preview
         from mamba_sft.data.preparing import read_corpus
-        from mamba_sft.planning.extent import run_length
+        from mamba_sft.planning.settling import settle
 
     started = time.monotonic()
     setup, prepared = read_corpus(loaded)
+    settled = settle(loaded, prepared)
+    prepared, length = settled.data, settled.length
     packing = prepared.packing
-    length = run_length(loaded, rows=len(prepared.train_rows), tokens=prepared.summary.train_tokens)
     if prepare:
         err.print(preview.statistics(prepared.summary, packing, length), crop=False)
         out.print(f"prepared in {time_text(time.monotonic() - started)}: {prepared.path}")

@@ -144,6 +144,11 @@ _NO_COURSE = {
 def plots(facts: RunFacts) -> Iterator[Plot]:
     """Yields every plot but the loss; what was logged by a name that nobody knows comes last."""
     seen = set(_NO_COURSE)
+    for title, prefix in (("loss by source", "loss/"), ("validation loss by source", "eval_loss/")):
+        names = sorted({name for line in facts.metrics for name in line if name.startswith(prefix)})
+        seen |= set(names)
+        if names:
+            yield Plot(title, "", list(_by_source(facts, names, prefix)), None)
     for title, unit, named, logarithmic in _PLOTTED:
         seen |= {name for _, name in named}
         curves = [
@@ -157,6 +162,15 @@ def plots(facts: RunFacts) -> Iterator[Plot]:
             yield _memory(curves) if title == "memory" else made
     for name in sorted({name for line in facts.metrics for name in line} - seen):
         yield Plot(name, "", [Curve(name, facts.series(name))])
+
+
+def _by_source(facts: RunFacts, names: Sequence[str], prefix: str) -> Iterator[Curve]:
+    for number, name in enumerate(names):
+        points = facts.series(name)
+        if prefix == "loss/":
+            yield Curve(name.removeprefix(prefix), smooth(points), number)
+        else:
+            yield Curve(name.removeprefix(prefix), points, number, "dots")
 
 
 def _memory(curves: Sequence[Curve]) -> Plot:
@@ -239,8 +253,18 @@ def data_facts(data: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if lengths:
         middle, high, longest = (lengths[name] for name in ("median", "percentile_95", "longest"))
         yield "tokens a row", f"median {middle:,}, 95% at most {high:,}, longest {longest:,}"
+    for number, stage in enumerate(data.get("mixture", {}).get("stages", []), 1):
+        yield f"stage {number}", stage_text(stage)
     batches = f"{length['accumulation']:,} micro-batches of {length['batch_size']:,}"
     yield "steps", f"{length['steps']:,}, {batches} in each, {length['tokens_per_step']:,} tokens in the mean"
+
+
+def stage_text(stage: dict[str, Any]) -> str:
+    """Returns a stage of a mixture in words: its steps, its longest row, and what was read of each source."""
+    total = max(1, sum(stage["tokens"].values()))
+    parts = ", ".join(f"{name} {count / total:.1%}" for name, count in stage["tokens"].items())
+    most = f"rows up to {stage['max_length']:,} tokens" if stage["max_length"] is not None else "whole rows"
+    return f"steps {stage['first']:,} to {stage['last']:,}, {most}: {total:,} tokens, {parts}"
 
 
 def data_rows(data: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
