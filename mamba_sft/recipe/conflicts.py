@@ -58,9 +58,10 @@ def derive_defaults(values: Any) -> Any:
         train.setdefault("save_steps", interval)
     if data.get("validation") == 0:
         eval_.setdefault("load_best_model_at_end", False)
-    if train.get("stages") and data.get("mixture") is None:
-        data["mixture"] = {}
-    return values | {"data": data, "train": train, "eval": eval_}
+    derived = {"train": train, "eval": eval_}
+    if train.get("stages") and data and data.get("mixture") is None:
+        derived["data"] = data | {"mixture": {}}
+    return values | derived
 
 
 def _as_dict(section: Any) -> dict[str, Any] | None:

@@ -206,7 +206,7 @@ class SourceSection(Section):
     weight: Number = Field(default=1.0, gt=0, le=1000)
     """Share of the rows that an epoch shows: 0.5 a fixed half of them, 2.0 each one twice. With
     `data.mixture`, the source's part of the mixture."""
-    epochs: Number | None = Field(default=None, gt=0, le=1000)
+    epochs: Annotated[float, Field(gt=0, le=1000), AfterValidator(_not_vanishing)] | None = None
     """With `data.mixture`: read at most so often; then the other sources take its part. null has no limit."""
     limit: int | None = Field(default=None, ge=1, le=MANY)
     """Take at most this many rows. null takes all."""
@@ -220,7 +220,7 @@ class MixtureSection(Section):
 
     by: Literal["tokens", "rows"] = "tokens"
     """What the sources' weights are shares of."""
-    temperature: Number | None = Field(default=None, gt=0, le=1e6)
+    temperature: Annotated[float, Field(gt=0, le=1e6), AfterValidator(_not_vanishing)] | None = None
     """Multiplies each weight by the source's size to the power of 1 / temperature: 1 mixes in proportion to
     the sizes, a high one evenly. null leaves sizes out."""
     curriculum: Literal["length", "difficulty"] | None = None

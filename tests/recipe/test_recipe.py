@@ -632,7 +632,7 @@ def test_columns_roles_and_preference_of_a_source() -> None:
             "columns: {promt: a}",
             "names in `data.sources.0.columns` must be one of `messages`, `prompt`, `input`, `response`,"
             " `system`, `history`, `tools`, `text`,"
-            " `chosen`, `rejected`, got `promt`; did you mean `prompt`?",
+            " `chosen`, `rejected`, `difficulty`, got `promt`; did you mean `prompt`?",
         ),
         ("columns: {prompt: 3}", "`data.sources.0.columns.prompt` must be text, got 3; put it in quotes"),
         (
