@@ -72,7 +72,7 @@ def test_minimal_recipe_has_every_default() -> None:
 def test_field_count_stays_small() -> None:
     found = sections()
     holders = len(found) - 1  # fields that hold a section are not fields that anyone sets
-    # 8 of them are the procedure that Falcon-Mamba was pre-trained by: a decay, its end and the lengths of the
+    # 8 of them are the procedure that Falcon-Mamba was pre-trained by: a decay, its end, the lengths of the
     # schedule's parts, and a batch that grows; each is in the model card, and no other field can say it
     assert sum(len(section.model_fields) for section in found) - holders <= 77
 
