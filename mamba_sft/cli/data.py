@@ -46,12 +46,18 @@ def data(
     with loading("torch and transformers"):
         from mamba_sft.cli import preview
         from mamba_sft.data.preparing import read_corpus
+        from mamba_sft.data.rows import row_lengths
         from mamba_sft.planning.extent import run_length
 
     started = time.monotonic()
     setup, prepared = read_corpus(loaded)
     packing = prepared.packing
-    length = run_length(loaded, rows=len(prepared.train_rows), tokens=prepared.summary.train_tokens)
+    length = run_length(
+        loaded,
+        rows=len(prepared.train_rows),
+        tokens=prepared.summary.train_tokens,
+        lengths=row_lengths(prepared.train_rows),
+    )
     if prepare:
         err.print(preview.statistics(prepared.summary, packing, length), crop=False)
         out.print(f"prepared in {time_text(time.monotonic() - started)}: {prepared.path}")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from mamba_sft import Recipe
 from mamba_sft.planning.course import Course, estimated_sizes, plan_course, ramped_size
-from mamba_sft.planning.extent import RunLength, run_length, tokens_of_steps
+from mamba_sft.planning.extent import RunLength, course_of, run_length
 from mamba_sft.recipe.fields import RampSection, TrainSection
 
 TEXT = "output_dir: x\nmodel: {base: b}\ndata: {sources: [{path: p}]}\n"
@@ -145,7 +145,7 @@ def test_the_length_of_a_run_is_its_courses(
     settled = recipe.train.model_copy(update={"gradient_accumulation_steps": accumulation})
     course = plan_course(settled, lengths, seed=recipe.seed, processes=processes)
     assert (found.steps, found.read) == (course.steps, course.tokens.sum())
-    assert np.array_equal(tokens_of_steps(recipe, lengths, processes=processes), course.tokens)
+    assert np.array_equal(course_of(recipe, lengths, processes=processes).starts, course.starts)
     assert found.warmup == np.argmax(np.cumsum(course.tokens) >= 10) + 1
     without = length_of(lengths, *words[:2], *[ramp] * bool(ramp), processes=processes)
     assert without.steps == course.steps
