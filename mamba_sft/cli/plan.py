@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from textwrap import wrap
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,7 +16,9 @@ from mamba_sft.cli.console import err, out
 from mamba_sft.wording import size_text, time_text
 
 if TYPE_CHECKING:
+    from mamba_sft.planning.curves import Curves
     from mamba_sft.planning.plan import Plan
+    from mamba_sft.recipe.recipe import Recipe
 
 INDENT, LABEL, FIGURE = 11, 28, 8
 WIDEST_BAR = 40
@@ -48,22 +52,50 @@ def plan(
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
+    plot: Annotated[
+        bool,
+        typer.Option(
+            "--plot",
+            help="Draw learning rate, batch and row length over tokens; with --json, one value a step.",
+        ),
+    ] = False,
+    plot_file: Annotated[
+        Path | None, typer.Option("--plot-file", metavar="PLOT.svg", help="Draw them into an SVG file.")
+    ] = None,
 ) -> None:
     """Say what a recipe will take, before anything is downloaded: memory, time, disk, and whether it fits."""
+    from mamba_sft.cli import plan_plot
     from mamba_sft.recipe.recipe import Recipe
 
     loaded = Recipe.load(recipe, overrides=overrides or [])
+    if plot_file is not None:
+        plan_plot.check_plot_file(plot_file)
     from mamba_sft.planning.plan import make_plan
 
     with err.status("planning"):
         made = make_plan(loaded, gpu)
+        curves = _curves(loaded) if plot or plot_file is not None else None
+    if curves is not None and plot_file is not None:
+        plan_plot.write_plot(curves, plot_file)
     if as_json:
-        sys.stdout.write(made.to_json() + "\n")
+        drawn = {"curves": curves.to_dict()} if curves is not None and plot else {}
+        sys.stdout.write(json.dumps(made.to_dict() | drawn, indent=None if drawn else 2) + "\n")
         return
     for line in (*_model(made), *_memory(made), *_room(made), *_time(made), *_disk(made), *_fixes(made)):
         out.print(line)
     for line in _warnings(made):
         out.print(line)
+    if curves is not None and plot:
+        out.print()
+        out.print("\n".join(plan_plot.terminal_plot(curves)))
+    if plot_file is not None:
+        out.print(_line("plot", f"written to {plot_file}"))
+
+
+def _curves(recipe: Recipe) -> Curves:
+    from mamba_sft.planning.curves import run_curves
+
+    return run_curves(recipe)
 
 
 def _line(head: str, text: str, style: str = "") -> Text:
@@ -144,7 +176,8 @@ def _longest(made: Plan) -> str:
 
 def _time(made: Plan) -> Iterator[Text]:
     steps = "steps: known when the data is here" if made.steps is None else f"{made.steps:,} steps"
-    yield _line("tokens", f"{made.tokens_per_step:,} a step on one device; {steps}")
+    growing = "up to " if made.accumulation is None else ""  # by `train.batch_ramp`
+    yield _line("tokens", f"{growing}{made.tokens_per_step:,} a step on one device; {steps}")
     if made.length is not None and made.length.chosen:
         yield _line("", f"gradient_accumulation_steps left out, so {made.accumulation}")
     if made.most_tokens is not None:

@@ -250,6 +250,8 @@ def _totals(summary: DataSummary, packing: Packed | None, length: RunLength | No
 
 def _a_step(length: RunLength, row: str) -> str:
     """What an optimizer step reads."""
+    if length.ramp is not None:
+        return f"{length.ramp[0]:,} to {count_text(length.ramp[1], row)}, by train.batch_ramp"
     batches = count_text(length.accumulation, "micro-batch", "es")
     chosen = "; gradient_accumulation_steps is left out" if length.chosen else ""
     return f"{batches} of {count_text(length.batch_size, row)}{chosen}"

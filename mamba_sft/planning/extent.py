@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mamba_sft.planning.course import estimated_sizes, plan_course
+from mamba_sft.planning.course import Course, estimated_sizes, plan_course
 from mamba_sft.planning.schedule import find_phases
 from mamba_sft.wording import count_text
 
@@ -157,7 +157,10 @@ def run_length(
     if train.batch_ramp is not None or _counts_tokens(train):
         if lengths is None and rows:
             lengths = np.full(rows, max(1, round(tokens / rows)))
-        by_step = tokens_of_steps(recipe, lengths, processes=processes)
+        if lengths is None:
+            by_step = sizes_without_rows(recipe, processes=processes) * (recipe.data.max_length or 1)
+        else:
+            by_step = course_of(recipe, lengths, processes=processes).tokens
         steps, read = len(by_step), int(by_step.sum())
     else:
         by_step = np.zeros(steps, dtype=np.int64)  # only their number counts
@@ -177,22 +180,23 @@ def run_length(
     )
 
 
-def tokens_of_steps(recipe: Recipe, lengths: np.ndarray | None, *, processes: int = 1) -> np.ndarray:
-    """Returns the tokens that each step of a run reads, (S,) int64.
+def course_of(recipe: Recipe, lengths: np.ndarray, *, processes: int = 1) -> Course:
+    """Returns the course of a run, with an accumulation that is left out settled as `run_length` does.
 
     Args:
         recipe: What would be trained.
-        lengths: (n,) tokens of each row. None where the rows are not known: `max_steps` steps of rows of
-            `data.max_length`.
+        lengths: (n,) tokens of each row.
         processes: Devices that train at once.
     """
-    if lengths is None:
-        length = recipe.data.max_length or 1
-        train = with_accumulation(recipe, settled_accumulation(recipe.train, None)).train
-        return estimated_sizes(train, length=length, processes=processes) * length
     batches = math.ceil(len(lengths) / (recipe.train.per_device_train_batch_size * processes))
     train = with_accumulation(recipe, settled_accumulation(recipe.train, batches, processes)).train
-    return plan_course(train, lengths, seed=recipe.seed, processes=processes).tokens
+    return plan_course(train, lengths, seed=recipe.seed, processes=processes)
+
+
+def sizes_without_rows(recipe: Recipe, *, processes: int = 1) -> np.ndarray:
+    """Returns the rows of each of `max_steps` steps, (S,) int64, estimated with rows of `data.max_length`."""
+    train = with_accumulation(recipe, settled_accumulation(recipe.train, None, processes)).train
+    return estimated_sizes(train, length=recipe.data.max_length or 1, processes=processes)
 
 
 def _counts_tokens(train: TrainSection) -> bool:

@@ -62,7 +62,7 @@ def _largest(fits: Callable[[int], bool], most: int) -> int:
     return low
 
 
-def fixes(work: Work, accumulation: int, accelerator: Accelerator) -> list[Fix]:
+def fixes(work: Work, accumulation: int | None, accelerator: Accelerator) -> list[Fix]:
     """Returns up to three ways to make a recipe fit, the fastest first, that leave what is learned as it is.
 
     Tried are all smaller micro-batches (with accumulation in proportion), checkpointing policies and lengths
@@ -70,7 +70,7 @@ def fixes(work: Work, accumulation: int, accelerator: Accelerator) -> list[Fix]:
 
     Args:
         work: What does not fit.
-        accumulation: `train.gradient_accumulation_steps`.
+        accumulation: `train.gradient_accumulation_steps`; None where `train.batch_ramp` says the batch.
         accelerator: The device.
     """
     found = list(_fitting(work, accumulation, accelerator))
@@ -86,7 +86,7 @@ def fixes(work: Work, accumulation: int, accelerator: Accelerator) -> list[Fix]:
     return chosen[:SHOWN]
 
 
-def _fitting(work: Work, accumulation: int, accelerator: Accelerator) -> Iterator[Fix]:
+def _fitting(work: Work, accumulation: int | None, accelerator: Accelerator) -> Iterator[Fix]:
     before = estimate(work, accelerator)
     divisors = [n for n in (1, 2, 4, 8, 16, 32, 64, 128) if work.rows % n == 0]
     names: tuple[Policy, ...] = ("none", "mamba", "block")
@@ -94,10 +94,9 @@ def _fitting(work: Work, accumulation: int, accelerator: Accelerator) -> Iterato
     for divisor, policy, stream in product(divisors, policies, _STREAMS):
         overrides = []
         if divisor > 1:
-            overrides += [
-                f"train.per_device_train_batch_size={work.rows // divisor}",
-                f"train.gradient_accumulation_steps={accumulation * divisor}",
-            ]
+            overrides.append(f"train.per_device_train_batch_size={work.rows // divisor}")
+            if accumulation is not None:
+                overrides.append(f"train.gradient_accumulation_steps={accumulation * divisor}")
         if policy != work.policy:
             overrides.append(f"train.checkpointing={policy}")
         chunk = work.chunk if stream is None else stream
@@ -157,7 +156,8 @@ def refuse_what_cannot_fit(recipe: Recipe, *, longest: int, trained_rows: int) -
     if planned <= usable:
         return
     what = f"this run needs {size_text(planned)} by plan, and {accelerator.name} has {size_text(usable)}"
-    hint = advice(fixes(work, settled_accumulation(recipe.train, None), accelerator))
+    accumulation = None if recipe.train.batch_ramp else settled_accumulation(recipe.train, None)
+    hint = advice(fixes(work, accumulation, accelerator))
     if planned > (1 + TOLERANCE) * usable:
         raise TrainingError(what, hint=f"{hint}; see `mamba-sft plan`")
     logger.warning("%s: it may run out of memory; %s", what, hint)

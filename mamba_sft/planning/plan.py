@@ -6,6 +6,8 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
 from mamba_sft.errors import UsageError
 from mamba_sft.model.shape import find_shape
 from mamba_sft.planning.environment import describe_device
@@ -36,8 +38,8 @@ class Plan:
         peak: Bytes held at once, at most.
         largest_rows: Micro-batch that still fits; 0: none.
         largest_length: Tokens of a row that still fit at the recipe's micro-batch.
-        accumulation: Micro-batches of an optimizer step.
-        tokens_per_step: Positions of an optimizer step, on one device.
+        accumulation: Micro-batches of an optimizer step; None where `train.batch_ramp` says the batch.
+        tokens_per_step: Positions of an optimizer step, on one device; with a ramp, of those at its end.
         length: What the rows come to; None where the data has to be seen first.
         most_tokens: Tokens of the run, at most, None where that is not known.
         rate: Tokens per second, None where the device's speed is not known.
@@ -53,7 +55,7 @@ class Plan:
     peak: int
     largest_rows: int
     largest_length: int
-    accumulation: int
+    accumulation: int | None
     tokens_per_step: int
     length: RunLength | None
     most_tokens: int | None
@@ -131,7 +133,7 @@ def make_plan(recipe: Recipe, gpu: str | None = None) -> Plan:
         )
     accelerator = find_gpu(gpu) if gpu else recognized(describe_device())
     shape, source = find_shape(recipe.model)
-    rows = _training_rows(recipe)
+    rows = training_rows(recipe)
     length = recipe.data.max_length or (max(rows) if rows else recipe.train.stream_tokens)
     if length is None:
         raise UsageError(
@@ -143,7 +145,8 @@ def make_plan(recipe: Recipe, gpu: str | None = None) -> Plan:
     parts = planned_parts(work)
     extent = _extent(recipe, rows)
     accumulation = extent.accumulation if extent else settled_accumulation(recipe.train, None)
-    per_step = work.rows * length * accumulation
+    ramp = recipe.train.batch_ramp
+    per_step = length * (ramp.to if ramp is not None else work.rows * accumulation)
     usable = accelerator.usable_bytes
     rate = (None if gpu else measured(recipe, accelerator.name)) or estimate(work, accelerator)
     return Plan(
@@ -154,19 +157,19 @@ def make_plan(recipe: Recipe, gpu: str | None = None) -> Plan:
         peak=peak(parts),
         largest_rows=largest_rows(work, usable),
         largest_length=largest_length(work, usable),
-        accumulation=accumulation,
+        accumulation=None if ramp is not None else accumulation,
         tokens_per_step=per_step,
         length=extent,
         most_tokens=_most_tokens(recipe, extent, per_step),
         rate=rate,
         disk=_disk(recipe, work),
-        fixes=[] if peak(parts) <= usable else fixes(work, accumulation, accelerator),
+        fixes=[] if peak(parts) <= usable else fixes(work, None if ramp else accumulation, accelerator),
         wants_bfloat16=recipe.model.dtype == "bfloat16",
     )
 
 
-def _training_rows(recipe: Recipe) -> list[int]:
-    """Lengths of the rows as they are trained, if base and data are on this machine; else nothing."""
+def training_rows(recipe: Recipe) -> list[int]:
+    """Returns the lengths of the rows as they are trained, if base and data are here; else nothing."""
     here = [recipe.model.base, *(source.path for source in recipe.data.sources)]
     if not all(find_path(path).exists() for path in here):
         return []
@@ -182,11 +185,14 @@ def _extent(recipe: Recipe, rows: list[int]) -> RunLength | None:
     """What the rows come to, as far as that is known without them."""
     if not rows and recipe.train.max_steps <= 0:
         return None
-    return run_length(recipe, rows=len(rows), tokens=sum(rows))
+    lengths = np.array(rows, dtype=np.int64) if rows else None
+    return run_length(recipe, rows=len(rows), tokens=sum(rows), lengths=lengths)
 
 
 def _most_tokens(recipe: Recipe, extent: RunLength | None, per_step: int) -> int | None:
     """The most tokens of a run, as far as they are known."""
+    if extent is not None and extent.read is not None:
+        return extent.read
     if extent is not None and extent.rows:
         batch = extent.batch_size * extent.accumulation
         return int(extent.steps * batch * extent.tokens / extent.rows)
