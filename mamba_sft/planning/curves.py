@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from mamba_sft.errors import UsageError
-from mamba_sft.planning.extent import course_of, sizes_without_rows
-from mamba_sft.planning.plan import training_rows
+from mamba_sft.planning.extent import sizes_without_rows
+from mamba_sft.planning.plan import settled_here
 from mamba_sft.planning.schedule import learning_rates
 from mamba_sft.recipe.recipe import Recipe
 
@@ -62,15 +62,26 @@ def run_curves(recipe: Recipe) -> Curves:
             the rows.
         RecipeError: The parts of the schedule do not go into the run.
     """
-    rows = np.array(training_rows(recipe), dtype=np.int64)
-    if len(rows):
-        course = course_of(recipe, rows)
-        sizes, tokens = course.sizes, course.tokens
+    settled = settled_here(recipe)
+    if settled is not None:
+        sizes, tokens = settled.course.sizes, settled.course.tokens
     else:
         _refuse_unknown(recipe)
         sizes = sizes_without_rows(recipe)
-        tokens = sizes * (recipe.data.max_length or 1)
-    return Curves(learning_rates(recipe.train, tokens), sizes, tokens, estimated=not len(rows))
+        tokens = sizes * _lengths_without_rows(recipe)
+    return Curves(learning_rates(recipe.train, tokens), sizes, tokens, estimated=settled is None)
+
+
+def _lengths_without_rows(recipe: Recipe) -> np.ndarray:
+    """(S,) the longest row of each step: that of its stage."""
+    longest, steps = recipe.data.max_length or 1, recipe.train.max_steps
+    lengths = np.full(steps, longest, dtype=np.int64)
+    start = 0
+    for stage in recipe.train.stages or []:
+        end = steps if stage.until is None else round(stage.until * steps)
+        lengths[start:end] = stage.max_length or longest
+        start = end
+    return lengths
 
 
 def _refuse_unknown(recipe: Recipe) -> None:

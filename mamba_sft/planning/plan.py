@@ -6,8 +6,6 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-
 from mamba_sft.errors import UsageError
 from mamba_sft.model.shape import find_shape
 from mamba_sft.planning.environment import describe_device
@@ -15,6 +13,7 @@ from mamba_sft.planning.extent import RunLength, run_length, settled_accumulatio
 from mamba_sft.planning.fitting import Fix, fixes, largest_length, largest_rows
 from mamba_sft.planning.gpus import Accelerator, find_gpu, recognized
 from mamba_sft.planning.memory import Part, Work, peak, planned_parts
+from mamba_sft.planning.settling import Settled, settle
 from mamba_sft.planning.speed import Rate, estimate, flops, measured
 from mamba_sft.planning.storage import adapter_bytes, checkpoint_sizes
 from mamba_sft.recipe.builtin import find_path
@@ -133,8 +132,9 @@ def make_plan(recipe: Recipe, gpu: str | None = None) -> Plan:
         )
     accelerator = find_gpu(gpu) if gpu else recognized(describe_device())
     shape, source = find_shape(recipe.model)
-    rows = training_rows(recipe)
-    length = recipe.data.max_length or (max(rows) if rows else recipe.train.stream_tokens)
+    settled = settled_here(recipe)
+    longest = int(settled.lengths.max()) if settled is not None else recipe.train.stream_tokens
+    length = recipe.data.max_length or longest
     if length is None:
         raise UsageError(
             "`data.max_length` is null, so how long rows are is not known before the data is read",
@@ -143,7 +143,7 @@ def make_plan(recipe: Recipe, gpu: str | None = None) -> Plan:
     trained = 0 if recipe.chat.template == "tokenizer" else TEMPLATE_TOKENS
     work = Work.of(recipe, shape, accelerator, length=length, trained_rows=trained)
     parts = planned_parts(work)
-    extent = _extent(recipe, rows)
+    extent = settled.length if settled is not None else _extent(recipe)
     accumulation = extent.accumulation if extent else settled_accumulation(recipe.train, None)
     ramp = recipe.train.batch_ramp
     per_step = length * (ramp.to if ramp is not None else work.rows * accumulation)
@@ -168,25 +168,19 @@ def make_plan(recipe: Recipe, gpu: str | None = None) -> Plan:
     )
 
 
-def training_rows(recipe: Recipe) -> list[int]:
-    """Returns the lengths of the rows as they are trained, if base and data are here; else nothing."""
+def settled_here(recipe: Recipe) -> Settled | None:
+    """Returns the rows as they are trained and the steps that take them, if base and data are here."""
     here = [recipe.model.base, *(source.path for source in recipe.data.sources)]
     if not all(find_path(path).exists() for path in here):
-        return []
-    from mamba_sft.data.preparing import read_corpus
-    from mamba_sft.data.rows import row_lengths
-
-    _, data = read_corpus(recipe)
-    lengths: list[int] = row_lengths(data.train_rows).tolist()
-    return lengths
-
-
-def _extent(recipe: Recipe, rows: list[int]) -> RunLength | None:
-    """What the rows come to, as far as that is known without them."""
-    if not rows and recipe.train.max_steps <= 0:
         return None
-    lengths = np.array(rows, dtype=np.int64) if rows else None
-    return run_length(recipe, rows=len(rows), tokens=sum(rows), lengths=lengths)
+    from mamba_sft.data.preparing import read_corpus
+
+    return settle(recipe, read_corpus(recipe)[1])
+
+
+def _extent(recipe: Recipe) -> RunLength | None:
+    """What the run comes to, as far as that is known without rows."""
+    return run_length(recipe, rows=0, tokens=0) if recipe.train.max_steps > 0 else None
 
 
 def _most_tokens(recipe: Recipe, extent: RunLength | None, per_step: int) -> int | None:

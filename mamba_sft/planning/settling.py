@@ -86,6 +86,7 @@ def _settle_mixture(recipe: Recipe, data: PreparedData, processes: int) -> Settl
         tokens=int(course.tokens.sum()),
         epochs=1.0,
         steps=course.steps,
+        read=int(course.tokens.sum()),
         warmup=find_phases(recipe.train, course.tokens).warmup,
     )
     return Settled(recipe, replace(data, train_rows=trained), mixture.lengths, length, course, mixture)
