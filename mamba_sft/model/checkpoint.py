@@ -1,6 +1,6 @@
 """A base checkpoint: found or downloaded, checked, and told from others before anything heavy is loaded.
 
-Headers and a few samples are read, not weights: a 14.5 GB model takes well under a second. Only safetensors
+Headers and a few samples are read, not weights: a 13.5 GiB model takes well under a second. Only safetensors
 is accepted. A `.bin` file is a pickle, and opening one can run any code its author put there.
 """
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from mamba_sft.errors import UsageError
 from mamba_sft.kernels.launching import Card, card_named
+from mamba_sft.wording import GIB
 
-GIB = 1 << 30
 LANES_ISSUED, LANES_MUFU = 128, 16
 """Per SM and clock: four warps issued; results of the special function unit (ex2, lg2, rcp). CUDA C++
 Programming Guide, table of arithmetic throughput; both the same from compute capability 7.5 to 12.0."""
@@ -70,6 +70,13 @@ class Accelerator:
     bfloat16: bool = True
     type: str = "cuda"
     card: Card | None = None
+
+    @property
+    def name_with_memory(self) -> str:
+        """Its name with the memory it is sold with: `GeForce RTX 4090 (24 GB)`, `A100 80GB`."""
+        sold = f"{self.nominal_bytes / GIB:.0f}"
+        known = self.nominal_bytes <= self.usable_bytes or re.search(rf"\b{sold} ?GB", self.name)
+        return self.name if known else f"{self.name} ({sold} GB)"
 
 
 def _gpu(name: str, nominal: float, usable: float, **speed: Any) -> Accelerator:
