@@ -27,13 +27,14 @@ from mamba_sft.errors import UsageError
 def generate(
     model: ModelArgument = None,
     prompt: Annotated[
-        list[str] | None, typer.Option("--prompt", "-p", help="A prompt; may be repeated.")
+        list[str] | None, typer.Option("--prompt", "-p", metavar="TEXT", help="A prompt; may be repeated.")
     ] = None,
     input_file: Annotated[
-        Path | None, typer.Option("--input", help="Prompts: JSON Lines, or a .txt with one a line.")
+        Path | None,
+        typer.Option("--input", metavar="FILE", help="Prompts: JSON Lines, or a .txt with one a line."),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", help="JSON Lines to write; default: print.")
+        Path | None, typer.Option("--output", metavar="FILE", help="JSON Lines to write; default: print.")
     ] = None,
     system: System = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text, without the chat template.")] = False,
@@ -43,7 +44,10 @@ def generate(
     top_k: TopK = 0,
     seed: Seed = None,
 ) -> None:
-    """Answer prompts: `mamba-sft generate RUN --prompt "..."`, or a file of them."""
+    """Answer prompts, given one by one or in a file.
+
+    Example: mamba-sft generate runs/quickstart -p "What is the opposite of hot?"
+    """
     from mamba_sft.inference.sampling import Sampling
 
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from mamba_sft.cli.console import err, out
+from mamba_sft.cli import completing
+from mamba_sft.cli.console import Json, Overrides, RecipeArgument, err, out
 from mamba_sft.wording import GIB, size_text, time_text
 
 if TYPE_CHECKING:
@@ -35,22 +36,23 @@ NAMES = {
 
 
 def plan(
-    recipe: Annotated[
-        str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a built-in one.")
-    ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[section.field=value]...", help="Changes to the recipe's values."),
-    ] = None,
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
     gpu: Annotated[
         str | None,
         typer.Option(
-            "--card", help="A GPU to plan for, such as t4, 4090, a100-80, h100; default: this machine."
+            "--card",
+            metavar="NAME",
+            help="A GPU, such as t4, 4090, a100-80, h100; default: this machine.",
+            autocompletion=completing.cards,
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
+    as_json: Json = False,
 ) -> None:
-    """Say what a recipe will take, before anything is downloaded: memory, time, disk, and whether it fits."""
+    """Say what a recipe takes and whether it fits; loads nothing.
+
+    Example: mamba-sft plan instruct-qlora --card 4090
+    """
     from mamba_sft.recipe.recipe import Recipe
 
     loaded = Recipe.load(recipe, overrides=overrides or [])

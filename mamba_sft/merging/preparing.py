@@ -20,6 +20,7 @@ from mamba_sft.model.checksums import file_checksum
 from mamba_sft.model.loading import resolve_base
 from mamba_sft.model.tensor_files import DTYPES, Layout, StoredTensors
 from mamba_sft.model.tensor_headers import TensorEntry
+from mamba_sft.recipe.other_tools import meant
 from mamba_sft.run import (
     ADAPTER_WEIGHTS,
     BASE_FACTS,
@@ -29,6 +30,7 @@ from mamba_sft.run import (
     check_replaceable,
 )
 from mamba_sft.run_contents import refuse_strangers
+from mamba_sft.wording import shown
 
 VOCABULARY = (EMBEDDINGS, HEAD)
 _DTYPE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -108,7 +110,11 @@ def prepare_merge(run: Run, output: Path, dtype: str | None) -> PreparedMerge:
 def match_adapter(run: Run, output: Path, dtype: str | None) -> PreparedMerge:
     """Checks that a run's adapter and its base make one model, and lays it out; see `prepare_merge`."""
     if dtype is not None and dtype not in _DTYPE_NAMES:
-        raise UsageError(f"no such dtype `{dtype}`", hint=f"give one of {', '.join(_DTYPE_NAMES)}")
+        close = meant(dtype, list(_DTYPE_NAMES))
+        question = f"; did you mean `{close}`?" if close else ""
+        raise UsageError(
+            f"no such dtype `{shown(dtype)}`{question}", hint=f"give one of {', '.join(_DTYPE_NAMES)}"
+        )
     adapter = read_adapter(run.adapter)
     facts = BaseFacts.read(run.adapter)
     base = resolve_base(facts.base, facts.revision)

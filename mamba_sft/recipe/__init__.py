@@ -3,7 +3,7 @@
 Read `fields` (what can be set, with its help), `recipe` (the tree itself, and how it is loaded), then
 `conflicts` (what fields owe each other), `builtin` and `globs` (where recipes and data are found),
 `yaml_text` (YAML in and out, with line numbers), `messages` (values that do not fit, as messages with file
-and line), `other_tools` (the names that other trainers use, for suggestions) and `trainer_arguments` (what
-SFTConfig has beside that).
+and line), `other_tools` (the names that other trainers use, for suggestions), `options` (fields
+written as options) and `trainer_arguments` (what SFTConfig has beside that).
 Code below takes the section it needs, never the whole recipe.
 """

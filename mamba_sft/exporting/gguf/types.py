@@ -14,6 +14,8 @@ from math import prod
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
 
 from mamba_sft.errors import UsageError
+from mamba_sft.exporting.gguf.names import meant_method
+from mamba_sft.wording import shown
 
 F32, F16, BF16 = GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16
 _Type = GGMLQuantizationType
@@ -110,7 +112,10 @@ def choose_methods(names: list[str]) -> list[Method]:
         elif name.upper() in METHODS:
             wanted.add(name.upper())
         else:
-            raise UsageError(f"no quantization `{name}`", hint=f"there are all, {', '.join(METHODS)}")
+            close = meant_method(name)
+            question = f"; did you mean `{close}`?" if close else ""
+            known = f"there are all, {', '.join(METHODS)}"
+            raise UsageError(f"no quantization `{shown(name)}`{question}", hint=known)
     return [method for name, method in METHODS.items() if name in wanted]
 
 
