@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -68,8 +69,18 @@ _NOT_IN_JSON = re.compile(r"[\x7f-\x9f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\ud
 
 def write_json(content: Any) -> None:
     """Writes JSON to stdout: letters as they are, what would steer a terminal or is no character escaped."""
-    text = json.dumps(content, ensure_ascii=False, indent=2)
-    sys.stdout.write(_NOT_IN_JSON.sub(lambda match: f"\\u{ord(match[0]):04x}", text) + "\n")
+    sys.stdout.write(_json(content, indent=2))
+
+
+def write_json_lines(rows: Iterable[Any]) -> None:
+    """Writes JSON to stdout, one value a line, in the same form."""
+    for row in rows:
+        sys.stdout.write(_json(row))
+
+
+def _json(content: Any, indent: int | None = None) -> str:
+    text = json.dumps(content, ensure_ascii=False, indent=indent)
+    return _NOT_IN_JSON.sub(lambda match: f"\\u{ord(match[0]):04x}", text) + "\n"
 
 
 def quiet_loading() -> None:

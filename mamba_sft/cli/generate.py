@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -9,6 +11,7 @@ from typing import Annotated
 import typer
 
 from mamba_sft.cli.console import (
+    Json,
     MaxNewTokens,
     ModelArgument,
     Seed,
@@ -20,6 +23,7 @@ from mamba_sft.cli.console import (
     model_or_newest,
     out,
     quiet_loading,
+    write_json_lines,
 )
 from mamba_sft.errors import UsageError
 
@@ -43,6 +47,7 @@ def generate(
     top_p: TopP = 1.0,
     top_k: TopK = 0,
     seed: Seed = None,
+    as_json: Json = False,
 ) -> None:
     """Answer prompts, given one by one or in a file.
 
@@ -55,8 +60,12 @@ def generate(
         raise UsageError(
             "give either `--prompt` or `--input`", hint='for example --prompt "What is a haiku?"'
         )
+    if as_json and output is not None:
+        raise UsageError("`--output` writes JSON Lines already", hint="leave out `--json`")
+    _refuse_file_names(prompt or [])
     where = model_or_newest(model)
     from mamba_sft.cli.progress import StageBar
+    from mamba_sft.inference.answering import answer_rows
     from mamba_sft.inference.answering import generate as answer
 
     quiet_loading()
@@ -65,7 +74,9 @@ def generate(
         found = answer(
             where, prompts, output=output, sampling=sampling, system=system, raw=raw, on_answer=bar.count
         )
-    if output is None:
+    if as_json:
+        write_json_lines(answer_rows(prompts, found))
+    elif output is None:
         for one in found:
             if out.is_terminal:
                 out.print(one.text)
@@ -73,3 +84,12 @@ def generate(
                 sys.stdout.write(one.text + "\n")
     else:
         err.print(f"{len(found)} answers: {output}")
+
+
+def _refuse_file_names(prompts: list[str]) -> None:
+    for text in prompts:
+        if text.endswith((".txt", ".jsonl", ".json")) and os.path.isfile(text):
+            raise UsageError(
+                f"`--prompt {text}`: that is a file; a prompt is the text itself",
+                hint=f"`--input {shlex.quote(text)}` answers the prompts in it",
+            )

@@ -90,12 +90,14 @@ def check_request(
     """Refuses what does not go together.
 
     Raises:
-        UsageError: There is no such format, or something belongs to another one.
+        UsageError: There is no such format or quantization, or something belongs to another one.
     """
+    from mamba_sft.exporting.gguf.names import refuse_unknown
     from mamba_sft.exporting.request import GGUFOptions, HubOptions
 
     if format not in FORMATS:
         raise UsageError(f"no format `{format}`", hint=f"there are {', '.join(FORMATS)}")
+    refuse_unknown(quantization)
     if format == "hf" and (quantization or adapter_only or isinstance(options, GGUFOptions)):
         raise UsageError("quantizations and adapters alone are GGUF files", hint="leave `--format hf` out")
     if format != "hf" and isinstance(options, HubOptions):

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from difflib import get_close_matches
+
+from mamba_sft.errors import UsageError
+from mamba_sft.wording import shown
 
 QUANTIZED = (
     "Q2_K", "IQ3_XS", "IQ3_S", "IQ3_M", "Q3_K_S", "Q3_K", "Q3_K_M", "Q3_K_L", "IQ4_XS", "IQ4_NL", "Q4_0",
@@ -18,6 +22,21 @@ _OTHERS = {
     "Q6": "Q6_K", "Q8": "Q8_0",
 }  # fmt: skip
 """What other tools call about the same."""
+
+
+def refuse_unknown(names: Sequence[str]) -> None:
+    """Refuses names of no method, whatever the case of their letters; `all` stands for the quantized ones.
+
+    Raises:
+        UsageError: A name is not one of them; says which was meant.
+    """
+    known = ("all", *QUANTIZED, *FLOATS)
+    for name in names:
+        if name.upper() not in map(str.upper, known):
+            close = meant_method(name)
+            question = f"; did you mean `{close}`?" if close else ""
+            there_are = f"there are {', '.join(known)}"
+            raise UsageError(f"no quantization `{shown(name)}`{question}", hint=there_are)
 
 
 def meant_method(name: str) -> str | None:
