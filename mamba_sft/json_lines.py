@@ -167,7 +167,7 @@ def _renamed(path: Path, ending: str) -> str:
 def _lines_of(path: Path, read: str = "read_json('{}')") -> str:
     """The command that makes JSON Lines of a JSON array, or of a table."""
     return (
-        f"python -c \"import pandas; pandas.{read.format(path)}"
+        f'python -c "import pandas; pandas.{read.format(path)}'
         f".to_json('{path.stem}.jsonl', orient='records', lines=True)\""
     )
 

@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -170,3 +171,26 @@ def test_the_fields_are_those_of_the_recipe() -> None:
     assert known["data.packing"].choices == ["true", "false"]
     assert known["adapter.target_modules"].takes_list
     assert all(field.about for field in known.values())
+
+
+def test_the_readme_shows_an_answer() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    shown = r"^\$ mamba-sft (train .* --max-steps .*)\nerror: (.*)\nhint: (.*)$"
+    found = re.search(shown, readme, re.MULTILINE)
+    assert found
+    error = CliRunner().invoke(app, shlex.split(found[1])).exception
+    assert isinstance(error, UsageError)
+    assert (error.message, error.hint) == (found[2], found[3])
+
+
+def test_the_readme_names_every_verb_and_its_options() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    section = readme.partition("## Verbs\n```\n")[2].partition("```")[0]
+    named = set()
+    for line in section.splitlines():
+        words = line.split()[1:]
+        path = max((known for known in PAGES if tuple(words[: len(known)]) == known), key=len)
+        known = {name for param in PAGES[path].params for name in (*param.opts, *param.secondary_opts)}
+        assert set(re.findall(r"(?<!\w)--?[a-z][a-z-]*", line.partition(" ")[2])) <= known, line
+        named.add(path[0])
+    assert named == {path[0] for path in PAGES if path}
