@@ -105,13 +105,13 @@ def length_table(lengths: list[int], ways: list[str], limit: float) -> dict[str,
             last = max(results[way], default=None)
             expected = results[way][last]["grown"] * tokens / last if last else 0
             if not way.startswith("stream") and expected > limit:
-                text = f"not run (~{expected / 1e9:,.0f} GB)"
+                text = f"not run (~{expected / (1 << 30):,.0f} GiB)"
                 print(f"{text:>24}", end="", flush=True)
                 continue
             command = [sys.executable, __file__, "--cell", way, str(tokens)]
             ran = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             results[way][tokens] = cell = json.loads(ran.stdout.splitlines()[-1])
-            text = f"{cell['grown'] / 1e6:,.0f} MB {cell['seconds']:,.1f} s"
+            text = f"{cell['grown'] / (1 << 20):,.0f} MiB {cell['seconds']:,.1f} s"
             print(f"{text:>24}", end="", flush=True)
         print()
     return results
@@ -159,7 +159,7 @@ def measure_layers(policy: Any, layers: int, tokens: int) -> dict[str, float]:
 
 
 def layer_table(tokens: int = 128) -> dict[str, Any]:
-    print(f"{'policy':>8}{'kept, KB/token':>18}{'at work, KB/token':>20}{'GFLOP/token, 64 layers':>26}")
+    print(f"{'policy':>8}{'kept, KiB/token':>18}{'at work, KiB/token':>20}{'GFLOP/token, 64 layers':>26}")
     results = {}
     for policy in ("none", "mamba", "block"):
         # Bytes and FLOPs are a + b * tokens for each layer, with a for what is made of its weights.

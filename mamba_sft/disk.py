@@ -117,7 +117,7 @@ def disk_errors_explained(
 
     Args:
         output: Where the block writes.
-        need: What it needs, e.g. `the merged model takes 14.5 GB`.
+        need: What it needs, e.g. `the merged model takes 13.5 GiB`.
         kind: What is raised.
         hint: What to do where there is no room.
 

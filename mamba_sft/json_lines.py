@@ -7,6 +7,7 @@ but say nothing, and what is wrong with a line is told with its file, line and c
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,10 @@ DEEPEST = 100
 """Lists and objects within each other in a value that is taken: no data set needs as many, and what walks
 through values, Python's own parser among them, ends in the middle of deeper ones."""
 
+
+_HOW = 'one a line, as JSON: {"prompt": "What is a haiku?"}, or as they are in a file called .txt'
+"""How prompts stand in a file."""
+_TABLES = {".csv": "read_csv('{}')", ".tsv": "read_csv('{}', sep='\\t')", ".parquet": "read_parquet('{}')"}
 
 TOO_DEEP = f"nested too deeply, more than {DEEPEST} levels"
 
@@ -105,7 +110,11 @@ def read_prompt_file(path: Path, kind: str = "prompts", hint: str | None = None)
     Raises:
         DataError: It cannot be read, a line of it cannot, or it holds no prompts.
     """
-    read = _text_prompts if kind_of_file(path) == ".txt" else read_json_lines
+    ending = kind_of_file(path)
+    if ending in _TABLES and path.exists():
+        command = _lines_of(path, _TABLES[ending])
+        raise DataError(f"`{path}` is a table, and {kind} are JSON Lines", hint=command)
+    read = _text_prompts if ending == ".txt" else read_json_lines
     try:
         rows = list(read(path))
     except CANNOT_READ as error:
@@ -114,21 +123,51 @@ def read_prompt_file(path: Path, kind: str = "prompts", hint: str | None = None)
     if not rows:
         raise DataError(
             f"`{path}` holds no prompts",
-            hint='one a line, as JSON: {"prompt": "What is a haiku?"}, or as they are in a file called .txt',
+            hint=_HOW,
         )
     first = rows[0]
+    if problem := _other_file(path, first):
+        raise problem
     if isinstance(first.value, list) or (first.problem and str(first.value).startswith("[")):
         raise DataError(f"{first.where}: an array, where one prompt a line is needed", hint=_lines_of(path))
     for row in rows:
         if row.problem is not None:
-            raise DataError(f"{row.where}: {row.problem}")
+            raise DataError(f"{row.where}: {row.problem}", hint=_HOW)
     return rows
 
 
-def _lines_of(path: Path) -> str:
-    """The command for a JSON array."""
+def _other_file(path: Path, first: Row) -> DataError | None:
+    """What is wrong with a file that holds something else than its name says; None if nothing is."""
+    if kind_of_file(path) == ".txt" and first.problem is None and _is_prompt(first.value["prompt"]):
+        return DataError(
+            f"{first.where}: JSON, and each line of a .txt is a prompt as it stands",
+            hint=_renamed(path, ".jsonl"),
+        )
+    text = str(first.value).lstrip()
+    if first.problem and first.problem.startswith("not JSON") and not text.startswith(("{", "[", '"')):
+        return DataError(
+            f"{first.where}: plain text, which only a file called .txt holds; prompts are JSON Lines",
+            hint=_renamed(path, ".txt"),
+        )
+    return None
+
+
+def _is_prompt(text: str) -> bool:
+    try:
+        value = parse_json(text)
+    except ValueError:
+        return False
+    return isinstance(value, dict) and bool({"prompt", "messages"} & set(value))
+
+
+def _renamed(path: Path, ending: str) -> str:
+    return shlex.join(["mv", str(path), str(path.with_name(path.name.partition(".")[0] + ending))])
+
+
+def _lines_of(path: Path, read: str = "read_json('{}')") -> str:
+    """The command that makes JSON Lines of a JSON array, or of a table."""
     return (
-        f"python -c \"import pandas; pandas.read_json('{path}')"
+        f'python -c "import pandas; pandas.{read.format(path)}'
         f".to_json('{path.stem}.jsonl', orient='records', lines=True)\""
     )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -168,6 +169,7 @@ class Run:
             UsageError: `where` is not a run directory.
         """
         run = where if isinstance(where, Run) else cls(Path(where))
+        refuse_gguf(run.path)
         if not run.path.is_dir():
             raise UsageError(f"no run at `{run.path}`", hint="`mamba-sft train RECIPE` makes one")
         if not run.recipe.is_file():
@@ -197,6 +199,23 @@ class Run:
                 f"no run under `{root}/`", hint="`mamba-sft train quickstart` makes one in minutes"
             )
         return runs[0]
+
+
+def refuse_gguf(path: Path) -> None:
+    """Refuses a GGUF file where a run or a model is needed, and says what reads it.
+
+    Raises:
+        UsageError: The path is called like one.
+    """
+    if path.suffix.lower() != ".gguf":
+        return
+    origin = Run(path.parent.parent)
+    ours = origin.export.name == path.parent.name and origin.recipe.is_file()
+    source = f"`{origin.path}`" if ours else "the run or checkpoint that it was made from"
+    raise UsageError(
+        f"`{path}` is a GGUF file, for llama.cpp; here a run is needed, or a checkpoint in safetensors",
+        hint=f"give {source}; `llama-cli -m {shlex.quote(str(path))}` talks to the file",
+    )
 
 
 def check_output(output: Path, sources: Iterable[Path | None], doing: str) -> None:

@@ -15,14 +15,19 @@ UNPRINTABLE = re.compile(
 """What would steer a terminal, or show other text than is there."""
 
 
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+"""The one family of units for sizes, that of drivers, `free -h` and torch's messages. A GPU "with 24 GB" has
+24 of these GiB: there GB is part of its name."""
+
+
 def size_text(nbytes: float) -> str:
-    """Returns a number of bytes with three figures: `14.5 GB`, `224 MB`; a GB is 10^9 bytes."""
-    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+    """Returns a number of bytes with three figures: `13.5 GiB`, `224 MiB`; a GiB is 2^30 bytes."""
+    for unit, name in ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
         value = nbytes / unit
         if abs(value) >= 0.9995:
             digits = 0 if abs(value) >= 99.95 else 1 if abs(value) >= 9.995 else 2
             return f"{value:,.{digits}f} {name}"
-    return f"{nbytes:.0f} bytes"
+    return f"{nbytes:,.0f} bytes"
 
 
 def time_text(seconds: float) -> str:

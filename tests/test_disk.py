@@ -148,7 +148,7 @@ def test_too_little_room_names_both_sizes(tmp_path: Path, monkeypatch: pytest.Mo
     usage = shutil.disk_usage(tmp_path)._replace(free=70_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     require_space(tmp_path / "a/b", [2_000_000], "it takes", TrainingError)
-    with pytest.raises(TrainingError, match=r"it takes 72\.1 MB; `.*` has 70\.0 MB left"):
+    with pytest.raises(TrainingError, match=r"it takes 68\.8 MiB; `.*` has 66\.8 MiB left"):
         require_space(tmp_path / "a/b", [2_000_000, 3_000_000], "it takes", TrainingError)
 
 
@@ -167,7 +167,7 @@ def test_a_limit_on_a_file_counts_each_file(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     if not done.stdout:
         pytest.skip("this file system cannot take room beforehand")
-    assert "it takes 2.10 MB" in done.stdout
+    assert "it takes 2.00 MiB" in done.stdout
     assert "ulimit -f" in done.stdout
     assert not everything(tmp_path)
 
@@ -176,7 +176,7 @@ def test_real_disks(small_disk: Callable[[str], Path], monkeypatch: pytest.Monke
     place = small_disk("size=8m,nr_inodes=1000")
     monkeypatch.setattr(disk, "_SPARE", 0)
     require_space(place / "a", [4 << 20], "it takes", TrainingError)
-    with pytest.raises(TrainingError, match=r"has 8\.39 MB left"):
+    with pytest.raises(TrainingError, match=r"has 8\.00 MiB left"):
         require_space(place / "a", [9 << 20], "it takes", TrainingError)
     (place / "large").write_bytes(bytes(8 << 20))
     assert "full (0 bytes left)" in message(place / "a")

@@ -4,16 +4,16 @@ from pathlib import Path
 
 import pytest
 
-from mamba_sft.wording import count_text, path_text, size_text, time_text
+from mamba_sft.wording import GIB, count_text, path_text, size_text, time_text
 
 
 @pytest.mark.parametrize(
     ("nbytes", "text"),
     [
-        (0, "0 bytes"), (999, "999 bytes"), (1000, "1.00 kB"), (4_200_000, "4.20 MB"),
-        (999_499_999, "999 MB"), (999_500_000, "1.00 GB"), (14_545_330_176, "14.5 GB"),
-        (99_950_000_000, "100 GB"),
-        (1_234_000_000_000, "1,234 GB"), (-5_140_000_000, "-5.14 GB"),
+        (0, "0 bytes"), (1000, "1,000 bytes"), (1024, "1.00 KiB"), (4_200_000, "4.01 MiB"),
+        (1023 << 20, "1,023 MiB"), ((1 << 30) - 1, "1.00 GiB"), (14_545_330_176, "13.5 GiB"),
+        (99_960 * GIB // 1000, "100 GiB"),
+        (1234 * GIB, "1,234 GiB"), (-5 * GIB // 2, "-2.50 GiB"),
     ],
 )  # fmt: skip
 def test_sizes_have_three_figures_and_one_unit(nbytes: int, text: str) -> None:

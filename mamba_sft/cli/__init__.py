@@ -4,6 +4,7 @@ Read `app` (the verbs, errors and exit codes) and `console` (where output goes, 
 verb, one file each: `train` `data` `plan` `merge` `export` `chat` `generate` `doctor` `bench` `recipes`
 `report`.
 `plan_plot` draws the course of a run,
+`help` is what `-h` prints, `completing` what the shell offers after a Tab.
 `printable` is how text of others is shown, `progress` draws the bars, `preview` the rows and counts of
 `data`, `lines` what must not wrap, `terminal` is the loop behind `chat`, `unsaved` asks where else an adapter
 may go.

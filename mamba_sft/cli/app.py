@@ -19,6 +19,7 @@ from rich.text import Text
 from mamba_sft import __version__
 from mamba_sft.cli import bench, chat, data, doctor, export, generate, merge, plan, recipes, report, train
 from mamba_sft.cli.console import err, out
+from mamba_sft.cli.help import Verb, Verbs
 from mamba_sft.cli.printable import PrintableFormatter, printable
 from mamba_sft.disk import FULL, reason
 from mamba_sft.errors import MambaSFTError
@@ -28,9 +29,13 @@ app = typer.Typer(
     name="mamba-sft",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",
+    rich_markup_mode=None,
+    cls=Verbs,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Turn Falcon-Mamba into an instruct model: `train` a recipe, `merge` the adapter, `chat` with it.",
+    help="""Turn Falcon-Mamba into an instruct model: train, merge, talk, export.
+
+    Example: mamba-sft train quickstart
+    """,
 )
 
 
@@ -83,7 +88,7 @@ def options(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
     verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="Show the libraries' own messages.")
+        bool, typer.Option("--verbose", "-v", help="Show the libraries' own messages too.")
     ] = False,
 ) -> None:
     """Sets up messages: ours always, those of the libraries on request."""
@@ -108,14 +113,14 @@ def options(
         )
 
 
-app.command()(train.train)
-app.command()(data.data)
-app.command()(merge.merge)
+app.command(cls=Verb)(train.train)
+app.command(cls=Verb)(data.data)
+app.command(cls=Verb)(merge.merge)
 app.add_typer(recipes.recipes_app, name="recipes")
-app.command()(chat.chat)
-app.command()(generate.generate)
-app.command()(plan.plan)
-app.command()(doctor.doctor)
+app.command(cls=Verb)(chat.chat)
+app.command(cls=Verb)(generate.generate)
+app.command(cls=Verb)(plan.plan)
+app.command(cls=Verb)(doctor.doctor)
 app.add_typer(bench.bench_app, name="bench")
-app.command()(export.export)
-app.command()(report.report)
+app.command(cls=Verb)(export.export)
+app.command(cls=Verb)(report.report)

@@ -11,37 +11,49 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from mamba_sft.cli import completing
 from mamba_sft.cli.console import Json, out
+from mamba_sft.cli.help import Verb, Verbs
 
 PIPE_WIDTH = 160
 
-bench_app = typer.Typer(no_args_is_help=True, help="Measure the kernels on this machine.")
+bench_app = typer.Typer(
+    no_args_is_help=True,
+    cls=Verbs,
+    help="""Measure the kernels on this machine.
+
+    Example: mamba-sft bench kernels --quick
+    """,
+)
 
 
-@bench_app.command("kernels")
+@bench_app.command("kernels", cls=Verb)
 def bench_kernels(
-    device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda or cuda:N.")] = "auto",
+    device: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="auto (a GPU if there is one), cpu, cuda or cuda:N.",
+            autocompletion=completing.devices,
+        ),
+    ] = "auto",
     quick: Annotated[
-        bool, typer.Option("--quick", help="Fewer shapes and repeats, and the slow peers on short rows.")
+        bool, typer.Option("--quick", help="Fewer shapes and repeats, short rows for the slow peers.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Measure the scan and the convolution against their peers and against what the hardware allows.
+    """Measure scan and convolution against peers and the hardware.
+
+    Example: mamba-sft bench kernels --quick
 
     On a CPU: a training step (stock transformers, and mambapy if installed), the scan, longer rows, decoding.
     On a GPU, at the 7B shapes: scan, convolution and one mixer layer, against mamba_ssm and causal_conv1d if
     they are installed. They are never needed. Building them, for this GPU only (here 9.0, an H100) and with
     an nvcc of the CUDA version of torch, takes minutes:
-
-        export TORCH_CUDA_ARCH_LIST=9.0
-
-        export MAMBA_KEEP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE
-
-        export CAUSAL_CONV1D_FORCE_BUILD=TRUE
-
-        pip install einops ninja setuptools wheel
-
-        pip install --no-build-isolation --no-deps causal-conv1d mamba-ssm
+      export TORCH_CUDA_ARCH_LIST=9.0 CAUSAL_CONV1D_FORCE_BUILD=TRUE
+      export MAMBA_KEEP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE
+      pip install einops ninja setuptools wheel
+      pip install --no-build-isolation --no-deps causal-conv1d mamba-ssm
     """
     from mamba_sft.diagnostics.kernel_benchmark import measure_kernels
 

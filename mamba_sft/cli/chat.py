@@ -34,7 +34,10 @@ def chat(
     top_k: TopK = 0,
     seed: Seed = None,
 ) -> None:
-    """Talk to a run, a model directory or a hub model; `/help` lists what else it understands."""
+    """Talk to a run, a model directory or a hub model.
+
+    Example: mamba-sft chat runs/quickstart --compare
+    """
     from mamba_sft.inference.sampling import Sampling
 
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)

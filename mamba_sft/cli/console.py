@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +16,7 @@ import typer
 from rich.control import Control
 from rich.segment import ControlType
 
+from mamba_sft.cli import completing
 from mamba_sft.cli.printable import PrintableConsole
 
 if TYPE_CHECKING:
@@ -27,36 +28,62 @@ err = PrintableConsole(stderr=True)
 """Everything else."""
 
 RecipeArgument = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a built-in one.")
+    str,
+    typer.Argument(
+        metavar="RECIPE",
+        help="A recipe file, or the name of a built-in one.",
+        autocompletion=completing.recipes,
+    ),
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[section.field=value]...", help="Changes to the recipe's values."),
+    typer.Argument(
+        metavar="[section.field=value]...",
+        help="Changes to the recipe's values.",
+        autocompletion=completing.overrides,
+    ),
 ]
 FinishedRun = Annotated[
-    str | None, typer.Argument(metavar="[RUN]", help="A run directory; default: the newest.")
+    str | None,
+    typer.Argument(
+        metavar="[RUN]", help="A run directory; default: the newest.", autocompletion=completing.runs
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 ModelArgument = Annotated[
     str | None,
     typer.Argument(
-        metavar="[RUN|MODEL]", help="A run, a model directory or a hub id; default: the newest run."
+        metavar="[RUN|MODEL]",
+        help="A run, a model directory or a hub id; default: the newest.",
+        autocompletion=completing.models,
     ),
 ]
-System = Annotated[str | None, typer.Option(help="System message; default: the one trained with.")]
-MaxNewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
-Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token; above 0 samples.")]
-TopP = Annotated[float, typer.Option(help="Sample from the fewest tokens with this much probability.")]
-TopK = Annotated[int, typer.Option(help="Sample from this many of the likeliest tokens; 0: all.")]
-Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
+System = Annotated[
+    str | None, typer.Option(metavar="TEXT", help="System message; default: the one trained with.")
+]
+MaxNewTokens = Annotated[int, typer.Option(metavar="N", help="Longest answer, in tokens.")]
+Temperature = Annotated[float, typer.Option(metavar="X", help="0: the likeliest token; above 0 it samples.")]
+TopP = Annotated[float, typer.Option(metavar="X", help="Sample from tokens of this much probability.")]
+TopK = Annotated[int, typer.Option(metavar="N", help="Sample from so many likeliest tokens; 0: all.")]
+Seed = Annotated[int | None, typer.Option(metavar="N", help="Makes sampling repeatable.")]
 
 _NOT_IN_JSON = re.compile(r"[\x7f-\x9f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 
 
 def write_json(content: Any) -> None:
     """Writes JSON to stdout: letters as they are, what would steer a terminal or is no character escaped."""
-    text = json.dumps(content, ensure_ascii=False, indent=2)
-    sys.stdout.write(_NOT_IN_JSON.sub(lambda match: f"\\u{ord(match[0]):04x}", text) + "\n")
+    sys.stdout.write(_json(content, indent=2))
+
+
+def write_json_lines(rows: Iterable[Any]) -> None:
+    """Writes JSON to stdout, one value a line, in the same form."""
+    for row in rows:
+        sys.stdout.write(_json(row))
+
+
+def _json(content: Any, indent: int | None = None) -> str:
+    text = json.dumps(content, ensure_ascii=False, indent=indent)
+    return _NOT_IN_JSON.sub(lambda match: f"\\u{ord(match[0]):04x}", text) + "\n"
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from mamba_sft.cli import completing
 from mamba_sft.cli.console import Json, Overrides, err, loading, out, write_json
 from mamba_sft.errors import UsageError
 from mamba_sft.wording import size_text, time_text
@@ -15,20 +16,26 @@ from mamba_sft.wording import size_text, time_text
 
 def data(
     recipe: Annotated[
-        str | None, typer.Argument(metavar="[RECIPE]", help="A recipe file, or the name of a built-in one.")
+        str | None,
+        typer.Argument(
+            metavar="[RECIPE]",
+            help="A recipe file, or the name of a built-in one.",
+            autocompletion=completing.recipes,
+        ),
     ] = None,
     overrides: Overrides = None,
-    rows: Annotated[int, typer.Option(help="Rows to show as tokens.", min=0)] = 3,
+    rows: Annotated[int, typer.Option(metavar="N", help="Rows to show as tokens.", min=0)] = 3,
     as_json: Json = False,
     prepare: Annotated[
-        bool, typer.Option("--prepare", help="Only prepare the rows, so that `train` finds them done.")
+        bool, typer.Option("--prepare", help="Only prepare the rows; `train` finds them done.")
     ] = False,
     cached: Annotated[bool, typer.Option("--cached", help="List the prepared rows that are kept.")] = False,
-    clear: Annotated[
-        bool, typer.Option("--clear", help="With `--cached`: remove them; what is in use stays readable.")
-    ] = False,
+    clear: Annotated[bool, typer.Option("--clear", help="With `--cached`: remove them.")] = False,
 ) -> None:
-    """Show what a recipe trains on: tokens, lengths, and what is dropped, truncated and packed."""
+    """Show what a recipe trains on: tokens, lengths, what is left out.
+
+    Example: mamba-sft data quickstart --rows 1
+    """
     if cached or clear:
         if recipe is not None or prepare:
             raise UsageError("`--cached` is about all recipes", hint="leave out the recipe and `--prepare`")

@@ -23,9 +23,11 @@ NAME_WIDTH, LEAST_WIDTH = 17, 40
 def doctor(
     as_json: Json = False,
 ) -> None:
-    """Say which versions, device and kernels will be used here, why, and what would make it faster.
+    """Say what will run here, and what would make it faster.
 
     Exit code 1 only if something makes training impossible.
+
+    Example: mamba-sft doctor
     """
     from mamba_sft.diagnostics.diagnosis import diagnose
 

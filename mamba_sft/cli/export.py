@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from mamba_sft.cli import completing
 from mamba_sft.cli.console import Json, err, loading, out, quiet_loading, run_or_newest, write_json
 from mamba_sft.errors import UsageError
 from mamba_sft.wording import size_text, time_text
@@ -18,33 +19,45 @@ if TYPE_CHECKING:
 Exportable = Annotated[
     str | None,
     typer.Argument(
-        metavar="[RUN|MODEL]", help="A run, or a checkpoint's directory; default: the newest run."
+        metavar="[RUN|MODEL]",
+        help="A run, or a checkpoint's directory; default: the newest.",
+        autocompletion=completing.models,
     ),
 ]
 Quantization = Annotated[
     list[str] | None,
     typer.Option(
-        "--quantization", "-q", help="Q4_K_M, Q8_0, f16, ...; may be repeated; `all`: the 22 quantized ones."
+        "--quantization",
+        "-q",
+        metavar="METHOD",
+        help="Q4_K_M, Q8_0, f16, ... or all; may be repeated.",
+        autocompletion=completing.quantizations,
     ),
 ]
 
 
-Format = Annotated[str, typer.Option(help="gguf, ollama (GGUF with a Modelfile) or hf.")]
-Output = Annotated[str | None, typer.Option(help="Where to; default: the run's `export/`.")]
-Name = Annotated[str | None, typer.Option(help="What the files are called; default: the run's name.")]
+Format = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME", help="gguf, ollama (with a Modelfile) or hf.", autocompletion=completing.formats
+    ),
+]
+Output = Annotated[str | None, typer.Option(metavar="DIR", help="Where to; default: the run's `export/`.")]
+Name = Annotated[str | None, typer.Option(metavar="NAME", help="Of the files; default: the run's.")]
 AdapterOnly = Annotated[
-    bool, typer.Option("--adapter-only", help="The adapter as a GGUF LoRA; with -q also its base.")
+    bool, typer.Option("--adapter-only", help="The adapter as a GGUF LoRA; with -q its base too.")
 ]
-Imatrix = Annotated[
-    bool, typer.Option("--imatrix", help="Round by an importance matrix; helps at 2 and 3 bits.")
-]
-EpsilonFix = Annotated[bool, typer.Option(help="Scale ssm_x so that llama.cpp's norms are the model's own.")]
-Verify = Annotated[bool, typer.Option(help="Load each file through llama.cpp and compare.")]
+Imatrix = Annotated[bool, typer.Option("--imatrix", help="Round by an importance matrix: for 2 and 3 bits.")]
+EpsilonFix = Annotated[bool, typer.Option(help="Leave ssm_x as llama.cpp's converter does.")]
+Verify = Annotated[bool, typer.Option(help="Do not load and compare each file in llama.cpp.")]
 Repository = Annotated[
-    str | None, typer.Option(metavar="REPO", help="Push the checkpoint; the token is read from HF_TOKEN.")
+    str | None, typer.Option(metavar="REPO", help="Push the checkpoint, by the token HF_TOKEN.")
 ]
 Private = Annotated[bool, typer.Option("--private", help="Make that repository private.")]
-Language = Annotated[list[str] | None, typer.Option(help="For the model card; may be repeated. Default: en.")]
+Language = Annotated[
+    list[str] | None,
+    typer.Option(metavar="CODE", help="For the model card; may be repeated; default: en."),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print sizes, disk and time; write nothing.")]
 
 
@@ -64,7 +77,10 @@ def export(
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Export a run: GGUF files for llama.cpp, Ollama, a checkpoint for the hub."""
+    """Export a run: GGUF files, for Ollama, or a hub checkpoint.
+
+    Example: mamba-sft export runs/quickstart -q Q4_K_M -q Q8_0
+    """
     from mamba_sft.exporting.export_run import check_request
     from mamba_sft.exporting.export_run import export as export_run
     from mamba_sft.exporting.request import GGUFOptions, HubOptions

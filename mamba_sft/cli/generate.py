@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -9,6 +11,7 @@ from typing import Annotated
 import typer
 
 from mamba_sft.cli.console import (
+    Json,
     MaxNewTokens,
     ModelArgument,
     Seed,
@@ -21,6 +24,7 @@ from mamba_sft.cli.console import (
     model_or_newest,
     out,
     quiet_loading,
+    write_json_lines,
 )
 from mamba_sft.errors import UsageError
 
@@ -28,13 +32,14 @@ from mamba_sft.errors import UsageError
 def generate(
     model: ModelArgument = None,
     prompt: Annotated[
-        list[str] | None, typer.Option("--prompt", "-p", help="A prompt; may be repeated.")
+        list[str] | None, typer.Option("--prompt", "-p", metavar="TEXT", help="A prompt; may be repeated.")
     ] = None,
     input_file: Annotated[
-        Path | None, typer.Option("--input", help="Prompts: JSON Lines, or a .txt with one a line.")
+        Path | None,
+        typer.Option("--input", metavar="FILE", help="Prompts: JSON Lines, or a .txt with one a line."),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", help="JSON Lines to write; default: print.")
+        Path | None, typer.Option("--output", metavar="FILE", help="JSON Lines to write; default: print.")
     ] = None,
     system: System = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text, without the chat template.")] = False,
@@ -43,8 +48,12 @@ def generate(
     top_p: TopP = 1.0,
     top_k: TopK = 0,
     seed: Seed = None,
+    as_json: Json = False,
 ) -> None:
-    """Answer prompts: `mamba-sft generate RUN --prompt "..."`, or a file of them."""
+    """Answer prompts, given one by one or in a file.
+
+    Example: mamba-sft generate runs/quickstart -p "What is the opposite of hot?"
+    """
     from mamba_sft.inference.sampling import Sampling
 
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
@@ -52,6 +61,9 @@ def generate(
         raise UsageError(
             "give either `--prompt` or `--input`", hint='for example --prompt "What is a haiku?"'
         )
+    if as_json and output is not None:
+        raise UsageError("`--output` writes JSON Lines already", hint="leave out `--json`")
+    _refuse_file_names(prompt or [])
     from mamba_sft.inference.model_places import find_place
     from mamba_sft.inference.request import check_files
 
@@ -59,6 +71,7 @@ def generate(
     place = find_place(model_or_newest(model))
     with loading("torch, transformers and peft"):
         from mamba_sft.cli.progress import StageBar
+        from mamba_sft.inference.answering import answer_rows
         from mamba_sft.inference.answering import generate as answer
 
         quiet_loading()
@@ -67,7 +80,9 @@ def generate(
         found = answer(
             place, prompts, output=output, sampling=sampling, system=system, raw=raw, on_answer=bar.count
         )
-    if output is None:
+    if as_json:
+        write_json_lines(answer_rows(prompts, found))
+    elif output is None:
         for one in found:
             if out.is_terminal:
                 out.print(one.text)
@@ -75,3 +90,12 @@ def generate(
                 sys.stdout.write(one.text + "\n")
     else:
         err.print(f"{len(found)} answers: {output}")
+
+
+def _refuse_file_names(prompts: list[str]) -> None:
+    for text in prompts:
+        if text.endswith((".txt", ".jsonl", ".json")) and os.path.isfile(text):
+            raise UsageError(
+                f"`--prompt {text}`: that is a file; a prompt is the text itself",
+                hint=f"`--input {shlex.quote(text)}` answers the prompts in it",
+            )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mamba_sft.cli import completing
 from mamba_sft.cli.console import FinishedRun, Json, err, loading, out, quiet_loading, run_or_newest
 from mamba_sft.wording import size_text, time_text
 
@@ -16,17 +17,31 @@ if TYPE_CHECKING:
 
 def merge(
     run: FinishedRun = None,
-    output: Annotated[str | None, typer.Option(help="Where to; default: the run's `merged/`.")] = None,
+    output: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Where to; default: the run's `merged/`.")
+    ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16; default: the base's.")
+        str | None,
+        typer.Option(
+            metavar="DTYPE",
+            help="float32, bfloat16 or float16; default: the base's.",
+            autocompletion=completing.dtypes,
+        ),
     ] = None,
     onto: Annotated[
         str,
-        typer.Option(help="`base`, or `dequantized`: the rounded weights a quantized run was trained on."),
+        typer.Option(
+            metavar="WHAT",
+            help="base, or dequantized: the rounded weights that a QLoRA was trained on.",
+            autocompletion=completing.merge_bases,
+        ),
     ] = "base",
     as_json: Json = False,
 ) -> None:
-    """Merge a run's adapter into its base: a checkpoint that transformers loads by itself."""
+    """Merge a run's adapter into its base: a checkpoint of its own.
+
+    Example: mamba-sft merge runs/quickstart
+    """
     chosen = run_or_newest(run)
     from mamba_sft.merging.request import check_request
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,8 +13,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from mamba_sft.cli.console import err, out
-from mamba_sft.wording import size_text, time_text
+from mamba_sft.cli import completing
+from mamba_sft.cli.console import Json, Overrides, RecipeArgument, err, out
+from mamba_sft.wording import GIB, size_text, time_text
 
 if TYPE_CHECKING:
     from mamba_sft.planning.curves import Curves
@@ -38,20 +40,18 @@ NAMES = {
 
 
 def plan(
-    recipe: Annotated[
-        str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a built-in one.")
-    ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[section.field=value]...", help="Changes to the recipe's values."),
-    ] = None,
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
     gpu: Annotated[
         str | None,
         typer.Option(
-            "--card", help="A GPU to plan for, such as t4, 4090, a100-80, h100; default: this machine."
+            "--card",
+            metavar="NAME",
+            help="A GPU, such as t4, 4090, a100-80, h100; default: this machine.",
+            autocompletion=completing.cards,
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
+    as_json: Json = False,
     plot: Annotated[
         bool,
         typer.Option(
@@ -63,7 +63,10 @@ def plan(
         Path | None, typer.Option("--plot-file", metavar="PLOT.svg", help="Draw them into an SVG file.")
     ] = None,
 ) -> None:
-    """Say what a recipe will take, before anything is downloaded: memory, time, disk, and whether it fits."""
+    """Say what a recipe takes and whether it fits; loads nothing.
+
+    Example: mamba-sft plan instruct-qlora --card 4090
+    """
     from mamba_sft.cli import plan_plot
     from mamba_sft.recipe.recipe import Recipe
 
@@ -81,9 +84,9 @@ def plan(
         drawn = {"curves": curves.to_dict()} if curves is not None and plot else {}
         sys.stdout.write(json.dumps(made.to_dict() | drawn, indent=None if drawn else 2) + "\n")
         return
-    for line in (*_model(made), *_memory(made), *_room(made), *_time(made), *_disk(made), *_fixes(made)):
+    for line in (*_model(made), *_memory(made), *_room(made), *_time(made), *_disk(made)):
         out.print(line)
-    for line in _warnings(made):
+    for line in (*_fixes(made, recipe, overrides or []), *_warnings(made)):
         out.print(line)
     if curves is not None and plot:
         out.print()
@@ -126,9 +129,9 @@ def _memory(made: Plan) -> Iterator[Text]:
         "block": parts["block"] + parts["dequantized"] >= parts["loss"],
         "loss": parts["block"] + parts["dequantized"] < parts["loss"],
     }
-    yield _line("memory", "planned, not measured; GB (in brackets: not at the time of the peak)")
+    yield _line("memory", "planned, not measured; GiB (in brackets: not at the time of the peak)")
     for name, size in parts.items():
-        if round(size / 1e9, 2) == 0:
+        if round(size / GIB, 2) == 0:
             continue
         counted = ends.get("block" if name == "dequantized" else name, name != "rows")
         label = NAMES[name] if name != "overhead" or made.accelerator.type == "cuda" else "libraries"
@@ -137,9 +140,9 @@ def _memory(made: Plan) -> Iterator[Text]:
 
 
 def _bar(label: str, size: int, usable: int, counted: bool, total: bool = False) -> Text:
-    """A part of the memory: its name, GB, and a bar in proportion to the device; dim if at another time."""
+    """A part of the memory: its name, GiB, and a bar in proportion to the device; dim if at another time."""
     width = max(0, min(WIDEST_BAR, out.width - INDENT - LABEL - FIGURE - 3))
-    figure = f"{size / 1e9:.2f} " if counted else f"({size / 1e9:.2f})"
+    figure = f"{size / GIB:.2f} " if counted else f"({size / GIB:.2f})"
     style = "bold" if total else ("not bold" if counted else "dim")
     line = Text(" " * INDENT).append(f"{label:<{LABEL}}{figure:>{FIGURE}} ", style=style)
     if usable:
@@ -153,11 +156,9 @@ def _bar(label: str, size: int, usable: int, counted: bool, total: bool = False)
 def _room(made: Plan) -> Iterator[Text]:
     device, work = made.accelerator, made.work
     usable = f"{size_text(device.usable_bytes)} usable"
-    if device.nominal_bytes > device.usable_bytes:
-        usable += f" of {size_text(device.nominal_bytes)}"
     left = device.usable_bytes - made.peak
     verdict = f"fits, {size_text(left)} left" if made.fits else f"does not fit: {size_text(-left)} too much"
-    line = _line("device", f"{device.name}, {usable}: ")
+    line = _line("device", f"{device.name_with_memory}, {usable}: ")
     yield line.append(verdict, style="bold green" if made.fits else "bold red")
     if made.wants_bfloat16 and not device.bfloat16:
         yield _line("", "it has no bfloat16, so the run would take float16", "yellow")
@@ -210,7 +211,8 @@ def _disk(made: Plan) -> Iterator[Text]:
     )
 
 
-def _fixes(made: Plan) -> Iterator[Text]:
+def _fixes(made: Plan, recipe: str, overrides: list[str]) -> Iterator[Text]:
+    """What would fit, each way as a command to paste."""
     if made.fits:
         return
     if not made.fixes:
@@ -218,8 +220,21 @@ def _fixes(made: Plan) -> Iterator[Text]:
     for number, fix in enumerate(made.fixes):
         cost = f"{size_text(fix.peak)}, {fix.slowdown:.2f} times the time"
         yield _line("change" if number == 0 else "", cost)
-        for override in fix.overrides:
-            yield _line("", f"  {override}", "cyan")
+        changed = {override.partition("=")[0] for override in fix.overrides}
+        kept = [override for override in overrides if override.partition("=")[0].strip() not in changed]
+        for line in pasteable(["mamba-sft", "train", recipe, *kept, *fix.overrides], out.width):
+            yield Text(line, "cyan")
+
+
+def pasteable(words: list[str], width: int) -> list[str]:
+    """Returns a command on as many lines as it takes, which a shell reads as one when they are pasted."""
+    lines = ["  "]
+    for word in map(shlex.quote, words):
+        if lines[-1].strip() and len(lines[-1]) + 1 + len(word) + len(" \\") > width:
+            lines[-1] += " \\"
+            lines.append("   ")
+        lines[-1] += word if not lines[-1].strip() and len(lines) == 1 else f" {word}"
+    return lines
 
 
 def _warnings(made: Plan) -> Iterator[Text]:

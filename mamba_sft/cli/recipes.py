@@ -8,29 +8,55 @@ from typing import Annotated
 
 import typer
 
-from mamba_sft.cli.console import out
+from mamba_sft.cli import completing
+from mamba_sft.cli.console import Json, out, write_json
+from mamba_sft.cli.help import Verb, Verbs
 from mamba_sft.errors import UsageError
 
 recipes_app = typer.Typer(
-    no_args_is_help=False, invoke_without_command=True, help="List, show and describe recipes."
+    no_args_is_help=False,
+    invoke_without_command=True,
+    cls=Verbs,
+    help="""List the built-in recipes, show one, or describe all fields.
+
+    Example: mamba-sft recipes
+    """,
 )
 
 
 @recipes_app.callback()
-def recipes(context: typer.Context) -> None:
+def recipes(context: typer.Context, as_json: Json = False) -> None:
     """List the built-in recipes."""
     if context.invoked_subcommand is not None:
+        if as_json:
+            raise UsageError("`--json` is for the list of recipes", hint="`mamba-sft recipes --json`")
         return
     from mamba_sft.recipe.builtin import builtin_recipes
 
-    for name, path in builtin_recipes().items():
-        first = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
-        out.print(f"{name:<20} {first}")
+    found = {
+        name: path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+        for name, path in builtin_recipes().items()
+    }
+    if as_json:
+        write_json([{"name": name, "for": about} for name, about in found.items()])
+        return
+    for name, about in found.items():
+        out.print(f"{name:<20} {about}")
 
 
-@recipes_app.command("show")
-def recipes_show(name: Annotated[str, typer.Argument(help="The name of a built-in recipe.")]) -> None:
-    """Print a built-in recipe: `mamba-sft recipes show quickstart > mine.yaml`."""
+@recipes_app.command("show", cls=Verb)
+def recipes_show(
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME", help="The name of a built-in recipe.", autocompletion=completing.builtin
+        ),
+    ],
+) -> None:
+    """Print a built-in recipe, to start your own from.
+
+    Example: mamba-sft recipes show quickstart > mine.yaml
+    """
     from mamba_sft.recipe.builtin import builtin_recipes
 
     found = builtin_recipes()
@@ -41,9 +67,12 @@ def recipes_show(name: Annotated[str, typer.Argument(help="The name of a built-i
     sys.stdout.write(found[name].read_text(encoding="utf-8"))
 
 
-@recipes_app.command("schema")
+@recipes_app.command("schema", cls=Verb)
 def recipes_schema() -> None:
-    """Print the JSON schema of a recipe, for editors."""
+    """Print the JSON schema of a recipe, for editors.
+
+    Example: mamba-sft recipes schema > recipe.schema.json
+    """
     from mamba_sft.recipe.recipe import recipe_schema
 
     sys.stdout.write(json.dumps(recipe_schema(), indent=2) + "\n")

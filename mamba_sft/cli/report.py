@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from mamba_sft.cli import completing
 from mamba_sft.cli.console import err, out, run_or_newest
 from mamba_sft.cli.lines import WarningList
 from mamba_sft.errors import MambaSFTError, UsageError
@@ -15,14 +16,23 @@ from mamba_sft.errors import MambaSFTError, UsageError
 def report(
     runs: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[RUN]...", help="A run, or several to compare; default: the newest."),
+        typer.Argument(
+            metavar="[RUN]...",
+            help="A run, or several to compare; default: the newest.",
+            autocompletion=completing.runs,
+        ),
     ] = None,
     output: Annotated[
         str | None,
-        typer.Option(help="The page that compares; default: `comparison.html` beside the first run."),
+        typer.Option(
+            metavar="PAGE", help="The page that compares; default: comparison.html beside the first run."
+        ),
     ] = None,
 ) -> None:
-    """Write a run's report anew, and compare runs: `mamba-sft report runs/a runs/b`."""
+    """Write a run's report anew, or compare several runs.
+
+    Example: mamba-sft report runs/a runs/b
+    """
     from mamba_sft.evaluation.comparison import check_comparison_place, default_place, write_comparison
     from mamba_sft.evaluation.report import write_report
     from mamba_sft.wording import path_text

@@ -27,13 +27,16 @@ def train(
     ] = False,
     allow_changed_data: Annotated[
         bool,
-        typer.Option("--allow-changed-data", help="Resume though rows or prompts are not what they were."),
+        typer.Option("--allow-changed-data", help="Resume though rows or prompts have changed."),
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, stop before the weights.")
     ] = False,
 ) -> None:
-    """Fine-tune a base model as a recipe says: `mamba-sft train recipes/quickstart.yaml`."""
+    """Fine-tune a base model as a recipe says.
+
+    Example: mamba-sft train quickstart train.max_steps=20
+    """
     from mamba_sft.recipe.recipe import Recipe
     from mamba_sft.training.overwriting import refuse_both
 

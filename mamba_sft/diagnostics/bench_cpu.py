@@ -21,6 +21,7 @@ from mamba_sft.inference.generation import State, stream
 from mamba_sft.inference.sampling import Sampling
 from mamba_sft.kernels import cpu_loops, selective_scan
 from mamba_sft.kernels.falcon_mamba import install
+from mamba_sft.wording import MIB
 
 logger = logging.getLogger(__name__)
 
@@ -174,7 +175,7 @@ def longer_row(length: int, repeats: int, channels: int = 512) -> Measurement:
     updates = length * channels * 16
     user, system = min(_user_and_system(both) for _ in range(repeats if length <= 8192 else 2))
     row: Measurement = {"L": length, "user_ns": user / updates * 1e9, "system_ns": system / updates * 1e9}
-    row["peak_growth_MB"] = None if grown is None else grown / 1e6
+    row["peak_growth_MiB"] = None if grown is None else grown / MIB
     row["bytes_per_position_and_channel"] = None if grown is None else grown / (length * channels)
     return row
 

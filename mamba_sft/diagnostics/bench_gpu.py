@@ -21,6 +21,7 @@ from torch import Tensor
 from mamba_sft.diagnostics.gpu_limits import GpuLimits, peak_bytes, time_of
 from mamba_sft.kernels import causal_conv1d, selective_scan
 from mamba_sft.planning.gpus import SCAN_BACKWARD, SCAN_FORWARD
+from mamba_sft.wording import MIB
 
 logger = logging.getLogger(__name__)
 
@@ -141,7 +142,7 @@ def _measured(case: Case, device: torch.device) -> list[Measurement]:
                 "ms": seconds * 1e3,
                 "of_floor": None if floor is None else floor / seconds,
                 "GB_per_s": None if moved is None else moved / seconds / 1e9,
-                "peak_MB": None if peak is None else peak / 1e6,
+                "peak_MiB": None if peak is None else peak / MIB,
             }
         )
     return rows

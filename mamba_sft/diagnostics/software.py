@@ -122,7 +122,7 @@ def storage() -> Iterator[Finding]:
         fix = f"unset HF_HUB_OFFLINE, or `hf download {BASE}` where there is a network; quickstart needs none"
         yield Finding("storage", "7B base", "note", f"{BASE} is not in the cache, and the hub is off", fix)
     else:
-        yield Finding("storage", "7B base", "ok", f"{BASE}: the first run downloads 14.6 GB")
+        yield Finding("storage", "7B base", "ok", f"{BASE}: the first run downloads 13.6 GiB")
     token = "present" if get_token() else "none (public models need none)"
     yield Finding("storage", "hub token", "ok", token)
 

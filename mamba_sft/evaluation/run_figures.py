@@ -12,11 +12,10 @@ from typing import Any
 from mamba_sft.evaluation.prompts import Prompt, Sample, exact_match, is_right
 from mamba_sft.evaluation.run_facts import RunFacts
 from mamba_sft.evaluation.svg_plot import Curve, Point, number_text, smooth
-from mamba_sft.wording import count_text, size_text, time_text
+from mamba_sft.wording import GIB, MIB, count_text, size_text, time_text
 
 SHOWN_SAMPLES = 12
 """Sample prompts in sight; the others are behind a fold, or left to the page."""
-_GB, _MB = 1e9, 1e6
 
 
 @dataclass(frozen=True)
@@ -175,7 +174,7 @@ def _by_source(facts: RunFacts, names: Sequence[str], prefix: str) -> Iterator[C
 
 def _memory(curves: Sequence[Curve]) -> Plot:
     most = max((value for curve in curves for _, value in curve.points if math.isfinite(value)), default=0)
-    size, unit = (_GB, "GB") if most >= _GB else (_MB, "MB")
+    size, unit = (GIB, "GiB") if most >= GIB else (MIB, "MiB")
     scaled = [Curve(c.name, [(step, v / size) for step, v in c.points], c.color) for c in curves]
     return Plot("memory", f"{unit}, the most so far", scaled, False, from_zero=True)
 

@@ -96,10 +96,12 @@ def check_request(
     """
     if isinstance(run, Run) or adapter_only or not (Path(run) / "config.json").is_file():
         Run.open(run)
+    from mamba_sft.exporting.gguf.names import refuse_unknown
     from mamba_sft.exporting.request import GGUFOptions, HubOptions
 
     if format not in FORMATS:
         raise UsageError(f"no format `{format}`", hint=f"there are {', '.join(FORMATS)}")
+    refuse_unknown(quantization)
     if format == "hf" and (quantization or adapter_only or isinstance(options, GGUFOptions)):
         raise UsageError("quantizations and adapters alone are GGUF files", hint="leave `--format hf` out")
     if format != "hf" and isinstance(options, HubOptions):
@@ -108,6 +110,3 @@ def check_request(
         from mamba_sft.exporting.gguf.installed import require_gguf
 
         require_gguf()
-        from mamba_sft.exporting.gguf.types import choose_methods
-
-        choose_methods(list(quantization))

@@ -176,16 +176,27 @@ def _encode(chat_model: ChatModel, prompt: Prompt, where: str, system: str | Non
         raise DataError(f"{where}: {error.message}", hint=error.hint) from error
 
 
-def _write_answers(path: Path, prompts: Sequence[Prompt], found: Sequence[Answer]) -> None:
-    rows = [
+def answer_rows(prompts: Path | Sequence[Prompt], found: Sequence[Answer]) -> list[dict[str, Any]]:
+    """Returns prompts with their answers as `generate` writes them to a file.
+
+    Args:
+        prompts: What `generate` was asked.
+        found: What it answered.
+    """
+    asked = [prompt for _, prompt in _read_prompts(prompts)] if isinstance(prompts, Path) else prompts
+    return [
         {
             "prompt" if isinstance(prompt, str) else "messages": prompt,
             "answer": answer.text,
             "finish_reason": answer.finish_reason,
             "tokens": answer.tokens,
         }
-        for prompt, answer in zip(prompts, found, strict=True)
+        for prompt, answer in zip(asked, found, strict=True)
     ]
+
+
+def _write_answers(path: Path, prompts: Sequence[Prompt], found: Sequence[Answer]) -> None:
+    rows = answer_rows(prompts, found)
     try:
         write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     except OSError as error:

@@ -7,7 +7,9 @@ from pathlib import Path
 
 from mamba_sft.errors import MergeError, UsageError
 from mamba_sft.model.base_facts import BaseFacts
+from mamba_sft.recipe.other_tools import meant
 from mamba_sft.run import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Run
+from mamba_sft.wording import shown
 
 DTYPE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 """Number formats of a merged model, and what safetensors calls them."""
@@ -49,7 +51,11 @@ def check_request(
     """
     run = Run.open(run)
     if dtype is not None and dtype not in DTYPE_NAMES:
-        raise UsageError(f"no such dtype `{dtype}`", hint=f"give one of {', '.join(DTYPE_NAMES)}")
+        close = meant(dtype, list(DTYPE_NAMES))
+        question = f"; did you mean `{close}`?" if close else ""
+        raise UsageError(
+            f"no such dtype `{shown(dtype)}`{question}", hint=f"give one of {', '.join(DTYPE_NAMES)}"
+        )
     if onto not in ONTO:
         raise UsageError(f"merge onto what? `{onto}` is neither `base` nor `dequantized`")
     check_adapter_files(run.adapter)

@@ -1,6 +1,6 @@
 """A base checkpoint: found or downloaded, checked, and told from others before anything heavy is loaded.
 
-Headers and a few samples are read, not weights: a 14.5 GB model takes well under a second. Only safetensors
+Headers and a few samples are read, not weights: a 13.5 GiB model takes well under a second. Only safetensors
 is accepted. A `.bin` file is a pickle, and opening one can run any code its author put there.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 from mamba_sft.errors import ModelError
 from mamba_sft.model.tensor_headers import TensorEntry, read_header
 from mamba_sft.recipe.builtin import bundled_root, find_path
-from mamba_sft.run import ADAPTER_CONFIG
+from mamba_sft.run import ADAPTER_CONFIG, refuse_gguf
 
 MODEL_TYPE = "falcon_mamba"
 INDEX_NAME = "model.safetensors.index.json"
@@ -66,8 +66,10 @@ def resolve_base(base: str, revision: str | None = None, *, weights: bool = True
 
     Raises:
         ModelError: Nothing is there, the hub cannot be reached, or it is not a FalconMamba model.
+        UsageError: It is a GGUF file.
     """
     path = find_path(base)
+    refuse_gguf(path)
     if path.is_dir():
         if revision is not None:
             raise ModelError(

@@ -184,7 +184,7 @@ def _refusals() -> Iterator[None]:
     except RecursionError as error:
         raise RefusedError("it is nested too deeply, or calls itself without end") from error
     except MemoryError as error:
-        raise RefusedError(f"it takes more than {MEMORY / 1e9:.1f} GB of memory") from error
+        raise RefusedError(f"it takes more than {MEMORY >> 30} GiB of memory") from error
     except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == "<template>"]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from typing import Any
 
 from mamba_sft.errors import UsageError
 from mamba_sft.kernels.launching import Card, card_named
+from mamba_sft.planning.gpu_names import GB, gpu_name, meant_gpus
+from mamba_sft.wording import GIB, shown
 
-GIB = 1 << 30
 LANES_ISSUED, LANES_MUFU = 128, 16
 """Per SM and clock: four warps issued; results of the special function unit (ex2, lg2, rcp). CUDA C++
 Programming Guide, table of arithmetic throughput; both the same from compute capability 7.5 to 12.0."""
@@ -71,13 +71,20 @@ class Accelerator:
     type: str = "cuda"
     card: Card | None = None
 
+    @property
+    def name_with_memory(self) -> str:
+        """Its name with the memory it is sold with: `GeForce RTX 4090 (24 GB)`, `A100 80GB`."""
+        sold = f"{self.nominal_bytes / GIB:.0f}"
+        known = self.nominal_bytes <= self.usable_bytes or re.search(rf"\b{sold} ?GB", self.name)
+        return self.name if known else f"{self.name} ({sold} GB)"
 
-def _gpu(name: str, nominal: float, usable: float, **speed: Any) -> Accelerator:
-    """Memory as sold and as reported, both in GiB; tflops, GB/s, MHz. The rest is in the kernels' table."""
+
+def _gpu(key: str, name: str, usable: float, **speed: Any) -> Accelerator:
+    """Memory as reported, in GiB; tflops, GB/s, MHz. The rest is in the kernels' table."""
     card = card_named(name)
     return Accelerator(
         name=name,
-        nominal_bytes=int(nominal * GIB),
+        nominal_bytes=GB[key] * GIB,
         usable_bytes=int(usable * GIB),
         flops=speed["tflops"] * 1e12,
         bandwidth=speed["gbs"] * 1e9,
@@ -89,23 +96,24 @@ def _gpu(name: str, nominal: float, usable: float, **speed: Any) -> Accelerator:
     )
 
 
+_V100 = {"tflops": 125, "gbs": 900, "mhz": 1530, "lanes": 64, "bfloat16": False}
 GPUS = {
-    "t4": _gpu("Tesla T4", 16, 14.56, tflops=65, gbs=320, mhz=1590, lanes=64, bfloat16=False),
-    "v100-16": _gpu("Tesla V100 16GB", 16, 15.77, tflops=125, gbs=900, mhz=1530, lanes=64, bfloat16=False),
-    "v100-32": _gpu("Tesla V100 32GB", 32, 31.73, tflops=125, gbs=900, mhz=1530, lanes=64, bfloat16=False),
-    "l4": _gpu("L4", 24, 22.03, tflops=121, gbs=300, mhz=2040),
-    "a10g": _gpu("A10G", 24, 22.06, tflops=70, gbs=600, mhz=1710),
-    "a10": _gpu("A10", 24, 21.98, tflops=125, gbs=600, mhz=1695),
-    "3090": _gpu("GeForce RTX 3090", 24, 23.56, tflops=71, gbs=936, mhz=1695),
-    "4090": _gpu("GeForce RTX 4090", 24, 23.52, tflops=165, gbs=1008, mhz=2520),
-    "5090": _gpu("GeForce RTX 5090", 32, 31.36, tflops=210, gbs=1792, mhz=2407),
-    "a6000": _gpu("RTX A6000", 48, 47.41, tflops=155, gbs=768, mhz=1800),
-    "l40s": _gpu("L40S", 48, 44.40, tflops=362, gbs=864, mhz=2520),
-    "a100-40": _gpu("A100 40GB", 40, 39.38, tflops=312, gbs=1555, mhz=1410, lanes=64),
-    "a100-80": _gpu("A100 80GB", 80, 79.14, tflops=312, gbs=2039, mhz=1410, lanes=64),
-    "h100": _gpu("H100 80GB", 80, 79.11, tflops=989, gbs=3350, mhz=1830),
-    "h200": _gpu("H200", 141, 139.80, tflops=989, gbs=4800, mhz=1830),
-    "b200": _gpu("B200", 192, 178.30, tflops=2250, gbs=8000, mhz=1965),
+    "t4": _gpu("t4", "Tesla T4", 14.56, tflops=65, gbs=320, mhz=1590, lanes=64, bfloat16=False),
+    "v100-16": _gpu("v100-16", "Tesla V100 16GB", 15.77, **_V100),
+    "v100-32": _gpu("v100-32", "Tesla V100 32GB", 31.73, **_V100),
+    "l4": _gpu("l4", "L4", 22.03, tflops=121, gbs=300, mhz=2040),
+    "a10g": _gpu("a10g", "A10G", 22.06, tflops=70, gbs=600, mhz=1710),
+    "a10": _gpu("a10", "A10", 21.98, tflops=125, gbs=600, mhz=1695),
+    "3090": _gpu("3090", "GeForce RTX 3090", 23.56, tflops=71, gbs=936, mhz=1695),
+    "4090": _gpu("4090", "GeForce RTX 4090", 23.52, tflops=165, gbs=1008, mhz=2520),
+    "5090": _gpu("5090", "GeForce RTX 5090", 31.36, tflops=210, gbs=1792, mhz=2407),
+    "a6000": _gpu("a6000", "RTX A6000", 47.41, tflops=155, gbs=768, mhz=1800),
+    "l40s": _gpu("l40s", "L40S", 44.40, tflops=362, gbs=864, mhz=2520),
+    "a100-40": _gpu("a100-40", "A100 40GB", 39.38, tflops=312, gbs=1555, mhz=1410, lanes=64),
+    "a100-80": _gpu("a100-80", "A100 80GB", 79.14, tflops=312, gbs=2039, mhz=1410, lanes=64),
+    "h100": _gpu("h100", "H100 80GB", 79.11, tflops=989, gbs=3350, mhz=1830),
+    "h200": _gpu("h200", "H200", 139.80, tflops=989, gbs=4800, mhz=1830),
+    "b200": _gpu("b200", "B200", 178.30, tflops=2250, gbs=8000, mhz=1965),
 }
 """By the name `--card` takes. Speeds are from NVIDIA's data sheets (GeForce and A10G: with float32 sums, half
 the advertised figure); usable memory is what PyTorch's out-of-memory messages in public reports call the
@@ -118,12 +126,12 @@ def find_gpu(name: str) -> Accelerator:
     Raises:
         UsageError: There is none of this name; lists those there are.
     """
-    key = name.lower().removeprefix("rtx").strip(" -_")
-    if key in GPUS:
+    key = gpu_name(name)
+    if key is not None:
         return GPUS[key]
-    close = get_close_matches(key, GPUS, n=1)
-    question = f"; did you mean `{close[0]}`?" if close else ""
-    raise UsageError(f"no GPU `{name}` is known{question}", hint="known GPUs: " + ", ".join(GPUS))
+    close = " or ".join(f"`{one}`" for one in meant_gpus(name))
+    question = f"; did you mean {close}?" if close else ""
+    raise UsageError(f"no GPU `{shown(name)}` is known{question}", hint="known GPUs: " + ", ".join(GPUS))
 
 
 def recognized(facts: dict[str, Any]) -> Accelerator:

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import glob
+import json
 import os
+import re
+import shlex
 from difflib import get_close_matches
 from pathlib import Path
 
 from mamba_sft.errors import RecipeError, UsageError
+from mamba_sft.packed_files import CANNOT_READ, kind_of_file, open_bytes
 from mamba_sft.recipe.globs import matching
+from mamba_sft.run import Run
 from mamba_sft.wording import shown
 
 PACKAGE = Path(__file__).parents[1]
+_DATA = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
+_MODELS = (".gguf", ".safetensors", ".bin", ".pt", ".pth")
 
 
 def bundled_root() -> Path:
@@ -76,21 +83,52 @@ def find_recipe(text: str) -> Path:
     """Finds a recipe file, or a built-in recipe by its name.
 
     Raises:
-        RecipeError: There is neither; lists the built-in names.
+        RecipeError: There is neither; lists the built-in names. Or it is a file of data, or of a model.
     """
     built_in = builtin_recipes()
     for path in (expanded(text), bundled_root() / text):
         if os.path.isfile(path):
+            _refuse_other_files(text, path)
             return path
     if text in built_in:
         return built_in[text]
     if os.path.isdir(expanded(text)):
-        raise RecipeError(
-            f"recipe `{shown(text)}` is a directory", hint="give a YAML file or the name of a built-in recipe"
-        )
+        own = Run(expanded(text)).recipe
+        hint = f"its recipe is `{own}`" if own.is_file() else None
+        hint = hint or "give a YAML file or the name of a built-in recipe"
+        raise RecipeError(f"recipe `{shown(text)}` is a directory", hint=hint)
     close = get_close_matches(Path(text).stem, built_in, n=1)
     question = f"; did you mean `{close[0]}`?" if close else ""
     raise RecipeError(
         f"no recipe `{shown(text, 300)}`: neither a file nor a built-in recipe{question}",
         hint="built-in recipes: " + ", ".join(built_in),
     )
+
+
+def _refuse_other_files(text: str, path: Path) -> None:
+    kind = kind_of_file(path)
+    if kind in _MODELS:
+        raise RecipeError(
+            f"`{shown(text)}` is a model's file, not a recipe",
+            hint="a recipe is YAML: give a file, or the name of a built-in one (`mamba-sft recipes`)",
+        )
+    if kind not in _DATA and not (kind in (".json", ".txt") and _holds_rows(path)):
+        return
+    written = text if re.fullmatch(r"[\w./-]+", text) else json.dumps(text)
+    change = shlex.quote(f"data.sources=[{{path: {written}}}]")
+    raise RecipeError(
+        f"`{shown(text)}` is a file of data, not a recipe",
+        hint=f"name it in a recipe, for example: mamba-sft train instruct-qlora {change}",
+    )
+
+
+def _holds_rows(path: Path) -> bool:
+    """Whether a file that may be a recipe, by its name, begins with rows or text instead of fields."""
+    try:
+        with open_bytes(path) as file:
+            start = file.read(4096).decode("utf-8", errors="replace").lstrip("\ufeff \r\n\t")
+    except CANNOT_READ:
+        return False
+    if start.startswith("{"):
+        return not re.search(r'"(model|output_dir)"\s*:', start)
+    return re.match(r"(#|---|[a-z_]+:(\s|$))", start) is None

@@ -143,9 +143,9 @@ class ModelSection(Section):
     """Number format of the base weights and of the computation. float32 doubles the memory of 16 bits;
     float16 is for GPUs without bfloat16 (T4, V100); auto keeps the checkpoint's own."""
     quantization: Literal["none", "nf4", "int8"] = "none"
-    """nf4 stores the frozen projections in 4 bits: a 7B base takes about 4.7 GB instead of 14.5 GB, at some
-    cost in speed and quality. Projections that are not whole blocks of 32 rows and 64 columns, as a small
-    base may have, stay as they are. int8 sits between the two."""
+    """nf4 stores the frozen projections in 4 bits: a 7B base takes about 4.4 GiB instead of 13.5 GiB, at
+    some cost in speed and quality. Projections that are not whole blocks of 32 rows and 64 columns, as a
+    small base may have, stay as they are. int8 sits between the two."""
     kernels: Literal["auto", "reference", "cpu", "triton"] = "auto"
     """What runs the scan and the convolution. auto takes the fastest that works here and says which;
     reference is slow and for checking."""

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from mamba_sft.credentials import masked
 from mamba_sft.recipe.conflicts import ConflictError, Keys
-from mamba_sft.recipe.other_tools import FOREIGN_KEYS, FOREIGN_VALUES, UNWANTED_KEYS
+from mamba_sft.recipe.other_tools import FOREIGN_KEYS, UNWANTED_KEYS, meant
 from mamba_sft.wording import shown
 
 Error = Mapping[str, Any]
@@ -153,7 +153,7 @@ def _describe(model: type[BaseModel], error: Error) -> str:
     if error["type"] == "extra_forbidden":
         return f"unknown field `{dotted(path)}`{_suggestion(model, path)}"
     if error["type"] == "missing":
-        section = _section_at(model, path) if len(path) == 1 else None
+        section = section_at(model, path) if len(path) == 1 else None
         needs = _names(section, required=True) if section else []
         return f"`{dotted(path)}` is missing" + "".join(
             f"; it needs `{dotted((*path, name))}`" for name in needs
@@ -162,7 +162,7 @@ def _describe(model: type[BaseModel], error: Error) -> str:
     return f"{named}`{dotted(path[:-1] if named else path)}` {_expectation(error)}"
 
 
-def _section_at(model: type[BaseModel], path: Keys) -> type[BaseModel] | None:
+def section_at(model: type[BaseModel], path: Keys) -> type[BaseModel] | None:
     """The section that `path` leads to; list entries count as their list."""
     section: type[BaseModel] | None = model
     for key in path:
@@ -180,33 +180,33 @@ def _names(section: type[BaseModel], required: bool = False) -> list[str]:
     return [field.alias or name for name, field in fields if field.is_required() or not required]
 
 
-def _homes(model: type[BaseModel], path: Keys = ()) -> Iterator[tuple[str, Keys]]:
+def homes(model: type[BaseModel], path: Keys = ()) -> Iterator[tuple[str, Keys]]:
     """Every field name with the section it belongs to."""
     for name in _names(model):
         yield name, path
-        section = _section_at(model, (name,))
+        section = section_at(model, (name,))
         if section:
-            yield from _homes(section, (*path, name))
+            yield from homes(section, (*path, name))
 
 
 def _suggestion(model: type[BaseModel], path: Keys) -> str:
     key = str(path[-1])
     word = key.strip().lower().replace("-", "_")
-    homes = dict(_homes(model))
-    section = _section_at(model, path[:-1])
+    at = dict(homes(model))
+    section = section_at(model, path[:-1])
     own = _names(section) if section else []
     if word in own:
         return f"; did you mean `{word}`?"
-    if word in homes:
-        return f"; it goes {_where(homes[word])}"
+    if word in at:
+        return f"; it goes {_where(at[word])}"
     if word in UNWANTED_KEYS:
         return f"; {UNWANTED_KEYS[word]}"
     if word in FOREIGN_KEYS:
         ours, bracket, note = FOREIGN_KEYS[word].partition(" (")
         return f"; here it is `{ours}`{bracket}{note}"
-    for names in (own, list(homes)):
+    for names in (own, list(at)):
         if close := get_close_matches(word, names, n=1, cutoff=0.7):
-            return f"; did you mean `{close[0] if names is own else dotted((*homes[close[0]], close[0]))}`?"
+            return f"; did you mean `{close[0] if names is own else dotted((*at[close[0]], close[0]))}`?"
     if "trainer_arguments" in own:
         return "; other fields of SFTConfig go under `train.trainer_arguments`"
     return ""
@@ -259,9 +259,8 @@ def _expectation(error: Error) -> str:
 
 def _choice(expected: str, value: Any) -> str:
     choices = re.findall(r"'([^']*)'", expected)
-    word = FOREIGN_VALUES.get(str(value).lower(), str(value).lower())
-    close = get_close_matches(word, choices, n=1, cutoff=0.5)
-    question = f"; did you mean `{close[0]}`?" if close else ""
+    close = meant(str(value), choices)
+    question = f"; did you mean `{close}`?" if close else ""
     got = f"`{shown(value)}`" if isinstance(value, str) else shown_value(value)
     return f"must be one of {', '.join(f'`{choice}`' for choice in choices)}, got {got}{question}"
 

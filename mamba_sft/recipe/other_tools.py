@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from difflib import get_close_matches
+
 FOREIGN_KEYS = {
     "base_model": "model.base",
     "base_model_name_or_path": "model.base",
@@ -97,17 +100,55 @@ UNWANTED_KEYS = {
 """Field names of other tools that have nothing to set here, and why."""
 
 FOREIGN_VALUES = {
+    "4": "nf4",
+    "4-bit": "nf4",
     "4bit": "nf4",
+    "8": "int8",
+    "8-bit": "int8",
     "8bit": "int8",
     "adamw_8bit_paged": "paged_adamw_8bit",
     "adamw_bnb_8bit": "adamw_8bit",
     "adamw_torch": "adamw_torch_fused",
+    "awq": "nf4",
     "bf16": "bfloat16",
+    "bits_4": "nf4",
+    "bits_8": "int8",
+    "bnb": "nf4",
+    "bnb_4bit": "nf4",
+    "double": "float32",
+    "f16": "float16",
+    "f32": "float32",
+    "false": "none",
+    "float": "float32",
     "fp16": "float16",
     "fp32": "float32",
+    "fp4": "nf4",
+    "fp8": "int8",
     "full": "float32",
+    "gptq": "nf4",
     "half": "float16",
+    "int4": "nf4",
+    "load_in_4bit": "nf4",
+    "load_in_8bit": "int8",
     "openai": "messages",
+    "q4": "nf4",
+    "q4_0": "nf4",
+    "q4_k_m": "nf4",
+    "q8": "int8",
+    "q8_0": "int8",
+    "qlora": "nf4",
+    "single": "float32",
+    "true": "block",
+    "w8a8": "int8",
     "warmup_stable_decay": "wsd",
 }
 """Choices as other tools spell them."""
+
+
+def meant(word: str, choices: Sequence[str]) -> str | None:
+    """Returns which of the choices a word means: its name elsewhere, else the nearest in letters; or None."""
+    word = word.lower()
+    if FOREIGN_VALUES.get(word) in choices:
+        return FOREIGN_VALUES[word]
+    close = get_close_matches(word, choices, n=1, cutoff=0.5)
+    return close[0] if close else None

@@ -23,7 +23,7 @@ from mamba_sft.wording import count_text, path_text, shown, size_text
 
 Model = TypeVar("Model", bound=BaseModel)
 
-LARGEST = 256_000
+LARGEST = 256 << 10
 """Bytes of a recipe. The longest of ours have 3,000; YAML is read at some 100 kB a second."""
 MOST_VALUES, DEEPEST = 5_000, 50
 """Values in a recipe, and how deep one lies in others: what is read in a fraction of a second."""

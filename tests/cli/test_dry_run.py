@@ -104,7 +104,7 @@ def test_a_run_refused_for_memory_leaves_nothing(
             for words in ([], ["--dry-run"], ["--overwrite"]):
                 refused = command(settings, *words)
                 assert isinstance(refused.exception, TrainingError), refused.output
-            assert "a small one has 100 MB" in refused.exception.message
+            assert "a small one has 95.4 MiB" in refused.exception.message
             assert tree(tmp_path) == before
 
 

@@ -103,6 +103,13 @@ def test_train_merge_generate_chat(
     assert written.code == 0, written.err
     assert json.loads(Path("out.jsonl").read_text())["answer"] == from_run.out.rstrip("\n")
 
+    as_json = mamba_sft("generate", "--input", "in.jsonl", "--json", "--max-new-tokens", "6")
+    assert as_json.code == 0, as_json.err
+    assert json.loads(as_json.out) == json.loads(Path("out.jsonl").read_text())
+    both = mamba_sft("generate", "--json", *words, *words)
+    assert [json.loads(line)["prompt"] for line in both.out.split("\n")[:-1]] == ["hello 3"] * 2
+    assert mamba_sft("generate", "--json", "--output", "x.jsonl", *words).code == 2
+
     lines = iter(["hello 3\n", ""])
     monkeypatch.setattr(sys.stdin, "readline", lambda: next(lines))
     talked = mamba_sft("chat", "--max-new-tokens", "6")
@@ -155,6 +162,9 @@ def test_recipes(mamba_sft: Command) -> None:
     assert mamba_sft("recipes", "show", "quickstart").out.startswith("# ")
     assert json.loads(mamba_sft("recipes", "schema").out)["properties"]["train"]
     assert mamba_sft("recipes", "show", "nope").code == 2
+    told = {one["name"]: one["for"] for one in json.loads(mamba_sft("recipes", "--json").out)}
+    assert [f"{name:<20} {about}" for name, about in told.items()] == listed.out.splitlines()
+    assert mamba_sft("recipes", "--json", "schema").code == 2
 
 
 @pytest.mark.parametrize(

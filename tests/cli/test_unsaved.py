@@ -13,7 +13,7 @@ from mamba_sft.cli import unsaved
 from mamba_sft.cli.unsaved import ask_on_terminal
 from mamba_sft.training.keeping import Unsaved
 
-FULL = Unsaved(Path("runs/a/adapter"), 1_234_567, 1000, "its disk is full (1.00 kB left)")
+FULL = Unsaved(Path("runs/a/adapter"), 1_234_567, 1000, "its disk is full (1,000 bytes left)")
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def test_it_is_asked_once_until_something_changes(answers: list[object], shown: 
     ask = question()
     answers += [None, None, None, "", None]
     assert ask(FULL, 10) is None
-    assert ask(Unsaved(FULL.place, FULL.nbytes, 2000, "its disk is full (2.00 kB left)"), 10) is None
+    assert ask(Unsaved(FULL.place, FULL.nbytes, 2000, "its disk is full (1.95 KiB left)"), 10) is None
     assert shown.getvalue().count("1,234,567 bytes") == 1
     assert ask(Unsaved(FULL.place, FULL.nbytes, 2000, "its file system is read-only"), 10) is None
     assert shown.getvalue().count("1,234,567 bytes") == 2

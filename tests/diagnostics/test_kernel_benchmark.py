@@ -155,7 +155,7 @@ def test_a_small_shape_on_a_gpu():
     target = Target(torch.device("cuda"), torch.float16, "triton", GpuLimits.of(torch.device("cuda")))
     tables = bench_gpu.measure(target, [RowShape(1, 256, D=256, N=16)])
     rows = [row for rows in tables.values() for row in rows]
-    assert all(0 < row["ms"] < 1e3 and row["peak_MB"] > 0 for row in rows)
+    assert all(0 < row["ms"] < 1e3 and row["peak_MiB"] > 0 for row in rows)
     assert gpu_limits.clocks(torch.device("cuda"))["driver_version"]
 
 
@@ -203,7 +203,7 @@ RESULTS = {
     "tables": {
         "scan": [
             {"of": "mamba-sft", "B": 1, "L": 2048, "pass": "both", "ms": 1.234567, "of_floor": 0.512,
-             "GB_per_s": 1234.5, "peak_MB": None, "times_ours": 1.0},
+             "GB_per_s": 1234.5, "peak_MiB": None, "times_ours": 1.0},
             {"of": "causal_conv1d (B,L,D)", "B": 4, "L": 32768, "pass": "no memory"},
         ]
     },
@@ -251,7 +251,7 @@ def test_tables_for_people_and_json_for_scripts(bench, monkeypatch):
     assert "gpu a card" in out
     header, first, second = out.splitlines()[-3:]
     assert header.split("  ")[0] == "of"
-    assert "peak MB" not in header  # nobody has any
+    assert "peak MiB" not in header  # nobody has any
     assert first.split() == ["mamba-sft", "1", "2048", "both", "1.23", "51%", "1,234", "1"]
     assert second.split()[-4:] == ["-", "-", "-", "-"]
     code, out, _ = bench("--json", "--device", "cpu")

@@ -26,6 +26,7 @@ from mamba_sft.exporting.hub import card, checkpoint
 from mamba_sft.exporting.request import GGUFOptions, HubOptions
 from mamba_sft.merging.merge_run import merge
 from mamba_sft.recipe.recipe import Recipe
+from mamba_sft.wording import size_text
 from tests.merging.test_merge_run import PROMPT, Made, make_run, merged_logits, relative, weights
 
 TOKEN = "hf_SecretSecretSecret"
@@ -213,7 +214,7 @@ def test_the_card_lists_gguf_files_with_size_and_quality(
     _, text = read_card(export(made.run, format="hf").directory)
     quality = files[0].quality
     assert quality is not None
-    size = f"{files[0].nbytes / 1e3:.0f} kB"
+    size = size_text(files[0].nbytes)
     assert f"| `run.Q8_0.gguf` | Q8_0 | {size} | {quality.kl:.2g} | {quality.top1:.1%} |" in text
     assert "| `run.Q4_0.gguf` | Q4_0 |" in text
     assert text.count("not measured | not measured") == 2

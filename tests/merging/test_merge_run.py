@@ -631,7 +631,7 @@ def test_a_disk_too_small_is_seen_before_writing(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     merge(made.run, output=tmp_path / "fits")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=64 << 20))
-    with pytest.raises(MergeError, match=r"takes 67\.6 MB"):
+    with pytest.raises(MergeError, match=r"takes 64\.5 MiB"):
         merge(made.run)
     assert not list(made.run.path.glob("merged*"))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +135,7 @@ def test_train_refuses_what_cannot_fit_and_names_the_fix(
 ) -> None:
     settings = recipe("train.per_device_train_batch_size=64", "data.max_length=4096")
     small_device(monkeypatch, 10**9)
-    with pytest.raises(TrainingError, match="GB by plan, and a small one has") as caught:
+    with pytest.raises(TrainingError, match="GiB by plan, and a small one has") as caught:
         refuse_what_cannot_fit(settings, longest=4096, trained_rows=2)
     assert "train.per_device_train_batch_size=" in (caught.value.hint or "")
 
@@ -190,6 +191,29 @@ def test_the_verb_fits_the_terminal(width: int, monkeypatch: pytest.MonkeyPatch)
         assert result.exit_code == 0
         assert max(map(len, result.stdout.splitlines())) <= width
     assert "change" in result.stdout
+
+
+def test_what_would_fit_is_a_command_to_paste() -> None:
+    asked = ["instruct", "train.per_device_train_batch_size=16", "chat.system=be kind"]
+    shown = CliRunner().invoke(app, ["plan", *asked, "--card", "t4"]).stdout
+    _, *ways = shown.partition("\nchange ")[2].split("times the time\n")
+    assert len(ways) == 3
+    for way in ways:
+        words = shlex.split(way.replace("\\\n", " ").partition("\n   ")[0])  # as a shell joins the lines
+        assert words[:3] == ["mamba-sft", "train", "instruct"]
+        assert "chat.system=be kind" in words
+        assert asked[1] not in words  # which the change is instead of
+        changed = CliRunner().invoke(app, ["plan", *words[2:], "--card", "t4", "--json"])
+        assert json.loads(changed.stdout)["fits"]
+
+
+@pytest.mark.parametrize(
+    ("card", "shown"),
+    [("4090", "GeForce RTX 4090 (24 GB), 23.5 GiB usable: "), ("a100-80", "A100 80GB, 79.1 GiB usable: "),
+     ("t4", "Tesla T4 (16 GB), 14.6 GiB usable: ")],
+)  # fmt: skip
+def test_a_card_has_the_memory_it_is_sold_with(card: str, shown: str) -> None:
+    assert shown in CliRunner().invoke(app, ["plan", "instruct-t4", "--card", card]).stdout
 
 
 def test_the_verb_says_what_its_shape_keeps_out_of_4_bits() -> None:

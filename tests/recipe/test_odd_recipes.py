@@ -144,10 +144,10 @@ def test_a_large_file_is_refused_unread(tmp_path: Path) -> None:
     path.write_text("a: 1\n" * 1_000_000)
     with pytest.raises(RecipeError) as caught:
         Recipe.load(path)
-    assert caught.value.message == f"`{path}` has 5.00 MB, and a recipe has at most 256 kB"
-    with pytest.raises(RecipeError, match="`recipe` has 5"):
+    assert caught.value.message == f"`{path}` has 4.77 MiB, and a recipe has at most 256 KiB"
+    with pytest.raises(RecipeError, match=r"`recipe` has 4\.77 MiB"):
         Recipe.from_text("a: 1\n" * 1_000_000)
-    assert told("chat.system=" + "x" * 300_000) == "is longer than 256 kB"
+    assert told("chat.system=" + "x" * 300_000) == "is longer than 256 KiB"
 
 
 def test_many_problems_are_counted() -> None:

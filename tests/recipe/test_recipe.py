@@ -225,7 +225,7 @@ adapter:
         ),
         (
             "train: {checkpointing: true}",
-            "`train.checkpointing` must be one of `none`, `block`, `mamba`, got true",
+            "`train.checkpointing` must be one of `none`, `block`, `mamba`, got true; did you mean `block`?",
         ),
         (
             "train: {trainer_arguments: [a]}",

@@ -163,7 +163,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_disk_that_never_takes_it(tmp_path: Path) -> None:
     never = Disk(10**9)
     started = time.monotonic()
-    said = r"takes 1,234,567 bytes \(1\.23 MB\), and [\d,]+ are free; there is no checkpoint"
+    said = r"takes 1,234,567 bytes \(1\.18 MiB\), and [\d,]+ are free; there is no checkpoint"
     with pytest.raises(TrainingError, match=said):
         save_surely(never.write, Run(tmp_path / "run"), 1_234_567, None)
     assert time.monotonic() - started >= 0.1

@@ -13,7 +13,7 @@ from math import prod
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
 
-from mamba_sft.errors import UsageError
+from mamba_sft.exporting.gguf.names import refuse_unknown
 
 F32, F16, BF16 = GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16
 _Type = GGMLQuantizationType
@@ -103,14 +103,13 @@ def choose_methods(names: list[str]) -> list[Method]:
     Raises:
         UsageError: A name is not one of them.
     """
+    refuse_unknown(names)
     wanted: set[str] = set()
     for name in names:
         if name.lower() == "all":
             wanted.update(method.name for method in _QUANTIZED)
-        elif name.upper() in METHODS:
-            wanted.add(name.upper())
         else:
-            raise UsageError(f"no quantization `{name}`", hint=f"there are all, {', '.join(METHODS)}")
+            wanted.add(name.upper())
     return [method for name, method in METHODS.items() if name in wanted]
 
 

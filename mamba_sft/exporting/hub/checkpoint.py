@@ -33,7 +33,7 @@ def write_checkpoint(
 ) -> None:
     """Writes the model as `transformers` loads it; the directory gets its name when it is complete.
 
-    A merged checkpoint is linked where the disk allows, so it takes no second 14.5 GB; base and adapter are
+    A merged checkpoint is linked where the disk allows, so it takes no second 13.5 GiB; base and adapter are
     summed into the base's own shards.
 
     Args:
