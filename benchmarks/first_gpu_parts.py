@@ -1,6 +1,6 @@
 """The parts of `first_gpu_run.py`, which starts each in a process of its own.
 
-    python benchmarks/first_gpu_parts.py decode --quantization nf4 --tiny --rows rows.jsonl
+    python benchmarks/first_gpu_parts.py decode --quantization nf4 --device cpu --tiny --rows rows.jsonl
 
 Appends its results to the file as they come, one line of JSON each. What it measures is measured by others:
 `mamba-sft doctor` and `bench kernels`, the tests, `bench_train_step.py`; peaks and rates of a card come from
@@ -60,11 +60,12 @@ def doctor(options: Options, emit: Emit) -> None:
 
 
 def need_a_gpu(options: Options) -> None:
-    """Raises where the 7B shapes would be computed on a CPU, for hours and in its memory."""
+    """Raises where a CPU would compute what is asked of a GPU: 7B shapes for hours, and under its name."""
     import torch
+    from first_gpu_run import NO_GPU
 
-    if not options.tiny and not torch.cuda.is_available():
-        raise RuntimeError("torch sees no CUDA device")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError(NO_GPU)
 
 
 def tests(options: Options, emit: Emit) -> None:
@@ -351,6 +352,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--stream", type=int, help="tokens of a chunk")
     parser.add_argument("--base", help="real weights, for the residual")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
     end_with_parent()

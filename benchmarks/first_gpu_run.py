@@ -10,7 +10,8 @@ length, decoding, the largest residual, and the kernels' other tests, compiled. 
 weights. Each part is a process of its own with a time limit taken from what is left: one that crashes, hangs
 or is killed is a line of the entry, and the others still run. After each row of results the entry is written
 anew, as `<date>-<card>.json` and as `.md`, which is ready to be put into `benchmarks/LOG.md`. What is
-measured, and how, is in `first_gpu_parts.py`.
+measured, and how, is in `first_gpu_parts.py`. Where torch sees no GPU, `doctor` says why and nothing else is
+begun. What `--tiny` writes says of itself that it is a trial; nothing writes into `LOG.md`.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ PARTS = Path(__file__).with_name("first_gpu_parts.py")
 LENGTHS, TINY_LENGTHS = (2048, 8192, 32_768), (64, 128)
 FORMATS = {"16 bits": "none", "nf4": "nf4"}
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
+NO_GPU = "torch sees no CUDA device"
+"""What a part fails with where all others would."""
 LOG_LINES = 20
 """Of what a failed part printed, kept in the JSON."""
 TABLES = {
@@ -105,9 +108,9 @@ class Entry:
         write_atomically(self.path.with_suffix(".md"), markdown(self.facts, self.parts))
 
 
-def planned_parts(tiny: bool, base: str | None) -> list[Part]:
+def planned_parts(device: str, tiny: bool, base: str | None) -> list[Part]:
     """Returns the parts, the most valuable first."""
-    size = ["--tiny"] if tiny else []
+    size = ["--device", device, *(["--tiny"] if tiny else [])]
 
     def part(name: str, words: list[str], least: float, most: float) -> Part:
         return Part(name, [sys.executable, str(PARTS), *words, *size], least, most)
@@ -152,6 +155,12 @@ def run_parts(entry: Entry, deadline: float) -> None:
                 raise
         ending = f"{part.status} after {part.seconds:.0f} s" if part.seconds else part.status
         print(f"-- {part.name}: {ending}{part.reason and ': ' + part.reason}", flush=True)
+        if part.reason == NO_GPU:
+            for other in entry.parts[number:]:
+                other.status, other.reason = "not run", NO_GPU
+            print(f"\n{NO_GPU}, so nothing else was begun; to try the script itself: --device cpu --tiny")
+            entry.write()
+            return
         entry.write()
 
 
@@ -359,7 +368,7 @@ def main(words: Sequence[str] | None = None) -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, stop)
     facts = facts_of(options, words)
-    parts = planned_parts(options.tiny, options.base)
+    parts = planned_parts(options.device, options.tiny, options.base)
     if options.only:
         parts = [part for part in parts if any(word in part.name for word in options.only)]
         if not parts:

@@ -110,6 +110,18 @@ def test_a_part_that_hangs_leaves_time_for_those_after_it(run: Any) -> None:
     assert 3.9 < entry.parts[0].seconds < 5
 
 
+def test_without_a_gpu_nothing_else_is_begun(
+    run: Any, script: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = json.dumps({"error": script.NO_GPU}) + "\n"
+    says = f"import sys; open(sys.argv[-1], 'a').write({row!r}); sys.exit(1)"
+    entry = run(("doctor", says), ("next", WRITE % "next"), ("last", "pass"))
+    assert status(entry) == {"doctor": "failed", "next": "not run", "last": "not run"}
+    assert {part.reason for part in entry.parts} == {script.NO_GPU}
+    assert "| last | not run: torch sees no CUDA device |" in entry.path.with_suffix(".md").read_text()
+    assert capsys.readouterr().out.count("--device cpu --tiny") == 1
+
+
 def test_a_program_that_is_not_there_is_a_line(script: ModuleType, tmp_path: Path) -> None:
     entry = script.Entry(FACTS, [script.Part("none", ["/no/such/program"], 0)], tmp_path / "entry.json")
     script.run_parts(entry, time.monotonic() + 10)
@@ -138,7 +150,7 @@ def test_an_earlier_run_of_the_day_is_kept(script: ModuleType, tmp_path: Path) -
 
 
 def test_the_parts_are_in_order_and_have_time(script: ModuleType) -> None:
-    parts = script.planned_parts(tiny=False, base=None)
+    parts = script.planned_parts("cuda", tiny=False, base=None)
     assert [part.name for part in parts if "training" in part.name] == [
         "training step, 16 bits, 2,048 tokens", "training step, 16 bits, 8,192 tokens",
         "training step, 16 bits, 32,768 tokens", "training step, nf4, 2,048 tokens",
@@ -226,11 +238,13 @@ def test_random_weights_are_those_of_their_seed_and_shape(measuring: ModuleType)
     assert not torch.equal(first, second)
 
 
-def test_no_7b_is_computed_on_a_cpu(measuring: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cpu_computes_nothing_that_is_asked_of_a_gpu(
+    measuring: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(RuntimeError, match="torch sees no CUDA device"):
-        measuring.need_a_gpu(argparse.Namespace(tiny=False))
-    measuring.need_a_gpu(argparse.Namespace(tiny=True))
+        measuring.need_a_gpu(argparse.Namespace(device="cuda"))
+    measuring.need_a_gpu(argparse.Namespace(device="cpu"))
 
 
 def trial(output: Path, *words: str) -> tuple[subprocess.CompletedProcess[str], dict[str, Any], str]:

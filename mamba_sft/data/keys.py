@@ -32,7 +32,7 @@ MEDIA = frozenset(("image", "images", "video", "videos", "audio", "audios"))
 """Keys whose entries a model of text never sees."""
 
 FLAGS = ("weight", "train", "training", "trainable", "loss", "loss_weight", "loss_scale")
-"""Keys of a turn that say whether it is trained: OpenAI's and Mistral's, axolotl's, ms-swift's."""
+"""Keys of a turn that say whether it is trained: OpenAI's and Mistral's, axolotl's, ms-swift's (2026)."""
 
 _UNCLEAR_FLAGS = ("mask", "masked", "loss_mask", "train_detail", "training_detail")
 _ROW_WEIGHTS = ("weight", "loss_weight", "sample_weight")

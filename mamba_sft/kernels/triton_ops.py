@@ -107,6 +107,7 @@ def scan_forward(
             u.stride(0), dt.stride(0), 0 if z is None else z.stride(0), length, segment,
             u.stride(1), dt.stride(1), 0 if z is None else z.stride(1),
             SOFTPLUS=dt_softplus, STRIDE=stride, **shape, **COMPILE,
+            **launching.forward_options(_capability(u), PTXAS_KNOWN),
         )  # fmt: skip
     return y.to(dtype), final.transpose(1, 2), saved
 
@@ -282,7 +283,7 @@ def _backward(
                 part, parts, partial.shape[2],
                 u.stride(1), dt.stride(1), z_strides[1], dy.stride(1),
                 SOFTPLUS=dt_softplus, WINDOW=steps, GROUP=group, STRIDE=stride, **shape, **COMPILE,
-                **launching.compiler_options(_capability(u), steps, PTXAS_KNOWN),
+                **launching.backward_options(_capability(u), steps, PTXAS_KNOWN),
             )  # fmt: skip
             here = dBC[:, part * segment : part * segment + span]
             torch.sum(partial[:, :, : here.shape[1]], 0, out=here)

@@ -1,7 +1,8 @@
 """Where LoRA goes on a Mamba mixer: attach it, save and load it, prove that it learns.
 
-PEFT refuses LoRA on `out_proj` of every Mamba model, by name, because the compiled path of `transformers`
-multiplies by `out_proj.weight` and would skip the adapter without a word. Our mixer calls `in_proj`,
+PEFT (0.21.2, read 2026-11-27) refuses LoRA on `out_proj` of Mamba models, by name: the compiled path of
+`transformers` (5.23.0, read 2026-11-27) is handed `out_proj.weight` and would skip the adapter without a
+word, as it does on `x_proj` and `dt_proj`. Our mixer calls `in_proj`,
 `x_proj`, `dt_proj` and `out_proj` as modules and hands only activations to its kernels, so an adapter on any
 of them takes part in forward and backward. Importing this module lifts the refusal for models with our mixer.
 

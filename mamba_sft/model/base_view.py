@@ -1,6 +1,7 @@
 """The base under an adapter as a model of its own, over the same weights.
 
-PEFT switches an adapter off by a flag in every layer, which all threads and all callers of the model see.
+PEFT (0.21.2, read 2026-11-27) switches an adapter off by a flag in every layer, which all threads and all
+callers of the model see.
 Here the base is a second tree of module objects instead: where the tuned model has an adapter's layer, this
 one has the layer under it. Both can be called at any time, in any order, by any number of threads.
 """

@@ -1,10 +1,11 @@
 """Which projections of a base are stored in 4 or 8 bits: the same ones on every machine.
 
-bitsandbytes has a second layout for 4-bit weights, blocks of 32 rows, into which it packs a weight the first
-time a CPU with AVX512-BF16 evaluates it. A projection that has other than whole blocks ends in an assertion
-there, so it stays in the compute dtype, on all devices: what was trained on one is then merged, and goes on,
-on another. And no weight of ours is ever packed, because a packed one lets no gradient through any more,
-reads as noise to what dequantizes it (DoRA), and rounds inputs and products to bfloat16.
+bitsandbytes (0.50.2, read 2026-11-27) has a second layout for 4-bit weights, blocks of 32 rows, into which it
+packs a weight the first time a CPU with AVX512-BF16 evaluates it. A projection that has other than whole
+blocks ends in an assertion there, so it stays in the compute dtype, on all devices: what was trained on one
+is then merged, and goes on, on another. And no weight of ours is ever packed, because a packed one lets no
+gradient through any more, reads as noise to what dequantizes it (DoRA), and rounds inputs and products to
+bfloat16.
 """
 
 from __future__ import annotations

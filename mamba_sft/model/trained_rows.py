@@ -1,7 +1,7 @@
 """Trained rows of the vocabulary, as PEFT has them, but for one thing: their numbers stay on the device.
 
-PEFT uploads the list of trained rows at every use of the matrix, at least twice in a micro-batch, and each
-time the host waits until the device has done all that was asked of it before.
+PEFT (0.21.2, read 2026-11-27) uploads the list of trained rows at every use of the matrix, at least twice in
+a micro-batch, and each time the host waits until the device has done all that was asked of it before.
 """
 
 from __future__ import annotations

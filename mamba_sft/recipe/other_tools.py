@@ -85,7 +85,7 @@ FOREIGN_KEYS = {
     "out_dir": "output_dir",
     "random_state": "seed",
 }
-"""Field names of axolotl, TRL, LLaMA-Factory, ms-swift, Unsloth, mlx-lm and litgpt."""
+"""Field names of axolotl, TRL, LLaMA-Factory, ms-swift, Unsloth, mlx-lm and litgpt, as of summer 2026."""
 
 UNWANTED_KEYS = {
     "finetuning_type": "every run trains a LoRA adapter; leave it out",

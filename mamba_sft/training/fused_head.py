@@ -1,8 +1,8 @@
 """Log-probabilities of the trained positions, without the logits of all positions and without a wait.
 
-TRL's kernel makes them in tiles. TRL's own head finds the positions by a mask on the device, where the host
-has to wait to know how many they are: four times in a micro-batch, there and back. The collator knows them
-before anything is on the device, so this head is told.
+TRL's kernel makes them in tiles. TRL's own head (1.16.0, read 2026-11-27) finds the positions by a mask on
+the device, where the host has to wait to know how many they are: four times in a micro-batch, there and back.
+The collator knows them before anything is on the device, so this head is told.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
@@ -156,6 +157,12 @@ def test_a_small_shape_on_a_gpu():
     tables = bench_gpu.measure(target, [RowShape(1, 256, D=256, N=16)])
     rows = [row for rows in tables.values() for row in rows]
     assert all(0 < row["ms"] < 1e3 and row["peak_MiB"] > 0 for row in rows)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.skipif(shutil.which("nvidia-smi") is None, reason="no nvidia-smi, as in some containers")
+def test_the_clocks_of_a_gpu():
     assert gpu_limits.clocks(torch.device("cuda"))["driver_version"]
 
 

@@ -96,8 +96,9 @@ def test_instructions_per_state_update(rows, card):
     backward = [row for row in counted(rows, "scan.backward") if row["card"] == card]
     assert {row["kept"] for row in forward} == {row["trained"] for row in backward} == {True, False}
     for row in forward:
-        bar = 8.35 if row["kept"] and card != 120 else 9.0
+        bar = 8.35 if row["kept"] or card == 120 else 9.0
         assert max(row["per_update"]) <= bar * SLACK, (named(row), row["per_update"])
+        assert row["registers"] <= 168, (named(row), row["registers"])  # twelve programs on a multiprocessor
     for row in backward:
         bar = BACKWARD_TRAINED if row["trained"] else BACKWARD[card]
         assert both_walks(row, "per_update") <= bar * SLACK, (named(row), row["per_update"])

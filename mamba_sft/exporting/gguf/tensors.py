@@ -2,8 +2,9 @@
 
 Names and shapes are those of llama.cpp's own converter (`MambaModel` in its conversion scripts). Two
 transforms change values. The recurrence is stored as A = -exp(A_log). And `ssm_x` is scaled, to bridge a
-difference in an epsilon: `transformers` normalises dt, B and C with `mixer_rms_eps` (1e-6), llama.cpp with
-the model's `layer_norm_epsilon` (1e-5). With x the output of `x_proj`, which has no bias, and c =
+difference in an epsilon: `transformers` (5.23.0, read 2026-11-27) normalises dt, B and C with `mixer_rms_eps`
+(1e-6), llama.cpp (commit 11246cf, read 2026-11-27) with the file's only one, the model's `layer_norm_epsilon`
+(1e-5). With x the output of `x_proj`, which has no bias, and c =
 layer_norm_epsilon / mixer_rms_eps,
 
     (sqrt(c) x) / sqrt(mean((sqrt(c) x)^2) + layer_norm_epsilon) = x / sqrt(mean(x^2) + mixer_rms_eps)
