@@ -251,8 +251,9 @@ def _hub_errors(path: str) -> Iterator[None]:
     except DataError:
         raise
     except Exception as error:  # datasets, huggingface_hub, fsspec and httpx each raise their own kinds
+        cause = error.__cause__ or error  # "an error occurred while generating the dataset" says nothing
         raise DataError(
-            f"cannot load the dataset `{path}`: {type(error).__name__}: {str(error).strip()}",
+            f"cannot load the dataset `{path}`: {type(cause).__name__}: {str(cause).strip()}",
             hint="`path` is a hub id, a file or a glob; `name` picks a configuration, `split` a split;"
             " private datasets need `hf auth login`",
         ) from error

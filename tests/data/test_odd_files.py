@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import time
@@ -21,9 +22,9 @@ from mamba_sft.json_lines import DEEPEST, is_too_deep, parse_json
 from mamba_sft.model.chat_template import TemplateSetup, prepare_tokenizer
 from mamba_sft.packed_files import PACKED
 from mamba_sft.recipe.fields import ChatSection, DataSection, SourceSection
-from tests.data.odd_files import odd_file
+from tests.data.odd_files import PACK, SAVED, odd_file, real, write_odd
 
-ENDINGS = [*KINDS, *(kind + packed for kind in KINDS for packed in PACKED), ".arrow", ""]
+ENDINGS = [SAVED, *KINDS, *(kind + packed for kind in KINDS for packed in PACKED), ".arrow", ""]
 
 
 def setup_for(tokenizer: Any) -> TemplateSetup:
@@ -38,7 +39,7 @@ def setup(tiny_tokenizer: Any) -> TemplateSetup:
 def answer_to(name: str, content: bytes, setup: TemplateSetup, scratch: Path) -> str:
     """What becomes of a file as training data: `rows`, or the message; it must be one of both, and soon."""
     path = scratch / f"odd{name}"
-    path.write_bytes(content)
+    write_odd(path, content)
     started = time.monotonic()
     data = DataSection(
         sources=[SourceSection(path=str(path))], validation=0, on_bad_row="skip", packing=False
@@ -90,6 +91,10 @@ json_values = st.recursive(
 def test_any_json(setup: TemplateSetup, tmp_path: Path, rows: list[Any]) -> None:
     answer_to(".jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode(), setup, tmp_path)
     answer_to(".json", json.dumps(rows).encode(), setup, tmp_path)
+
+
+def packed(name: str, content: bytes) -> bytes:
+    return PACK[Path(name).suffix](content) if Path(name).suffix in PACK else content
 
 
 def rows_of(path: Path) -> list[Any]:
@@ -162,6 +167,70 @@ def test_a_header_that_is_not_utf8(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a\.csv:1: the header is not UTF-8") as found:
         rows_of(tmp_path / "a.csv")
     assert "iconv" in (found.value.hint or "")
+
+
+LATIN = b"v\xf6llig"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        (".csv.gz", b"prompt," + LATIN + b"\na,b\n"),
+        (".tsv", b"prompt\t" + LATIN + b"\na\tb\n"),
+        (".jsonl.xz", b'{"prompt": "a", "' + LATIN + b'": "b"}\n'),
+        (".json.bz2", b'[{"prompt": "a", "' + LATIN + b'": "b"}]'),
+        (".parquet", real(".parquet", "alpaca").replace(b"output", LATIN)),
+        (SAVED, real(SAVED, "alpaca").replace(b"output", LATIN)),
+    ],
+)
+def test_a_name_of_a_column_that_is_not_utf8(
+    setup: TemplateSetup, tmp_path: Path, name: str, content: bytes
+) -> None:
+    """Each kind of file has a library of its own for it, which raises what is its own."""
+    answer = answer_to(name, packed(name, content), setup, tmp_path)
+    assert "UTF-8" in answer or "'utf-8' codec can't decode byte 0xf6" in answer
+
+
+DEEP_CELL = '{"text": "a", "b": ' + "[" * 900 + "]" * 900 + "}"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        (".jsonl.zst", DEEP_CELL),
+        (".ndjson", DEEP_CELL + "\r\n"),
+        (".json", f"[{DEEP_CELL}]"),
+        (".json.gz", DEEP_CELL.replace(",", ",\n")),
+        (".json.xz", '{"version": 1, "rows": [' + DEEP_CELL + "]}"),
+    ],
+)
+def test_deeply_nested_cells_in_every_form_of_json(
+    setup: TemplateSetup, tmp_path: Path, name: str, content: str
+) -> None:
+    answer = answer_to(name, packed(name, content.encode()), setup, tmp_path)
+    assert "nested too deeply" in answer
+
+
+@pytest.mark.parametrize(("kind", "unit"), [("timestamp", "ms"), ("timestamp", "us"), ("duration", "s")])
+def test_times_that_python_cannot_hold(setup: TemplateSetup, tmp_path: Path, kind: str, unit: str) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    far = pa.array([(1 << 62) - 1], pa.int64()).view(getattr(pa, kind)(unit))
+    table = pa.table({"text": ["a"], "far": far})
+    file = io.BytesIO()
+    pq.write_table(table, file)
+    assert "Python cannot hold" in answer_to(".parquet", file.getvalue(), setup, tmp_path)
+    save(tmp_path / "saved", table)
+    with pytest.raises(DataError, match=r"cannot load the dataset .*: \w*Error: "):
+        rows_of(tmp_path / "saved")
+
+
+def test_files_of_a_directory_say_why_they_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "a.csv").write_bytes(b"text," + LATIN + b"\na,b\n")
+    with pytest.raises(DataError, match="UnicodeDecodeError: 'utf-8' codec can't decode byte 0xf6"):
+        rows_of(tmp_path / "rows")
 
 
 def test_what_python_cannot_hold_is_told_with_its_row(tmp_path: Path, caplog: Any) -> None:
