@@ -237,11 +237,12 @@ def _load_saved(path: str, split: str) -> Any:
     from datasets import Dataset, load_from_disk
 
     saved = load_from_disk(path)
-    if isinstance(saved, Dataset):
-        return saved
-    if split not in saved:
-        raise DataError(f"`{path}` has no split `{split}`", hint=f"`split` is one of {', '.join(saved)}")
-    return saved[split]
+    if not isinstance(saved, Dataset):
+        if split not in saved:
+            raise DataError(f"`{path}` has no split `{split}`", hint=f"`split` is one of {', '.join(saved)}")
+        saved = saved[split]
+    saved.data.validate(full=True)  # it is mapped: one wrong offset, and reading it ends the process
+    return saved
 
 
 @contextmanager

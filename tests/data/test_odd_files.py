@@ -5,11 +5,16 @@ from __future__ import annotations
 import io
 import json
 import logging
+import struct
+import subprocess
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -126,8 +131,6 @@ def save(directory: Path, table: Any) -> None:
 
 
 def test_a_saved_data_set_with_what_python_cannot_hold(tmp_path: Path) -> None:
-    import pyarrow as pa
-
     far = pa.array([0, 1 << 62], pa.int64()).cast(pa.timestamp("us"))
     save(tmp_path / "far", pa.table({"text": ["a", "b"], "far": far}))
     with pytest.raises(DataError, match="cannot load the dataset"):
@@ -135,8 +138,6 @@ def test_a_saved_data_set_with_what_python_cannot_hold(tmp_path: Path) -> None:
 
 
 def test_a_damaged_saved_data_set(setup: TemplateSetup, tmp_path: Path) -> None:
-    import pyarrow as pa
-
     save(tmp_path / "saved", pa.table({"text": ["a", "b"]}))
     for file in sorted((tmp_path / "saved").iterdir()):
         whole = file.read_bytes()
@@ -153,6 +154,20 @@ def test_a_damaged_saved_data_set(setup: TemplateSetup, tmp_path: Path) -> None:
                 rows_of(tmp_path / "saved")
         file.write_bytes(whole)
     assert len(rows_of(tmp_path / "saved")) == 2
+
+
+def test_a_wrong_offset_in_a_saved_data_set_does_not_end_the_process(tmp_path: Path) -> None:
+    """Arrow follows it to wherever it leads: in a process of its own, which a signal ended before."""
+    text = "abcdefgh" * 8
+    save(tmp_path / "saved", pa.table({"text": [text, text]}))
+    (rows,) = (tmp_path / "saved").glob("*.arrow")
+    offsets = struct.pack("<3i", 0, len(text), 2 * len(text))
+    assert rows.read_bytes().count(offsets) == 1
+    rows.write_bytes(rows.read_bytes().replace(offsets, struct.pack("<3i", 0, 1 << 30, (1 << 30) + 64)))
+    code = f"from tests.data.test_odd_files import rows_of, Path; rows_of(Path({str(tmp_path / 'saved')!r}))"
+    ended = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert "DataError: cannot load the dataset" in ended.stderr
 
 
 def test_how_deep_is_too_deep() -> None:
@@ -213,9 +228,6 @@ def test_deeply_nested_cells_in_every_form_of_json(
 
 @pytest.mark.parametrize(("kind", "unit"), [("timestamp", "ms"), ("timestamp", "us"), ("duration", "s")])
 def test_times_that_python_cannot_hold(setup: TemplateSetup, tmp_path: Path, kind: str, unit: str) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     far = pa.array([(1 << 62) - 1], pa.int64()).view(getattr(pa, kind)(unit))
     table = pa.table({"text": ["a"], "far": far})
     file = io.BytesIO()
@@ -234,9 +246,6 @@ def test_files_of_a_directory_say_why_they_cannot_be_read(tmp_path: Path) -> Non
 
 
 def test_what_python_cannot_hold_is_told_with_its_row(tmp_path: Path, caplog: Any) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     caplog.set_level(logging.INFO)
     far = pa.array([0, 1 << 62], pa.int64()).cast(pa.timestamp("us"))
     pq.write_table(pa.table({"text": ["a", "b"], "far": far}), tmp_path / "a.parquet")
