@@ -18,7 +18,8 @@ from mamba_sft.model.warming_up import warm_up
 from mamba_sft.recipe.builtin import expanded
 from mamba_sft.recipe.fields import ModelSection
 from mamba_sft.recipe.recipe import Recipe
-from mamba_sft.run import ADAPTER_CONFIG, Run
+from mamba_sft.run import ADAPTER_CONFIG, BASE_FACTS, Run
+from mamba_sft.wording import shown
 
 Quantization = Literal["none", "nf4", "int8"]
 
@@ -182,7 +183,10 @@ def _find_adapter(path: Path) -> _Source:
         return _Source(recipe.model, path, recipe)
     facts = BaseFacts.read(path)
     known = {name: getattr(facts, name) for name in ("base", "revision", "dtype", "quantization")}
-    return _Source(ModelSection.model_validate(known), path, facts=facts)
+    try:
+        return _Source(ModelSection.model_validate(known), path, facts=facts)
+    except ValueError as error:
+        raise AdapterError(f"`{path / BASE_FACTS}` names no base: {shown(facts.base)}") from error
 
 
 def _section_of(base: str) -> ModelSection:
@@ -210,7 +214,10 @@ def _setup(source: _Source, adapter: Path) -> TemplateSetup:
         tokenizer = AutoTokenizer.from_pretrained(adapter, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # tokenizers raises a bare Exception for a broken file
         raise AdapterError(f"the tokenizer in `{adapter}` cannot be read: {error}") from error
-    stops = GenerationConfig.from_pretrained(adapter).eos_token_id
+    try:
+        stops = GenerationConfig.from_pretrained(adapter).eos_token_id
+    except Exception as error:  # as many kinds as it has values
+        raise AdapterError(f"the generation config in `{adapter}` cannot be read: {error}") from error
     return TemplateSetup(
         tokenizer=tokenizer,
         trained_token_ids=facts.trained_token_ids,
