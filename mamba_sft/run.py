@@ -6,7 +6,7 @@ and add to it. Every artifact appears by an atomic rename, so a file under its f
 
 from __future__ import annotations
 
-import json
+import logging
 import os
 import re
 import shutil
@@ -19,7 +19,11 @@ from typing import Any
 from mamba_sft.credentials import without_secrets
 from mamba_sft.disk import sync
 from mamba_sft.errors import UsageError
+from mamba_sft.json_lines import read_json_lines
 from mamba_sft.processes import NAME, Process
+from mamba_sft.run_reading import is_data_record, read_object
+
+logger = logging.getLogger(__name__)
 
 RUNS_ROOT = Path("runs")
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -87,7 +91,11 @@ class Run:
         """Returns the logged lines of the run, in order; none before the first step."""
         if not self.metrics.exists():
             return []
-        return [json.loads(line) for line in self.metrics.read_text(encoding="utf-8").splitlines()]
+        lines = list(read_json_lines(self.metrics))
+        good = [line.value for line in lines if line.problem is None and isinstance(line.value, dict)]
+        if len(good) < len(lines):
+            logger.warning("%d damaged lines of `%s` are left out", len(lines) - len(good), self.metrics)
+        return good
 
     @property
     def data(self) -> Path:
@@ -95,11 +103,12 @@ class Run:
         return self.path / "data.json"
 
     def read_data(self) -> dict[str, Any]:
-        """Returns what was kept of the data; nothing in a run from before it was kept."""
-        if not self.data.exists():
-            return {}
-        found: dict[str, Any] = json.loads(self.data.read_text(encoding="utf-8"))
-        return found
+        """Returns what was kept of the data; nothing in a run from before that, or if it is damaged."""
+        found = read_object(self.data)
+        if is_data_record(found):
+            return found
+        logger.warning("`%s` is not what a run writes and is ignored", self.data)
+        return {}
 
     @property
     def samples(self) -> Path:

@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Collection, Iterator
 from fnmatch import fnmatchcase
+from glob import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ from mamba_sft.run import (
     final_name,
     write_atomically,
 )
+from mamba_sft.run_reading import is_plain_name
 
 MODEL_FILES = (
     "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json",
@@ -133,7 +135,8 @@ def _written(run: Run) -> list[tuple[str, ...]]:
         run.export / "Modelfile.*",
     ]  # fmt: skip
     exported = _read_json(run.quality).get("files")  # other GGUF files in there may be anybody's
-    paths += [run.export / name for name in exported] if isinstance(exported, dict) else []
+    names = [name for name in exported if is_plain_name(name)] if isinstance(exported, dict) else []
+    paths += [run.export / escape(name) for name in names if name.endswith(".gguf")]
     paths += [place / name for place in (*models, points) for name in MODEL_FILES]
     paths += [points / name for name in RESUME_FILES]
     return [path.relative_to(run.path).parts for path in paths if path.is_relative_to(run.path)]
