@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Collection, Iterator
+from contextlib import nullcontext, suppress
 from fnmatch import fnmatchcase
 from glob import escape
 from pathlib import Path
@@ -38,6 +39,9 @@ MODEL_FILES = (
 """What a checkpoint or an adapter consists of, with what our verbs put beside it."""
 RESUME_FILES = ("*.json", "*.pt", "*.pth", "*.bin", "*.safetensors")
 """What else the trainer keeps in order to go on."""
+_BY_SYSTEMS = (".DS_Store", "Thumbs.db", "desktop.ini", ".nfs*")
+_BY_NOTEBOOKS = (".ipynb_checkpoints", "*-checkpoint*")
+"""What systems, and the editors of notebooks, write by themselves into any directory that is looked at."""
 _WRITER = "mamba-sft train"
 _SHOWN = 5
 
@@ -113,7 +117,8 @@ def remove(run: Run) -> list[str]:
             except OSError:  # something is in it that was not there before, or that is not ours
                 continue
         elif entry.ours and entry.path != run.mark:
-            entry.path.unlink(missing_ok=True)
+            with suppress(OSError) if is_by_system(entry.path.name) else nullcontext():
+                entry.path.unlink(missing_ok=True)  # `.nfs...` is there as long as somebody has it open
     return strangers(run)
 
 
@@ -147,12 +152,23 @@ def _walk(place: Path, above: tuple[str, ...], known: Collection[tuple[str, ...]
     for entry in sorted(os.scandir(place), key=lambda entry: entry.name):
         name = (*above, final_name(entry.name))  # what a killed process left half-written counts as the whole
         path = Path(entry.path)
-        if entry.is_dir(follow_symlinks=False) and any(_leads(name, one) for one in known):
+        leads = entry.name == _BY_NOTEBOOKS[0] or any(_leads(name, one) for one in known)
+        if entry.is_dir(follow_symlinks=False) and leads:
             yield from _walk(path, name, known)
             yield Entry(path, is_directory=True, ours=True)
         else:
-            ours = entry.is_file(follow_symlinks=False) and any(_is_one(name, one) for one in known)
+            is_known = _is_by_nobody(name) or any(_is_one(name, one) for one in known)
+            ours = entry.is_file(follow_symlinks=False) and is_known
             yield Entry(path, is_directory=False, ours=ours)
+
+
+def is_by_system(name: str) -> bool:
+    """Returns whether a file of this name is one that a system writes by itself."""
+    return any(fnmatchcase(name, pattern) for pattern in _BY_SYSTEMS)
+
+
+def _is_by_nobody(name: tuple[str, ...]) -> bool:
+    return is_by_system(name[-1]) or _is_one(name[-2:], _BY_NOTEBOOKS)
 
 
 def _is_one(name: tuple[str, ...], pattern: tuple[str, ...]) -> bool:

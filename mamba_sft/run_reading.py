@@ -36,7 +36,7 @@ def read_object(path: Path) -> dict[str, Any]:
 def read_quality(path: Path) -> dict[str, dict[str, Any]]:
     """Returns what `quality.json` says of each exported file beside it, without what no export writes."""
     files = read_object(path).get("files", {})
-    entries = files if isinstance(files, dict) else {shown(str(files)): None}
+    entries: dict[str, Any] = files if isinstance(files, dict) else {shown(str(files)): None}
     good = {name: entry for name, entry in entries.items() if is_plain_name(name) and _is_measured(entry)}
     odd = [shown(name) for name in entries if name not in good]
     if odd:
