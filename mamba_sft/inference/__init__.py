@@ -4,5 +4,5 @@ Read `sampling` (how the next token is chosen), `generation` (prompts to answers
 `next_token` (the step of one, recorded on a GPU), `scoring` (loss on held-out rows) and `evaluating` (dropout
 off meanwhile); `chat_model` (a model with all that talking needs, from a run or a checkpoint), `sessions`
 (conversations with one model, or base and tuned side by side), `answering` (what the verbs `generate` and
-`chat` do).
+`chat` do) and `answer_file` (where answers go, as they come).
 """
