@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mamba_sft.credentials import without_secrets
-from mamba_sft.disk import sync
+from mamba_sft.disk import sync, sync_path, sync_tree
 from mamba_sft.errors import UsageError
 from mamba_sft.json_lines import read_json_lines
 from mamba_sft.processes import NAME, Process
@@ -288,6 +288,7 @@ def _halves(place: Path) -> Iterator[tuple[Path, Path, Process]]:
 def atomic_directory(final: Path) -> Iterator[Path]:
     """Yields an empty directory under a name of this process's own, and renames it to `final` at the end.
 
+    By then all that is in it is on the disk; what was large and is there already is not waited for again.
     A previous `final` is replaced only at that moment; on any exception the new directory is removed and
     `final` is as it was. Where a process was killed between the two renames, `final` is put back first. The
     caller holds the lock of the place.
@@ -300,6 +301,7 @@ def atomic_directory(final: Path) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
+        sync_tree(partial)  # else a power cut may leave the new name with nothing behind it
         _replace_directory(partial, final)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -310,6 +312,7 @@ def _replace_directory(partial: Path, final: Path) -> None:
     if final.exists():
         final.rename(old)
     partial.rename(final)
+    sync_path(final.parent)  # before the old one goes
     shutil.rmtree(old, ignore_errors=True)
 
 
