@@ -235,6 +235,23 @@ def sync(descriptor: int) -> None:
             raise
 
 
+def sync_path(path: Path) -> None:
+    """Waits until a file, or the names in a directory, are on the disk; see `sync`."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        sync(opened)
+    finally:
+        os.close(opened)
+
+
+def sync_tree(directory: Path) -> None:
+    """Waits until all that is in a directory is on the disk, whatever is above it; see `sync`."""
+    for path in directory.rglob("*"):
+        if not path.is_symlink():
+            sync_path(path)
+    sync_path(directory)
+
+
 def _refusal(place: Path, sizes: Sequence[int]) -> int | None:
     """The number of the error with which a directory refuses files of some sizes; None where it takes them.
 

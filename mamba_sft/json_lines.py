@@ -14,18 +14,18 @@ from pathlib import Path
 from typing import Any
 
 from mamba_sft.errors import DataError
-from mamba_sft.packed_files import CANNOT_READ, kind_of_file, open_bytes
+from mamba_sft.packed_files import CANNOT_READ, is_packed, kind_of_file, open_bytes
+from mamba_sft.wording import size_text
 
 BOM = b"\xef\xbb\xbf"
 DEEPEST = 100
 """Lists and objects within each other in a value that is taken: no data set needs as many, and what walks
 through values, Python's own parser among them, ends in the middle of deeper ones."""
-
-
+LONGEST = 256_000_000
+"""Bytes or characters of a row that is taken: a packed file of some MB may unpack to a line of many GB."""
 _HOW = 'one a line, as JSON: {"prompt": "What is a haiku?"}, or as they are in a file called .txt'
 """How prompts stand in a file."""
 _TABLES = {".csv": "read_csv('{}')", ".tsv": "read_csv('{}', sep='\\t')", ".parquet": "read_parquet('{}')"}
-
 TOO_DEEP = f"nested too deeply, more than {DEEPEST} levels"
 
 
@@ -81,6 +81,7 @@ def read_json_lines(path: Path) -> Iterator[Row]:
     """Yields every line that is not blank; one that is not JSON has a `problem`.
 
     Raises:
+        DataError: A line is longer than `LONGEST`.
         OSError: The file cannot be read.
     """
     for number, line in numbered_lines(path):
@@ -92,11 +93,32 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Yields number and bytes of each line, the blank ones too, without a byte order mark.
 
     Raises:
+        DataError: A line is longer than `LONGEST`.
         OSError: The file cannot be read.
     """
     with open_bytes(path) as file:
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(iter(lambda: file.readline(LONGEST + 1), b""), start=1):
+            refuse_too_long(path, number, len(line))
             yield number, line.removeprefix(BOM) if number == 1 else line
+
+
+def refuse_too_long(path: Path, line: int, length: int) -> None:
+    """Refuses a file in which a row is longer than `LONGEST`.
+
+    Args:
+        path: The file.
+        line: Where the row begins.
+        length: What was read of it.
+
+    Raises:
+        DataError: It is.
+    """
+    if length > LONGEST:
+        packed = f"; `{path.name}` itself has {size_text(path.stat().st_size)}" if is_packed(path) else ""
+        raise DataError(
+            f"{path}:{line}: a row of more than {size_text(LONGEST)}{packed}",
+            hint="a row is one chat or one text; does the file hold what its name says, with line ends?",
+        )
 
 
 def read_prompt_file(path: Path, kind: str = "prompts", hint: str | None = None) -> list[Row]:

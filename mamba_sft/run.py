@@ -6,7 +6,7 @@ and add to it. Every artifact appears by an atomic rename, so a file under its f
 
 from __future__ import annotations
 
-import json
+import logging
 import os
 import re
 import shlex
@@ -18,9 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from mamba_sft.credentials import without_secrets
-from mamba_sft.disk import sync
+from mamba_sft.disk import sync, sync_path, sync_tree
 from mamba_sft.errors import UsageError
+from mamba_sft.json_lines import read_json_lines
 from mamba_sft.processes import NAME, Process
+from mamba_sft.run_reading import is_data_record, read_object
+
+logger = logging.getLogger(__name__)
 
 RUNS_ROOT = Path("runs")
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -88,7 +92,11 @@ class Run:
         """Returns the logged lines of the run, in order; none before the first step."""
         if not self.metrics.exists():
             return []
-        return [json.loads(line) for line in self.metrics.read_text(encoding="utf-8").splitlines()]
+        lines = list(read_json_lines(self.metrics))
+        good = [line.value for line in lines if line.problem is None and isinstance(line.value, dict)]
+        if len(good) < len(lines):
+            logger.warning("%d damaged lines of `%s` are left out", len(lines) - len(good), self.metrics)
+        return good
 
     @property
     def data(self) -> Path:
@@ -96,11 +104,12 @@ class Run:
         return self.path / "data.json"
 
     def read_data(self) -> dict[str, Any]:
-        """Returns what was kept of the data; nothing in a run from before it was kept."""
-        if not self.data.exists():
-            return {}
-        found: dict[str, Any] = json.loads(self.data.read_text(encoding="utf-8"))
-        return found
+        """Returns what was kept of the data; nothing in a run from before that, or if it is damaged."""
+        found = read_object(self.data)
+        if is_data_record(found):
+            return found
+        logger.warning("`%s` is not what a run writes and is ignored", self.data)
+        return {}
 
     @property
     def samples(self) -> Path:
@@ -298,6 +307,7 @@ def _halves(place: Path) -> Iterator[tuple[Path, Path, Process]]:
 def atomic_directory(final: Path) -> Iterator[Path]:
     """Yields an empty directory under a name of this process's own, and renames it to `final` at the end.
 
+    By then all that is in it is on the disk; what was large and is there already is not waited for again.
     A previous `final` is replaced only at that moment; on any exception the new directory is removed and
     `final` is as it was. Where a process was killed between the two renames, `final` is put back first. The
     caller holds the lock of the place.
@@ -310,6 +320,7 @@ def atomic_directory(final: Path) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
+        sync_tree(partial)  # else a power cut may leave the new name with nothing behind it
         _replace_directory(partial, final)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -320,6 +331,7 @@ def _replace_directory(partial: Path, final: Path) -> None:
     if final.exists():
         final.rename(old)
     partial.rename(final)
+    sync_path(final.parent)  # before the old one goes
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Collection, Iterator
+from contextlib import nullcontext, suppress
 from fnmatch import fnmatchcase
+from glob import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +28,7 @@ from mamba_sft.run import (
     final_name,
     write_atomically,
 )
+from mamba_sft.run_reading import is_plain_name
 
 MODEL_FILES = (
     "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json",
@@ -36,6 +39,9 @@ MODEL_FILES = (
 """What a checkpoint or an adapter consists of, with what our verbs put beside it."""
 RESUME_FILES = ("*.json", "*.pt", "*.pth", "*.bin", "*.safetensors")
 """What else the trainer keeps in order to go on."""
+_BY_SYSTEMS = (".DS_Store", "Thumbs.db", "desktop.ini", ".nfs*")
+_BY_NOTEBOOKS = (".ipynb_checkpoints", "*-checkpoint*")
+"""What systems, and the editors of notebooks, write by themselves into any directory that is looked at."""
 _WRITER = "mamba-sft train"
 _SHOWN = 5
 
@@ -111,7 +117,8 @@ def remove(run: Run) -> list[str]:
             except OSError:  # something is in it that was not there before, or that is not ours
                 continue
         elif entry.ours and entry.path != run.mark:
-            entry.path.unlink(missing_ok=True)
+            with suppress(OSError) if is_by_system(entry.path.name) else nullcontext():
+                entry.path.unlink(missing_ok=True)  # `.nfs...` is there as long as somebody has it open
     return strangers(run)
 
 
@@ -133,7 +140,8 @@ def _written(run: Run) -> list[tuple[str, ...]]:
         run.export / "Modelfile.*",
     ]  # fmt: skip
     exported = _read_json(run.quality).get("files")  # other GGUF files in there may be anybody's
-    paths += [run.export / name for name in exported] if isinstance(exported, dict) else []
+    names = [name for name in exported if is_plain_name(name)] if isinstance(exported, dict) else []
+    paths += [run.export / escape(name) for name in names if name.endswith(".gguf")]
     paths += [place / name for place in (*models, points) for name in MODEL_FILES]
     paths += [points / name for name in RESUME_FILES]
     return [path.relative_to(run.path).parts for path in paths if path.is_relative_to(run.path)]
@@ -144,12 +152,23 @@ def _walk(place: Path, above: tuple[str, ...], known: Collection[tuple[str, ...]
     for entry in sorted(os.scandir(place), key=lambda entry: entry.name):
         name = (*above, final_name(entry.name))  # what a killed process left half-written counts as the whole
         path = Path(entry.path)
-        if entry.is_dir(follow_symlinks=False) and any(_leads(name, one) for one in known):
+        leads = entry.name == _BY_NOTEBOOKS[0] or any(_leads(name, one) for one in known)
+        if entry.is_dir(follow_symlinks=False) and leads:
             yield from _walk(path, name, known)
             yield Entry(path, is_directory=True, ours=True)
         else:
-            ours = entry.is_file(follow_symlinks=False) and any(_is_one(name, one) for one in known)
+            is_known = _is_by_nobody(name) or any(_is_one(name, one) for one in known)
+            ours = entry.is_file(follow_symlinks=False) and is_known
             yield Entry(path, is_directory=False, ours=ours)
+
+
+def is_by_system(name: str) -> bool:
+    """Returns whether a file of this name is one that a system writes by itself."""
+    return any(fnmatchcase(name, pattern) for pattern in _BY_SYSTEMS)
+
+
+def _is_by_nobody(name: tuple[str, ...]) -> bool:
+    return is_by_system(name[-1]) or _is_one(name[-2:], _BY_NOTEBOOKS)
 
 
 def _is_one(name: tuple[str, ...], pattern: tuple[str, ...]) -> bool:

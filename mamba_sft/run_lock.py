@@ -73,7 +73,8 @@ class Holder:
             content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
             holder = cls(**content)
             texts = "".join((holder.verb, holder.host, holder.started, holder.process))
-            known = isinstance(holder.pid, int) and texts and re.fullmatch("[0-9a-f]{8}", holder.token)
+            is_one = type(holder.pid) is int and holder.pid > 0  # `kill -1` is said to nobody
+            known = is_one and texts and re.fullmatch("[0-9a-f]{8}", holder.token)
         except (OSError, ValueError, TypeError, RecursionError):
             return None
         return holder if known else None

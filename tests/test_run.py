@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -65,6 +66,39 @@ def test_atomic_directory_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     with atomic_directory(final) as partial:
         (partial / "b").write_text("third")
     assert [path.name for path in final.iterdir()] == ["b"]
+
+
+def test_a_directory_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    final, synced = tmp_path / "merged", []
+    fsync = os.fsync
+
+    def record(descriptor: int) -> None:
+        synced.append((os.fstat(descriptor).st_ino, final.exists()))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", record)
+    with atomic_directory(final) as partial:
+        (partial / "sub").mkdir()
+        (partial / "sub" / "b").write_text("b")
+        (partial / "a").write_text("a")
+    parts = [final / "a", final / "sub", final / "sub" / "b", final]
+    assert {path.stat().st_ino for path in parts} == {number for number, there in synced if not there}
+    assert synced[-1] == (tmp_path.stat().st_ino, True)
+
+    def refuse(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    def replace() -> None:
+        with atomic_directory(final) as partial:
+            (partial / "a").write_text("another")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(OSError, match="full"):
+        replace()
+    assert (final / "a").read_text() == "a"
+    assert [path.name for path in tmp_path.iterdir()] == ["merged"]
 
 
 def dead() -> Process:

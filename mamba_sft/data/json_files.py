@@ -20,11 +20,14 @@ from mamba_sft.data.roles import ROLES, fold_role
 from mamba_sft.data.turns import ROLE_KEYS, looks_like_turns
 from mamba_sft.data.values import kind_of
 from mamba_sft.errors import DataError
-from mamba_sft.json_lines import BOM, TOO_DEEP, Row, is_too_deep, read_json_lines
+from mamba_sft.json_lines import BOM, TOO_DEEP, Row, is_too_deep, read_json_lines, refuse_too_long
 from mamba_sft.packed_files import open_bytes
 
 _LINE = 1 << 20
 """Bytes of the first line that are looked at: a file in one line is longer, a row of JSON Lines is not."""
+
+_KEYS = 1_000_000
+"""Keys of the first object that are looked at."""
 
 
 def read_json(path: Path) -> Iterator[Row]:
@@ -109,6 +112,7 @@ def _in_file(path: Path, read: Callable[[Path, JsonText], Iterator[Row]]) -> Ite
 
 
 def _not_json(path: Path, error: JsonTextError) -> DataError:
+    refuse_too_long(path, error.line, error.length)
     return DataError(f"{path}:{error.line}: {error}", hint=from_latin(path) if error.not_utf8 else None)
 
 
@@ -144,7 +148,7 @@ def _read_objects(path: Path, second_line: bytes) -> Iterator[Row]:
     try:
         shape = _Shape.of(path)
     except JsonTextError as error:
-        if error.line > 1 and not _is_line(second_line):
+        if error.length or (error.line > 1 and not _is_line(second_line)):
             raise _not_json(path, error) from error
         return _read_lines(path)
     if shape.alone:
@@ -194,7 +198,7 @@ class _Shape:
         found = cls()
         with open_bytes(path) as file:
             text = JsonText(file)
-            for number, key in enumerate(text.object_keys()):
+            for number, key in enumerate(islice(text.object_keys(), _KEYS)):
                 found.keys.append(key)
                 if text.next() == "[":
                     kinds = {isinstance(item, dict) for _, item in text.items()}
@@ -205,7 +209,7 @@ class _Shape:
                     found.columns += list(value) == [str(row) for row in range(len(value))]
                     found.numbered += key == str(number)
             text.take(",")
-            found.alone = not text.next()
+            found.alone = len(found.keys) == _KEYS or not text.next()
         return found
 
     def refuse_table(self, path: Path) -> None:

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator
 from typing import IO, Any
 
+from mamba_sft import json_lines
 from mamba_sft.json_lines import BOM
 
 _BLOCK = 1 << 20
@@ -24,10 +25,11 @@ _NEARLY = 16
 
 
 class JsonTextError(Exception):
-    """What is wrong with a JSON text, the line it is in, and whether it is no UTF-8 at all."""
+    """What is wrong with a JSON text, and where; whether it is no UTF-8, and how long what is too long is."""
 
-    def __init__(self, line: int, problem: str, *, not_utf8: bool = False):
+    def __init__(self, line: int, problem: str, *, not_utf8: bool = False, length: int = 0):
         super().__init__(problem)
+        self.length = length
         self.line = line
         self.not_utf8 = not_utf8
 
@@ -80,7 +82,7 @@ class JsonText:
         """Returns the next value, whole.
 
         Raises:
-            JsonTextError: There is none, or it is not JSON, or Python cannot hold it.
+            JsonTextError: There is none, it is not JSON or too long for a row, or Python cannot hold it.
         """
         self.next()
         while True:
@@ -93,6 +95,8 @@ class JsonText:
             except (RecursionError, ValueError) as error:  # too deep, or a number of thousands of digits
                 raise JsonTextError(self.line, f"not readable as JSON: {error}") from error
             else:
+                if end - self._at > json_lines.LONGEST:
+                    raise JsonTextError(self.line, "a value that is too long", length=end - self._at)
                 if end + _TAIL < len(self._text) or self._ended:
                     self._at = end
                     return value
@@ -153,6 +157,8 @@ class JsonText:
         line, taken, kept = self.line, self._text[: self._at], self._text[self._at :]
         start = taken.rfind("\n") + 1
         self._column = len(taken) - start + (0 if start else self._column)
+        if len(kept) > json_lines.LONGEST:
+            raise JsonTextError(line, "a value without an end", length=len(kept))
         data = self._file.read(max(_BLOCK, len(kept)))
         self._ended = not data
         try:

@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from mamba_sft import json_lines
 from mamba_sft.data.json_files import from_latin, pandas_command, read_json
 from mamba_sft.errors import DataError
-from mamba_sft.json_lines import TOO_DEEP, Row, is_too_deep, numbered_lines
+from mamba_sft.json_lines import TOO_DEEP, Row, is_too_deep, numbered_lines, refuse_too_long
 from mamba_sft.packed_files import open_bytes
 
 _BATCH = 1000
@@ -20,10 +21,11 @@ _BATCH = 1000
 def _read_text(path: Path) -> Iterator[Row]:
     """Paragraphs: what stands between blank lines is a text."""
     paragraph: list[bytes] = []
-    start = 1
+    start, length = 1, 0
     for number, line in numbered_lines(path):
         if line.strip():
-            start = start if paragraph else number
+            start, length = (start, length + len(line)) if paragraph else (number, len(line))
+            refuse_too_long(path, start, length)
             paragraph.append(line)
         elif paragraph:
             yield _text(path, start, paragraph)
@@ -37,7 +39,11 @@ def _read_text_lines(path: Path) -> Iterator[Row]:
 
 
 def _read_document(path: Path) -> Iterator[Row]:
-    lines = [line for _, line in numbered_lines(path)]
+    lines, length = [], 0
+    for _, line in numbered_lines(path):
+        length += len(line)
+        refuse_too_long(path, 1, length)
+        lines.append(line)
     if any(line.strip() for line in lines):
         yield _text(path, 1, lines)
 
@@ -73,11 +79,13 @@ def _read_table(path: Path, delimiter: str) -> Iterator[Row]:
         open_bytes(path) as packed,
         io.TextIOWrapper(packed, encoding="utf-8-sig", errors="surrogateescape", newline="") as file,
     ):
-        reader = csv.reader(file, strict=True, delimiter=delimiter)
+        lines = _RowLines(path, file)
+        reader = csv.reader(lines, strict=True, delimiter=delimiter)
         header: list[str] = []
         line = 1
         try:
             for fields in reader:
+                lines.start, lines.length = reader.line_num + 1, 0
                 if fields and not header:
                     header = _checked_header(path, line, fields)
                 elif fields:
@@ -85,6 +93,25 @@ def _read_table(path: Path, delimiter: str) -> Iterator[Row]:
                 line = reader.line_num + 1
         except csv.Error as error:
             raise DataError(f"{path}:{line}: not CSV: {error}") from error
+
+
+class _RowLines:
+    """The lines of a table, as long as a row of them does not become too long: a quoted one has many.
+
+    Attributes:
+        start: The line that the row begins with.
+        length: Characters of the row so far.
+    """
+
+    def __init__(self, path: Path, file: io.TextIOWrapper):
+        self.start, self.length = 1, 0
+        self._path, self._file = path, file
+
+    def __iter__(self) -> Iterator[str]:
+        while line := self._file.readline(json_lines.LONGEST + 1):
+            self.length += len(line)
+            refuse_too_long(self._path, self.start, self.length)
+            yield line
 
 
 def _checked_header(path: Path, line: int, fields: list[str]) -> list[str]:

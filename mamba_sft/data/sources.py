@@ -270,11 +270,12 @@ def _load_saved(path: str, split: str) -> Any:
     from datasets import Dataset, load_from_disk
 
     saved = load_from_disk(path)
-    if isinstance(saved, Dataset):
-        return saved
-    if split not in saved:
-        raise DataError(f"`{path}` has no split `{split}`", hint=f"`split` is one of {', '.join(saved)}")
-    return saved[split]
+    if not isinstance(saved, Dataset):
+        if split not in saved:
+            raise DataError(f"`{path}` has no split `{split}`", hint=f"`split` is one of {', '.join(saved)}")
+        saved = saved[split]
+    saved.data.validate(full=True)  # it is mapped: one wrong offset, and reading it ends the process
+    return saved
 
 
 @contextmanager
@@ -284,8 +285,9 @@ def _hub_errors(path: str) -> Iterator[None]:
     except DataError:
         raise
     except Exception as error:  # datasets, huggingface_hub, fsspec and httpx each raise their own kinds
+        cause = error.__cause__ or error  # "an error occurred while generating the dataset" says nothing
         raise DataError(
-            f"cannot load the dataset `{path}`: {type(error).__name__}: {str(error).strip()}",
+            f"cannot load the dataset `{path}`: {type(cause).__name__}: {str(cause).strip()}",
             hint="`path` is a hub id, a file or a glob; `name` picks a configuration, `split` a split;"
             " private datasets need `hf auth login`",
         ) from error

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 from mamba_sft.errors import DataError
 from mamba_sft.json_lines import Row, read_json_lines, read_prompt_file
 from mamba_sft.run import write_atomically
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -114,19 +117,29 @@ def _lines(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def read_samples(path: Path) -> list[Sample]:
-    """Reads what `write_samples` wrote."""
-    rows: list[dict[str, Any]] = [row.value for row in read_json_lines(path)]
-    return [Sample(Prompt(r["prompt"], r["answer"], r["system"]), r["before"], r["after"]) for r in rows]
+    """Returns what `write_samples` wrote and can still be read; nothing where there is no file."""
+    return [Sample(_prompt(row), row["before"], row["after"]) for row in _rows(path, ("before", "after"))]
 
 
 def read_step_samples(path: Path) -> list[StepSample]:
     """Returns what `write_step_samples` wrote and can still be read; nothing where there is no file."""
-    if not path.exists():
-        return []
-    rows = [row.value for row in read_json_lines(path) if isinstance(row.value, dict)]
-    names = {"step", "prompt", "answer", "system", "given"}
-    return [
-        StepSample(row["step"], Prompt(row["prompt"], row["answer"], row["system"]), row["given"])
-        for row in rows
-        if row.keys() >= names and isinstance(row["step"], int)
-    ]
+    rows = [row for row in _rows(path, ("given",)) if type(row.get("step")) is int]
+    return [StepSample(row["step"], _prompt(row), row["given"]) for row in rows]
+
+
+def _prompt(row: dict[str, Any]) -> Prompt:
+    return Prompt(row["prompt"], row.get("answer"), row.get("system"))
+
+
+def _rows(path: Path, given: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """The rows of a file of samples whose texts are texts; one that is damaged is told and left out."""
+    for row in read_json_lines(path) if path.exists() else ():
+        value = row.value if row.problem is None and isinstance(row.value, dict) else {}
+        needed = [value.get(name) for name in ("prompt", *given)]
+        if all(isinstance(text, str) for text in needed) and all(
+            isinstance(value.get(name), str | None) for name in ("answer", "system")
+        ):
+            yield value
+        else:
+            why = row.problem or "texts are missing"
+            logger.warning("`%s` is no sample and is left out: %s", row.where, why)

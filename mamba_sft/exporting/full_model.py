@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Any
 
 import torch
 
-from mamba_sft.errors import ModelError
+from mamba_sft.errors import ExportError, ModelError
 from mamba_sft.merging.preparing import PreparedMerge, match_adapter
 from mamba_sft.merging.saved_adapter import EMBEDDINGS, HEAD
 from mamba_sft.merging.summed import MergedTensors
@@ -20,6 +19,7 @@ from mamba_sft.model.checkpoint import is_hub_id, read_config, read_tensors
 from mamba_sft.model.tensor_files import DTYPES, StoredTensors
 from mamba_sft.recipe.builtin import find_path
 from mamba_sft.run import ADAPTER_WEIGHTS, MERGE_REPORT, Run
+from mamba_sft.run_reading import read_object
 
 logger = logging.getLogger(__name__)
 
@@ -104,8 +104,7 @@ class FullModel:
     @property
     def generation_config(self) -> dict[str, Any]:
         """`generation_config.json`, empty if there is none."""
-        path = self.tokenizer_dir / "generation_config.json"
-        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+        return read_object(self.tokenizer_dir / "generation_config.json")
 
 
 class SummedTensors(StoredTensors):
@@ -183,8 +182,11 @@ def _of_checkpoint(directory: Path, name: str, run: Run | None = None) -> FullMo
 
 def _merge_report(directory: Path) -> dict[str, Any]:
     """What a merge recorded of the checkpoint it wrote; empty for any other."""
-    path = directory / MERGE_REPORT
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    report = read_object(directory / MERGE_REPORT)
+    checksums, base = report.get("checksums"), report.get("base")
+    if isinstance(checksums, dict | None) and isinstance(base, str | None):
+        return report
+    raise ExportError(f"`{directory / MERGE_REPORT}` is not what a merge writes", hint="merge the run again")
 
 
 def base_of(run: Run, merge: PreparedMerge) -> FullModel:

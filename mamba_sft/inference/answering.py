@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from mamba_sft.errors import DataError, UsageError
+from mamba_sft.inference.answer_file import AnswerFile, answer_row
 from mamba_sft.inference.chat_model import ChatModel, load_chat_model, require_template, split_chat_model
 from mamba_sft.inference.generation import Answer, answers
 from mamba_sft.inference.model_places import ModelPlace
@@ -16,7 +16,7 @@ from mamba_sft.inference.sampling import Sampling
 from mamba_sft.inference.sessions import ChatSession, CompareSession
 from mamba_sft.json_lines import Row, read_prompt_file
 from mamba_sft.model.chat_template import encode_batch, render, with_system
-from mamba_sft.run import Run, write_atomically
+from mamba_sft.run import Run
 
 Message = dict[str, Any]
 Prompt = str | Sequence[Message]
@@ -40,6 +40,7 @@ def generate(
         prompts: A text, a list of messages, several of either, or the `Path` of a JSON Lines file with one
             `{"prompt": ...}` or `{"messages": [...]}` a line, or of a txt file with one prompt a line.
         output: JSON Lines file to write: prompt, `answer`, `finish_reason` (`stop` or `length`), `tokens`.
+            Each is on the disk when it is given, in `NAME.unfinished.jsonl`, which becomes the file.
         sampling: How to choose tokens; greedy by default.
         system: System message of prompts that have none; None takes the one the model was trained with.
         raw: Continue the texts as they are, without the chat template.
@@ -59,18 +60,29 @@ def generate(
     system = chat_model.system if system is None else system
     if not raw:
         require_template(chat_model.name, chat_model.tokenizer)
-    found = answers(
-        chat_model.model,
-        chat_model.tokenizer,
-        [_encode(chat_model, row, where, system, raw) for where, row in rows],
-        sampling=sampling or Sampling(),
-        stop_ids=chat_model.stop_ids,
-        batch_size=batch_size,
-        on_answer=on_answer,
-    )
-    if output is not None:
-        _write_answers(Path(output), [row for _, row in rows], found)
-    return found
+    encoded = [_encode(chat_model, row, where, system, raw) for where, row in rows]
+
+    def give(take: Callable[[int, Answer], None] | None) -> list[Answer]:
+        return answers(
+            chat_model.model,
+            chat_model.tokenizer,
+            encoded,
+            sampling=sampling or Sampling(),
+            stop_ids=chat_model.stop_ids,
+            batch_size=batch_size,
+            on_answer=take,
+        )
+
+    if output is None:
+        return give(on_answer)
+    with AnswerFile(Path(output), [row for _, row in rows]) as file:
+
+        def take(number: int, answer: Answer) -> None:
+            file.add(number, answer)
+            if on_answer is not None:
+                on_answer(number, answer)
+
+        return give(take)
 
 
 def open_session(
@@ -184,20 +196,4 @@ def answer_rows(prompts: Path | Sequence[Prompt], found: Sequence[Answer]) -> li
         found: What it answered.
     """
     asked = [prompt for _, prompt in _read_prompts(prompts)] if isinstance(prompts, Path) else prompts
-    return [
-        {
-            "prompt" if isinstance(prompt, str) else "messages": prompt,
-            "answer": answer.text,
-            "finish_reason": answer.finish_reason,
-            "tokens": answer.tokens,
-        }
-        for prompt, answer in zip(asked, found, strict=True)
-    ]
-
-
-def _write_answers(path: Path, prompts: Sequence[Prompt], found: Sequence[Answer]) -> None:
-    rows = answer_rows(prompts, found)
-    try:
-        write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    except OSError as error:
-        raise UsageError(f"cannot write `{path}`: {error.strerror}") from error
+    return [answer_row(prompt, answer) for prompt, answer in zip(asked, found, strict=True)]

@@ -139,7 +139,10 @@ def _setup(source: ModelPlace, adapter: Path) -> TemplateSetup:
         tokenizer = AutoTokenizer.from_pretrained(adapter, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # tokenizers raises a bare Exception for a broken file
         raise AdapterError(f"the tokenizer in `{adapter}` cannot be read: {error}") from error
-    stops = GenerationConfig.from_pretrained(adapter).eos_token_id
+    try:
+        stops = GenerationConfig.from_pretrained(adapter).eos_token_id
+    except Exception as error:  # as many kinds as it has values
+        raise AdapterError(f"the generation config in `{adapter}` cannot be read: {error}") from error
     return TemplateSetup(
         tokenizer=tokenizer,
         trained_token_ids=facts.trained_token_ids,

@@ -8,13 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from mamba_sft.errors import UsageError
+from mamba_sft.errors import AdapterError, UsageError
 from mamba_sft.model.base_facts import BaseFacts
 from mamba_sft.model.checkpoint import read_config, resolve_base
 from mamba_sft.recipe.builtin import expanded
 from mamba_sft.recipe.fields import ModelSection
 from mamba_sft.recipe.recipe import Recipe
-from mamba_sft.run import ADAPTER_CONFIG, Run
+from mamba_sft.run import ADAPTER_CONFIG, BASE_FACTS, Run
+from mamba_sft.wording import shown
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,10 @@ def _find_adapter(name: str, path: Path) -> ModelPlace:
         return ModelPlace(name, recipe.model, path, recipe)
     facts = BaseFacts.read(path)
     known = {name: getattr(facts, name) for name in ("base", "revision", "dtype", "quantization")}
-    return ModelPlace(name, ModelSection.model_validate(known), path, facts=facts)
+    try:
+        return ModelPlace(name, ModelSection.model_validate(known), path, facts=facts)
+    except ValueError as error:
+        raise AdapterError(f"`{path / BASE_FACTS}` names no base: {shown(facts.base)}") from error
 
 
 def _section_of(base: str) -> ModelSection:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +12,7 @@ import torch
 
 from mamba_sft.disk import check_writable, require_space
 from mamba_sft.errors import MergeError, ModelError, UsageError
+from mamba_sft.json_lines import parse_json
 from mamba_sft.merging.request import DTYPE_NAMES
 from mamba_sft.merging.saved_adapter import EMBEDDINGS, HEAD, SavedAdapter, read_adapter
 from mamba_sft.model.base_facts import BaseFacts
@@ -201,7 +201,7 @@ def _merged_config(config: dict[str, Any], own: Path, facts: BaseFacts, dtype: s
     """The base's config with what changed: stop and padding ids, the vocabulary, the dtype asked for."""
     config = {key: value for key, value in config.items() if key != "_name_or_path"}
     if (own / "generation_config.json").is_file():
-        generation = json.loads((own / "generation_config.json").read_text(encoding="utf-8"))
+        generation = _read_generation(own / "generation_config.json")
         ids = ("bos_token_id", "eos_token_id", "pad_token_id")
         config |= {key: generation[key] for key in ids if key in generation}
     if facts.resize_to is not None:
@@ -209,6 +209,16 @@ def _merged_config(config: dict[str, Any], own: Path, facts: BaseFacts, dtype: s
     if dtype is not None:
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
     return config
+
+
+def _read_generation(path: Path) -> dict[str, Any]:
+    try:
+        found = parse_json(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise MergeError(f"`{path}` cannot be read: {error!s:.200}", hint="copy the adapter again") from error
+    if not isinstance(found, dict):
+        raise MergeError(f"`{path}` is not a JSON object", hint="copy the adapter again")
+    return found
 
 
 def _lay_out(entries: dict[str, TensorEntry], facts: BaseFacts, dtype: str | None) -> dict[str, list[Layout]]:

@@ -6,7 +6,6 @@ checkpoint of any size. Everything is float32 until the caller rounds the sum, o
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,15 +18,13 @@ from safetensors import SafetensorError, safe_open
 
 from mamba_sft.errors import MergeError, ModelError
 from mamba_sft.merging.request import check_adapter_files
+from mamba_sft.model.adapter_config import OTHERS, matches, read_adapter_config, used
 from mamba_sft.model.tensor_headers import read_header
 from mamba_sft.run import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 EMBEDDINGS, HEAD = "backbone.embeddings.weight", "lm_head.weight"
-# Settings that change what an adapter means, or where its tensors go, in ways a sum cannot express.
-_UNSUPPORTED = (
-    "alora_invocation_tokens", "arrow_config", "fan_in_fan_out", "kasa_config", "layer_replication",
-    "modules_to_save", "monteclora_config", "target_parameters", "use_bdlora", "use_qalora", "velora_config",
-)  # fmt: skip
+_UNSUPPORTED = ("fan_in_fan_out", "modules_to_save", *OTHERS)
+"""Settings that change what an adapter means, or where its tensors go, in ways a sum cannot express."""
 _WRAPPED = "base_model.model."
 """What PEFT puts before the name of everything it wraps."""
 _ROWS, _BIAS = ".trainable_tokens_delta", "lora_B.bias"
@@ -221,40 +218,12 @@ def _open(path: Path) -> Iterator[Any]:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise MergeError(f"`{path}` is not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise MergeError(f"`{path}` is not a JSON object")
+    config = read_adapter_config(path, MergeError)
     if config.get("peft_type") != "LORA":
-        raise MergeError(f"`{path}` is an adapter of type {config.get('peft_type')!r}; only LORA merges")
-    used = [f"{key}={config[key]!r}" for key in _UNSUPPORTED if config.get(key)]
-    if used:
-        raise MergeError(f"`{path}` uses what cannot be merged: " + ", ".join(used))
-    _check_values(path, config)
+        raise MergeError(f"`{path}` is an adapter of type {config.get('peft_type')!r:.80}; only LORA merges")
+    if uses := used(config, _UNSUPPORTED):
+        raise MergeError(f"`{path}` uses what cannot be merged: " + ", ".join(uses))
     return config
-
-
-def _check_values(path: Path, config: dict[str, Any]) -> None:
-    """Refuses values of other kinds than PEFT writes, before anything is computed from them."""
-    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
-    right = {
-        "r": type(config.get("r")) is int and config["r"] > 0,
-        "lora_alpha": type(config.get("lora_alpha")) in (int, float),
-        "rank_pattern": _are_patterns(ranks) and all(type(r) is int and r > 0 for r in ranks.values()),
-        "alpha_pattern": _are_patterns(alphas) and all(type(a) in (int, float) for a in alphas.values()),
-    }
-    wrong = [f"{name}={config.get(name)!r:.80}" for name, is_right in right.items() if not is_right]
-    if wrong:
-        raise MergeError(f"`{path}` has values that cannot be: {', '.join(wrong)}")
-
-
-def _are_patterns(values: Any) -> bool:
-    try:
-        return isinstance(values, dict) and all(re.compile(pattern) for pattern in values)
-    except (re.error, RecursionError, OverflowError):
-        return False
 
 
 def _row_ids(adapter: SavedAdapter, module: str, count: int) -> torch.Tensor:
@@ -272,7 +241,7 @@ def _row_ids(adapter: SavedAdapter, module: str, count: int) -> torch.Tensor:
 def _by_pattern(values: dict[str, Any], module: str, default: Any) -> Any:
     """Looks a module up as PEFT does: by a regular expression for the end of its name."""
     for pattern, value in values.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
+        if matches(pattern, module):
             return value
     return default
 

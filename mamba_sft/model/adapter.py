@@ -33,6 +33,7 @@ from peft.utils.other import TrainableTokensWrapper
 
 from mamba_sft.errors import AdapterError
 from mamba_sft.kernels.falcon_mamba import FalconMambaMixer
+from mamba_sft.model.adapter_config import HONOURED, OTHERS, read_adapter_config, used
 from mamba_sft.model.base_facts import BaseFacts
 from mamba_sft.model.checkpoint import base_fingerprint, resolve_base
 from mamba_sft.model.checksums import file_checksum, new_digest, tensor_checksums
@@ -128,7 +129,9 @@ def load_adapter(model: Any, path: str | Path, *, trainable: bool = False) -> Pe
     config.base_model_name_or_path = None  # where it lay when it was trained is not where it lies now
     try:
         wrapped = _wrap(model, config)
-    except (RuntimeError, ValueError, IndexError, KeyError) as error:
+    except AdapterError:
+        raise
+    except Exception as error:  # PEFT raises what comes up: names of modules that are none, rows, biases
         raise _misfit(path, error) from error
     _fill(wrapped, path, weights)
     for parameter in adapter_tensors(wrapped).values():
@@ -337,10 +340,30 @@ def _read_adapter(path: Path) -> tuple[PeftConfig, dict[str, torch.Tensor]]:
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if not (path / name).is_file():
             raise AdapterError(f"no `{name}` in `{path}`", hint="give the `adapter/` directory of a run")
+    said = read_adapter_config(path / ADAPTER_CONFIG)
+    if said.get("peft_type") != "LORA":
+        raise AdapterError(f"the adapter in `{path}` is {said.get('peft_type')!s:.80}, not LoRA")
+    if uses := used(said, OTHERS):
+        raise AdapterError(f"`{path / ADAPTER_CONFIG}` uses what is not known here: {', '.join(uses)}")
     try:
-        config, weights = PeftConfig.from_pretrained(str(path)), load_file(path / ADAPTER_WEIGHTS)
+        weights = load_file(path / ADAPTER_WEIGHTS)
+        config = LoraConfig(
+            task_type="CAUSAL_LM",
+            **{name: said[name] for name in HONOURED if name != "peft_type" and said.get(name) is not None},
+        )
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise AdapterError(f"cannot read the adapter in `{path}`: {error}", hint="copy it again") from error
-    if not isinstance(config, LoraConfig):
-        raise AdapterError(f"the adapter in `{path}` is {config.peft_type}, not LoRA")
+    _check_rank(path, config, weights)
     return config, weights
+
+
+def _check_rank(path: Path, config: LoraConfig, weights: dict[str, torch.Tensor]) -> None:
+    """Refuses ranks that no tensor has: matrices of them would be allocated first."""
+    highest = max((value.shape[0] for name, value in weights.items() if ".lora_A." in name), default=0)
+    named = max(config.r, *config.rank_pattern.values()) if config.rank_pattern else config.r
+    if named > highest:
+        raise AdapterError(
+            f"`{path / ADAPTER_CONFIG}` names a rank of {named:,}; the highest in `{ADAPTER_WEIGHTS}` is "
+            f"{highest}",
+            hint="the two files must be of the same training",
+        )

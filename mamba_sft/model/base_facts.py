@@ -12,6 +12,9 @@ from pathlib import Path
 from mamba_sft.errors import AdapterError
 from mamba_sft.run import BASE_FACTS
 
+_MOST_ROWS = 1 << 20
+"""More than a vocabulary has."""
+
 
 @dataclass(frozen=True)
 class BaseFacts:
@@ -54,9 +57,34 @@ class BaseFacts:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
             known = {name: value for name, value in found.items() if name in cls.__dataclass_fields__}
-            return cls(**known)
-        except (OSError, ValueError, TypeError, AttributeError) as error:
+            facts = cls(**known)
+            facts._check()
+            return facts
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
             raise AdapterError(
                 f"`{path}` does not say which base the adapter was trained on: {error}",
                 hint="training writes it beside the adapter: copy the whole directory, or give the run",
             ) from None
+
+    def _check(self) -> None:
+        """Refuses what training never records: the file may be anybody's."""
+        right = {
+            "base": isinstance(self.base, str) and self.base.strip() != "",
+            "revision": self.revision is None or isinstance(self.revision, str),
+            "fingerprint": isinstance(self.fingerprint, str),
+            "quantization": self.quantization in ("none", "nf4", "int8"),
+            "dtype": self.dtype in ("auto", "bfloat16", "float16", "float32"),
+            "resize_to": self.resize_to is None or _is_row(self.resize_to),
+            "trained_token_ids": isinstance(self.trained_token_ids, list)
+            and all(map(_is_row, self.trained_token_ids)),
+            "checksums": isinstance(self.checksums, dict)
+            and all(isinstance(checksum, str) for checksum in self.checksums.values()),
+            "adapter_checksum": self.adapter_checksum is None or isinstance(self.adapter_checksum, str),
+        }
+        for name, is_right in right.items():
+            if not is_right:
+                raise ValueError(f"`{name}` is {getattr(self, name)!r:.80}")
+
+
+def _is_row(value: object) -> bool:
+    return type(value) is int and 0 <= value < _MOST_ROWS

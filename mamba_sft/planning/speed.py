@@ -13,7 +13,6 @@ of it has been measured on a GPU yet.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from mamba_sft.planning.gpus import SCAN_BACKWARD, SCAN_FORWARD, Accelerator
 from mamba_sft.planning.memory import Work
 from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.run import Run
+from mamba_sft.run_reading import read_object
 from mamba_sft.wording import path_text
 
 EFFICIENCY = 0.65
@@ -111,15 +111,15 @@ def measured(recipe: Recipe, device_name: str) -> Rate | None:
     for run in Run.all_under(beside):
         try:
             rate = _rate_of(run, recipe, device_name)
-        except (OSError, ValueError, KeyError, TypeError, MambaSFTError):  # an older or broken run
-            continue
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, MambaSFTError):
+            continue  # an older or broken run
         if rate is not None:
             return rate
     return None
 
 
 def _rate_of(run: Run, recipe: Recipe, device_name: str) -> Rate | None:
-    facts = json.loads(run.environment.read_text(encoding="utf-8"))
+    facts = read_object(run.environment)
     if _way(Recipe.load(run.recipe)) != _way(recipe):
         return None
     if "sessions" in facts:

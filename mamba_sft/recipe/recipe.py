@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
+from mamba_sft.errors import UsageError
 from mamba_sft.recipe import conflicts, yaml_text
-from mamba_sft.recipe.builtin import find_recipe
+from mamba_sft.recipe.builtin import expanded, find_recipe
 from mamba_sft.recipe.fields import (
     ORDINARY,
     AdapterSection,
@@ -25,13 +26,22 @@ from mamba_sft.recipe.fields import (
     Section,
     TrainSection,
 )
-from mamba_sft.wording import path_text
+from mamba_sft.wording import path_text, shown
+
+
+def _without_home(path: str) -> str:
+    """`~/x` is a directory of the user, and not one that is called `~`: the kept recipe names the place."""
+    try:
+        return str(expanded(path)) if path.startswith("~") else path
+    except UsageError:
+        user = path.partition("/")[0]
+        raise ValueError(f"must not begin with `{shown(user)}`: there is no user of that name here") from None
 
 
 class Recipe(Section):
     """Every setting of a training run."""
 
-    output_dir: FileName
+    output_dir: Annotated[FileName, AfterValidator(_without_home)]
     """The run directory: adapter, checkpoints, metrics and report go there."""
     seed: int = Field(default=42, ge=0, le=2**32 - 1)
     """Drives the split, the shuffle, the adapter's start and dropout. The same seed repeats the run."""

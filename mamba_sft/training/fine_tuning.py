@@ -46,6 +46,7 @@ from mamba_sft.planning.storage import (
 from mamba_sft.recipe.mixtures import source_ids
 from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.run import Run, atomic_directory, write_atomically
+from mamba_sft.run_reading import read_object
 from mamba_sft.training.activations import keep_activations
 from mamba_sft.training.arguments import trainer_arguments
 from mamba_sft.training.callbacks import AdapterWatch, Interruption, MetricsLog
@@ -398,7 +399,7 @@ def _say_what_is_left(preparation: Preparation) -> None:
 def _answers_before(preparation: Preparation, trainer: Trainer) -> list[str]:
     """The answers of the model that training starts from; a resumed run has them from its first session."""
     path, digest = preparation.run.answers_before, prompts_digest(preparation.prompts)
-    kept = _kept_answers(path, digest) if preparation.resumed else None
+    kept = _kept_answers(path, digest, len(preparation.prompts)) if preparation.resumed else None
     if kept is not None:
         return kept if trainer.is_world_process_zero() else []
     given = _answer(preparation, trainer, "before")
@@ -409,13 +410,13 @@ def _answers_before(preparation: Preparation, trainer: Trainer) -> list[str]:
     return given
 
 
-def _kept_answers(path: Path, digest: str) -> list[str] | None:
+def _kept_answers(path: Path, digest: str, count: int) -> list[str] | None:
     """Answers to the same prompts that were kept, or None: then they are asked again, of the same model."""
-    try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        return [str(answer) for answer in kept["answers"]] if kept["digest"] == digest else None
-    except (OSError, ValueError, KeyError, TypeError):
+    kept = read_object(path)
+    given = kept.get("answers")
+    if kept.get("digest") != digest or not isinstance(given, list) or len(given) != count:
         return None
+    return [str(answer) for answer in given]
 
 
 def _watch_answers(preparation: Preparation, trainer: Trainer, before: list[str]) -> None:

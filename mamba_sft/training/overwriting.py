@@ -12,7 +12,7 @@ from mamba_sft.errors import RecipeError, TrainingError, UsageError
 from mamba_sft.recipe.builtin import find_path
 from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.run import Run, final_name
-from mamba_sft.run_contents import is_marked, listed, mark, remove, strangers
+from mamba_sft.run_contents import is_by_system, is_marked, listed, mark, remove, strangers
 from mamba_sft.run_lock import hold_run
 
 _OTHER = "choose another directory: `output_dir=runs/NAME`"
@@ -95,14 +95,16 @@ def contents_of(run: Run) -> frozenset[tuple[str, int]]:
     """Returns what is in a run directory, by names and times, to tell later whether anything has happened.
 
     What a killed process left half-written does not count: it goes when the lock is taken. Nor does the file
-    with which one sees for a moment whether it can write.
+    with which one sees for a moment whether it can write, nor what systems write by themselves.
     """
     if not run.path.is_dir():
         return frozenset()
     return frozenset(
         (path.name, path.lstat().st_mtime_ns)
         for path in list(run.path.iterdir())
-        if not path.name.startswith((run.lock.name, PROBE)) and final_name(path.name) == path.name
+        if not path.name.startswith((run.lock.name, PROBE))
+        and final_name(path.name) == path.name
+        and not (is_by_system(path.name) and path.is_file())
     )
 
 

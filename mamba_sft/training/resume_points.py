@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -17,8 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mamba_sft.disk import sync
+from mamba_sft.disk import sync_path
 from mamba_sft.run import Run
+from mamba_sft.run_reading import is_plain_name
 
 MANIFEST = "manifest.json"
 """In a resume point: size and SHA-256 of each other file of it; written last."""
@@ -97,6 +97,8 @@ def fault_of(resume_point: Path) -> str | None:
     manifest = _read_json(resume_point / MANIFEST)
     try:
         files: dict[str, dict[str, Any]] = manifest["files"]
+        if not all(all(map(is_plain_name, name.split("/"))) for name in files):  # of files somewhere else
+            raise ValueError
         faults = [(name, _file_fault(resume_point / name, **entry)) for name, entry in files.items()]
         known = (resume_point / MANIFEST).read_text(encoding="utf-8") == _text(files)
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
@@ -137,14 +139,14 @@ def rotate(run: Run, *, newest: Path, best: Path, limit: int) -> None:
 def _seal(directory: Path) -> None:
     files = {}
     for path in sorted(path for path in directory.rglob("*") if path.is_file()):
-        _sync(path)
+        sync_path(path)
         files[path.relative_to(directory).as_posix()] = {
             "size": path.stat().st_size,
             "sha256": _sha256(path),
         }
     (directory / MANIFEST).write_text(_text(files), encoding="utf-8")
     for path in (directory / MANIFEST, *(path for path in directory.rglob("*") if path.is_dir()), directory):
-        _sync(path)
+        sync_path(path)
 
 
 def _text(files: dict[str, dict[str, Any]]) -> str:
@@ -157,17 +159,8 @@ def _rename(partial: Path, final: Path) -> None:
     if final.exists():
         final.rename(old)
     partial.rename(final)
-    _sync(final.parent)
+    sync_path(final.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    """Waits until a file, or the names in a directory, are on the disk."""
-    opened = os.open(path, os.O_RDONLY)
-    try:
-        sync(opened)
-    finally:
-        os.close(opened)
 
 
 def _file_fault(path: Path, *, size: int, sha256: str) -> str | None:

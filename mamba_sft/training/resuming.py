@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from mamba_sft.planning.extent import with_accumulation
 from mamba_sft.recipe.builtin import find_path
 from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.run import Run
+from mamba_sft.run_reading import read_object
 from mamba_sft.training.resume_points import find_good, is_proven
 
 logger = logging.getLogger(__name__)
@@ -65,11 +65,7 @@ def find_resume_point(run: Run, recipe: Recipe) -> tuple[Recipe, Path | None]:
 
 def _is_finished(run: Run) -> bool:
     """Whether all was written, and not only the adapter, which is written first of all that ends a run."""
-    try:
-        facts = json.loads(run.environment.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        facts = {}
-    return run.adapter.is_dir() and run.report.is_file() and "steps" in facts
+    return run.adapter.is_dir() and run.report.is_file() and "steps" in read_object(run.environment)
 
 
 def own_recipe_moved(file: Path, recipe: Recipe) -> Recipe:

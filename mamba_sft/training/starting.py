@@ -6,13 +6,13 @@ All of it is checked on files, before weights are loaded.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mamba_sft.errors import AdapterError, RecipeError
+from mamba_sft.model.adapter_config import OTHERS, read_adapter_config
 from mamba_sft.model.base_facts import BaseFacts
 from mamba_sft.model.checkpoint import base_fingerprint, resolve_base
 from mamba_sft.model.checksums import file_checksum
@@ -20,6 +20,7 @@ from mamba_sft.recipe.builtin import find_path
 from mamba_sft.recipe.fields import AdapterSection, ModelSection
 from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.run import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Run
+from mamba_sft.wording import shown
 
 if TYPE_CHECKING:
     from mamba_sft.model.chat_template import TemplateSetup
@@ -30,7 +31,7 @@ SHAPE = ("r", "lora_alpha", "use_rslora", "use_dora", "target_modules")
 """Fields of `adapter` that decide what an adapter's tensors are and mean; dropout is free to change."""
 FOREIGN = (
     "rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform", "layers_pattern",
-    "exclude_modules", "layer_replication", "target_parameters", "fan_in_fan_out", "lora_bias",
+    "exclude_modules", "fan_in_fan_out", "lora_bias", *OTHERS,
 )  # fmt: skip
 """What PEFT can do and no recipe can say; an adapter that uses it cannot be trained on here."""
 
@@ -107,16 +108,13 @@ def _directory(where: str) -> Path:
 
 
 def _check_shape(path: Path, section: AdapterSection) -> None:
-    try:
-        config = json.loads((path / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-        kind = config.get("peft_type")
-    except (ValueError, AttributeError) as error:
-        raise AdapterError(f"`{path / ADAPTER_CONFIG}` is not JSON: {error}", hint="copy it again") from error
+    config = read_adapter_config(path / ADAPTER_CONFIG)
+    kind = config.get("peft_type")
     used = [f"`{name}`" for name in FOREIGN if config.get(name)]
-    if config.get("bias", "none") != "none":
+    if config.get("bias") not in (None, "none"):
         used.append("`bias`")
     if kind != "LORA" or used:
-        what = f"uses {', '.join(used)}" if kind == "LORA" else f"is {kind}, not LORA"
+        what = f"uses {', '.join(used)}" if kind == "LORA" else f"is {kind!s:.80}, not LORA"
         raise AdapterError(f"the adapter in `{path}` {what}, which no recipe can go on with")
     wrong = list(_differences(config, section))
     if wrong:
@@ -142,8 +140,8 @@ def _differences(config: dict[str, Any], section: AdapterSection) -> Iterator[tu
 def _shown(value: Any) -> str:
     """A value as YAML, without blanks, so that it can be pasted into a command."""
     if isinstance(value, list):
-        return f"[{','.join(map(str, value))}]"
-    return str(value).lower() if isinstance(value, bool) else str(value)
+        return shown(f"[{','.join(map(str, value))}]", 400)
+    return str(value).lower() if isinstance(value, bool) else shown(str(value), 400)
 
 
 def check_vocabulary(path: Path, setup: TemplateSetup) -> None:

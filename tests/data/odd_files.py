@@ -9,15 +9,26 @@ import io
 import json
 import lzma
 import random
+import shutil
 from collections.abc import Callable, Mapping
 from datetime import date, datetime
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 TURNS = [{"role": "user", "content": "one fox"}, {"role": "assistant", "content": "two Grüße 世界"}]
+SAVED = "-saved"
+"""The ending of a directory as `save_to_disk` writes it; the bytes are those of its one file of rows."""
+_SAVED_ROWS = "data-00000-of-00001.arrow"
+_SAVED_STATE = {
+    "_data_files": [{"filename": _SAVED_ROWS}], "_fingerprint": "0", "_split": None, "_format_columns": None,
+    "_format_kwargs": {}, "_format_type": None, "_output_all_columns": False,
+}  # fmt: skip
+_LATIN = b"_latin"
+"""Part of a name, in whose place stand as many bytes that are not UTF-8."""
 ROWS: dict[str, list[dict[str, Any]]] = {
     "messages": [{"messages": TURNS * (1 + i % 2)} for i in range(6)],
     "sharegpt": [{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}] * 5,
@@ -59,6 +70,13 @@ def _arrow(rows: list[dict[str, Any]]) -> bytes:
     return file.getvalue()
 
 
+def _saved(rows: list[dict[str, Any]]) -> bytes:
+    file, table = io.BytesIO(), pa.Table.from_pylist(rows)
+    with pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+    return file.getvalue()
+
+
 WRITE: Mapping[str, Callable[[list[dict[str, Any]]], bytes]] = {
     ".jsonl": lambda rows: "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode(),
     ".ndjson": lambda rows: "".join(json.dumps(row) + "\r\n" for row in rows).encode(),
@@ -68,6 +86,7 @@ WRITE: Mapping[str, Callable[[list[dict[str, Any]]], bytes]] = {
     ".txt": lambda rows: "\n\n".join(map(str, rows)).encode(),
     ".parquet": _parquet,
     ".arrow": _arrow,
+    SAVED: _saved,
 }
 PACK: Mapping[str, Callable[[bytes], bytes]] = {
     "": bytes,
@@ -142,7 +161,7 @@ def odd_value(rng: random.Random) -> str:
 
 def odd_rows(kind: str, rows: str, rng: random.Random) -> bytes:
     """A file whose rows are well written, with an odd value or an odd name for one of their values."""
-    if kind in (".parquet", ".arrow"):
+    if kind in (".parquet", ".arrow", SAVED):
         return _odd_table(kind, rows, rng)
     if kind in (".csv", ".tsv"):
         name = rng.choice(
@@ -192,20 +211,22 @@ def _odd_table(kind: str, rows: str, rng: random.Random) -> bytes:
             pa.array([[(b"\xff", 1)]] * len(table), pa.map_(pa.binary(), pa.int8())),
         )
     )
-    table = table.append_column(rng.choice(("odd", "messages2", "\x1b[2J")), odd)
+    table = table.append_column(rng.choice(("odd", "messages2", "\x1b[2J", _LATIN.decode())), odd)
     file = io.BytesIO()
     if kind == ".parquet":
         pq.write_table(table, file)
     else:
-        with pa.ipc.new_file(file, table.schema) as writer:
+        open_writer = pa.ipc.new_stream if kind == SAVED else pa.ipc.new_file
+        with open_writer(file, table.schema) as writer:
             writer.write_table(table)
-    return file.getvalue()
+    return file.getvalue().replace(_LATIN, b"v\xf6llig")
 
 
 def odd_file(seed: int) -> tuple[str, bytes]:
     """The ending and the bytes of one odd file; a packed one is changed before it was packed, or after."""
     rng = random.Random(seed)
     kind, packed = rng.choice(list(WRITE)), rng.choice(["", "", "", *PACK])
+    packed = "" if kind == SAVED else packed
     rows, whole = rng.choice(list(ROWS)), rng.random()
     if whole < 0.05:
         data = rng.randbytes(rng.randrange(200))
@@ -223,3 +244,15 @@ def odd_file(seed: int) -> tuple[str, bytes]:
     if not inside:
         data = changed(data, rng)
     return kind + packed, data
+
+
+def write_odd(path: Path, content: bytes) -> None:
+    """Writes a file, or the directory of a saved data set, in the place of an earlier one."""
+    if not path.name.endswith(SAVED):
+        path.write_bytes(content)
+        return
+    shutil.rmtree(path, ignore_errors=True)  # not written over: an earlier one may still be mapped
+    path.mkdir()
+    (path / "state.json").write_text(json.dumps(_SAVED_STATE))
+    (path / "dataset_info.json").write_text("{}")
+    (path / _SAVED_ROWS).write_bytes(content)

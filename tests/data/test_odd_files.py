@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
+import struct
+import subprocess
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -21,9 +27,9 @@ from mamba_sft.json_lines import DEEPEST, is_too_deep, parse_json
 from mamba_sft.model.chat_template import TemplateSetup, prepare_tokenizer
 from mamba_sft.packed_files import PACKED
 from mamba_sft.recipe.fields import ChatSection, DataSection, SourceSection
-from tests.data.odd_files import odd_file
+from tests.data.odd_files import PACK, SAVED, odd_file, real, write_odd
 
-ENDINGS = [*KINDS, *(kind + packed for kind in KINDS for packed in PACKED), ".arrow", ""]
+ENDINGS = [SAVED, *KINDS, *(kind + packed for kind in KINDS for packed in PACKED), ".arrow", ""]
 
 
 def setup_for(tokenizer: Any) -> TemplateSetup:
@@ -38,7 +44,7 @@ def setup(tiny_tokenizer: Any) -> TemplateSetup:
 def answer_to(name: str, content: bytes, setup: TemplateSetup, scratch: Path) -> str:
     """What becomes of a file as training data: `rows`, or the message; it must be one of both, and soon."""
     path = scratch / f"odd{name}"
-    path.write_bytes(content)
+    write_odd(path, content)
     started = time.monotonic()
     data = DataSection(
         sources=[SourceSection(path=str(path))], validation=0, on_bad_row="skip", packing=False
@@ -92,6 +98,10 @@ def test_any_json(setup: TemplateSetup, tmp_path: Path, rows: list[Any]) -> None
     answer_to(".json", json.dumps(rows).encode(), setup, tmp_path)
 
 
+def packed(name: str, content: bytes) -> bytes:
+    return PACK[Path(name).suffix](content) if Path(name).suffix in PACK else content
+
+
 def rows_of(path: Path) -> list[Any]:
     return list(read_source(SourceSection(path=str(path))))
 
@@ -121,8 +131,6 @@ def save(directory: Path, table: Any) -> None:
 
 
 def test_a_saved_data_set_with_what_python_cannot_hold(tmp_path: Path) -> None:
-    import pyarrow as pa
-
     far = pa.array([0, 1 << 62], pa.int64()).cast(pa.timestamp("us"))
     save(tmp_path / "far", pa.table({"text": ["a", "b"], "far": far}))
     with pytest.raises(DataError, match="cannot load the dataset"):
@@ -130,8 +138,6 @@ def test_a_saved_data_set_with_what_python_cannot_hold(tmp_path: Path) -> None:
 
 
 def test_a_damaged_saved_data_set(setup: TemplateSetup, tmp_path: Path) -> None:
-    import pyarrow as pa
-
     save(tmp_path / "saved", pa.table({"text": ["a", "b"]}))
     for file in sorted((tmp_path / "saved").iterdir()):
         whole = file.read_bytes()
@@ -150,6 +156,20 @@ def test_a_damaged_saved_data_set(setup: TemplateSetup, tmp_path: Path) -> None:
     assert len(rows_of(tmp_path / "saved")) == 2
 
 
+def test_a_wrong_offset_in_a_saved_data_set_does_not_end_the_process(tmp_path: Path) -> None:
+    """Arrow follows it to wherever it leads: in a process of its own, which a signal ended before."""
+    text = "abcdefgh" * 8
+    save(tmp_path / "saved", pa.table({"text": [text, text]}))
+    (rows,) = (tmp_path / "saved").glob("*.arrow")
+    offsets = struct.pack("<3i", 0, len(text), 2 * len(text))
+    assert rows.read_bytes().count(offsets) == 1
+    rows.write_bytes(rows.read_bytes().replace(offsets, struct.pack("<3i", 0, 1 << 30, (1 << 30) + 64)))
+    code = f"from tests.data.test_odd_files import rows_of, Path; rows_of(Path({str(tmp_path / 'saved')!r}))"
+    ended = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert "DataError: cannot load the dataset" in ended.stderr
+
+
 def test_how_deep_is_too_deep() -> None:
     assert not is_too_deep(parse_json("[" * DEEPEST + "]" * DEEPEST))
     for depth in (DEEPEST + 2, 100_000):
@@ -164,10 +184,68 @@ def test_a_header_that_is_not_utf8(tmp_path: Path) -> None:
     assert "iconv" in (found.value.hint or "")
 
 
-def test_what_python_cannot_hold_is_told_with_its_row(tmp_path: Path, caplog: Any) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+LATIN = b"v\xf6llig"
 
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        (".csv.gz", b"prompt," + LATIN + b"\na,b\n"),
+        (".tsv", b"prompt\t" + LATIN + b"\na\tb\n"),
+        (".jsonl.xz", b'{"prompt": "a", "' + LATIN + b'": "b"}\n'),
+        (".json.bz2", b'[{"prompt": "a", "' + LATIN + b'": "b"}]'),
+        (".parquet", real(".parquet", "alpaca").replace(b"output", LATIN)),
+        (SAVED, real(SAVED, "alpaca").replace(b"output", LATIN)),
+    ],
+)
+def test_a_name_of_a_column_that_is_not_utf8(
+    setup: TemplateSetup, tmp_path: Path, name: str, content: bytes
+) -> None:
+    """Each kind of file has a library of its own for it, which raises what is its own."""
+    answer = answer_to(name, packed(name, content), setup, tmp_path)
+    assert "UTF-8" in answer or "'utf-8' codec can't decode byte 0xf6" in answer
+
+
+DEEP_CELL = '{"text": "a", "b": ' + "[" * 900 + "]" * 900 + "}"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        (".jsonl.zst", DEEP_CELL),
+        (".ndjson", DEEP_CELL + "\r\n"),
+        (".json", f"[{DEEP_CELL}]"),
+        (".json.gz", DEEP_CELL.replace(",", ",\n")),
+        (".json.xz", '{"version": 1, "rows": [' + DEEP_CELL + "]}"),
+    ],
+)
+def test_deeply_nested_cells_in_every_form_of_json(
+    setup: TemplateSetup, tmp_path: Path, name: str, content: str
+) -> None:
+    answer = answer_to(name, packed(name, content.encode()), setup, tmp_path)
+    assert "nested too deeply" in answer
+
+
+@pytest.mark.parametrize(("kind", "unit"), [("timestamp", "ms"), ("timestamp", "us"), ("duration", "s")])
+def test_times_that_python_cannot_hold(setup: TemplateSetup, tmp_path: Path, kind: str, unit: str) -> None:
+    far = pa.array([(1 << 62) - 1], pa.int64()).view(getattr(pa, kind)(unit))
+    table = pa.table({"text": ["a"], "far": far})
+    file = io.BytesIO()
+    pq.write_table(table, file)
+    assert "Python cannot hold" in answer_to(".parquet", file.getvalue(), setup, tmp_path)
+    save(tmp_path / "saved", table)
+    with pytest.raises(DataError, match=r"cannot load the dataset .*: \w*Error: "):
+        rows_of(tmp_path / "saved")
+
+
+def test_files_of_a_directory_say_why_they_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "a.csv").write_bytes(b"text," + LATIN + b"\na,b\n")
+    with pytest.raises(DataError, match="UnicodeDecodeError: 'utf-8' codec can't decode byte 0xf6"):
+        rows_of(tmp_path / "rows")
+
+
+def test_what_python_cannot_hold_is_told_with_its_row(tmp_path: Path, caplog: Any) -> None:
     caplog.set_level(logging.INFO)
     far = pa.array([0, 1 << 62], pa.int64()).cast(pa.timestamp("us"))
     pq.write_table(pa.table({"text": ["a", "b"], "far": far}), tmp_path / "a.parquet")

@@ -69,6 +69,16 @@ def test_minimal_recipe_has_every_default() -> None:
     assert recipe.eval.load_best_model_at_end is True
 
 
+def test_a_run_in_the_home_of_a_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    made = Recipe.from_text(MINIMAL, "r.yaml", ["output_dir=~/runs/x"])
+    assert made.output_dir == str(tmp_path / "runs" / "x")
+    assert f"output_dir: {tmp_path}/runs/x\n" in made.to_yaml()
+    assert Recipe.from_text(MINIMAL, "r.yaml", ["output_dir=./~/x"]).output_dir == "./~/x"
+    (line,) = problems(MINIMAL.replace("runs/x", "~nosuchuser/x"))
+    assert line.startswith("r.yaml:1: `output_dir` must not begin with `~nosuchuser`: there is no user")
+
+
 def test_field_count_stays_small() -> None:
     found = sections()
     holders = len(found) - 1  # fields that hold a section are not fields that anyone sets

@@ -103,6 +103,38 @@ def test_a_link_in_a_run_is_never_followed(run: Run, tmp_path: Path, name: str, 
         start_anew(run)
 
 
+SYSTEMS = (".DS_Store", "Thumbs.db", "adapter/desktop.ini", "checkpoints/checkpoint-2/.nfs000000001")
+NOTEBOOKS = (".ipynb_checkpoints/recipe-checkpoint.yaml", "export/.ipynb_checkpoints/a-checkpoint")
+
+
+def test_what_systems_write_by_themselves_is_in_no_ones_way(run: Run) -> None:
+    for name in (*SYSTEMS, *NOTEBOOKS):
+        (run.path / name).parent.mkdir(parents=True, exist_ok=True)
+        (run.path / name).write_bytes(b"x")
+    assert strangers(run) == []
+    start_anew(run)
+    assert list(tree(run.path)) == ["run.json"]
+    assert not (run.path / "adapter").exists()
+
+
+def test_what_only_looks_like_it_stays(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("years of work")
+    (run.path / ".DS_Store").symlink_to(tmp_path / "mine")
+    for name in (".ipynb_checkpoints/thesis.tex", "DS_Store", "notes/Thumbs.db", "Thumbs.db.txt"):
+        (run.path / name).parent.mkdir(exist_ok=True)
+        (run.path / name).write_text("years of work")
+    found = [".DS_Store", ".ipynb_checkpoints/thesis.tex", "DS_Store", "Thumbs.db.txt", "notes/"]
+    assert strangers(run) == found
+    assert remove(run) == found
+
+
+def test_a_directory_that_a_system_has_looked_at_is_empty(recipe: Any, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".DS_Store").write_bytes(b"x")
+    run = train(recipe("train.max_steps=1"))
+    assert not (run.path / ".DS_Store").exists()
+
+
 def test_a_run_directory_that_is_a_link_is_not_followed(recipe: Any, tmp_path: Path) -> None:
     run = train(recipe("train.max_steps=1"))
     run.path.rename(tmp_path / "elsewhere")

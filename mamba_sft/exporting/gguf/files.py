@@ -23,6 +23,7 @@ from mamba_sft.exporting.gguf.writing import FileLayout, GGUFFiles, Importance, 
 from mamba_sft.exporting.request import GGUFFile, GGUFOptions, Progress, Quality
 from mamba_sft.exporting.texts import calibration_text
 from mamba_sft.run import QUALITY, own_partial, write_atomically
+from mamba_sft.run_reading import read_quality
 from mamba_sft.wording import size_text
 
 
@@ -166,9 +167,7 @@ def _verify(
 
 def record_quality(path: Path, files: Sequence[GGUFFile], facts: dict[str, Any]) -> None:
     """Adds files to `quality.json`; entries of files that are gone are dropped."""
-    known: dict[str, Any] = {}
-    if path.is_file():
-        known = json.loads(path.read_text(encoding="utf-8"))["files"]
+    known = read_quality(path)
     for file in files:
         quality = asdict(file.quality) if file.quality else {"verified": False}
         known[file.path.name] = {"method": file.method, "nbytes": file.nbytes} | quality | facts

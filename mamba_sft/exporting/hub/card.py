@@ -27,11 +27,17 @@ from mamba_sft.model.quantization import UNQUANTIZED, misfits
 from mamba_sft.model.shape import Shape
 from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.run import MODEL_CARD, Run
+from mamba_sft.run_reading import read_object, read_quality
 from mamba_sft.wording import size_text, time_text
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 PLOT_NAME = "loss.svg"
 RESULTS_NAME = "results.json"
+_KINDS = {
+    "seconds": int | float, "steps": int, "tokens": int, "best_validation_loss": int | float,
+    "packages": dict, "device": dict,
+}  # fmt: skip
+"""What is read of a run's environment.json; of another kind, it is not there."""
 # The hub's own words for the licences of the bases that this package is for.
 _FALCON_MAMBA = {
     "license": "other",
@@ -145,9 +151,8 @@ def _facts(model: FullModel, name: str, options: HubOptions) -> dict[str, Any]:
 
 
 def _environment(run: Run | None) -> dict[str, Any]:
-    if run is None or not run.environment.is_file():
-        return {}
-    return dict(json.loads(run.environment.read_text(encoding="utf-8")))
+    found = read_object(run.environment) if run is not None else {}
+    return {name: value for name, value in found.items() if isinstance(value, _KINDS.get(name, object))}
 
 
 def _base(model: FullModel) -> str:
@@ -160,7 +165,7 @@ def _hardware(device: dict[str, Any]) -> str | None:
     if not device:
         return None
     count = device.get("count", 1)
-    return f"{f'{count} x ' if count > 1 else ''}{device.get('name', 'unknown')}"
+    return f"{f'{count} x ' if isinstance(count, int) and count > 1 else ''}{device.get('name', 'unknown')}"
 
 
 def _architecture(model: FullModel) -> Iterator[tuple[str, int, str]]:
@@ -207,7 +212,7 @@ def _evaluation_facts(run: Run | None) -> dict[str, Any]:
 
 
 def _exact_matches(run: Run) -> dict[str, Any] | None:
-    samples = read_samples(run.samples) if run.samples.is_file() else []
+    samples = read_samples(run.samples)
     prompts = [sample.prompt for sample in samples]
     before = exact_match(prompts, [sample.before for sample in samples])
     after = exact_match(prompts, [sample.after for sample in samples])
@@ -219,10 +224,8 @@ def _exact_matches(run: Run) -> dict[str, Any] | None:
 
 def _results(run: Run) -> Iterator[tuple[str, str, str]]:
     """Task, metric and value of everything that the run's evaluation measured."""
-    path = run.eval / RESULTS_NAME
-    if not path.is_file():
-        return
-    for task, metrics in json.loads(path.read_text(encoding="utf-8")).get("results", {}).items():
+    results = read_object(run.eval / RESULTS_NAME).get("results")
+    for task, metrics in results.items() if isinstance(results, dict) else ():
         if isinstance(metrics, dict):
             for metric, value in metrics.items():
                 if isinstance(value, float) and "stderr" not in metric:
@@ -231,9 +234,7 @@ def _results(run: Run) -> Iterator[tuple[str, str, str]]:
 
 def _quantizations(run: Run) -> Iterator[tuple[str, ...]]:
     """The sizes and the quality of the model's GGUF files."""
-    if not run.quality.is_file():
-        return
-    files = json.loads(run.quality.read_text(encoding="utf-8"))["files"]
+    files = read_quality(run.quality)
     for name, entry in sorted(files.items(), key=lambda item: int(item[1]["nbytes"])):
         if entry["method"] != "LoRA" and entry.get("of") != "base" and (run.export / name).is_file():
             measured = (
