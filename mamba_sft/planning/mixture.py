@@ -99,7 +99,7 @@ class _Planner:
         self.mixture = data.mixture
         self.size = train.per_device_train_batch_size * (train.gradient_accumulation_steps or 1) * processes
         self.ids = source_ids(data)
-        limits = [source.epochs for source in data.sources]
+        limits = [source.max_epochs for source in data.sources]
         self.dealer = Dealer(pieces, limits, by=self.mixture.by, seed=recipe.seed)
         self.bins: list[list[int]] = []
         self.starts = [0]
@@ -148,8 +148,8 @@ class _Planner:
         if len(self.tokens) == first:
             raise DataError(
                 f"stage {number + 1} of `train.stages` has no row left: its sources have been read as often "
-                "as their `epochs` allow",
-                hint="raise the `epochs` of a source, or shorten the run",
+                "as their `max_epochs` allow",
+                hint="raise the `max_epochs` of a source, or shorten the run",
             )
         read = np.array([piece for rows in self.bins[first_bin:] for piece in rows])
         tokens = np.bincount(self.pieces.source[read], self.pieces.length[read], len(self.ids))

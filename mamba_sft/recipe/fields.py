@@ -206,7 +206,7 @@ class SourceSection(Section):
     weight: Number = Field(default=1.0, gt=0, le=1000)
     """Share of the rows that an epoch shows: 0.5 a fixed half of them, 2.0 each one twice. With
     `data.mixture`, the source's part of the mixture."""
-    epochs: Annotated[float, Field(gt=0, le=1000), AfterValidator(_not_vanishing)] | None = None
+    max_epochs: Annotated[float, Field(gt=0, le=1000), AfterValidator(_not_vanishing)] | None = None
     """With `data.mixture`: read at most so often; then the other sources take its part. null has no limit."""
     limit: int | None = Field(default=None, ge=1, le=MANY)
     """Take at most this many rows. null takes all."""

@@ -24,9 +24,9 @@ def mixture_conflicts(data: DataSection, train: TrainSection) -> Iterator[Proble
     """Yields every clash of mixture, stages and sources."""
     if data.mixture is None:
         for number, source in enumerate(data.sources):
-            if source.epochs is not None:
+            if source.max_epochs is not None:
                 yield Problem(
-                    ("data", "sources", number, "epochs"),
+                    ("data", "sources", number, "max_epochs"),
                     "is a limit within a mixture, and there is none; set `data.mixture: {}`, or say with "
                     "`weight` how often an epoch shows the rows",
                     (("data", "mixture"),),

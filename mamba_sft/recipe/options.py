@@ -54,8 +54,8 @@ def fields() -> Iterator[Field]:
         section = section_at(Recipe, home)
         if section is None or section_at(Recipe, (*home, name)) is not None:
             continue
-        info = section.model_fields[name]
-        path = [part for key in home for part in ((key, 0) if key == "sources" else (key,))]
+        info = next(info for key, info in section.model_fields.items() if (info.alias or key) == name)
+        path = [part for key in home for part in ((key, 0) if key in ("sources", "stages") else (key,))]
         about = re.split(r"(?<=[.;:])\s", " ".join((info.description or "").split()), maxsplit=1)[0]
         yield Field(dotted((*path, name)), info.annotation, about.rstrip(".;:"))
 

@@ -89,7 +89,7 @@ def test_without_packing_each_row_stays_by_itself() -> None:
 
 
 def test_sources_that_are_read_up_end_the_run() -> None:
-    limited = [{"id": name, "path": f"{name}.jsonl", "epochs": 1.0} for name in LENGTHS]
+    limited = [{"id": name, "path": f"{name}.jsonl", "max_epochs": 1.0} for name in LENGTHS]
     mixture = plan_mixture(recipe(data={"sources": limited}, num_train_epochs=3.0), PIECES)
     assert sorted(mixture.pieces) == list(range(400))
     assert mixture.passes == {"short": 1.0, "long": 1.0}
@@ -132,5 +132,5 @@ def test_sources_of_a_mixture_have_names_of_their_own() -> None:
         recipe(data={"sources": sources})
     with pytest.raises(RecipeError, match="a limit within a mixture"):
         Recipe.build(
-            output_dir="r", model={"base": "b"}, data={"sources": [{"path": "a.jsonl", "epochs": 2.0}]}
+            output_dir="r", model={"base": "b"}, data={"sources": [{"path": "a.jsonl", "max_epochs": 2.0}]}
         )
