@@ -95,6 +95,12 @@ def test_the_reports_ramp_to_the_last_step() -> None:
     assert growth == pytest.approx(1 + 1920 * 2048 / 50_000_000, abs=0.005)
 
 
+def test_a_ramp_by_hand() -> None:
+    """A row more for every token read, in rows of one token: each step doubles what was read."""
+    found = course(np.ones(300, dtype=np.int64), batch_ramp={"from": 1, "to": 101, "tokens": 100})
+    assert found.sizes.tolist() == [1, 2, 4, 8, 16, 32, 64, 101, 72]
+
+
 def test_halves_are_rounded_up_and_large_numbers_are_exact() -> None:
     ramp = RampSection(**{"from": 1, "to": 2, "tokens": 10})
     assert [ramped_size(ramp, read) for read in (0, 4, 5, 10, 99)] == [1, 1, 2, 2, 2]
