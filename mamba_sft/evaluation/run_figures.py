@@ -240,6 +240,8 @@ def data_facts(data: dict[str, Any]) -> Iterator[tuple[str, str]]:
         middle, high, longest = (lengths[name] for name in ("median", "percentile_95", "longest"))
         yield "tokens a row", f"median {middle:,}, 95% at most {high:,}, longest {longest:,}"
     batches = f"{length['accumulation']:,} micro-batches of {length['batch_size']:,}"
+    if length.get("ramp"):
+        batches = "{:,} to {:,} rows".format(*length["ramp"])
     yield "steps", f"{length['steps']:,}, {batches} in each, {length['tokens_per_step']:,} tokens in the mean"
 
 
