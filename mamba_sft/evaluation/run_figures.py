@@ -255,6 +255,8 @@ def data_facts(data: dict[str, Any]) -> Iterator[tuple[str, str]]:
     for number, stage in enumerate(data.get("mixture", {}).get("stages", []), 1):
         yield f"stage {number}", stage_text(stage)
     batches = f"{length['accumulation']:,} micro-batches of {length['batch_size']:,}"
+    if length.get("ramp"):
+        batches = "{:,} to {:,} rows".format(*length["ramp"])
     yield "steps", f"{length['steps']:,}, {batches} in each, {length['tokens_per_step']:,} tokens in the mean"
 
 

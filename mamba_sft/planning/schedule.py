@@ -158,7 +158,7 @@ def _reading(name: str, span: str, tokens: np.ndarray) -> int:
     there = int(read[-1]) if len(read) else 0
     if wanted > there:
         raise RecipeError(
-            f"`train.{name}` is `{span}`, and the steps that it could take read {there:,} tokens",
+            f"`train.{name}` is `{span}`, and the steps that it could take read {count_text(there, 'token')}",
             hint=f"shorten it: a share of the run fits any, such as `train.{name}=0.1`",
         )
     return int(np.searchsorted(read, wanted)) + 1

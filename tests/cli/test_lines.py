@@ -78,6 +78,9 @@ def test_packed_rows_and_rows_are_told_apart(recipe: Any, tmp_path: Path) -> Non
     assert f"48 rows to train on, packed into {packed}; 4 steps; all is well" in dry
     plain = CliRunner().invoke(app, ["data", str(path), "data.packing=false"]).stdout
     assert "2 micro-batches of 2 rows" in plain
+    ramp = ("train.gradient_accumulation_steps=null", "train.batch_ramp={from: 2, to: 7, tokens: 300}")
+    growing = CliRunner().invoke(app, ["data", str(path), "data.packing=false", *ramp]).stdout
+    assert "2 to 7 rows, by train.batch_ramp" in growing
     assert "packed into" not in plain
     assert "packed rows" not in plain
 

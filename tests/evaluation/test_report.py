@@ -212,6 +212,12 @@ def test_the_report_has_what_was_seen_of_the_data(run: Run) -> None:
         assert text in page, text
 
 
+def test_the_report_of_a_batch_that_grows_says_so(run: Run) -> None:
+    run.data.write_text(json.dumps(DATA | {"length": {**DATA["length"], "ramp": (8, 1280)}}))  # type: ignore[dict-item]
+    write_report(run)
+    assert "24, 8 to 1,280 rows in each, 917 tokens in the mean" in run.report.read_text()
+
+
 def test_a_run_without_packing_has_a_data_section_too(run: Run) -> None:
     run.data.write_text(json.dumps(DATA | {"packed": None, "lengths": {}, "warnings": [], "changes": []}))
     write_report(run)

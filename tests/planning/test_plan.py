@@ -42,6 +42,21 @@ def test_every_recipe_fits_the_card_it_is_for(name: str) -> None:
     assert not plan.fixes
 
 
+def test_changes_leave_a_ramp_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    ramp = ["train.gradient_accumulation_steps=null", "train.batch_ramp={from: 8, to: 64, tokens: 9}"]
+    plan = make_plan(Recipe.load("instruct", overrides=ramp), "4090")
+    words = [fix.overrides for fix in plan.fixes]
+    assert any("train.per_device_train_batch_size" in word for fix in words for word in fix)
+    for fix in words:
+        assert make_plan(Recipe.load("instruct", overrides=[*ramp, *fix]), "4090").fits
+    assert (plan.accumulation, plan.tokens_per_step) == (None, 64 * 2048)
+    monkeypatch.setattr(fitting, "describe_device", lambda: None)
+    monkeypatch.setattr(fitting, "recognized", lambda facts: find_gpu("t4"))
+    with pytest.raises(TrainingError) as caught:
+        refuse_what_cannot_fit(Recipe.load("instruct", overrides=ramp), longest=2048, trained_rows=2)
+    assert "accumulation" not in str(caught.value.hint)
+
+
 @pytest.mark.parametrize("card", ["t4", "4090", "a100-40"])
 @pytest.mark.parametrize("name", ["instruct", "long-context", "instruct-qlora"])
 def test_what_does_not_fit_comes_with_changes_that_do(name: str, card: str) -> None:
