@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from mamba_sft.cli.console import Overrides, RecipeArgument, err, loading, out, quiet_loading
+from mamba_sft.cli.printable import printable
 from mamba_sft.errors import UsageError
 from mamba_sft.wording import count_text
 
@@ -101,16 +103,21 @@ def _show_dry_run(preparation: Preparation) -> None:
 def _show_samples(run: Run, fits_no_chat: bool, rows: int = 6) -> None:
     from mamba_sft.cli.lines import WarningList
     from mamba_sft.evaluation.prompts import exact_match, read_samples
-    from mamba_sft.evaluation.run_figures import sample_titles
+    from mamba_sft.evaluation.run_figures import sample_titles, samples_heading, wrong_first
 
-    if not run.samples.exists():
-        return
     samples = read_samples(run.samples)
-    table = Table(title="sample answers", show_lines=True, expand=True)
-    for title in ("prompt", *sample_titles(run.read_data())):
+    if not samples:
+        return
+    titles = sample_titles(run.read_data())
+    known = any(sample.prompt.answer is not None for sample in samples)
+    heading = samples_heading(min(rows, len(samples)), len(samples))
+    table = Table(title=f"sample answers: {heading}", show_lines=True, expand=True)
+    for title in ("prompt", *(["expected"] if known else []), *titles):
         table.add_column(title, ratio=3, overflow="fold")
-    for sample in samples[:rows]:
-        table.add_row(*(_short(text) for text in (sample.prompt.prompt, sample.before, sample.after)))
+    for sample in wrong_first(samples, titles)[:rows]:
+        expected = [_short(sample.prompt.answer or "")] if known else []
+        given = (_marked(text, right) for _, text, right in sample.answers)
+        table.add_row(_short(sample.prompt.prompt), *expected, *given)
     err.print(table)
     prompts = [sample.prompt for sample in samples]
     before = exact_match(prompts, [sample.before for sample in samples])
@@ -121,6 +128,12 @@ def _show_samples(run: Run, fits_no_chat: bool, rows: int = 6) -> None:
     if fits_no_chat:
         note = "these prompts went through the chat template, which no trained row did"
         err.print(WarningList([note]), crop=False)
+
+
+def _marked(text: str, right: bool | None) -> Text:
+    from mamba_sft.evaluation.run_figures import MARKS
+
+    return Text(MARKS[right] + printable(_short(text)), "" if right is None else "green" if right else "red")
 
 
 def _short(text: str, limit: int = 160) -> str:

@@ -10,6 +10,7 @@
                               values   JSON as text, empty, NaN        tool_calls   one form of a call
                               preferences   chosen and rejected        notes  counts for the report
                               chat_marks   text that was made ready for a model already
+    mixing deals rows of several sources out in shares, for runs that mix them
     preparing runs these from the recipe, once: cache keeps what they made; bad_rows lists what could
     not be read; summary counts what each of them did; digests tell the rows of a source from others;
     shown is what a reader sees of them, as JSON

@@ -87,8 +87,7 @@ def _samples(facts: RunFacts) -> Iterator[str]:
 
 
 def _row(sample: ShownSample) -> list[str]:
-    marks = {True: "✓ ", False: "✗ ", None: ""}
-    given = [marks[right] + text for _, text, right in sample.answers]
+    given = [figures.MARKS[right] + text for _, text, right in sample.answers]
     return [sample.prompt.prompt, sample.prompt.answer or "", *given]
 
 

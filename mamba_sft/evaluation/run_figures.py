@@ -16,6 +16,8 @@ from mamba_sft.wording import GIB, MIB, count_text, size_text, time_text
 
 SHOWN_SAMPLES = 12
 """Sample prompts in sight; the others are behind a fold, or left to the page."""
+MARKS: dict[bool | None, str] = {True: "✓ ", False: "✗ ", None: ""}
+"""What stands before an answer that is right, is wrong, or that nobody knows better."""
 
 
 @dataclass(frozen=True)
@@ -198,8 +200,18 @@ def sample_titles(data: dict[str, Any]) -> tuple[str, str]:
 
 
 def shown_samples(facts: RunFacts) -> list[ShownSample]:
-    """Returns the samples, those answered wrongly after training first, the right ones last."""
-    before, after = sample_titles(facts.data)
+    """Returns the samples of a run, as `wrong_first` has them."""
+    return wrong_first(facts.samples, sample_titles(facts.data))
+
+
+def wrong_first(samples: Iterable[Sample], titles: tuple[str, str]) -> list[ShownSample]:
+    """Returns samples with what is right, those answered wrongly after training first, the right ones last.
+
+    Args:
+        samples: In their own order, which they keep otherwise.
+        titles: From `sample_titles`.
+    """
+    before, after = titles
 
     def rank(sample: Sample) -> int:
         return {False: 0, None: 1, True: 2}[is_right(sample.prompt, sample.after)]
@@ -212,7 +224,7 @@ def shown_samples(facts: RunFacts) -> list[ShownSample]:
                 (after, one.after, is_right(one.prompt, one.after)),
             ],
         )
-        for one in sorted(facts.samples, key=rank)
+        for one in sorted(samples, key=rank)
     ]
 
 

@@ -94,14 +94,14 @@ def check_request(
         UsageError: There is no such run, format or quantization, or something belongs to another format.
         ExportError: What GGUF files need is not installed.
     """
-    if isinstance(run, Run) or adapter_only or not (Path(run) / "config.json").is_file():
-        Run.open(run)
     from mamba_sft.exporting.gguf.names import refuse_unknown
     from mamba_sft.exporting.request import GGUFOptions, HubOptions
 
     if format not in FORMATS:
         raise UsageError(f"no format `{format}`", hint=f"there are {', '.join(FORMATS)}")
     refuse_unknown(quantization)
+    if isinstance(run, Run) or adapter_only or not (Path(run) / "config.json").is_file():
+        Run.open(run)
     if format == "hf" and (quantization or adapter_only or isinstance(options, GGUFOptions)):
         raise UsageError("quantizations and adapters alone are GGUF files", hint="leave `--format hf` out")
     if format != "hf" and isinstance(options, HubOptions):

@@ -1,8 +1,11 @@
 """From a recipe to a run directory.
 
+    first_checks: what files and names tell, before torch is loaded
     fine_tuning:  prepare  ->  load, attach  ->  answers before  ->  train  ->  answers after  ->  save
                   (all checks                                        |
                   before weights)      trainer (TRL's, as configured)
+                                         +- arguments      TRL's configuration, from the recipe
+                                         +- step_loader    all rows of an optimizer step at once
                                          +- figures        loss and metrics, left on the device
                                          |    fused_head     log-probabilities of trained positions
                                          +- steps          ours, when rows are streamed or split:

@@ -28,7 +28,7 @@ _NOTHING = -1
 """In the place of a row: a micro-batch that trains nothing."""
 
 
-def step_loader(
+def load_steps(
     dataset: Dataset[Any], collator: Collator, course: Course, args: TrainingArguments
 ) -> DataLoader[list[Batch]]:
     """Returns a loader of one item for each optimizer step of the run: this process's micro-batches.

@@ -13,6 +13,7 @@ from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import gather_object
 from transformers import (
     EarlyStoppingCallback,
     PrinterCallback,
@@ -42,7 +43,7 @@ from mamba_sft.training.random_state import RandomState, current_random_state, r
 from mamba_sft.training.resume_points import STATE, fault_of, find_good, rotate, written_whole
 from mamba_sft.training.saving import CheckpointSaves, left_out_if_refused
 from mamba_sft.training.spikes import SpikeWatch, named
-from mamba_sft.training.step_loader import Batch, count_rows, step_loader
+from mamba_sft.training.step_loader import Batch, count_rows, load_steps
 from mamba_sft.training.steps import ChunkedSteps
 from mamba_sft.training.streaming import split
 
@@ -173,7 +174,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
 
     def get_train_dataloader(self) -> Any:
         """One item for each optimizer step of the run: the micro-batches of this process."""
-        return step_loader(self.train_dataset, self.data_collator, self.course, self.args)
+        return load_steps(self.train_dataset, self.data_collator, self.course, self.args)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[list[Batch]], num_batches: int, device: torch.device
@@ -243,11 +244,13 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         read = torch.cat([x.double().to(figures.device) for x in (*numbers, figures.flatten())]).tolist()
         norm, step_loss = read[:2]
         losses, rest = read[2 : len(batches) + 2], read[len(batches) + 2 :]
-        for loss, (_, inputs) in zip(losses, batches, strict=True):
-            if not math.isfinite(loss):
-                self._stop_on_nan("loss", inputs)
+        if not math.isfinite(step_loss):  # in some process, and each of them knows
+            pairs = zip(losses, batches, strict=True)
+            self._stop_on_nan("loss", [inputs for loss, (_, inputs) in pairs if not math.isfinite(loss)])
         if not math.isfinite(norm) and self.accelerator.scaler is None:
-            self._stop_on_nan("gradient", self._find_bad_gradient(model, [inputs for _, inputs in batches]))
+            micro_batches = [inputs for _, inputs in batches]
+            bad = self._find_bad_gradients(model, micro_batches)
+            self._stop_on_nan("gradient", bad if any(gather_object([bool(bad)])) else micro_batches[-1:])
         if self.residual is not None:
             self._largest = max(self._largest, rest.pop(0))
         if self.accelerator.num_processes > 1:
@@ -454,11 +457,11 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         with _loading(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
 
-    def _find_bad_gradient(self, model: Any, batches: list[dict[str, Any]]) -> dict[str, Any]:
-        """Runs the micro-batches of a step again, as they were run; returns the first with a bad gradient.
+    def _find_bad_gradients(self, model: Any, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Runs the micro-batches of a step again, as they were run; returns those with a bad gradient.
 
-        Dropout draws anew, so it may be none of them this time: then the last is returned. Every process runs
-        all of its own, so that none waits for another.
+        Dropout draws anew, so it may be none of them this time. Every process runs all of its own, so that
+        none waits for another.
         """
         bad = []
         for inputs in batches:
@@ -468,17 +471,22 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
             gradients = [p.grad for p in model.parameters() if p.grad is not None]
             if not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
                 bad.append(inputs)
-        return (bad or batches[-1:])[0]
+        return bad
 
-    def _stop_on_nan(self, what: str, inputs: dict[str, Any]) -> None:
+    def _stop_on_nan(self, what: str, bad: list[dict[str, Any]]) -> None:
+        """Raises for the first bad micro-batch of any process; all of them come here, and name the same.
+
+        Args:
+            what: What is not a number.
+            bad: The bad micro-batches of this process.
+        """
         step = self.state.global_step + 1
-        rows = inputs["input_ids"].tolist()
+        inputs = gather_object([_as_lists(inputs) for inputs in bad[:1]])[0]
         batch = self.run.nan_batch(step)
-        tokens = {key: value.tolist() for key, value in inputs.items() if isinstance(value, torch.Tensor)}
-        with left_out_if_refused(batch):
-            origins = [list(where) for where in inputs["where"]]
-            write_atomically(batch, json.dumps(tokens | {"where": origins}, ensure_ascii=False))
-        text = self.processing_class.decode(rows[0][:40])
+        if self.is_world_process_zero():
+            with left_out_if_refused(batch):
+                write_atomically(batch, json.dumps(inputs, ensure_ascii=False))
+        text = self.processing_class.decode(inputs["input_ids"][0][:40])
         kept, _ = find_good(self.run)
         where = f"the last good checkpoint is `{kept}`" if kept else "no checkpoint had been saved yet"
         raise TrainingError(
@@ -488,6 +496,12 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
             hint="look at that batch, lower `train.learning_rate`, or use bfloat16 instead of float16; "
             "then go on with `--resume`",
         )
+
+
+def _as_lists(inputs: dict[str, Any]) -> dict[str, Any]:
+    """A micro-batch as JSON can hold it: its tensors, and where its rows came from."""
+    tokens = {key: value.tolist() for key, value in inputs.items() if isinstance(value, torch.Tensor)}
+    return tokens | {"where": [list(where) for where in inputs["where"]]}
 
 
 @contextmanager

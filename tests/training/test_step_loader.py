@@ -16,7 +16,7 @@ from mamba_sft.data.packing import PADDING, Collator
 from mamba_sft.data.rows import IGNORED
 from mamba_sft.planning.course import Course, plan_course
 from mamba_sft.recipe.fields import TrainSection
-from mamba_sft.training.step_loader import StepRows, count_rows, step_loader
+from mamba_sft.training.step_loader import StepRows, count_rows, load_steps
 
 
 def course_of(rows: int, together: int, steps: int = -1) -> Course:
@@ -30,7 +30,7 @@ def loader(course: Course, rows: int, size: int, process: int = 0, processes: in
     fields |= {"train_batch_size": size, "process_index": process, "world_size": processes}
     ids = [[n, n, n] for n in range(rows)]
     dataset = Dataset.from_dict({"input_ids": ids, "labels": ids, "where": [f"f:{n}" for n in range(rows)]})
-    return step_loader(dataset, Collator(pad_token_id=99), course, SimpleNamespace(**fields))
+    return load_steps(dataset, Collator(pad_token_id=99), course, SimpleNamespace(**fields))
 
 
 @given(

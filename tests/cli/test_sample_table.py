@@ -1,0 +1,46 @@
+"""The table of answers after training says which are right, and shows the wrong ones first."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+
+from mamba_sft.cli import train as train_module
+from mamba_sft.cli.printable import PrintableConsole
+from mamba_sft.evaluation.prompts import Prompt, Sample, write_samples
+from mamba_sft.run import Run
+
+
+def shown(run: Run, samples: list[Sample], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The lines of the table that hold words, without its frame."""
+    write_samples(run.samples, samples)
+    file = io.StringIO()
+    monkeypatch.setattr(train_module, "err", PrintableConsole(file=file, width=120, color_system=None))
+    train_module._show_samples(run, fits_no_chat=False)
+    cells = ([cell.strip() for cell in line.strip("│┃ \n").replace("┃", "│").split("│")] for line in
+             file.getvalue().splitlines())  # fmt: skip
+    return [" | ".join(row) for row in cells if any(any(c.isalnum() for c in cell) for cell in row)]
+
+
+def test_the_wrong_ones_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = [Sample(Prompt(f"r{n}", "in"), "out", "in") for n in range(8)]
+    others = [Sample(Prompt("open"), "a", "b"), Sample(Prompt("wrong", "in"), "in", "out")]
+    lines = shown(Run(tmp_path), [*right, *others], monkeypatch)
+    assert lines == [
+        "sample answers: 6 of 10 shown",
+        "prompt | expected | base | tuned",
+        "wrong | in | ✓ in | ✗ out",
+        "open |  | a | b",
+        *(f"r{n} | in | ✗ out | ✓ in" for n in range(4)),
+    ]
+
+
+def test_without_expected_answers_nothing_is_marked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = shown(Run(tmp_path), [Sample(Prompt("p"), "a", "b")], monkeypatch)
+    assert lines == ["sample answers: 1 prompt", "prompt | base | tuned", "p | a | b"]
+
+
+def test_no_samples_no_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert shown(Run(tmp_path), [], monkeypatch) == []
