@@ -34,6 +34,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 from compare_runs import adapter_differences, metric_differences
 
 from mamba_sft import Recipe, Run
+from mamba_sft.errors import TrainingError
 from mamba_sft.recipe.builtin import find_recipe
 from mamba_sft.training.fine_tuning import train
 
@@ -183,6 +184,9 @@ def train_here(run: Run, told: int, log: Path) -> None:
         recipe = Recipe.load(find_recipe("quickstart"), overrides=[*OVERRIDES, f"output_dir={run.path}"])
         train(recipe, resume=run.recipe.is_file())
         code = 0
+    except TrainingError as error:  # the process before was killed when all was written
+        code = 0 if error.message.endswith("is finished") else 1
+        traceback.print_exc()
     except BaseException:
         traceback.print_exc()
     finally:

@@ -57,7 +57,7 @@ def test_a_row_that_is_too_long_is_named_with_its_file(
     tmp_path: Path, packed: str, name: str, content: bytes, line: int, fields: dict[str, Any]
 ) -> None:
     path = tmp_path / f"a{name}{packed}"
-    with pytest.raises(DataError, match=r"a row of more than 1\.05 MB") as found:
+    with pytest.raises(DataError, match=r"a row of more than 1\.00 MiB") as found:
         rows_of(path, content, **fields)
     assert found.value.message.startswith(f"{path}:{line}: ")
     assert ("itself has" in found.value.message) == bool(packed)
