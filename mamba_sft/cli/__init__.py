@@ -5,6 +5,6 @@ verb, one file each: `train` `data` `plan` `merge` `export` `chat` `generate` `d
 `report`.
 `printable` is how text of others is shown, `progress` draws the bars, `preview` the rows and counts of
 `data`, `lines` what must not wrap, `terminal` is the loop behind `chat`, `unsaved` asks where else an adapter
-may go.
+may go, `launched` is what one of many processes tells the one that started it.
 Verbs import what they need when they run, so that `--help` never loads torch.
 """
