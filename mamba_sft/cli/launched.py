@@ -22,6 +22,8 @@ from mamba_sft.processes import LAUNCHED
 
 _LOOKS = 1.0
 """Seconds between two looks at whether the launcher still runs."""
+_LEAVES = 15.0
+"""Seconds that a process takes to end, at most, when it has said why."""
 
 
 def leave_report(error: BaseException) -> bool:
@@ -41,7 +43,10 @@ def leave_report(error: BaseException) -> bool:
         Path(place).write_text(json.dumps(report), encoding="utf-8")
     except OSError:
         return False
-    return LAUNCHED in os.environ
+    if LAUNCHED not in os.environ:
+        return False
+    faulthandler.dump_traceback_later(_LEAVES, exit=True)  # a process group that waits for others may not end
+    return True
 
 
 def _report(error: BaseException) -> dict[str, Any]:
