@@ -4,7 +4,8 @@ Read `app` (the verbs, errors and exit codes) and `console` (where output goes, 
 verb, one file each: `train` `data` `plan` `merge` `export` `chat` `generate` `doctor` `bench` `recipes`
 `report`.
 `printable` is how text of others is shown, `progress` draws the bars, `preview` the rows and counts of
-`data`, `lines` what must not wrap, `terminal` is the loop behind `chat`, `unsaved` asks where else an adapter
-may go, `launched` is what one of many processes tells the one that started it.
+`data`, `plan_many` what `plan` says of many GPUs, `lines` what must not wrap, `terminal` is the loop behind
+`chat`, `unsaved` asks where else an adapter may go, `launched` is what one of many processes tells the one
+that started it.
 Verbs import what they need when they run, so that `--help` never loads torch.
 """

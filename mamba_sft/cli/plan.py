@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from textwrap import wrap
@@ -47,21 +48,31 @@ def plan(
             "--card", help="A GPU to plan for, such as t4, 4090, a100-80, h100; default: this machine."
         ),
     ] = None,
+    processes: Annotated[
+        int | None, typer.Option(help="Plan for so many GPUs, on each of `--nodes` machines.")
+    ] = None,
+    nodes: Annotated[int | None, typer.Option(help="Machines; default: one.")] = None,
+    link: Annotated[float | None, typer.Option(help="Gb/s between machines; default: 100.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
 ) -> None:
     """Say what a recipe will take, before anything is downloaded: memory, time, disk, and whether it fits."""
     from mamba_sft.recipe.recipe import Recipe
 
     loaded = Recipe.load(recipe, overrides=overrides or [])
+    from mamba_sft.cli.plan_many import many_lines, plan_asked
     from mamba_sft.planning.plan import make_plan
 
     with err.status("planning"):
         made = make_plan(loaded, gpu)
+        many = plan_asked(loaded, made, processes, nodes, link)
     if as_json:
-        sys.stdout.write(made.to_json() + "\n")
+        more = {"many": many.to_dict()} if many else {}
+        sys.stdout.write(json.dumps(made.to_dict() | more, indent=2) + "\n")
         return
     for line in (*_model(made), *_memory(made), *_room(made), *_time(made), *_disk(made), *_fixes(made)):
         out.print(line)
+    for head, text in many_lines(many) if many else ():
+        out.print(_line(head, text))
     for line in _warnings(made):
         out.print(line)
 

@@ -120,8 +120,8 @@ def measured(recipe: Recipe, device_name: str) -> Rate | None:
 
 def _rate_of(run: Run, recipe: Recipe, device_name: str) -> Rate | None:
     facts = json.loads(run.environment.read_text(encoding="utf-8"))
-    if _way(Recipe.load(run.recipe)) != _way(recipe):
-        return None
+    if _way(Recipe.load(run.recipe)) != _way(recipe) or facts.get("processes", 1) > 1:
+        return None  # another way, or the rate of several
     if "sessions" in facts:
         here = [one for one in facts["sessions"] if one["device"] == device_name and one["tokens"]]
         tokens, seconds = (sum(session[name] for session in here) for name in ("tokens", "train_seconds"))

@@ -23,8 +23,9 @@ from tests.training.test_fine_tuning import adapter
 ROOT = Path(__file__).parents[2]
 OURS = [sys.executable, "-m", "mamba_sft", "train"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2",
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
               "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
+"""Without a GPU they use the CPU. With `--cpu` it starts one, whatever their number, unless there is MPI."""
 
 FAILS = """
 import os
@@ -74,14 +75,20 @@ def begun(process: subprocess.Popen[str], run: Run) -> list[psutil.Process]:
     return sorted(found, key=lambda one: int(one.environ()["RANK"]))
 
 
-def test_three_launchers_train_the_same(recipe: Any, tmp_path: Path) -> None:
-    """Ours, torchrun and accelerate; one process of the two speaks."""
+@pytest.mark.parametrize(
+    "theirs",
+    [
+        pytest.param(TORCHRUN, id="torchrun"),
+        pytest.param(ACCELERATE, id="accelerate", marks=pytest.mark.slow),
+    ],
+)
+def test_other_launchers_train_the_same(recipe: Any, tmp_path: Path, theirs: list[str]) -> None:
+    """And one process of the two speaks."""
     path = tmp_path / "recipe.yaml"
     path.write_text(recipe("train.max_steps=2").to_yaml())
     launchers = {
         "ours": [*OURS, str(path), "--processes", "2"],
-        "torchrun": [*TORCHRUN, "-m", "mamba_sft", "train", str(path)],
-        "accelerate": [*ACCELERATE, "-m", "mamba_sft", "train", str(path)],
+        "theirs": [*theirs, "-m", "mamba_sft", "train", str(path)],
     }
     runs = {name: Run(tmp_path / name) for name in launchers}
     for name, words in launchers.items():
@@ -94,10 +101,9 @@ def test_three_launchers_train_the_same(recipe: Any, tmp_path: Path) -> None:
             "processes": 2, "nodes": 1, "parallel": "ddp",
         }, name  # fmt: skip
     assert " --processes 2" in json.loads(runs["ours"].environment.read_text())["command"]
-    weights = {name: adapter(run) for name, run in runs.items()}
-    for name in ("torchrun", "accelerate"):
-        assert weights[name].keys() == weights["ours"].keys()
-        assert all((weights[name][key] - weights["ours"][key]).abs().max() < 1e-6 for key in weights[name])
+    weights, others = adapter(runs["ours"]), adapter(runs["theirs"])
+    assert weights.keys() == others.keys()
+    assert all((weights[name] - others[name]).abs().max() < 1e-6 for name in weights)
 
 
 def test_a_killed_process_ends_the_run_and_is_named(long: Path, tmp_path: Path) -> None:
@@ -123,7 +129,7 @@ def test_a_bug_in_one_process_is_told_once_with_rank_and_traceback(recipe: Any, 
     assert ", in broken" in stderr
 
 
-@pytest.mark.parametrize("to", ["all", "one", "nobody"])
+@pytest.mark.parametrize("to", ["all", "one", pytest.param("nobody", marks=pytest.mark.slow)])
 def test_a_signal_stops_all_with_one_resume_point(long: Path, tmp_path: Path, to: str) -> None:
     """To the command, or to one process; or the command is killed, and its processes see that it is gone."""
     run = Run(tmp_path / "long")
@@ -145,6 +151,7 @@ def test_a_signal_stops_all_with_one_resume_point(long: Path, tmp_path: Path, to
         assert "--processes 2 --resume`" in stderr
 
 
+@pytest.mark.slow
 def test_two_machines_meet(recipe: Any, tmp_path: Path) -> None:
     """Two commands on this one, a process each; both end when a process of one is killed."""
     path = tmp_path / "recipe.yaml"
@@ -173,6 +180,7 @@ def free_port() -> int:
         return int(listening.getsockname()[1])
 
 
+@pytest.mark.slow
 def test_a_dry_run_counts_the_steps_of_all_processes(recipe: Any, tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(recipe("train.max_steps=-1", "data.packing=false").to_yaml())
