@@ -43,7 +43,7 @@ _INSIDE = {
     "T4": (16e9, "PCIe 3 x16"),
 }
 """Bytes per second that a GPU sends within a machine, one way, from NVIDIA's data sheets (SXM where there is
-one; they give both ways together)."""
+one; they give both ways together). GeForce cards without peer access send through host memory, slower."""
 _ELSE = (32e9, "PCIe 4 x16")
 
 

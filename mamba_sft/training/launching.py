@@ -121,8 +121,8 @@ def asked_launch(
         )
     if processes < 1:
         raise UsageError(f"`--processes {processes}`", hint="it takes at least one")
-    if nodes is None or nodes == 1:
-        if master is not None or rank:
+    if nodes is None:
+        if master is not None or rank is not None:
             raise UsageError(
                 "`--rank` and `--master` are for several machines", hint="say how many: `--nodes 2`"
             )
@@ -133,6 +133,8 @@ def asked_launch(
 def _several_nodes(processes: int, nodes: int, rank: int | None, master: str | None) -> Launch:
     if nodes < 1:
         raise UsageError(f"`--nodes {nodes}`", hint="it takes at least one")
+    if nodes == 1 and not rank:  # a job on one machine: it meets nobody
+        return Launch(processes)
     if master is None:
         raise UsageError(
             f"`--nodes {nodes}` needs `--master`",

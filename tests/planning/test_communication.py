@@ -145,6 +145,18 @@ def test_rows_that_are_here_make_fewer_steps() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "alone", "card", "processes"),
+    [("instruct-multi-gpu", "instruct", "h100", 8), ("instruct-2x24gb", "instruct-qlora", "3090", 2)],
+)
+def test_the_recipes_take_the_steps_of_their_model(name: str, alone: str, card: str, processes: int) -> None:
+    recipe = Recipe.load(name)
+    many = plan_many(recipe, make_plan(recipe, card), Cluster(processes))
+    assert many.shared[0].fits
+    assert many.tokens_per_step == make_plan(Recipe.load(alone), "h100").tokens_per_step == 65_536
+    assert recipe.train.learning_rate == Recipe.load(alone).train.learning_rate
+
+
 def test_the_verb_says_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mamba_sft.cli.plan.out.width", 80, raising=False)
     words = ["plan", "instruct", "--card", "h100", "--processes", "8", "--nodes", "4", "--link", "25"]

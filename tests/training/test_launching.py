@@ -21,7 +21,7 @@ from mamba_sft.training.launching import Launch, LaunchedError, _Ended, asked_la
 def test_what_is_asked_for() -> None:
     assert asked_launch(None, None, None, None) is None
     assert asked_launch(8, None, None, None) == Launch(8)
-    assert asked_launch(8, 1, 0, None) == Launch(8)
+    assert asked_launch(8, 1, 0, None) == asked_launch(8, 1, 0, "node0:29500") == Launch(8)
     several = asked_launch(8, 4, 3, "node0:29500")
     assert several == Launch(8, 4, 3, "node0", 29500)
     words = ["--processes", "8", "--nodes", "4", "--rank", "3", "--master", "node0:29500"]
@@ -47,7 +47,8 @@ def test_what_is_asked_for() -> None:
         ((2, 4, 0, "a:65536"), "`--master a:65536` is no HOST:PORT"),
         ((2, 4, 0, "fd00::1:5"), "is no HOST:PORT"),
         ((2, None, None, "a:1"), "are for several machines"),
-        ((2, 1, 1, None), "are for several machines"),
+        ((2, None, 0, None), "are for several machines"),
+        ((2, 1, 1, "a:1"), "`--nodes 1` and `--rank 1`"),
     ],
 )
 def test_what_does_not_go_together(asked: Any, told: str) -> None:
