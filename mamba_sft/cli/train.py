@@ -111,7 +111,7 @@ def _start_processes(launch: Launch, words: list[str], checked: Checked) -> None
 
     grace = checked.recipe.train.grace_seconds
     with loading("torch"):
-        launching.refuse_too_many(launch, grace)
+        launching.refuse_impossible(launch, grace)
     launching.launch(launch, words, checked.run, grace)
 
 

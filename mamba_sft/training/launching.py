@@ -17,6 +17,7 @@ import logging
 import os
 import re
 import signal
+import socket
 import sys
 import time
 import uuid
@@ -151,19 +152,27 @@ def _several_nodes(processes: int, nodes: int, rank: int | None, master: str | N
     return Launch(processes, nodes, rank, found[1] or found[2], int(found[3]))
 
 
-def refuse_too_many(asked: Launch, grace_seconds: float) -> None:
-    """Checks what takes torch to know.
+def refuse_impossible(asked: Launch, grace_seconds: float) -> None:
+    """Checks what depends on this machine, its network and its torch.
 
     Args:
         asked: The processes.
         grace_seconds: `train.grace_seconds`.
 
     Raises:
-        UsageError: More processes than GPUs, or a longer grace than this torch gives.
+        UsageError: More processes than GPUs, a host that is not known, or a longer grace than torch gives.
     """
     import torch
     from torch.distributed.launcher.api import LaunchConfig
 
+    if asked.nodes > 1:
+        try:
+            socket.getaddrinfo(asked.host, asked.port)
+        except OSError as error:
+            raise UsageError(
+                f"`--master {asked.master}`: `{asked.host}` is not known here: {error.strerror}",
+                hint="the name or the address of the machine of rank 0, as this one reaches it",
+            ) from None
     gpus = torch.cuda.device_count()
     if 0 < gpus < asked.processes:
         raise UsageError(

@@ -15,7 +15,7 @@ import torch
 from mamba_sft.cli.launched import leave_report
 from mamba_sft.errors import DataError, UsageError
 from mamba_sft.run import Run
-from mamba_sft.training.launching import Launch, LaunchedError, _Ended, asked_launch, refuse_too_many
+from mamba_sft.training.launching import Launch, LaunchedError, _Ended, asked_launch, refuse_impossible
 
 
 def test_what_is_asked_for() -> None:
@@ -65,19 +65,25 @@ def test_a_process_that_torchrun_started_starts_no_others(monkeypatch: pytest.Mo
 
 
 def test_there_are_as_many_gpus_as_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    refuse_too_many(Launch(64), 20.0)  # without a GPU they share the processor
+    refuse_impossible(Launch(64), 20.0)  # without a GPU they share the processor
     for count, told in ((4, "there are 4 GPUs"), (1, "there is 1 GPU")):
         monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
-        refuse_too_many(Launch(count), 20.0)
+        refuse_impossible(Launch(count), 20.0)
         with pytest.raises(UsageError, match=told):
-            refuse_too_many(Launch(count + 1), 20.0)
+            refuse_impossible(Launch(count + 1), 20.0)
+
+
+def test_the_machine_of_rank_0_is_known() -> None:
+    refuse_impossible(Launch(2, 2, 1, "127.0.0.1", 29500), 20.0)
+    with pytest.raises(UsageError, match=r"`no-such-host\.invalid` is not known here"):
+        refuse_impossible(Launch(2, 2, 1, "no-such-host.invalid", 29500), 20.0)
 
 
 def test_an_older_torch_gives_no_longer_grace_than_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mamba_sft.training.launching._has_timeout", lambda config: False)
-    refuse_too_many(Launch(2), 30.0)
+    refuse_impossible(Launch(2), 30.0)
     with pytest.raises(UsageError, match="grace_seconds: 31"):
-        refuse_too_many(Launch(2), 31.0)
+        refuse_impossible(Launch(2), 31.0)
 
 
 class Left:
