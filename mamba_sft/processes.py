@@ -20,6 +20,8 @@ _RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 """Where torchrun and the kinds of MPI tell a process its number, in the order in which accelerate looks."""
 _MACHINE_IDS = (Path("/etc/machine-id"), Path("/var/lib/dbus/machine-id"))
 _UNSEEN = "0" * 8  # the birth of a process that a system hides from other users
+LAUNCHED = "MAMBA_SFT_LAUNCHED"
+"""Set for the processes that `train --processes` starts: the command that started them."""
 NAME = r"[0-9a-f]{8}-\d{1,9}-[0-9a-f]{8}"
 """What the name of a process looks like, as a regular expression."""
 
@@ -30,6 +32,11 @@ def is_first() -> bool:
     Read from the environment, before torch and accelerate are loaded, which would say the same.
     """
     return int(next((os.environ[name] for name in _RANKS if os.environ.get(name, "").isdecimal()), "0")) == 0
+
+
+def is_one_of_many() -> bool:
+    """Returns whether a launcher, such as torchrun, started this process and gave it a number."""
+    return any(os.environ.get(name, "").isdecimal() for name in _RANKS)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from mamba_sft import __version__
 from mamba_sft.cli import bench, chat, data, doctor, export, generate, merge, plan, recipes, report, train
 from mamba_sft.cli.console import err, out
 from mamba_sft.cli.help import Verb, Verbs
+from mamba_sft.cli.launched import leave_report
 from mamba_sft.cli.printable import PrintableFormatter, printable
 from mamba_sft.disk import FULL, reason
 from mamba_sft.errors import MambaSFTError
@@ -46,12 +47,22 @@ _NO_BUGS = (errno.EROFS, errno.EIO, errno.ESTALE, errno.EACCES, errno.EPERM, err
 def main() -> None:
     """Runs the command line; expected failures become one message and an exit code."""
     try:
+        _run()
+    except Exception as error:
+        if leave_report(error):  # one of many processes: what started them shows the traceback
+            sys.exit(1)
+        raise
+
+
+def _run() -> None:
+    try:
         app()
     except MambaSFTError as error:
         _print_error(error)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        _print_after("stopped:", "bold yellow", "by Ctrl-C")
+    except KeyboardInterrupt as error:
+        if not leave_report(error):
+            _print_after("stopped:", "bold yellow", "by Ctrl-C")
         sys.exit(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -66,6 +77,8 @@ def main() -> None:
 
 
 def _print_error(error: MambaSFTError) -> None:
+    if leave_report(error):
+        return
     colour = "red" if error.heading == "error" else "yellow"
     _print_after(f"{error.heading}:", f"bold {colour}", error.message.removeprefix("stopped "))
     if error.hint:

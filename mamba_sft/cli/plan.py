@@ -51,6 +51,11 @@ def plan(
             autocompletion=completing.cards,
         ),
     ] = None,
+    processes: Annotated[
+        int | None, typer.Option(help="Plan for so many GPUs, on each of `--nodes` machines.")
+    ] = None,
+    nodes: Annotated[int | None, typer.Option(help="Machines; default: one.")] = None,
+    link: Annotated[float | None, typer.Option(help="Gb/s between machines; default: 100.")] = None,
     as_json: Json = False,
     plot: Annotated[
         bool,
@@ -71,6 +76,8 @@ def plan(
     from mamba_sft.recipe.recipe import Recipe
 
     loaded = Recipe.load(recipe, overrides=overrides or [])
+    from mamba_sft.cli.plan_many import many_lines, plan_asked
+
     if plot_file is not None:
         plan_plot.check_plot_file(plot_file)
     from mamba_sft.planning.plan import make_plan
@@ -78,14 +85,18 @@ def plan(
     with err.status("planning"):
         made = make_plan(loaded, gpu)
         curves = _curves(loaded) if plot or plot_file is not None else None
+        many = plan_asked(loaded, made, processes, nodes, link)
     if curves is not None and plot_file is not None:
         plan_plot.write_plot(curves, plot_file)
     if as_json:
-        drawn = {"curves": curves.to_dict()} if curves is not None and plot else {}
-        sys.stdout.write(json.dumps(made.to_dict() | drawn, indent=None if drawn else 2) + "\n")
+        more = {"many": many.to_dict()} if many else {}
+        more |= {"curves": curves.to_dict()} if curves is not None and plot else {}
+        sys.stdout.write(json.dumps(made.to_dict() | more, indent=None if "curves" in more else 2) + "\n")
         return
     for line in (*_model(made), *_memory(made), *_room(made), *_time(made), *_disk(made)):
         out.print(line)
+    for head, text in many_lines(many) if many else ():
+        out.print(_line(head, text))
     for line in (*_fixes(made, recipe, overrides or []), *_warnings(made)):
         out.print(line)
     if curves is not None and plot:

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mamba_sft.cli.console import Overrides, RecipeArgument, err, loading, out, quiet_loading
+from mamba_sft.cli.launched import stop_with_launcher
 from mamba_sft.cli.printable import printable
 from mamba_sft.errors import UsageError
 from mamba_sft.wording import count_text
@@ -16,9 +17,12 @@ from mamba_sft.wording import count_text
 if TYPE_CHECKING:
     from mamba_sft.run import Run
     from mamba_sft.training.fine_tuning import Preparation
+    from mamba_sft.training.first_checks import Checked
+    from mamba_sft.training.launching import Launch
 
 
 def train(
+    context: typer.Context,
     recipe: RecipeArgument,
     overrides: Overrides = None,
     resume: Annotated[
@@ -34,14 +38,24 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, stop before the weights.")
     ] = False,
+    processes: Annotated[
+        int | None, typer.Option(help="Start so many processes with torchrun, one for each GPU.")
+    ] = None,
+    nodes: Annotated[int | None, typer.Option(help="Machines, each with as many `--processes`.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Which of the `--nodes` this is, from 0.")] = None,
+    master: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Where `--nodes` meet: the machine of rank 0.")
+    ] = None,
 ) -> None:
     """Fine-tune a base model as a recipe says.
 
     Example: mamba-sft train quickstart train.max_steps=20
     """
     from mamba_sft.recipe.recipe import Recipe
+    from mamba_sft.training.launching import asked_launch
     from mamba_sft.training.overwriting import refuse_both
 
+    launch = asked_launch(processes, nodes, rank, master)
     refuse_both(resume=resume, overwrite=overwrite)
     if allow_changed_data and not resume:
         raise UsageError("`--allow-changed-data` goes with `--resume`", hint="a new run takes any data")
@@ -53,8 +67,22 @@ def train(
 
     if resume and not any(change.startswith("output_dir=") for change in changes):
         loaded = own_recipe_moved(find_recipe(recipe), loaded)
-    overwrite = overwrite or (dry_run and not resume)  # a dry run asks what a run would do
-    checked = check_first(loaded, resume=resume, overwrite=overwrite)
+    replaces = overwrite or (dry_run and not resume)  # a dry run asks what a run would do
+    writes = launch is None or launch.rank == 0
+    checked = check_first(loaded, resume=resume, overwrite=replaces, writes=writes)
+    if launch is not None:
+        flags = {
+            "--resume": resume,
+            "--overwrite": overwrite,
+            "--allow-changed-data": allow_changed_data,
+            "--dry-run": dry_run,
+        }
+        words = ["train", recipe, *changes, *(flag for flag, given in flags.items() if given)]
+        if (context.find_root().params or {}).get("verbose"):
+            words.insert(0, "--verbose")
+        _start_processes(launch, words, checked)
+        return
+    stop_with_launcher(loaded.train.grace_seconds)
     with loading("torch, transformers, peft and trl"):
         from mamba_sft.cli.lines import WarningList
         from mamba_sft.cli.progress import TrainingBar
@@ -81,6 +109,15 @@ def train(
         err.print(WarningList(warnings), crop=False)
     out.print(f"trained: {run.path}  (report: {run.report})")
     out.print(f"next:    mamba-sft chat {run.path}   or   mamba-sft merge {run.path}")
+
+
+def _start_processes(launch: Launch, words: list[str], checked: Checked) -> None:
+    from mamba_sft.training import launching
+
+    grace = checked.recipe.train.grace_seconds
+    with loading("torch"):
+        launching.refuse_impossible(launch, grace)
+    launching.launch(launch, words, checked.run, grace)
 
 
 def _show_dry_run(preparation: Preparation) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mamba_sft.disk import check_writable
-from mamba_sft.errors import UsageError
+from mamba_sft.errors import DataError, UsageError
 
 
 def check_files(prompts: Path | None, output: str | Path | None) -> None:
@@ -16,10 +16,11 @@ def check_files(prompts: Path | None, output: str | Path | None) -> None:
         output: Where answers go, or None where they go to no file.
 
     Raises:
-        UsageError: There is no such file, or nothing can be written there.
+        DataError: There is no such file of prompts.
+        UsageError: Nothing can be written there.
     """
     if prompts is not None and not prompts.exists():
-        raise UsageError(f"no file `{prompts}`", hint="prompts are JSON Lines, or a .txt with one a line")
+        raise DataError(f"no file `{prompts}`", hint="prompts are JSON Lines, or a .txt with one a line")
     if output is not None and Path(output).is_dir():
         raise UsageError(f"the output `{output}` is a directory", hint="for example `answers.jsonl`")
     if output is not None:

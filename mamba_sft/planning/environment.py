@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mamba_sft.credentials import masked
+from mamba_sft.processes import LAUNCHED
 
 PACKAGES = (
     "mamba-sft", "torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes", "numba",
@@ -88,20 +89,40 @@ def nvidia_smi(query: str, device: str | None = None) -> list[str] | None:
 
 
 def describe_call() -> dict[str, str | None]:
-    """Returns the date, and the command that this process was started with; None where it was not ours."""
+    """Returns the date, and the command that started this process or all of its kind; None: not ours."""
     program, *words = sys.argv or [""]
     ours = Path(program).stem == "mamba-sft" or Path(program).parts[-2:] == ("mamba_sft", "__main__.py")
+    command = os.environ.get(LAUNCHED) or (shlex.join(["mamba-sft", *words]) if ours else None)
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "command": masked(shlex.join(["mamba-sft", *words])) if ours else None,
+        "command": command and masked(command),
     }
 
 
+def describe_processes() -> dict[str, Any]:
+    """Returns how many processes work together, on how many machines, and how they share the work.
+
+    As torchrun and accelerate say it in the environment.
+    """
+    processes, here = (_number(name) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    return {
+        "processes": processes,
+        "nodes": max(1, processes // here),
+        "parallel": "ddp" if processes > 1 else None,
+    }
+
+
+def _number(name: str) -> int:
+    text = os.environ.get(name, "")
+    return max(1, int(text)) if text.isdecimal() else 1
+
+
 def describe_environment() -> dict[str, Any]:
-    """Returns versions, platform and device of this process as JSON-safe values."""
+    """Returns versions, platform, device and number of processes as JSON-safe values."""
     return {
         "python": sys.version.split()[0],
         "platform": platform.platform(),
         "packages": package_versions(),
         "device": describe_device(),
+        **describe_processes(),
     }

@@ -120,8 +120,9 @@ def measured(recipe: Recipe, device_name: str) -> Rate | None:
 
 def _rate_of(run: Run, recipe: Recipe, device_name: str) -> Rate | None:
     facts = read_object(run.environment)
-    if _way(Recipe.load(run.recipe)) != _way(recipe):
-        return None
+    several = facts.get("processes", 1) != 1
+    if _way(Recipe.load(run.recipe)) != _way(recipe) or several:
+        return None  # another way, or the rate of several
     if "sessions" in facts:
         here = [one for one in facts["sessions"] if one["device"] == device_name and one["tokens"]]
         tokens, seconds = (sum(session[name] for session in here) for name in ("tokens", "train_seconds"))

@@ -23,7 +23,8 @@
                                          +- random_state, resuming, data_record (are the rows the same)
 
 `starting` finds the adapter that a run goes on from, where it starts from one; `overwriting` says what a new
-run may take the place of; `keeping` holds a trained adapter in memory until a disk takes it.
+run may take the place of; `keeping` holds a trained adapter in memory until a disk takes it;
+`launching` starts the processes of a run on many GPUs, and says what ended them.
 
 Read `fine_tuning` first, then `trainer`, then what it uses.
 """

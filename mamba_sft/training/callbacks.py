@@ -18,10 +18,14 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from mamba_sft.errors import AdapterError
 from mamba_sft.model.adapter import dead_adapters
+from mamba_sft.processes import is_one_of_many
 from mamba_sft.run import write_atomically
 from mamba_sft.training.saving import Lines
 
 logger = logging.getLogger(__name__)
+
+ECHO_SECONDS = 2.0
+"""After a signal to one of many processes, how long another one is the same."""
 
 
 class MetricsLog(TrainerCallback):
@@ -126,6 +130,8 @@ class Interruption(TrainerCallback):
     is given up (`is_late`), and the run stops where it was before it; the other half is for saving. Outside
     of training the first signal stops at once too, since there is nothing to save.
 
+    One of many processes may get a signal twice: Slurm sends it to all of a job, and torchrun passes it on.
+
     Args:
         grace_seconds: How long after the signal the resume point has to be there.
     """
@@ -139,6 +145,8 @@ class Interruption(TrainerCallback):
         self.step: int | None = None
         self._training = False
         self._late_at = math.inf
+        self._same_until = -math.inf
+        self._echo = ECHO_SECONDS if is_one_of_many() else 0.0
 
     @property
     def is_late(self) -> bool:
@@ -195,8 +203,12 @@ class Interruption(TrainerCallback):
                 signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if now < self._same_until:
+            return
+        self._same_until = now + self._echo
         if self.requested or not self._training:
             raise KeyboardInterrupt
         self.requested = True
-        self._late_at = time.monotonic() + self.grace_seconds / 2
+        self._late_at = now + self.grace_seconds / 2
         logger.warning("stopping after this step and saving a checkpoint; once more stops at once")

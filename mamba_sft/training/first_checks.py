@@ -54,7 +54,9 @@ class Checked:
     seen: frozenset[tuple[str, int]]
 
 
-def check_first(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> Checked:
+def check_first(
+    recipe: Recipe, *, resume: bool = False, overwrite: bool = False, writes: bool = True
+) -> Checked:
     """Checks what the recipe and the file system alone can tell.
 
     `recipe.output_dir` is written to for a moment, to see that it can be, and is left as it was. Of a base on
@@ -64,18 +66,20 @@ def check_first(recipe: Recipe, *, resume: bool = False, overwrite: bool = False
         recipe: What to train.
         resume: Go on from the newest complete checkpoint in `recipe.output_dir`.
         overwrite: Delete what is in `recipe.output_dir` when training starts.
+        writes: Whether the run is written from this machine, by the first of all processes.
 
     Raises:
         MambaSFTError: A place is missing, of the wrong kind, held by another process, or would be lost.
     """
     refuse_both(resume=resume, overwrite=overwrite)
     run = Run(Path(recipe.output_dir))
-    if is_first():  # with several processes, it writes for all
+    writes = writes and is_first()  # with several processes, it writes for all
+    if writes:
         refuse_if_held(run.lock, run.path)
         check_writable(run.path, TrainingError, hint=ANOTHER_PLACE)
     seen = contents_of(run)
     recipe, resume_point = find_resume_point(run, recipe) if resume else (recipe, None)
-    if not resume and is_first():
+    if not resume and writes:
         refuse_to_overwrite(run, overwrite=overwrite)
         if overwrite:
             refuse_to_read_what_goes(recipe)

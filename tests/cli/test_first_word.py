@@ -81,7 +81,7 @@ COMMANDS = {  # `~` is a blank inside a word
     "chat {tmp}": (1, "is not a model"),
     "chat {run} --merged": (2, "no merged checkpoint"),
     "generate {run}": (2, "give either"),
-    "generate {run} --input {tmp}/none.jsonl": (2, "none.jsonl"),
+    "generate {run} --input {tmp}/none.jsonl": (1, "none.jsonl"),
     "generate {tmp}/none/x/y --prompt x": (1, "no model directory"),
     "report {tmp}/none": (2, "no run at"),
     "recipes show nosuch": (2, "nosuch"),

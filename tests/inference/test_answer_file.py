@@ -90,7 +90,7 @@ def test_a_full_disk_keeps_what_it_took_and_names_what_is_needed(
     (rest,) = tmp_path.glob("answers-*.jsonl")
     assert rows(rest) == [LONG] * 3
     assert found.value.message.startswith(f"cannot write `{path}`: its disk is full (")
-    assert found.value.message.endswith("; the other 3 answers take 60.2 kB")
+    assert found.value.message.endswith("; the other 3 answers take 58.8 KiB")
     assert found.value.hint == f"they are in `{rest}`, and 3 in `{unfinished}`"
     assert caplog.text.count("takes no more answers") == 1
 
@@ -108,7 +108,7 @@ def test_a_disk_that_has_room_again_gets_all(small_disk: Callable[[str], Path]) 
 
 def test_no_room_to_put_them_in_order(small_disk: Callable[[str], Path]) -> None:
     path = small_disk("size=64k") / "out.jsonl"
-    with pytest.raises(UsageError, match=r"it takes 40\.1 kB") as found:
+    with pytest.raises(UsageError, match=r"it takes 39\.2 KiB") as found:
         fill(path, (1, 0))
     unfinished = path.with_name("out.unfinished.jsonl")
     assert found.value.hint == f"all answers are in `{unfinished}`, in the order they came"

@@ -83,7 +83,7 @@ def test_generate_refuses_early(tmp_path):
         ("  ", {}, UsageError, "prompt 1: the prompt is empty"),
         (["x", ""], {}, UsageError, "prompt 2: the prompt is empty"),
         ([], {}, UsageError, "no prompts"),
-        (tmp_path / "none.jsonl", {}, DataError, "cannot read the prompts"),
+        (tmp_path / "none.jsonl", {}, DataError, "no file"),
         ("x", {"output": tmp_path}, UsageError, "is a directory"),
         ("x", {}, ModelError, "no model directory"),
     ]

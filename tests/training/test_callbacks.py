@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from mamba_sft.errors import AdapterError
-from mamba_sft.training.callbacks import AdapterWatch, MetricsLog
+from mamba_sft.training.callbacks import ECHO_SECONDS, AdapterWatch, Interruption, MetricsLog
 
 
 def state(step: int, *logged: dict[str, Any]) -> Any:
@@ -80,3 +81,22 @@ def test_one_step_without_a_trained_token_is_forgiven() -> None:
 
 def test_only_the_first_steps_are_watched() -> None:
     watch([{"A": 1.0, "B": 1.0}] * AdapterWatch.STEPS + [{"A": None, "B": None}] * 3)
+
+
+def test_a_signal_that_comes_twice_to_one_of_many_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slurm sends it to all processes, and torchrun passes its own on; alone, the second stops at once."""
+    nothing: Any = None
+    clock = [100.0]
+    monkeypatch.setattr("mamba_sft.training.callbacks.time.monotonic", lambda: clock[0])
+    for variable, later in (("1", ECHO_SECONDS + 0.1), ("", 0.1)):
+        monkeypatch.setenv("RANK", variable)
+        interruption = Interruption(grace_seconds=20.0)
+        interruption.on_train_begin(nothing, SimpleNamespace(global_step=0, max_steps=4), nothing)
+        interruption._handle(signal.SIGTERM, None)
+        if variable:
+            clock[0] += 0.1
+            interruption._handle(signal.SIGTERM, None)
+        assert interruption.requested
+        clock[0] += later
+        with pytest.raises(KeyboardInterrupt):
+            interruption._handle(signal.SIGTERM, None)
