@@ -20,7 +20,7 @@ from mamba_sft.merging.preparing import match_adapter
 from mamba_sft.model.adapter_config import is_quick_pattern
 from mamba_sft.model.base_facts import BaseFacts
 from mamba_sft.model.chat_template import TemplateSetup
-from mamba_sft.training.starting import find_start
+from mamba_sft.training.starting import check_vocabulary, find_start
 from tests.model.odd_adapter_configs import SLOW, configs
 
 fuzzing = settings(
@@ -59,7 +59,7 @@ def handed(recipe: Any, tmp_path: Path) -> Handed:
     second = recipe(f"model.adapter={run.path}", name="second")
     uses: dict[str, Callable[[], Any]] = {
         "merge": lambda: match_adapter(run, tmp_path / "out", None),
-        "train": lambda: find_start(second, setup),
+        "train": lambda: check_vocabulary(found, setup) if (found := find_start(second)) else None,
         "chat": lambda: load_chat_model(run.adapter),
     }
     return Handed(run, json.loads((run.adapter / "adapter_config.json").read_text()), uses)
