@@ -19,7 +19,7 @@ Keys = tuple[str | int, ...]
 
 NOT_OF_TRL = (
     "checkpointing", "stream_tokens", "carry_state", "auto_batch", "log_activations", "grace_seconds",
-    "on_spike",
+    "on_spike", "parallel",
 )  # fmt: skip
 """Fields of `train` that SFTConfig does not have."""
 
