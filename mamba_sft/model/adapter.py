@@ -250,7 +250,14 @@ def keep_float32(model: Any) -> None:
         parameter.data = parameter.data.float()
 
 
-def dead_adapters(model: Any) -> list[str]:
+def own_gradient(parameter: torch.Tensor) -> torch.Tensor | None:
+    """Returns the gradient that a parameter itself has, as a whole."""
+    return None if parameter.grad is None else whole(parameter.grad)
+
+
+def dead_adapters(
+    model: Any, gradient_of: Callable[[torch.Tensor], torch.Tensor | None] = own_gradient
+) -> list[str]:
     """Returns the names of trainable adapter tensors that the last backward should have reached but did not.
 
     A tensor without a gradient is dead, and so is one whose gradient is exactly zero, with two exceptions.
@@ -260,11 +267,13 @@ def dead_adapters(model: Any) -> list[str]:
 
     Args:
         model: After a backward, before the gradients are cleared.
+        gradient_of: Returns a parameter's whole gradient, or None where it has none.
     """
     parameters = adapter_tensors(model)
     trained = {name: p for name, p in parameters.items() if p.requires_grad and p.numel()}
     grown = {name: parameters[name.replace(".lora_A.", ".lora_B.")] for name in trained if ".lora_A." in name}
-    gradients = {name: p.grad for name, p in trained.items() if p.grad is not None}
+    found_of = {name: gradient_of(p) for name, p in trained.items()}
+    gradients = {name: gradient for name, gradient in found_of.items() if gradient is not None}
     looked_at = [*gradients.values(), *grown.values()]
     found = torch.stack([whole(x).any() for x in looked_at]).tolist() if looked_at else []  # waits once
     reached = dict(zip(gradients, found, strict=False))

@@ -12,7 +12,14 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
-from mamba_sft.recipe.fields import AdapterSection, DataSection, EvalSection, SourceSection, TrainSection
+from mamba_sft.recipe.fields import (
+    AdapterSection,
+    DataSection,
+    EvalSection,
+    ModelSection,
+    SourceSection,
+    TrainSection,
+)
 from mamba_sft.recipe.trainer_arguments import find_fault, find_idle
 
 Keys = tuple[str | int, ...]
@@ -74,13 +81,14 @@ def _as_dict(section: Any) -> dict[str, Any] | None:
 
 
 def refuse_conflicts(
-    data: DataSection, adapter: AdapterSection, train: TrainSection, eval_: EvalSection
+    model: ModelSection, data: DataSection, adapter: AdapterSection, train: TrainSection, eval_: EvalSection
 ) -> None:
     """Raises ConflictError with every clash between these sections, if there is one."""
     problems = [
         *_data_conflicts(data),
         *_validation_conflicts(data, train, eval_),
         *_argument_conflicts(train),
+        *_parallel_conflicts(model, train),
         *_duplicates(("adapter", "target_modules"), adapter.target_modules),
         *_duplicates(("train", "report_to"), train.report_to),
     ]
@@ -189,3 +197,40 @@ def _argument_conflicts(train: TrainSection) -> Iterator[Problem]:
                 f"does not go with `train.{own_steps[0]}`: {WHOLE_ROW_ARGUMENTS[name]}; leave one out",
                 (("train", own_steps[0]),),
             )
+
+
+_IN_STEP = "processes that share the model out go through it together, and here each takes its own way"
+
+
+def _parallel_conflicts(model: ModelSection, train: TrainSection) -> Iterator[Problem]:
+    if train.parallel == "ddp":
+        return
+    found: dict[tuple[str, ...], str] = {}
+    whole_model = ("stream_tokens", "carry_state", "auto_batch")
+    found |= {("train", name): _IN_STEP for name in whole_model if getattr(train, name)}
+    if train.optim != "adamw_torch_fused":
+        found["train", "optim"] = "the 8-bit optimizers of bitsandbytes know no parts of parameters"
+    found |= _fsdp_faults(model, train) if train.parallel == "fsdp" else _zero2_faults(model, train)
+    for path, why in found.items():
+        text = f"does not go with `train.parallel: {train.parallel}`: {why}; use `train.parallel: ddp`"
+        yield Problem(path, text, (("train", "parallel"),))
+
+
+def _fsdp_faults(model: ModelSection, train: TrainSection) -> dict[tuple[str, ...], str]:
+    found: dict[tuple[str, ...], str] = {}
+    if model.quantization == "int8":
+        found["model", "quantization"] = "bitsandbytes keeps the scales of int8 weights beside them"
+    for name in ("loss_type", "label_smoothing_factor"):
+        value = train.trainer_arguments.get(name)
+        if value and value != "nll":
+            found["train", "trainer_arguments", name] = "only the loss `nll` fetches the weights of the head"
+    return found
+
+
+def _zero2_faults(model: ModelSection, train: TrainSection) -> dict[tuple[str, ...], str]:
+    found: dict[tuple[str, ...], str] = {}
+    if train.on_spike == "skip":
+        found["train", "on_spike"] = "DeepSpeed has no way to leave a step out"
+    if model.dtype == "float16":
+        found["model", "dtype"] = "DeepSpeed would train the adapter in float16 too"
+    return found

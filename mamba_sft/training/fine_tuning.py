@@ -59,7 +59,7 @@ from mamba_sft.training.callbacks import AdapterWatch, Interruption, MetricsLog
 from mamba_sft.training.counts import Counts
 from mamba_sft.training.data_record import record_data, settle_changes
 from mamba_sft.training.dealing import deal_out
-from mamba_sft.training.first_checks import Checked, check_first
+from mamba_sft.training.first_checks import Checked, check_first, check_sharing
 from mamba_sft.training.keeping import Ask, save_surely
 from mamba_sft.training.live_report import LiveReport
 from mamba_sft.training.overwriting import sole_writer, start_anew
@@ -69,6 +69,7 @@ from mamba_sft.training.saving import CheckpointSaves, file_errors_explained, le
 from mamba_sft.training.starting import check_base, check_vocabulary
 from mamba_sft.training.step_samples import StepSamples
 from mamba_sft.training.trainer import Trainer
+from mamba_sft.training.zero import full_gradient
 from mamba_sft.wording import count_text
 
 if TYPE_CHECKING:
@@ -156,6 +157,7 @@ def prepare_checked(checked: Checked, *, allow_changed_data: bool = False) -> Pr
     """
     recipe, run = checked.recipe, checked.run
     processes = PartialState(cpu=not torch.cuda.is_available())  # as the trainer asks; else each is the first
+    check_sharing(recipe, processes.num_processes)
     setup, data = read_corpus(recipe)
     if checked.start is not None:
         check_vocabulary(checked.start, setup)
@@ -358,7 +360,9 @@ def _build_trainer(
     callbacks: Sequence[TrainerCallback],
 ) -> Trainer:
     recipe, run = preparation.recipe, preparation.run
-    watchers: list[TrainerCallback] = [MetricsLog(run.metrics), AdapterWatch(), *callbacks]
+    engine = recipe.train.parallel == "zero2" and preparation.arguments.world_size > 1
+    watch = AdapterWatch(full_gradient) if engine else AdapterWatch()
+    watchers: list[TrainerCallback] = [MetricsLog(run.metrics), watch, *callbacks]
     if recipe.eval.early_stopping_patience and preparation.data.validation_rows is not None:
         watchers.append(EarlyStoppingCallback(recipe.eval.early_stopping_patience))
     return Trainer(

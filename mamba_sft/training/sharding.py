@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any
 
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
@@ -64,6 +65,22 @@ def own_environment() -> Iterator[None]:
         for name in os.environ.keys() - before.keys():
             if name.startswith(("ACCELERATE_", "FSDP_")):
                 del os.environ[name]
+
+
+def compute_as_ddp(accelerator: Any, model: Any) -> None:
+    """Has a model compute in the run's mixed precision, as accelerate has one that it does not shard.
+
+    Args:
+        accelerator: Which says the precision.
+        model: After it was sharded.
+    """
+    own = model.forward
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with accelerator.autocast():
+            return own(*args, **kwargs)
+
+    model.forward = MethodType(forward, model)
 
 
 def whole_state(optimizer: Any) -> dict[str, Any]:

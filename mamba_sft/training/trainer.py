@@ -49,11 +49,18 @@ from mamba_sft.training.random_state import (
 )
 from mamba_sft.training.resume_points import STATE, fault_of, find_good, rotate, written_whole
 from mamba_sft.training.saving import CheckpointSaves, left_out_if_refused
-from mamba_sft.training.sharding import load_whole_state, own_environment, shard_on_cpu, whole_state
+from mamba_sft.training.sharding import (
+    compute_as_ddp,
+    load_whole_state,
+    own_environment,
+    shard_on_cpu,
+    whole_state,
+)
 from mamba_sft.training.spikes import SpikeWatch, named
 from mamba_sft.training.step_loader import Batch, count_rows, step_loader
 from mamba_sft.training.steps import ChunkedSteps
 from mamba_sft.training.streaming import split
+from mamba_sft.training.zero import EngineBackward, EngineStep, compute_mixed, use_engine
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +99,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         self.interruption = interruption
         self.saves = saves
         self.schedule = section.lr_scheduler_type
+        self.parallel = section.parallel
         add_fused_head(arguments["model"].get_base_model())  # beside TRL's, for a loss that needs no wait
         self.spikes = SpikeWatch(run, section.on_spike)
         self.residual = LargestResidual() if section.log_activations else None
@@ -113,12 +121,15 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         self.add_callback(_TakeUp(self))  # last: what was logged before is cut to its place by then
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Makes the accelerator, which shards on CPUs too."""
+        """Makes the accelerator, which shards as `train.parallel` says, on CPUs too."""
         with own_environment():
             super().create_accelerator_and_postprocess()
         if self.args.fsdp:
             shard_on_cpu(self.accelerator, self.args)
             self.is_fsdp_enabled = True
+        self.has_engine = self.parallel == "zero2" and self.accelerator.num_processes > 1
+        if self.has_engine:
+            use_engine(self.accelerator, self.args)
 
     def fit(self, resume_point: Path | None) -> None:
         """Trains to the end of the run, from its start or from a resume point, which may be the end.
@@ -180,6 +191,10 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Makes the recipe's schedule, with a first and a last step that count."""
+        if self.has_engine and not isinstance(self.optimizer, EngineStep):
+            engine = self.accelerator.deepspeed_engine_wrapped.engine
+            self.accelerator.deepspeed_engine_wrapped = EngineBackward(engine)
+            self.optimizer = EngineStep(self.optimizer, engine)
         if self.lr_scheduler is None:  # type: ignore[has-type]
             self.lr_scheduler = make_scheduler(
                 TRAINER_NAMES[self.schedule],
@@ -402,7 +417,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         self._save(output_dir, state_dict=tensors)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self.is_fsdp_enabled:
+        if not (self.is_fsdp_enabled or self.has_engine):
             super()._save_optimizer_and_scheduler(output_dir)
             return
         state = whole_state(self.optimizer)
@@ -435,6 +450,9 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         """Goes on counting where the resume point stopped, or begins at nothing."""
         if self.is_fsdp_enabled:
             shard_fused_head(self.model.get_base_model())
+            compute_as_ddp(self.accelerator, self.model)
+        elif self.has_engine:
+            compute_mixed(self.model, self.args)
         if self._resume_point is None:
             self.counts.begin(0, 0)
             return
@@ -520,6 +538,8 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         all of its own, so that none waits for another. Sharded gradients are nobody's own: there the first is
         returned with which any process had a bad one.
         """
+        if self.has_engine:  # it keeps what it has added up
+            return next((x for x in batches if self._has_bad_gradient(x)), batches[-1])
         bad = []
         for inputs in batches:
             model.zero_grad()
@@ -529,6 +549,13 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
             if not torch.isfinite(whole(torch.nn.utils.get_total_norm(gradients))):
                 bad.append(inputs)
         return (bad or batches[-1:])[0]
+
+    def _has_bad_gradient(self, inputs: Batch) -> bool:
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        loss = self.compute_loss(self.model, self._on_device(inputs))
+        gradients = torch.autograd.grad(loss, trained, allow_unused=True)
+        norm = torch.nn.utils.get_total_norm([x for x in gradients if x is not None])
+        return not bool(torch.isfinite(norm))
 
     def _stop_on_nan(self, what: str, inputs: dict[str, Any]) -> None:
         step = self.state.global_step + 1
