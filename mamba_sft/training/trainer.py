@@ -235,11 +235,14 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
 
     @contextmanager
     def _gradients_apart(self, model: Any) -> Iterator[None]:
-        """Adds gradients up in each process by itself: they meet in the last micro-batch of a step."""
+        """Adds gradients up in each process by itself: they meet in the last micro-batch of a step.
+
+        DeepSpeed's engine, which has no place for whole gradients, lets them meet after each of them.
+        """
         state = self.accelerator.gradient_state
         state._set_sync_gradients(False)
         try:
-            with self.accelerator.no_sync(model):
+            with nullcontext() if self.has_engine else self.accelerator.no_sync(model):
                 yield
         finally:
             state._set_sync_gradients(True)

@@ -120,7 +120,7 @@ class EngineStep(torch.optim.Optimizer):
         """Does nothing: the engine forgets gradients itself."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the state as it would be without ZeRO, in host memory; all processes ask for it together."""
+        """Returns the state as it would be without ZeRO, in host memory; all processes ask together."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
         numbers: dict[int, dict[str, Any]] = {}
