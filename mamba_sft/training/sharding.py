@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from types import MethodType
 from typing import Any
 
+from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -40,8 +41,8 @@ def round_nothing(arguments: Any) -> None:
     arguments.fsdp_plugin_args["mixed_precision_policy"] = MixedPrecisionPolicy(cast_forward_inputs=False)
 
 
-def shard_on_cpu(accelerator: Any, arguments: Any) -> None:
-    """Gives an accelerator of CPU processes the plugin that it was asked for.
+def shard_anywhere(accelerator: Any, arguments: Any) -> None:
+    """Has an accelerator of GPUs or CPUs shard as it was asked to, from the first to the last.
 
     accelerate takes the plugin on GPUs only. On CPUs it drops it without a word and runs DDP, while torch can
     do both; so there it is said here what its state says by itself on a GPU. All that follows is the same.
@@ -52,7 +53,16 @@ def shard_on_cpu(accelerator: Any, arguments: Any) -> None:
     """
     if accelerator.distributed_type == DistributedType.MULTI_CPU:
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(**arguments.fsdp_plugin_args)
-        accelerator.state.distributed_type = DistributedType.FSDP
+    settle_kind(accelerator, DistributedType.FSDP)
+
+
+def settle_kind(accelerator: Any, kind: DistributedType) -> None:
+    """Writes down of which kind an accelerator is, so that it stays so.
+
+    Each `AcceleratorState()`, of which every optimizer makes one, copies the kind from `PartialState`.
+    """
+    PartialState().distributed_type = kind
+    accelerator.state.distributed_type = kind
 
 
 @contextmanager

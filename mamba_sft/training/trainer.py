@@ -53,7 +53,7 @@ from mamba_sft.training.sharding import (
     compute_as_ddp,
     load_whole_state,
     own_environment,
-    shard_on_cpu,
+    shard_anywhere,
     whole_state,
 )
 from mamba_sft.training.spikes import SpikeWatch, named
@@ -125,7 +125,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         with own_environment():
             super().create_accelerator_and_postprocess()
         if self.args.fsdp:
-            shard_on_cpu(self.accelerator, self.args)
+            shard_anywhere(self.accelerator, self.args)
             self.is_fsdp_enabled = True
         self.has_engine = self.parallel == "zero2" and self.accelerator.num_processes > 1
         if self.has_engine:
@@ -191,10 +191,10 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Makes the recipe's schedule, with a first and a last step that count."""
-        if self.has_engine and not isinstance(self.optimizer, EngineStep):
+        if self.has_engine:
             engine = self.accelerator.deepspeed_engine_wrapped.engine
             self.accelerator.deepspeed_engine_wrapped = EngineBackward(engine)
-            self.optimizer = EngineStep(self.optimizer, engine)
+            self.optimizer: Any = EngineStep(self.optimizer, engine)  # type: ignore[has-type]
         if self.lr_scheduler is None:  # type: ignore[has-type]
             self.lr_scheduler = make_scheduler(
                 TRAINER_NAMES[self.schedule],

@@ -14,6 +14,8 @@ import torch
 from accelerate.utils import DistributedType
 from torch import Tensor
 
+from mamba_sft.training.sharding import settle_kind
+
 
 def use_engine(accelerator: Any, arguments: Any) -> None:
     """Has an accelerator prepare its model with DeepSpeed, stage 2.
@@ -41,7 +43,7 @@ def use_engine(accelerator: Any, arguments: Any) -> None:
     plugin = DeepSpeedPlugin(hf_ds_config=config)
     plugin.select(_from_accelerator_state=True)
     accelerator.state.deepspeed_plugins = {"default": plugin}
-    accelerator.state.distributed_type = DistributedType.DEEPSPEED
+    settle_kind(accelerator, DistributedType.DEEPSPEED)
     accelerator.deepspeed_engine_wrapped = None
 
 
