@@ -34,3 +34,12 @@ def part_of(tensor: Tensor, like: Any) -> Tensor:
         return tensor
     here = tensor.to(like.device)
     return distribute_tensor(here, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def held_bytes(model: torch.nn.Module) -> int:
+    """Returns the bytes of the parameters that this process holds while nothing is computed."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    parts = (p.to_local() if isinstance(p, DTensor) else p for p in model.parameters())
+    return sum(part.nbytes for part in parts)

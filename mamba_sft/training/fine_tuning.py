@@ -294,8 +294,9 @@ def _train(
         _refuse_unchanged(trainer, start)
         after = _answer(preparation, trainer, "after")
         weights = adapter_weights(trainer.model)
+        held = gather_object([held_bytes(trainer.model)])
         if trainer.is_world_process_zero():
-            _save(preparation, trainer, Result(weights, before, after), ask)
+            _save(preparation, trainer, Result(weights, before, after, held), ask)
     report.finish()
     trainer.accelerator.wait_for_everyone()
     return run
@@ -501,11 +502,13 @@ class Result:
         weights: The adapter's, from `adapter_weights`.
         before: Answers to the sample prompts before training.
         after: Answers after it.
+        held: Bytes of the model's parameters in each process.
     """
 
     weights: dict[str, torch.Tensor]
     before: list[str]
     after: list[str]
+    held: list[int]
 
 
 def _save(preparation: Preparation, trainer: Trainer, result: Result, ask: Ask | None) -> None:

@@ -19,7 +19,8 @@ import torch
 from transformers import TrainerCallback
 
 from mamba_sft import Recipe
-from mamba_sft.training.fine_tuning import RunInterruptedError, prepare, train_prepared
+from mamba_sft.errors import TrainingError
+from mamba_sft.training.fine_tuning import prepare, train_prepared
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,20 +32,28 @@ class Launch:
     Args:
         recipe: Its recipe, as YAML.
         resume: Whether to go on with what is in its directory.
+        poison: Whether the gradients of one process are no numbers.
         stop_in: The step in which SIGINT reaches the second process, or 0.
     """
 
     recipe: str
     resume: bool = False
     stop_in: int = 0
+    poison: bool = False
 
 
 class Seen(TrainerCallback):
     """What a process sees of a run."""
 
-    def __init__(self, stop_in: int):
+    def __init__(self, stop_in: int, poison: bool):
         self.stop_in = stop_in
-        self.found: dict[str, Any] = {"steps": []}
+        self.poison = poison
+        self.found: dict[str, Any] = {"steps": [], "error": ""}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if self.poison and args.process_index == 1:
+            module = next(module for name, module in model.named_modules() if name.endswith("lora_B.default"))
+            module.register_forward_hook(spoil)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         from torch.distributed.tensor import DTensor
@@ -62,6 +71,11 @@ class Seen(TrainerCallback):
         self.found["steps"].append(state.global_step + 1)
         if state.global_step + 1 == self.stop_in and args.process_index == 1:
             signal.raise_signal(signal.SIGINT)
+
+
+def spoil(module: Any, inputs: Any, output: Any) -> None:
+    if output.requires_grad:
+        output.register_hook(lambda gradient: gradient * float("nan"))
 
 
 def launch(directory: Path, *runs: Launch, processes: int = 2) -> list[list[dict[str, Any]]]:
@@ -85,14 +99,13 @@ def main() -> None:
     rank = int(os.environ["RANK"])
     for values in json.loads(spec.read_text()):
         run = Launch(**values)
-        seen = Seen(run.stop_in)
+        seen = Seen(run.stop_in, run.poison)
         recipe = Recipe.from_text(run.recipe, "test.yaml")
-        stopped = False
         try:
             train_prepared(prepare(recipe, resume=run.resume), callbacks=[seen])
-        except RunInterruptedError:
-            stopped = True
-        found.append(seen.found | {"stopped": stopped})
+        except TrainingError as error:
+            seen.found["error"] = error.message
+        found.append(seen.found)
     (spec.parent / f"seen-{rank}.json").write_text(json.dumps(found))
     torch.distributed.destroy_process_group()
 

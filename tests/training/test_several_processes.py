@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mamba_sft import Run
+from mamba_sft.errors import TrainingError
 from mamba_sft.training.fine_tuning import train
+from mamba_sft.training.first_checks import check_sharing
+from tests.conftest import build_model
 from tests.training.several import Launch, launch
 from tests.training.test_fine_tuning import assert_same_adapter, losses
 
@@ -18,7 +22,8 @@ EXACT = 1e-5
 """How far losses and adapters may be apart: two processes add up in another order."""
 OPTIONS = (
     "data.packing=true",
-    "data.validation=5",
+    "data.validation=9",
+    "data.max_length=80",
     "eval.eval_steps=2",
     "train.save_steps=2",
     "train.max_steps=-1",
@@ -59,32 +64,42 @@ def in_the_middle(run: Run, place: Path, step: int) -> Run:
     return copy
 
 
-def test_ddp(recipe: Any, tmp_path: Path) -> None:
-    """Equal to one process, resumed bit for bit, and resumed by one process more or fewer."""
-    more = (*OPTIONS, with_prompts(tmp_path))
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp", "zero2"])
+def test_two_processes_equal_one(recipe: Any, tmp_path: Path, parallel: str) -> None:
+    """From the start, resumed bit for bit, and resumed by one process more or fewer."""
+    if parallel == "zero2" and find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed is not installed: `pip install 'mamba-sft[deepspeed]'`")
+    more = (*OPTIONS, with_prompts(tmp_path), f"train.parallel={parallel}")
     one, two = ((*more, f"train.gradient_accumulation_steps={n}") for n in (4, 2))
     theirs = train(recipe(*one, name="of-one"))
     in_the_middle(theirs, tmp_path / "one-then-two", step=4)
     of_two, stopped = recipe(*two, name="of-two"), recipe(*two, name="stopped")
-    seen = launch(
-        tmp_path / "launched",
+    runs = [
         Launch(of_two.to_yaml()),
         Launch(stopped.to_yaml(), stop_in=3),
         Launch(stopped.to_yaml(), resume=True),
         Launch(recipe(*one, name="one-then-two").to_yaml(), resume=True),
-    )
+        Launch(recipe(*two, name="poisoned").to_yaml(), poison=True),
+    ]
+    seen = launch(tmp_path / "launched", *runs)
     ours = Run(Path(of_two.output_dir))
+    assert json.loads(ours.data.read_text())["length"]["rows"] == 11  # in steps of 4, 4 and 3
     assert_same_run(ours, theirs)
-    check_resumed(seen, ours, theirs, tmp_path)
+    check_resumed(seen[:4], ours, theirs, tmp_path)
+    assert all("the gradient is not a number at step 1" in rank["error"] for rank in seen[4])
+    check_parts(parallel, seen[0], ours)
     in_the_middle(ours, tmp_path / "two-then-one", step=4)
     assert_same_run(train(recipe(*two, name="two-then-one"), resume=True), theirs)
 
 
 def check_resumed(seen: Any, ours: Run, theirs: Run, tmp_path: Path) -> None:
-    """What the launch of `test_ddp` came to, but for its first run."""
+    """What a launch came to: a whole run, one that was stopped, its resumption, and that of a single one's."""
     whole, stopped, resumed, wider = seen
     steps = whole[0]["steps"]
-    assert all(rank["stopped"] and rank["steps"] == steps[:3] for rank in stopped)
+    assert steps == [1, 2, 3, 4, 5, 6]
+    assert all(
+        rank["error"].startswith("stopped at step 3 of 6") and rank["steps"] == steps[:3] for rank in stopped
+    )
     assert all(rank["steps"] == steps[3:] for rank in resumed)
     assert lines(Run(tmp_path / "stopped"), "loss") == losses(ours)
     assert_same_adapter(Run(tmp_path / "stopped"), ours, 0.0)
@@ -96,26 +111,53 @@ def check_resumed(seen: Any, ours: Run, theirs: Run, tmp_path: Path) -> None:
     assert whole[0]["first_numbers"] not in (first, second)
 
 
-def test_fsdp(recipe: Any, tmp_path: Path) -> None:
-    """Equal to one process with every block in parts; resumed in as many processes, in one, and from one."""
-    more = (*OPTIONS, with_prompts(tmp_path))
-    one, two = ((*more, f"train.gradient_accumulation_steps={n}") for n in (4, 2))
-    fsdp = (*two, "train.parallel=fsdp")
-    theirs = train(recipe(*one, name="of-one"))
-    in_the_middle(theirs, tmp_path / "one-then-two", step=4)
-    of_two, stopped = recipe(*fsdp, name="of-two"), recipe(*fsdp, name="stopped")
-    seen = launch(
-        tmp_path / "launched",
-        Launch(of_two.to_yaml()),
-        Launch(stopped.to_yaml(), stop_in=3),
-        Launch(stopped.to_yaml(), resume=True),
-        Launch(recipe(*one, "train.parallel=fsdp", name="one-then-two").to_yaml(), resume=True),
-    )
+def check_parts(parallel: str, seen: Any, run: Run) -> None:
+    """How much of the model each process held while it trained."""
+    for rank in seen:
+        if parallel == "fsdp":  # accelerate alone would have run DDP on CPUs, without a word
+            assert len(rank["sharded"]) == rank["parameters"]
+            assert rank["held"] == pytest.approx(rank["values"] / 2, rel=0.01)
+        else:
+            assert rank["sharded"] == []
+    told = json.loads(run.environment.read_text())
+    assert (told["parallel"], told["processes"]) == (parallel, 2)
+    assert told["held_bytes"] == [4 * rank["held"] for rank in seen]
+
+
+def test_quantized_weights_are_in_parts_too(recipe: Any, tmp_path: Path) -> None:
+    """With DoRA, which reads them, in 16 bits, and with answers in between."""
+    more = (*OPTIONS, with_prompts(tmp_path), "model.quantization=nf4", "model.dtype=bfloat16",
+            "adapter.use_dora=true", "eval.sample_steps=2", "train.checkpointing=mamba")  # fmt: skip
+    theirs = train(recipe(*more, "train.gradient_accumulation_steps=4", name="of-one"))
+    of_two = recipe(*more, "train.gradient_accumulation_steps=2", "train.parallel=fsdp", name="of-two")
+    (seen,) = launch(tmp_path / "launched", Launch(of_two.to_yaml()))
     ours = Run(Path(of_two.output_dir))
-    assert_same_run(ours, theirs)
-    check_resumed(seen, ours, theirs, tmp_path)
-    for rank in seen[0]:  # accelerate alone would have run DDP, without a word
+    assert lines(ours, "loss") == pytest.approx(lines(theirs, "loss"), rel=1e-3)
+    assert_same_adapter(ours, theirs, 1e-3)
+    assert ours.samples.read_text() == theirs.samples.read_text()
+    assert ours.step_samples.read_text() == theirs.step_samples.read_text()
+    for rank in seen:
         assert len(rank["sharded"]) == rank["parameters"]
         assert rank["held"] == pytest.approx(rank["values"] / 2, rel=0.01)
-    in_the_middle(ours, tmp_path / "two-then-one", step=4)
-    assert_same_run(train(recipe(*fsdp, name="two-then-one"), resume=True), theirs)
+
+
+def test_a_launcher_that_says_otherwise_is_refused(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(TrainingError, match="was told to use fsdp, and `train.parallel` is `ddp`"):
+        check_sharing(recipe(), 2)
+    check_sharing(recipe("train.parallel=fsdp"), 2)
+
+
+def test_zero2_without_deepspeed_is_refused(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mamba_sft.training.first_checks.find_spec", lambda name: None)
+    check_sharing(recipe("train.parallel=zero2"), 1)
+    with pytest.raises(TrainingError, match="needs DeepSpeed, which is not installed") as caught:
+        check_sharing(recipe("train.parallel=zero2"), 2)
+    assert "mamba-sft[deepspeed]" in (caught.value.hint or "")
+
+
+def test_a_tied_base_is_not_cut_in_parts(recipe: Any, tiny_base: Path) -> None:
+    build_model(tie_word_embeddings=True).save_pretrained(tiny_base)
+    check_sharing(recipe("train.parallel=ddp"), 2)
+    with pytest.raises(TrainingError, match="its embeddings and its head are one matrix"):
+        check_sharing(recipe("train.parallel=fsdp"), 2)
