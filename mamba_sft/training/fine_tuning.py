@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 
 from mamba_sft.data.packing import Collator
@@ -39,7 +39,7 @@ from mamba_sft.model.adapter import (
 from mamba_sft.model.chat_template import TemplateSetup, render
 from mamba_sft.model.checkpoint import base_fingerprint, resolve_base
 from mamba_sft.model.loading import apply_setup, load_model, recommend_sampling
-from mamba_sft.model.shards import is_sharded
+from mamba_sft.model.shards import held_bytes, is_sharded
 from mamba_sft.planning.course import Course, plan_course
 from mamba_sft.planning.environment import describe_call, describe_device, describe_environment
 from mamba_sft.planning.extent import RunLength, run_length, with_accumulation
@@ -534,6 +534,7 @@ def _save(preparation: Preparation, trainer: Trainer, result: Result, ask: Ask |
         "seconds": round(sum(session.seconds for session in sessions), 1),
         "steps": trainer.state.global_step,
         "tokens": trainer.tokens,
+        "held_bytes": result.held,
         "best_validation_loss": trainer.state.best_metric,
         "sessions": [asdict(session) for session in sessions],
     }
