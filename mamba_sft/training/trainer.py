@@ -189,12 +189,18 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         """Tokens that the run has read in training."""
         return max(self.tally.tokens, int(self._total_train_tokens))
 
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Makes the optimizer, and keeps what its groups were: DeepSpeed drops those without parameters."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        self._groups = [{**group, "params": [*group["params"]]} for group in optimizer.param_groups]
+        return optimizer
+
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Makes the recipe's schedule, with a first and a last step that count."""
         if self.has_engine:
             engine = self.accelerator.deepspeed_engine_wrapped.engine
             self.accelerator.deepspeed_engine_wrapped = EngineBackward(engine)
-            self.optimizer: Any = EngineStep(self.optimizer, engine)  # type: ignore[has-type]
+            self.optimizer: Any = EngineStep(self.optimizer, engine, self._groups)  # type: ignore[has-type]
         if self.lr_scheduler is None:  # type: ignore[has-type]
             self.lr_scheduler = make_scheduler(
                 TRAINER_NAMES[self.schedule],

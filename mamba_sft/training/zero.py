@@ -100,19 +100,22 @@ class EngineStep(torch.optim.Optimizer):
     Args:
         wrapped: What accelerate made of the optimizer.
         engine: DeepSpeed's.
+        groups: The groups of parameters before DeepSpeed took them; it drops those that are empty.
     """
 
-    def __init__(self, wrapped: Any, engine: Any):
+    def __init__(self, wrapped: Any, engine: Any, groups: list[dict[str, Any]]):
         self.wrapped = wrapped
         self.engine = engine
+        self.groups = groups
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["wrapped"], name)
 
     @property
     def param_groups(self) -> Any:  # type: ignore[override]
-        """Those of the optimizer inside, whose learning rates a schedule sets."""
-        return self.wrapped.param_groups
+        """Those that a schedule sets the learning rates of: as without ZeRO, empty ones too."""
+        inside = iter(self._inside.param_groups)
+        return [next(inside) if group["params"] else group for group in self.groups]
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Clips, steps, gathers what was trained, and forgets the gradients."""
@@ -126,28 +129,26 @@ class EngineStep(torch.optim.Optimizer):
         from deepspeed.utils import safe_get_full_optimizer_state
 
         numbers: dict[int, dict[str, Any]] = {}
-        groups, place = [], 0
-        for (parameters, flat), group in zip(self._parts(), self._inside.param_groups, strict=True):
-            kept = self._inside.state.get(flat, {})
-            first = place
-            for parameter in parameters:
-                numbers[place] = {
-                    name: safe_get_full_optimizer_state(parameter, name).cpu() if x.ndim else x.cpu()
+        groups, parts = [], iter(self._zero.single_partition_of_fp32_groups)
+        for own, group in zip(self.groups, self.param_groups, strict=True):
+            kept = self._inside.state.get(next(parts), {}) if own["params"] else {}
+            places = range(len(numbers), len(numbers) + len(own["params"]))
+            for place, parameter in zip(places, own["params"], strict=True):
+                numbers[place] = {  # of what all share, the count of steps, each gets its own
+                    name: (safe_get_full_optimizer_state(parameter, name) if x.ndim else x.clone()).cpu()
                     for name, x in kept.items()
                 }
-                place += 1
-            groups.append({**group, "params": list(range(first, place))})
+            groups.append({**group, "params": list(places)})
         return {"state": {n: x for n, x in numbers.items() if x}, "param_groups": groups}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes this process's part of a state that is not parted."""
-        state, place = state_dict["state"], 0
-        for (parameters, flat), group, saved in zip(
-            self._parts(), self._inside.param_groups, state_dict["param_groups"], strict=True
-        ):
+        state = state_dict["state"]
+        filled = [group for group in state_dict["param_groups"] if group["params"]]
+        parts = self._zero.single_partition_of_fp32_groups
+        for flat, group, saved in zip(parts, self._inside.param_groups, filled, strict=True):
             group.update({name: x for name, x in saved.items() if name != "params"})
-            whole = [state[place + n] for n in range(len(parameters)) if place + n in state]
-            place += len(parameters)
+            whole = [state[place] for place in saved["params"] if place in state]
             if whole:
                 self._inside.state[flat] = {
                     name: self._own_part([numbers[name] for numbers in whole], flat)
@@ -158,15 +159,12 @@ class EngineStep(torch.optim.Optimizer):
 
     @property
     def _zero(self) -> Any:
+        """DeepSpeed's optimizer, which has this process's part of each group, flat, for the one inside."""
         return self.engine.optimizer
 
     @property
     def _inside(self) -> Any:
         return self._zero.optimizer
-
-    def _parts(self) -> Any:
-        """The parameters of each group, and this process's part of them, flat, which the optimizer steps."""
-        return list(zip(self._zero.bit16_groups, self._zero.single_partition_of_fp32_groups, strict=True))
 
     def _own_part(self, tensors: list[Tensor], flat: Tensor) -> Tensor:
         """This process's part of the tensors of a group."""
