@@ -88,7 +88,7 @@ def refuse_conflicts(
         *_data_conflicts(data),
         *_validation_conflicts(data, train, eval_),
         *_argument_conflicts(train),
-        *_parallel_conflicts(model, train),
+        *_parallel_conflicts(model, adapter, train),
         *_duplicates(("adapter", "target_modules"), adapter.target_modules),
         *_duplicates(("train", "report_to"), train.report_to),
     ]
@@ -202,7 +202,9 @@ def _argument_conflicts(train: TrainSection) -> Iterator[Problem]:
 _IN_STEP = "processes that share the model out go through it together, and here each takes its own way"
 
 
-def _parallel_conflicts(model: ModelSection, train: TrainSection) -> Iterator[Problem]:
+def _parallel_conflicts(
+    model: ModelSection, adapter: AdapterSection, train: TrainSection
+) -> Iterator[Problem]:
     if train.parallel == "ddp":
         return
     found: dict[tuple[str, ...], str] = {}
@@ -210,16 +212,20 @@ def _parallel_conflicts(model: ModelSection, train: TrainSection) -> Iterator[Pr
     found |= {("train", name): _IN_STEP for name in whole_model if getattr(train, name)}
     if train.optim != "adamw_torch_fused":
         found["train", "optim"] = "the 8-bit optimizers of bitsandbytes know no parts of parameters"
-    found |= _fsdp_faults(model, train) if train.parallel == "fsdp" else _zero2_faults(model, train)
+    found |= _fsdp_faults(model, adapter, train) if train.parallel == "fsdp" else _zero2_faults(model, train)
     for path, why in found.items():
-        text = f"does not go with `train.parallel: {train.parallel}`: {why}; use `train.parallel: ddp`"
+        text = f"does not go with `train.parallel: {train.parallel}`: {why}; change one of them"
         yield Problem(path, text, (("train", "parallel"),))
 
 
-def _fsdp_faults(model: ModelSection, train: TrainSection) -> dict[tuple[str, ...], str]:
+def _fsdp_faults(
+    model: ModelSection, adapter: AdapterSection, train: TrainSection
+) -> dict[tuple[str, ...], str]:
     found: dict[tuple[str, ...], str] = {}
     if model.quantization == "int8":
         found["model", "quantization"] = "bitsandbytes keeps the scales of int8 weights beside them"
+    if model.quantization == "nf4" and adapter.use_dora and train.checkpointing == "mamba":
+        found["train", "checkpointing"] = "DoRA would read a 4-bit weight that nobody has unpacked"
     for name in ("loss_type", "label_smoothing_factor"):
         value = train.trainer_arguments.get(name)
         if value and value != "nll":

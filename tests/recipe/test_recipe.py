@@ -548,6 +548,13 @@ def test_what_needs_the_whole_model_in_each_process(parallel: str, setting: str,
     Recipe.from_text(minimal(f"train:\n  parallel: ddp\n  {setting}\n"), "r.yaml")
 
 
+def test_dora_reads_no_packed_weights() -> None:
+    more = "train:\n  parallel: fsdp\n  checkpointing: mamba\nadapter:\n  use_dora: true\n"
+    text = minimal(more).replace("base: some/base", "base: some/base\n  quantization: nf4")
+    assert "`train.checkpointing` does not go with `train.parallel: fsdp`: DoRA" in "".join(problems(text))
+    Recipe.from_text(text.replace("mamba", "block"), "r.yaml")
+
+
 def test_int8_is_not_cut_in_parts() -> None:
     text = minimal("train:\n  parallel: fsdp\n").replace(
         "base: some/base", "base: some/base\n  quantization: int8"

@@ -127,7 +127,7 @@ def check_parts(parallel: str, seen: Any, run: Run) -> None:
 def test_quantized_weights_are_in_parts_too(recipe: Any, tmp_path: Path) -> None:
     """With DoRA, which reads them, in 16 bits, and with answers in between."""
     more = (*OPTIONS, with_prompts(tmp_path), "model.quantization=nf4", "model.dtype=bfloat16",
-            "adapter.use_dora=true", "eval.sample_steps=2", "train.checkpointing=mamba")  # fmt: skip
+            "adapter.use_dora=true", "eval.sample_steps=2")  # fmt: skip
     theirs = train(recipe(*more, "train.gradient_accumulation_steps=4", name="of-one"))
     of_two = recipe(*more, "train.gradient_accumulation_steps=2", "train.parallel=fsdp", name="of-two")
     (seen,) = launch(tmp_path / "launched", Launch(of_two.to_yaml()))
