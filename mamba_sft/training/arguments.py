@@ -41,6 +41,12 @@ def trainer_arguments(
             "`model.dtype: float16` trains on CUDA GPUs only",
             hint="use `float32` or `bfloat16` on a CPU: `model.dtype=float32`",
         )
+    if dtype == torch.float16 and recipe.train.parallel == "zero2" and processes > 1:
+        raise RecipeError(
+            "`train.parallel: zero2` does not go with float16, which these GPUs need: DeepSpeed would train "
+            "the adapter in it too",
+            hint="set `train.parallel=ddp`",
+        )
     for name in recipe.train.report_to:
         if find_spec(name) is None:
             raise TrainingError(
