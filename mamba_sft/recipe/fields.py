@@ -286,8 +286,8 @@ class TrainSection(Section):
     parts. The effective batch and the order of the data stay what they are."""
     parallel: Annotated[Literal["ddp", "fsdp", "zero2"], BeforeValidator(_not_zero3)] = "ddp"
     """How several GPUs share a run. ddp: each has the whole model, which is fastest where it fits. fsdp: each
-    loads the base, keeps a part of it, of the adapter and of the optimizer, and fetches a block's weights when
-    it computes it: room for activations. zero2: each has the whole model and a part of gradients and
+    loads the base, keeps a part of it, of the adapter and of the optimizer, and fetches a block's weights
+    when it computes it: room for activations. zero2: each has the whole model and a part of gradients and
     optimizer, by DeepSpeed; with LoRA that is little. Without effect on one GPU."""
     logging_steps: int = Field(default=1, ge=1, le=MANY)
     """Optimizer steps between logged losses."""
