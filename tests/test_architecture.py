@@ -42,6 +42,7 @@ LIVES_IN = {
     "accelerate": {"training"},
     "bitsandbytes": {"model", "merging"},
     "datasets": {"data", "merging", "training"},
+    "deepspeed": {"training"},
     "gguf": {"exporting"},
     "huggingface_hub": {"model", "exporting", "diagnostics"},
     "jinja2": {"model", "evaluation"},

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from mamba_sft.model.shards import is_sharded
+
 logger = logging.getLogger(__name__)
 
 _UNFIT: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -51,7 +53,8 @@ class NextToken:
             ids: `(B, 1)` int64 on the model's device.
         """
         self._read += 1
-        if self._read == PATIENCE and ids.is_cuda and self._model not in _UNFIT:
+        alone = not is_sharded(self._model)  # a graph cannot fetch what other processes hold
+        if self._read == PATIENCE and ids.is_cuda and alone and self._model not in _UNFIT:
             return self._record(ids)
         if self._graph is None:
             return forward(self._model, ids, self._cache)[0]

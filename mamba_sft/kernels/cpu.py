@@ -206,6 +206,17 @@ def _dense(x: Tensor | None, shape: tuple[int, ...]) -> np.ndarray:
     return np.zeros(shape, np.float32) if x is None else x.detach().float().contiguous().numpy()
 
 
+def _copied(x: Tensor | None, shape: tuple[int, ...]) -> np.ndarray:
+    """Return what `_dense` does, in memory of its own.
+
+    Weights are read this way: memory that numpy has looked at can never be given back by torch, and FSDP
+    does so with the whole weights after every block.
+    """
+    if x is None:
+        return np.zeros(shape, np.float32)
+    return x.detach().float().clone(memory_format=torch.contiguous_format).numpy()
+
+
 def _parameters(
     A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, bias: Tensor | None
 ) -> tuple[np.ndarray, ...]:
@@ -215,8 +226,8 @@ def _parameters(
         _dense(rates, rates.shape),
         _dense(B, B.shape),
         _dense(C, C.shape),
-        _dense(D, channels),
-        _dense(bias, channels),
+        _copied(D, channels),
+        _copied(bias, channels),
     )
 
 
@@ -224,7 +235,7 @@ def _filters(
     x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor | None, with_silu: bool, begins: np.ndarray
 ) -> tuple[Any, ...]:
     channels, width = weight.shape
-    weight, bias = _dense(weight.t(), (width, channels)), _dense(bias, (channels,))
+    weight, bias = _copied(weight.t(), (width, channels)), _copied(bias, (channels,))
     return weight, bias, with_silu, begins, _dense(past, (x.shape[0], width - 1, channels))
 
 

@@ -37,6 +37,7 @@ from mamba_sft.model.adapter_config import HONOURED, OTHERS, read_adapter_config
 from mamba_sft.model.base_facts import BaseFacts
 from mamba_sft.model.checkpoint import base_fingerprint, resolve_base
 from mamba_sft.model.checksums import file_checksum, new_digest, tensor_checksums
+from mamba_sft.model.shards import part_of, whole
 from mamba_sft.model.trained_rows import keep_rows_on_device
 from mamba_sft.run import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
@@ -154,7 +155,26 @@ def load_weights(model: PeftModel, path: str | Path) -> None:
     _fill(model, path, _read_adapter(Path(path))[1])
 
 
-def save_adapter(model: PeftModel, directory: Path, *, section: ModelSection, setup: TemplateSetup) -> None:
+def adapter_weights(model: PeftModel) -> dict[str, torch.Tensor]:
+    """Returns the tensors of the adapter under the names they are saved by, in host memory.
+
+    All processes that hold parts of the model ask for them together.
+
+    Args:
+        model: From `attach_adapter` or `load_adapter`.
+    """
+    weights = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return {name: whole(tensor.detach()).cpu().contiguous() for name, tensor in sorted(weights.items())}
+
+
+def save_adapter(
+    model: PeftModel,
+    directory: Path,
+    *,
+    section: ModelSection,
+    setup: TemplateSetup,
+    weights: dict[str, torch.Tensor] | None = None,
+) -> None:
     """Writes the adapter, its tokenizer and template, and what a merge must know of the base.
 
     Args:
@@ -162,13 +182,13 @@ def save_adapter(model: PeftModel, directory: Path, *, section: ModelSection, se
         directory: Where to; made if absent.
         section: The base it was trained on.
         setup: The tokenizer and special tokens it was trained with.
+        weights: From `adapter_weights`, where one process writes what several hold.
     """
     from safetensors.torch import save
 
     directory.mkdir(parents=True, exist_ok=True)
-    weights = get_peft_model_state_dict(model, save_embedding_layers=False)
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(weights.items())}
-    data = save(contiguous, metadata={"format": "pt"})  # `save_file`'s files are their owner's alone
+    tensors = adapter_weights(model) if weights is None else weights
+    data = save(tensors, metadata={"format": "pt"})  # `save_file`'s files are their owner's alone
     (directory / ADAPTER_WEIGHTS).write_bytes(data)
     config = copy(model.peft_config[_ADAPTER])
     config.target_modules = sorted(config.target_modules)  # PEFT makes a set of them, saved in any order
@@ -212,12 +232,16 @@ def adapter_tensors(model: Any) -> dict[str, torch.nn.Parameter]:
 
 
 def trained_digest(model: Any) -> str:
-    """Returns a digest of everything that is trained: the same until a step has changed something."""
+    """Returns a digest of everything that is trained: the same until a step has changed something.
+
+    All processes that hold parts of the model ask for it together.
+    """
     digest = new_digest()
     for name, parameter in sorted(model.named_parameters()):
         if parameter.requires_grad:
             digest.update(name.encode())
-            digest.update(parameter.detach().float().cpu().contiguous().numpy().tobytes())
+            values = whole(parameter.detach()).float().cpu().contiguous()
+            digest.update(values.numpy().tobytes())
     return str(digest.hexdigest())
 
 
@@ -230,7 +254,14 @@ def keep_float32(model: Any) -> None:
         parameter.data = parameter.data.float()
 
 
-def dead_adapters(model: Any) -> list[str]:
+def own_gradient(parameter: torch.Tensor) -> torch.Tensor | None:
+    """Returns the gradient that a parameter itself has, as a whole."""
+    return None if parameter.grad is None else whole(parameter.grad)
+
+
+def dead_adapters(
+    model: Any, gradient_of: Callable[[torch.Tensor], torch.Tensor | None] = own_gradient
+) -> list[str]:
     """Returns the names of trainable adapter tensors that the last backward should have reached but did not.
 
     A tensor without a gradient is dead, and so is one whose gradient is exactly zero, with two exceptions.
@@ -240,13 +271,15 @@ def dead_adapters(model: Any) -> list[str]:
 
     Args:
         model: After a backward, before the gradients are cleared.
+        gradient_of: Returns a parameter's whole gradient, or None where it has none.
     """
     parameters = adapter_tensors(model)
     trained = {name: p for name, p in parameters.items() if p.requires_grad and p.numel()}
     grown = {name: parameters[name.replace(".lora_A.", ".lora_B.")] for name in trained if ".lora_A." in name}
-    gradients = {name: p.grad for name, p in trained.items() if p.grad is not None}
+    found_of = {name: gradient_of(p) for name, p in trained.items()}
+    gradients = {name: gradient for name, gradient in found_of.items() if gradient is not None}
     looked_at = [*gradients.values(), *grown.values()]
-    found = torch.stack([tensor.any() for tensor in looked_at]).tolist() if looked_at else []  # waits once
+    found = torch.stack([whole(x).any() for x in looked_at]).tolist() if looked_at else []  # waits once
     reached = dict(zip(gradients, found, strict=False))
     moved = dict(zip(grown, found[len(gradients) :], strict=True))
     return [
@@ -292,6 +325,8 @@ def _trained_rows(model: Any, token_ids: Sequence[int]) -> dict[str, list[int]] 
 
 
 def _fill(wrapped: PeftModel, path: str | Path, weights: dict[str, torch.Tensor]) -> None:
+    own = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+    weights = {name: part_of(tensor, own.get(name)) for name, tensor in weights.items()}
     try:
         result = set_peft_model_state_dict(wrapped, weights, adapter_name=_ADAPTER)
     except (RuntimeError, ValueError, IndexError, KeyError) as error:

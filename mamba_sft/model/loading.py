@@ -111,12 +111,16 @@ def resolve_dtype(section: ModelSection, device: str | torch.device | None = Non
     return dtype
 
 
-def load_model(section: ModelSection, *, device: str | torch.device | None = None) -> Any:
+def load_model(
+    section: ModelSection, *, device: str | torch.device | None = None, to_shard: bool = False
+) -> Any:
     """Returns the section's base model in eval mode, on `device`, with our mixer installed.
 
     Args:
         section: Which model, in which precision, on which kernels.
         device: Where to; None takes this process's GPU if there is one.
+        to_shard: Whether its weights will be cut in parts: then 4-bit ones lie in numbers of the dtype that
+            they are computed in, since only such can be.
 
     Raises:
         ModelError: The checkpoint is missing, broken or of another kind, the device is absent, or memory is
@@ -138,7 +142,7 @@ def load_model(section: ModelSection, *, device: str | torch.device | None = Non
             directory,
             dtype=dtype,
             device_map={"": place},
-            quantization_config=_quantization(section, shape, dtype),
+            quantization_config=_quantization(section, shape, dtype, to_shard),
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
@@ -226,7 +230,7 @@ def first_id(ids: Any) -> int | None:
     return ids if isinstance(ids, int) else None
 
 
-def _quantization(section: ModelSection, shape: Shape, dtype: torch.dtype) -> Any:
+def _quantization(section: ModelSection, shape: Shape, dtype: torch.dtype, to_shard: bool) -> Any:
     if section.quantization == "none":
         return None
     if section.quantization == "int8":
@@ -235,7 +239,8 @@ def _quantization(section: ModelSection, shape: Shape, dtype: torch.dtype) -> An
     left_out = misfits(shape, section.quantization)
     for name, reason in left_out.items():
         logger.info("`%s` stays in %s: %s", name, str(dtype).removeprefix("torch."), reason)
-    return bitsandbytes_config(section.quantization, dtype, (*UNQUANTIZED, *left_out))
+    storage = dtype if to_shard else torch.uint8
+    return bitsandbytes_config(section.quantization, dtype, (*UNQUANTIZED, *left_out), storage=storage)
 
 
 def _pick_device(device: str | torch.device | None) -> torch.device:

@@ -68,13 +68,20 @@ def misfits(shape: Shape, quantization: str) -> dict[str, str]:
     return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
-def bitsandbytes_config(quantization: str, dtype: torch.dtype, unquantized: Iterable[str]) -> Any:
+def bitsandbytes_config(
+    quantization: str,
+    dtype: torch.dtype,
+    unquantized: Iterable[str],
+    *,
+    storage: torch.dtype = torch.uint8,
+) -> Any:
     """Returns the `BitsAndBytesConfig` that loads a base.
 
     Args:
         quantization: `nf4` or `int8`.
         dtype: What 4-bit weights are turned into for a product.
         unquantized: Names of the modules that are left as they are.
+        storage: What 4-bit weights are stored as, several in one number.
     """
     from transformers import BitsAndBytesConfig
 
@@ -85,6 +92,7 @@ def bitsandbytes_config(quantization: str, dtype: torch.dtype, unquantized: Iter
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=storage,
         llm_int8_skip_modules=list(unquantized),
     )
 

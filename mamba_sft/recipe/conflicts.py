@@ -12,7 +12,14 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from mamba_sft.recipe.fields import AdapterSection, DataSection, EvalSection, SourceSection, TrainSection
+from mamba_sft.recipe.fields import (
+    AdapterSection,
+    DataSection,
+    EvalSection,
+    ModelSection,
+    SourceSection,
+    TrainSection,
+)
 from mamba_sft.recipe.mixtures import mixture_conflicts
 from mamba_sft.recipe.schedule_conflicts import Keys, Problem, ramp_conflicts, rate_conflicts
 from mamba_sft.recipe.trainer_arguments import find_fault, find_idle
@@ -22,7 +29,7 @@ __all__ = ["ConflictError", "Keys", "Problem", "derive_defaults", "refuse_confli
 NOT_OF_TRL = (
     "checkpointing", "stream_tokens", "carry_state", "auto_batch", "log_activations", "grace_seconds",
     "on_spike", "decay", "min_lr_ratio", "stable_steps", "decay_steps", "batch_ramp", "batch_scaling",
-    "stages",
+    "stages", "parallel",
 )  # fmt: skip
 """Fields of `train` that SFTConfig does not have."""
 
@@ -73,7 +80,7 @@ def _as_dict(section: Any) -> dict[str, Any] | None:
 
 
 def refuse_conflicts(
-    data: DataSection, adapter: AdapterSection, train: TrainSection, eval_: EvalSection
+    model: ModelSection, data: DataSection, adapter: AdapterSection, train: TrainSection, eval_: EvalSection
 ) -> None:
     """Raises ConflictError with every clash between these sections, if there is one."""
     problems = [
@@ -83,6 +90,7 @@ def refuse_conflicts(
         *_argument_conflicts(train),
         *rate_conflicts(train),
         *ramp_conflicts(train),
+        *_parallel_conflicts(model, adapter, train),
         *_duplicates(("adapter", "target_modules"), adapter.target_modules),
         *_duplicates(("train", "report_to"), train.report_to),
     ]
@@ -191,3 +199,46 @@ def _argument_conflicts(train: TrainSection) -> Iterator[Problem]:
                 f"does not go with `train.{own_steps[0]}`: {WHOLE_ROW_ARGUMENTS[name]}; leave one out",
                 (("train", own_steps[0]),),
             )
+
+
+_IN_STEP = "processes that share the model out go through it together, and here each takes its own way"
+
+
+def _parallel_conflicts(
+    model: ModelSection, adapter: AdapterSection, train: TrainSection
+) -> Iterator[Problem]:
+    if train.parallel == "ddp":
+        return
+    found: dict[tuple[str, ...], str] = {}
+    whole_model = ("stream_tokens", "carry_state", "auto_batch")
+    found |= {("train", name): _IN_STEP for name in whole_model if getattr(train, name)}
+    if train.optim != "adamw_torch_fused":
+        found["train", "optim"] = "the 8-bit optimizers of bitsandbytes know no parts of parameters"
+    found |= _fsdp_faults(model, adapter, train) if train.parallel == "fsdp" else _zero2_faults(model, train)
+    for path, why in found.items():
+        text = f"does not go with `train.parallel: {train.parallel}`: {why}; change one of them"
+        yield Problem(path, text, (("train", "parallel"),))
+
+
+def _fsdp_faults(
+    model: ModelSection, adapter: AdapterSection, train: TrainSection
+) -> dict[tuple[str, ...], str]:
+    found: dict[tuple[str, ...], str] = {}
+    if model.quantization == "int8":
+        found["model", "quantization"] = "bitsandbytes keeps the scales of int8 weights beside them"
+    if model.quantization == "nf4" and adapter.use_dora and train.checkpointing == "mamba":
+        found["train", "checkpointing"] = "DoRA would read a 4-bit weight that nobody has unpacked"
+    for name in ("loss_type", "label_smoothing_factor"):
+        value = train.trainer_arguments.get(name)
+        if value and value != "nll":
+            found["train", "trainer_arguments", name] = "only the loss `nll` fetches the weights of the head"
+    return found
+
+
+def _zero2_faults(model: ModelSection, train: TrainSection) -> dict[tuple[str, ...], str]:
+    found: dict[tuple[str, ...], str] = {}
+    if train.on_spike == "skip":
+        found["train", "on_spike"] = "DeepSpeed has no way to leave a step out"
+    if model.dtype == "float16":
+        found["model", "dtype"] = "DeepSpeed would train the adapter in float16 too"
+    return found

@@ -36,6 +36,15 @@ def _not_zero(value: int) -> int:
     return value
 
 
+def _not_zero3(value: Any) -> Any:
+    if isinstance(value, str) and re.fullmatch(r"(deepspeed_?)?zero_?3", value.strip().lower()):
+        raise ValueError(
+            "must not be `zero3`: it fetches a module's weights when that module is called, and the mixer "
+            "reads those of its convolution without a call; use `fsdp`, which fetches whole blocks"
+        )
+    return value
+
+
 def _empty_is_default(value: Any) -> Any:
     return {} if value is None else value
 
@@ -361,6 +370,11 @@ class TrainSection(Section):
     auto_batch: bool = False
     """Survive running out of memory: try the longest rows first, and run a micro-batch that does not fit in
     parts. The effective batch and the order of the data stay what they are."""
+    parallel: Annotated[Literal["ddp", "fsdp", "zero2"], BeforeValidator(_not_zero3)] = "ddp"
+    """How several GPUs share a run. ddp: each has the whole model, which is fastest where it fits. fsdp: each
+    loads the base, keeps a part of it, of the adapter and of the optimizer, and fetches a block's weights
+    when it computes it: room for activations. zero2: each has the whole model and a part of gradients and
+    optimizer, by DeepSpeed; with LoRA that is little. Without effect on one GPU."""
     logging_steps: int = Field(default=1, ge=1, le=MANY)
     """Optimizer steps between logged losses."""
     save_steps: CountOrShare = Field(default=0.2, gt=0, le=MANY)

@@ -59,7 +59,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _refuse_conflicts(self) -> Recipe:
-        conflicts.refuse_conflicts(self.data, self.adapter, self.train, self.eval)
+        conflicts.refuse_conflicts(self.model, self.data, self.adapter, self.train, self.eval)
         return self
 
     @classmethod

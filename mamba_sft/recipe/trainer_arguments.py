@@ -113,7 +113,7 @@ _PUBLISHES = "nothing is published while training; `mamba-sft export --format hf
 _TOKENS = "rows reach the trainer as tokens"
 _PACKED = "rows reach the trainer packed"
 _RESUME = "a run could no longer be resumed exactly"
-_WHOLE_MODEL = "each process has the whole model; `torchrun` alone trains on several GPUs"
+_PARALLEL = "`train.parallel: ddp | fsdp | zero2` says how several GPUs share a run, and sets the rest of it"
 _ORDER = "the order of the rows is the seed's"
 _LOSS_ONLY = "only the loss is measured while training"
 _BEST = "the best checkpoint is the one with the lowest validation loss"
@@ -154,7 +154,7 @@ FIXED = {
             "save_only_model", "ignore_data_skip", "restore_callback_states_from_checkpoint",
             "save_on_each_node",
         ),
-        _WHOLE_MODEL: ("fsdp", "fsdp_config", "deepspeed", "parallelism_config"),
+        _PARALLEL: ("fsdp", "fsdp_config", "deepspeed", "parallelism_config"),
         _ORDER: (
             "shuffle_dataset", "train_sampling_strategy", "length_column_name", "dataloader_in_order",
         ),

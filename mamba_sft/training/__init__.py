@@ -15,6 +15,9 @@
                                          +- activations    what is kept for the backward
                                          +- callbacks      metrics on disk, Ctrl-C, an adapter that learns
                                          +- saving         what a full disk does not take
+                                         +- sharding       FSDP: each process holds a part of the model
+                                         +- zero           ZeRO-2: the whole model, a part of the optimizer
+                                         +- dealing        sample prompts, some to each process
                                          +- resume_points  written whole, known by their hashes
                                          +- spikes         steps far outside of their course, and their rows
                                          +- counts         tokens, losses and time of all sessions

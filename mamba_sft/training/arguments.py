@@ -13,9 +13,12 @@ from mamba_sft.model.loading import resolve_dtype
 from mamba_sft.planning.schedule import TRAINER_NAMES
 from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.run import Run
+from mamba_sft.training.sharding import SETTINGS, round_nothing
 
 
-def trainer_arguments(recipe: Recipe, run: Run, *, steps: int, has_validation: bool) -> SFTConfig:
+def trainer_arguments(
+    recipe: Recipe, run: Run, *, steps: int, has_validation: bool, processes: int = 1
+) -> SFTConfig:
     """Returns TRL's configuration of a run.
 
     To the trainer a run is one epoch of `steps` batches: its loader hands over all rows of an optimizer step,
@@ -26,6 +29,7 @@ def trainer_arguments(recipe: Recipe, run: Run, *, steps: int, has_validation: b
         run: Where it is written.
         steps: Optimizer steps of the run.
         has_validation: Whether there are validation rows.
+        processes: Processes that train together: one alone has nothing to shard.
 
     Raises:
         RecipeError: Its fields do not go together.
@@ -36,6 +40,12 @@ def trainer_arguments(recipe: Recipe, run: Run, *, steps: int, has_validation: b
         raise RecipeError(
             "`model.dtype: float16` trains on CUDA GPUs only",
             hint="use `float32` or `bfloat16` on a CPU: `model.dtype=float32`",
+        )
+    if dtype == torch.float16 and recipe.train.parallel == "zero2" and processes > 1:
+        raise RecipeError(
+            "`train.parallel: zero2` does not go with float16, which these GPUs need: DeepSpeed would train "
+            "the adapter in it too",
+            hint="set `train.parallel=ddp`",
         )
     for name in recipe.train.report_to:
         if find_spec(name) is None:
@@ -77,7 +87,13 @@ def trainer_arguments(recipe: Recipe, run: Run, *, steps: int, has_validation: b
             "metric_for_best_model": "eval_loss",
             "greater_is_better": False,
         }
-    return _sft_config(values, recipe.train.trainer_arguments)
+    shards = recipe.train.parallel == "fsdp" and processes > 1
+    if shards:
+        values |= {"fsdp": True, "fsdp_config": dict(SETTINGS)}
+    config = _sft_config(values, recipe.train.trainer_arguments)
+    if shards:
+        round_nothing(config)
+    return config
 
 
 def _same_names(recipe: Recipe) -> dict[str, Any]:

@@ -8,16 +8,17 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mamba_sft.errors import AdapterError
-from mamba_sft.model.adapter import dead_adapters
+from mamba_sft.model.adapter import dead_adapters, own_gradient
 from mamba_sft.processes import is_one_of_many
 from mamba_sft.run import write_atomically
 from mamba_sft.training.saving import Lines
@@ -85,12 +86,17 @@ class AdapterWatch(TrainerCallback):
     A kernel that reads a projection's weight around the adapter, or a target nothing flows through, trains
     nothing without a word. The first steps are watched: `dead_adapters` says which tensors should have had a
     gradient and had none, and a tensor it names twice ends the run. (Once may be a batch without a trained
-    token; and LoRA's A has no gradient until B, which starts at zero, has moved.)
+    token; and LoRA's A has no gradient until B, which starts at zero, has moved.) Every process looks, since
+    none may have a gradient as a whole.
+
+    Args:
+        gradient_of: Returns a parameter's whole gradient, or None where it has none.
     """
 
     STEPS = 4
 
-    def __init__(self) -> None:
+    def __init__(self, gradient_of: Callable[[Tensor], Tensor | None] = own_gradient) -> None:
+        self.gradient_of = gradient_of
         self.suspects: set[str] = set()
         self.checked = 0
 
@@ -105,10 +111,11 @@ class AdapterWatch(TrainerCallback):
         """Looks at the gradients that the optimizer is about to use."""
         if self.checked >= self.STEPS:
             return
-        if all(parameter.grad is None for parameter in model.parameters()):  # left out by `train.on_spike`
+        by_itself = self.gradient_of is own_gradient
+        if by_itself and all(p.grad is None for p in model.parameters()):  # left out by `train.on_spike`
             return
         self.checked += 1
-        found = set(dead_adapters(model))
+        found = set(dead_adapters(model, self.gradient_of))
         dead = sorted(self.suspects & found)
         self.suspects |= found
         if dead:

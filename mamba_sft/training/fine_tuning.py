@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
 from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 
 from mamba_sft.data.packing import Collator
@@ -27,10 +28,17 @@ from mamba_sft.evaluation.prompts import Prompt, pair, prompts_digest, write_sam
 from mamba_sft.inference.generation import answers, stop_token_ids
 from mamba_sft.inference.sampling import Sampling
 from mamba_sft.kernels import automatic
-from mamba_sft.model.adapter import attach_adapter, load_weights, save_adapter, trained_digest
+from mamba_sft.model.adapter import (
+    adapter_weights,
+    attach_adapter,
+    load_weights,
+    save_adapter,
+    trained_digest,
+)
 from mamba_sft.model.chat_template import TemplateSetup, render
 from mamba_sft.model.checkpoint import base_fingerprint, resolve_base
 from mamba_sft.model.loading import apply_setup, load_model, recommend_sampling
+from mamba_sft.model.shards import held_bytes, is_sharded
 from mamba_sft.planning.course import Course
 from mamba_sft.planning.environment import describe_call, describe_device, describe_environment
 from mamba_sft.planning.extent import RunLength
@@ -52,16 +60,18 @@ from mamba_sft.training.arguments import trainer_arguments
 from mamba_sft.training.callbacks import AdapterWatch, Interruption, MetricsLog
 from mamba_sft.training.counts import Counts
 from mamba_sft.training.data_record import record_data, settle_changes
-from mamba_sft.training.first_checks import Checked, check_first
+from mamba_sft.training.dealing import deal_out
+from mamba_sft.training.first_checks import Checked, check_first, check_sharing
 from mamba_sft.training.keeping import Ask, save_surely
 from mamba_sft.training.live_report import LiveReport
 from mamba_sft.training.overwriting import sole_writer, start_anew
 from mamba_sft.training.resume_points import step_in_name, sweep
-from mamba_sft.training.resuming import newest_resume_point
+from mamba_sft.training.resuming import newest_resume_point, processes_at_start
 from mamba_sft.training.saving import CheckpointSaves, file_errors_explained, left_out_if_refused
 from mamba_sft.training.starting import check_base, check_vocabulary
 from mamba_sft.training.step_samples import StepSamples
 from mamba_sft.training.trainer import Trainer
+from mamba_sft.training.zero import full_gradient
 from mamba_sft.wording import count_text
 
 if TYPE_CHECKING:
@@ -149,10 +159,11 @@ def prepare_checked(checked: Checked, *, allow_changed_data: bool = False) -> Pr
     """
     recipe, run = checked.recipe, checked.run
     processes = PartialState(cpu=not torch.cuda.is_available())  # as the trainer asks; else each is the first
+    check_sharing(recipe, processes.num_processes)
     setup, data = read_corpus(recipe)
     if checked.start is not None:
         check_vocabulary(checked.start, setup)
-    settled = settle(recipe, data, processes=processes.num_processes)
+    settled = settle(recipe, data, processes=_processes_at_start(checked, processes.num_processes))
     recipe, data, course, length = settled.recipe, settled.data, settled.course, settled.length
     longest = int(settled.lengths.max(initial=0))
     refuse_what_cannot_fit(recipe, longest=longest, trained_rows=len(setup.trained_token_ids))
@@ -163,7 +174,9 @@ def prepare_checked(checked: Checked, *, allow_changed_data: bool = False) -> Pr
             run, recipe, trained, steps=length.steps, validates=validates, resumes=checked.resumed
         )
     has_validation = data.validation_rows is not None
-    arguments = trainer_arguments(recipe, run, steps=course.steps, has_validation=has_validation)
+    arguments = trainer_arguments(
+        recipe, run, steps=course.steps, has_validation=has_validation, processes=processes.num_processes
+    )
     record = record_data(recipe, data, setup.tokenizer, length, checked.prompts)
     if settled.mixture is not None:
         record["mixture"] = settled.mixture.to_dict()
@@ -185,6 +198,17 @@ def prepare_checked(checked: Checked, *, allow_changed_data: bool = False) -> Pr
         trained=trained,
         seen=checked.seen,
     )
+
+
+def _processes_at_start(checked: Checked, now: int) -> int:
+    """With how many processes the run was started: a run that goes on keeps the rows of its steps."""
+    found = (processes_at_start(checked.run) if checked.resumed else None) or now
+    if found != now:
+        logger.info(
+            "the run was started with %s and goes on with %d: each step reads the same rows",
+            count_text(found, "process", "processes"), now,
+        )  # fmt: skip
+    return found
 
 
 def train(
@@ -247,7 +271,7 @@ def _train(
         check_base(preparation.start, recipe.model)
     _settle_base(preparation)
     set_seed(recipe.seed)  # before the adapter draws its first weights
-    model = load_model(recipe.model)
+    model = load_model(recipe.model, to_shard=bool(preparation.arguments.fsdp))
     logger.info("scan and convolution: backend %s", _backend(recipe.model.kernels, model))
     apply_setup(model, preparation.setup)
     recommend_sampling(model, recipe.chat)
@@ -271,8 +295,10 @@ def _train(
         interruption.where = "stopped after training, before all was written"
         _refuse_unchanged(trainer, start)
         after = _answer(preparation, trainer, "after")
+        weights = adapter_weights(trainer.model)
+        held = gather_object([held_bytes(trainer.model)])
         if trainer.is_world_process_zero():
-            _save(preparation, trainer, before, after, ask)
+            _save(preparation, trainer, Result(weights, before, after, held), ask)
     report.finish()
     trainer.accelerator.wait_for_everyone()
     return run
@@ -317,7 +343,16 @@ def _clear(preparation: Preparation) -> None:
     write_atomically(run.data, json.dumps(preparation.record, indent=2, ensure_ascii=False) + "\n")
     if preparation.data.rejected:
         write_atomically(run.rejected, preparation.data.rejected.read_text(encoding="utf-8"))
-    write_atomically(run.environment, json.dumps(describe_environment() | describe_call(), indent=2) + "\n")
+    write_atomically(run.environment, json.dumps(_describe(preparation), indent=2) + "\n")
+
+
+def _describe(preparation: Preparation) -> dict[str, Any]:
+    """What the run runs on, for `environment.json`."""
+    together = {
+        "parallel": preparation.recipe.train.parallel,
+        "processes": preparation.arguments.world_size,
+    }
+    return describe_environment() | describe_call() | together
 
 
 def _build_trainer(
@@ -328,7 +363,9 @@ def _build_trainer(
     callbacks: Sequence[TrainerCallback],
 ) -> Trainer:
     recipe, run = preparation.recipe, preparation.run
-    watchers: list[TrainerCallback] = [MetricsLog(run.metrics), AdapterWatch(), *callbacks]
+    engine = recipe.train.parallel == "zero2" and preparation.arguments.world_size > 1
+    watch = AdapterWatch(full_gradient) if engine else AdapterWatch()
+    watchers: list[TrainerCallback] = [MetricsLog(run.metrics), watch, *callbacks]
     if recipe.eval.early_stopping_patience and preparation.data.validation_rows is not None:
         watchers.append(EarlyStoppingCallback(recipe.eval.early_stopping_patience))
     return Trainer(
@@ -360,7 +397,7 @@ def _interrupted(run: Run, interruption: Interruption) -> RunInterruptedError:
 
 def _refuse_unchanged(trainer: Trainer, start: str) -> None:
     """Raises `TrainingError` when what was trained is what it was: such a run must not look finished."""
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or trained_digest(trainer.model) != start:
+    if trained_digest(trainer.model) != start:
         return
     log = trainer.state.log_history
     rate, norm = (max((line.get(name, 0.0) for line in log), default=0.0) for name in _CAUSES)
@@ -399,11 +436,14 @@ def _say_what_is_left(preparation: Preparation) -> None:
 def _answers_before(preparation: Preparation, trainer: Trainer) -> list[str]:
     """The answers of the model that training starts from; a resumed run has them from its first session."""
     path, digest = preparation.run.answers_before, prompts_digest(preparation.prompts)
-    kept = _kept_answers(path, digest, len(preparation.prompts)) if preparation.resumed else None
-    if kept is not None:
-        return kept if trainer.is_world_process_zero() else []
+    main = trainer.is_world_process_zero()
+    count, asked = len(preparation.prompts), preparation.resumed and main
+    kept = [_kept_answers(path, digest, count) if asked else None]
+    broadcast_object_list(kept)
+    if kept[0] is not None:
+        return kept[0]
     given = _answer(preparation, trainer, "before")
-    if given:
+    if given and main:
         text = json.dumps({"digest": digest, "answers": given}, ensure_ascii=False) + "\n"
         with left_out_if_refused(path):
             write_atomically(path, text)
@@ -428,14 +468,23 @@ def _watch_answers(preparation: Preparation, trainer: Trainer, before: list[str]
 
 def _answer(preparation: Preparation, trainer: Trainer, when: str) -> list[str]:
     prompts = preparation.prompts
-    if not prompts or not trainer.is_world_process_zero():
+    if not prompts:
         return []
     logger.info("answering %d sample prompts %s training", len(prompts), when)
     return _given(preparation, trainer, prompts)
 
 
 def _given(preparation: Preparation, trainer: Trainer, prompts: Sequence[Prompt]) -> list[str]:
-    """The model's answers to prompts, as it is now."""
+    """The model's answers to prompts, as it is now, in every process.
+
+    The processes share the prompts out, unless each of them holds a part of the model: then they give every
+    answer together.
+    """
+    answer = partial(_own_answers, preparation, trainer)
+    return answer(prompts) if is_sharded(trainer.model) else deal_out(answer, prompts)
+
+
+def _own_answers(preparation: Preparation, trainer: Trainer, prompts: Sequence[Prompt]) -> list[str]:
     recipe, tokenizer = preparation.recipe, preparation.setup.tokenizer
     chats = [prompt.messages(recipe.chat.system) for prompt in prompts]
     given = answers(
@@ -449,32 +498,50 @@ def _given(preparation: Preparation, trainer: Trainer, prompts: Sequence[Prompt]
     return [answer.text for answer in given]
 
 
-def _save(
-    preparation: Preparation, trainer: Trainer, before: list[str], after: list[str], ask: Ask | None
-) -> None:
+@dataclass(frozen=True)
+class Result:
+    """What training came to.
+
+    Args:
+        weights: The adapter's, from `adapter_weights`.
+        before: Answers to the sample prompts before training.
+        after: Answers after it.
+        held: Bytes of the model's parameters in each process.
+    """
+
+    weights: dict[str, torch.Tensor]
+    before: list[str]
+    after: list[str]
+    held: list[int]
+
+
+def _save(preparation: Preparation, trainer: Trainer, result: Result, ask: Ask | None) -> None:
     run, recipe = preparation.run, preparation.recipe
     sessions = trainer.counts.sessions(trainer.state.global_step, trainer.tokens)
 
     def write(place: Path) -> None:
         with atomic_directory(place) as partial:
-            save_adapter(trainer.model, partial, section=recipe.model, setup=preparation.setup)
+            save_adapter(
+                trainer.model,
+                partial,
+                section=recipe.model,
+                setup=preparation.setup,
+                weights=result.weights,
+            )
 
     nbytes = adapter_bytes(preparation.trained) + FILES
     adapter = save_surely(write, run, nbytes, ask)
-    if before:
+    if result.before:
         with left_out_if_refused(run.samples):
-            write_samples(run.samples, pair(preparation.prompts, before, after))
-    facts = (
-        describe_environment()
-        | describe_call()
-        | {
-            "seconds": round(sum(session.seconds for session in sessions), 1),
-            "steps": trainer.state.global_step,
-            "tokens": trainer.tokens,
-            "best_validation_loss": trainer.state.best_metric,
-            "sessions": [asdict(session) for session in sessions],
-        }
-    )
+            write_samples(run.samples, pair(preparation.prompts, result.before, result.after))
+    facts = _describe(preparation) | {
+        "seconds": round(sum(session.seconds for session in sessions), 1),
+        "steps": trainer.state.global_step,
+        "tokens": trainer.tokens,
+        "held_bytes": result.held,
+        "best_validation_loss": trainer.state.best_metric,
+        "sessions": [asdict(session) for session in sessions],
+    }
     with left_out_if_refused(run.environment):
         write_atomically(run.environment, json.dumps(facts, indent=2) + "\n")
     with left_out_if_refused(run.answers_before):

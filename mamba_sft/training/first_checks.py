@@ -6,7 +6,9 @@ is finished already are told before; `fine_tuning.prepare` goes on from here.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from mamba_sft.data.sources import check_source
@@ -14,7 +16,8 @@ from mamba_sft.disk import check_writable
 from mamba_sft.errors import TrainingError
 from mamba_sft.evaluation.prompts import Prompt, load_prompts
 from mamba_sft.model.chat_template import check_template_file
-from mamba_sft.model.checkpoint import resolve_base
+from mamba_sft.model.checkpoint import read_config, resolve_base
+from mamba_sft.model.shape import Shape
 from mamba_sft.planning.storage import ANOTHER_PLACE
 from mamba_sft.processes import is_first
 from mamba_sft.recipe.builtin import find_path
@@ -98,3 +101,40 @@ def check_first(
         prompts=prompts,
         seen=seen,
     )
+
+
+_SWITCHES = {"fsdp": "ACCELERATE_USE_FSDP", "zero2": "ACCELERATE_USE_DEEPSPEED"}
+"""What `accelerate launch` sets where its own configuration asks for one of the modes."""
+
+
+def check_sharing(recipe: Recipe, processes: int) -> None:
+    """Checks that this run's processes can share it as `train.parallel` says.
+
+    Args:
+        recipe: What is trained.
+        processes: How many train together.
+
+    Raises:
+        TrainingError: They cannot, or were launched to do otherwise.
+    """
+    parallel = recipe.train.parallel
+    for name, switch in _SWITCHES.items():
+        if name != parallel and os.environ.get(switch, "").lower() == "true":
+            raise TrainingError(
+                f"`accelerate launch` was told to use {name}, and `train.parallel` is `{parallel}`",
+                hint=f"set `train.parallel={name}`, or launch with `torchrun`",
+            )
+    if processes == 1:
+        return
+    if parallel == "zero2" and find_spec("deepspeed") is None:
+        raise TrainingError(
+            "`train.parallel: zero2` needs DeepSpeed, which is not installed",
+            hint="pip install 'mamba-sft[deepspeed]', or set `train.parallel=ddp`",
+        )
+    shape = Shape.from_config(read_config(resolve_base(recipe.model.base, recipe.model.revision)))
+    if parallel == "fsdp" and shape.tied:
+        raise TrainingError(
+            f"`train.parallel: fsdp` cannot cut `{recipe.model.base}` in parts: its embeddings and its head "
+            "are one matrix, with trained rows",
+            hint="set `train.parallel=ddp`",
+        )

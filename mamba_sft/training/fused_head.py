@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import register_fsdp_forward_method
 from trl.kernels import ChunkedLogProbFunction
 
 VOCABULARY_TILE = 32768
@@ -67,28 +67,42 @@ def add_fused_head(model: Any) -> None:
     """Lets a causal language model be called with `targets`: then it returns `LogProbs` and no logits.
 
     Args:
-        model: A `FalconMambaForCausalLM`, before it is wrapped for several processes.
+        model: A `FalconMambaForCausalLM`, its adapter attached, before it is wrapped for several processes.
     """
     original = model.forward
+    head = model.get_output_embeddings()
 
     def forward(self: Any, *args: Any, targets: Targets | None = None, **kwargs: Any) -> Any:
         if targets is None:
             return original(*args, **kwargs)
-        # Looked up at each call: adapters and shards replace both after this.
         hidden = self.base_model(*args, **kwargs, use_cache=False).last_hidden_state
-        head = self.get_output_embeddings()
-        weight, bias = (x.full_tensor() if isinstance(x, DTensor) else x for x in (head.weight, head.bias))
-        log_probs, entropy, _, _, is_top1 = ChunkedLogProbFunction.apply(
-            hidden.reshape(-1, hidden.shape[-1]).index_select(0, targets.positions),
-            weight,
-            bias,
-            targets.tokens,
-            1.0,  # temperature
-            VOCABULARY_TILE,
-            None,  # no soft cap and no scale: Falcon-Mamba's logits are what the projection gives
-            1.0,
-            ("entropy", "is_top1"),
-        )
-        return LogProbs(log_probs, entropy, is_top1)
+        at_targets = hidden.reshape(-1, hidden.shape[-1]).index_select(0, targets.positions)
+        return head.log_probs(at_targets, targets.tokens)
 
+    head.log_probs = types.MethodType(_log_probs, head)
     model.forward = types.MethodType(forward, model)
+
+
+def shard_fused_head(model: Any) -> None:
+    """Has the head of a model that FSDP sharded fetch its weights for `log_probs` as it does for a forward.
+
+    Args:
+        model: With the fused head.
+    """
+    register_fsdp_forward_method(model.get_output_embeddings(), "log_probs")
+
+
+def _log_probs(head: Any, hidden: Tensor, tokens: Tensor) -> LogProbs:
+    """What is known of the tokens after hidden states (N, hidden_size)."""
+    log_probs, entropy, _, _, is_top1 = ChunkedLogProbFunction.apply(
+        hidden,
+        head.weight,
+        head.bias,
+        tokens,
+        1.0,  # temperature
+        VOCABULARY_TILE,
+        None,  # no soft cap and no scale: Falcon-Mamba's logits are what the projection gives
+        1.0,
+        ("entropy", "is_top1"),
+    )
+    return LogProbs(log_probs, entropy, is_top1)

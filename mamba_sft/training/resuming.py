@@ -21,7 +21,7 @@ CHANGEABLE = (
     "train.checkpointing", "train.stream_tokens", "train.auto_batch", "train.log_activations",
     "train.grace_seconds",
     "train.on_spike",  # changes numbers, but a run that it stopped could not go on otherwise
-    "eval.sample_steps",
+    "eval.sample_steps", "train.parallel",
 )  # fmt: skip
 """Fields that may change between a run and its resumption, because no number in it changes by more than
 rounding: a run that ran out of memory goes on with less of it."""
@@ -32,6 +32,17 @@ LENGTH = ("train.max_steps", "train.num_train_epochs")
 def newest_resume_point(run: Run) -> Path | None:
     """Returns the newest resume point of a run that is what was written."""
     return find_good(run)[0]
+
+
+def processes_at_start(run: Run) -> int | None:
+    """Returns with how many processes a run was started, or None where nothing says so.
+
+    They decide how many rows an optimizer step reads. A run that goes on with more or fewer of them reads
+    the same rows in each step.
+    """
+    length = run.read_data().get("length")
+    found = length.get("processes") if isinstance(length, dict) else None
+    return found if isinstance(found, int) and found > 0 else None
 
 
 def find_resume_point(run: Run, recipe: Recipe) -> tuple[Recipe, Path | None]:

@@ -52,14 +52,14 @@ class StepSamples(TrainerCallback):
         self._run, self._every, self._answer = run, every, answer
         self._given: list[StepSample] = []
         self._stopped = False
+        self._writes = True
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Keeps the answers of the base; on a resumed run, forgets those of steps that were lost."""
-        if not state.is_world_process_zero:
-            self._stopped = True
-        elif state.global_step:
+        self._writes = state.is_world_process_zero
+        if state.global_step:
             earlier = read_step_samples(self._run.step_samples)
             self._given = [one for one in earlier if one.step <= state.global_step]
         else:
@@ -76,10 +76,13 @@ class StepSamples(TrainerCallback):
         try:
             self._keep(state.global_step, self._answer(self.prompts))
         except (torch.OutOfMemoryError, OSError) as error:
-            self._stopped = True
+            # several processes answer together: one whose disk is full goes on with the others
+            self._writes = False
+            self._stopped = isinstance(error, torch.OutOfMemoryError) or args.world_size == 1
             logger.warning("no more sample answers while training goes on: %s", str(error).splitlines()[0])
 
     def _keep(self, step: int, answers: Sequence[str]) -> None:
         pairs = zip(self.prompts, answers, strict=False)
         self._given += [StepSample(step, prompt, text) for prompt, text in pairs]
-        write_step_samples(self._run.step_samples, self._given)
+        if self._writes:
+            write_step_samples(self._run.step_samples, self._given)

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from mamba_sft.data.packing import PADDING
 from mamba_sft.data.rows import IGNORED, row_lengths
-from mamba_sft.errors import TrainingError
 from mamba_sft.kernels.carry import Carry
 from mamba_sft.recipe.fields import TrainSection
 from mamba_sft.training.figures import Figures
@@ -32,19 +31,10 @@ class ChunkedSteps:
 
     Args:
         trainer: Whose model, accelerator and data are used.
-        section: `stream_tokens`, `carry_state` and `auto_batch`.
-
-    Raises:
-        TrainingError: The weights are sharded over processes.
+        section: `stream_tokens`, `carry_state` and `auto_batch`; recipes keep them to `parallel: ddp`.
     """
 
     def __init__(self, trainer: Any, section: TrainSection):
-        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-            raise TrainingError(
-                "`train.stream_tokens`, `train.carry_state` and `train.auto_batch` need the whole model in "
-                "each process, and FSDP or DeepSpeed shard it",
-                hint="launch with `torchrun` or `accelerate launch --multi_gpu`, or leave these fields out",
-            )
         self.trainer = trainer
         self.tokens = section.stream_tokens
         self.passed_on: States | None = None

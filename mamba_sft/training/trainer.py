@@ -23,12 +23,14 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_callback import ExportableState
 from trl import SFTTrainer
 
 from mamba_sft.data.packing import PADDING
 from mamba_sft.errors import TrainingError
-from mamba_sft.model.adapter import keep_float32
+from mamba_sft.model.adapter import adapter_tensors, keep_float32, load_weights
+from mamba_sft.model.shards import whole
 from mamba_sft.planning.course import Course
 from mamba_sft.planning.schedule import make_scheduler
 from mamba_sft.recipe.fields import TrainSection
@@ -36,16 +38,30 @@ from mamba_sft.run import Run, write_atomically
 from mamba_sft.training.callbacks import Interruption, StepGivenUp
 from mamba_sft.training.counts import Counts, mean_loss, read_counts, write_counts
 from mamba_sft.training.figures import Figures, Tally
-from mamba_sft.training.fused_head import add_fused_head
+from mamba_sft.training.fused_head import add_fused_head, shard_fused_head
 from mamba_sft.training.largest_residual import LargestResidual
 from mamba_sft.training.pace import Pace
-from mamba_sft.training.random_state import RandomState, current_random_state, restore_random_state
+from mamba_sft.training.random_state import (
+    RandomState,
+    current_random_state,
+    restore_random_state,
+    saved_by,
+    start_anew,
+)
 from mamba_sft.training.resume_points import STATE, fault_of, find_good, rotate, written_whole
 from mamba_sft.training.saving import CheckpointSaves, left_out_if_refused
+from mamba_sft.training.sharding import (
+    compute_as_ddp,
+    load_whole_state,
+    own_environment,
+    shard_anywhere,
+    whole_state,
+)
 from mamba_sft.training.spikes import SpikeWatch, named
 from mamba_sft.training.step_loader import Batch, count_rows, load_steps
 from mamba_sft.training.steps import ChunkedSteps
 from mamba_sft.training.streaming import split
+from mamba_sft.training.zero import EngineBackward, EngineStep, compute_mixed, use_engine
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +102,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         self.interruption = interruption
         self.saves = saves
         self.section = section
+        self.parallel = section.parallel
         add_fused_head(arguments["model"].get_base_model())  # beside TRL's, for a loss that needs no wait
         self.spikes = SpikeWatch(run, section.on_spike)
         self.residual = LargestResidual() if section.log_activations else None
@@ -105,6 +122,17 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         self._after_evaluation: RandomState | None = None
         self.steps = ChunkedSteps(self, section) if ChunkedSteps.wanted(section) else None
         self.add_callback(_TakeUp(self))  # last: what was logged before is cut to its place by then
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Makes the accelerator, which shards as `train.parallel` says, on CPUs too."""
+        with own_environment():
+            super().create_accelerator_and_postprocess()
+        if self.args.fsdp:
+            shard_anywhere(self.accelerator, self.args)
+            self.is_fsdp_enabled = True
+        self.has_engine = self.parallel == "zero2" and self.accelerator.num_processes > 1
+        if self.has_engine:
+            use_engine(self.accelerator, self.args)
 
     def fit(self, resume_point: Path | None) -> None:
         """Trains to the end of the run, from its start or from a resume point, which may be the end.
@@ -164,8 +192,18 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         """Tokens that the run has read in training."""
         return max(self.tally.tokens, int(self._total_train_tokens))
 
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Makes the optimizer, and keeps what its groups were: DeepSpeed drops those without parameters."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        self._groups = [{**group, "params": [*group["params"]]} for group in optimizer.param_groups]
+        return optimizer
+
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Makes the recipe's schedule, with a first and a last step that count."""
+        if self.has_engine:
+            engine = self.accelerator.deepspeed_engine_wrapped.engine
+            self.accelerator.deepspeed_engine_wrapped = EngineBackward(engine)
+            self.optimizer: Any = EngineStep(self.optimizer, engine, self._groups)  # type: ignore[has-type]
         if self.lr_scheduler is None:  # type: ignore[has-type]
             self.lr_scheduler = make_scheduler(
                 self.optimizer if optimizer is None else optimizer, self.section, self.course.tokens
@@ -203,11 +241,14 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
 
     @contextmanager
     def _gradients_apart(self, model: Any) -> Iterator[None]:
-        """Adds gradients up in each process by itself: they meet in the last micro-batch of a step."""
+        """Adds gradients up in each process by itself: they meet in the last micro-batch of a step.
+
+        DeepSpeed's engine, which has no place for whole gradients, lets them meet after each of them.
+        """
         state = self.accelerator.gradient_state
         state._set_sync_gradients(False)
         try:
-            with self.accelerator.no_sync(model):
+            with nullcontext() if self.has_engine else self.accelerator.no_sync(model):
                 yield
         finally:
             state._set_sync_gradients(True)
@@ -231,7 +272,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
 
         Here, once in an optimizer step, the host waits for the device: for all that it must know of the step.
         """
-        found = torch.as_tensor(super()._get_grad_norm(model, grad_norm=grad_norm))
+        found = whole(torch.as_tensor(super()._get_grad_norm(model, grad_norm=grad_norm)))
         batches, self._micro_batches = self._micro_batches, []
         figures = self.tally.collect("train")
         own = torch.stack([loss for loss, _ in batches])
@@ -376,6 +417,23 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
             best = Path(kept) if kept else final
             rotate(self.run, newest=final, best=best, limit=self.args.save_total_limit)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves the adapter, which no process has as a whole where it is sharded."""
+        if not self.is_fsdp_enabled:
+            super().save_model(output_dir, _internal_call)
+            return
+        tensors = {name: whole(x.detach()).cpu() for name, x in adapter_tensors(self.model).items()}
+        self._save(output_dir, state_dict=tensors)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not (self.is_fsdp_enabled or self.has_engine):
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        state = whole_state(self.optimizer)
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
     def _save_record(self, directory: Path, by_us: bool) -> None:
         """Writes what the run has come to: the trainer's state, and what transformers forgets of it."""
         unlogged = float(self.accelerator.reduce(self._tr_loss, reduction="mean"))
@@ -399,6 +457,11 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
 
     def take_up(self) -> None:
         """Goes on counting where the resume point stopped, or begins at nothing."""
+        if self.is_fsdp_enabled:
+            shard_fused_head(self.model.get_base_model())
+            compute_as_ddp(self.accelerator, self.model)
+        elif self.has_engine:
+            compute_mixed(self.model, self.args)
         if self._resume_point is None:
             self.counts.begin(0, 0)
             return
@@ -433,7 +496,10 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         if fault := fault_of(best):
             logger.warning("the best checkpoint `%s` is damaged: %s; the last adapter is kept", best, fault)
             return
-        super()._load_best_model()
+        if self.is_fsdp_enabled:
+            load_weights(self.model, best)
+        else:
+            super()._load_best_model()
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
@@ -445,33 +511,59 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
             restore_random_state(self._after_evaluation, self.args.device)
             return
         with _loading(checkpoint):
-            super()._load_rng_state(checkpoint)
+            if checkpoint is None or saved_by(Path(checkpoint)) == self.args.world_size:
+                super()._load_rng_state(checkpoint)
+            else:
+                start_anew(
+                    self.args.seed,
+                    step=self.state.global_step,
+                    process=self.args.process_index,
+                    processes=self.args.world_size,
+                )
             if self.steps is not None and checkpoint is not None:
                 self.steps.load(Path(checkpoint), self.args.process_index)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         with _loading(resume_from_checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            if self.is_fsdp_enabled:
+                load_weights(self.model, resume_from_checkpoint)
+            else:
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with _loading(checkpoint):
-            super()._load_optimizer_and_scheduler(checkpoint)
+            if self.is_fsdp_enabled and checkpoint is not None:
+                state = torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
+                load_whole_state(self.optimizer, state)
+                schedule = torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True)
+                self.lr_scheduler.load_state_dict(schedule)
+            else:
+                super()._load_optimizer_and_scheduler(checkpoint)
 
     def _find_bad_gradients(self, model: Any, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Runs the micro-batches of a step again, as they were run; returns those with a bad gradient.
 
         Dropout draws anew, so it may be none of them this time. Every process runs all of its own, so that
-        none waits for another.
+        none waits for another. Sharded gradients are nobody's own: a bad one is in all processes.
         """
+        if self.has_engine:  # it keeps what it has added up
+            return [inputs for inputs in batches if self._has_bad_gradient(inputs)]
         bad = []
         for inputs in batches:
             model.zero_grad()
-            with self.accelerator.no_sync(model):
+            with nullcontext() if self.is_fsdp_enabled else self.accelerator.no_sync(model):
                 self._take_micro_batch(model, self._on_device(inputs))
             gradients = [p.grad for p in model.parameters() if p.grad is not None]
-            if not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
+            if not torch.isfinite(whole(torch.nn.utils.get_total_norm(gradients))):
                 bad.append(inputs)
         return bad
+
+    def _has_bad_gradient(self, inputs: Batch) -> bool:
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        loss = self.compute_loss(self.model, self._on_device(inputs))
+        gradients = torch.autograd.grad(loss, trained, allow_unused=True)
+        norm = torch.nn.utils.get_total_norm([x for x in gradients if x is not None])
+        return not bool(torch.isfinite(norm))
 
     def _stop_on_nan(self, what: str, bad: list[dict[str, Any]]) -> None:
         """Raises for the first bad micro-batch of any process; all of them come here, and name the same.

@@ -43,6 +43,14 @@ def loss_gradients(model, tokens, **inputs):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+def test_torch_can_take_the_memory_of_weights_back(tiny_model, tokens):
+    """FSDP does, after every block; what numpy has looked at stays for ever."""
+    model = install(tiny_model, backend="cpu")
+    loss_gradients(model, tokens)
+    held = [name for name, p in model.named_parameters() if not p.untyped_storage().resizable()]
+    assert held == []
+
+
 # --- installing ---------------------------------------------------------------------------------------------
 
 

@@ -519,7 +519,11 @@ def test_allowed_arguments_reach_sft_config() -> None:
         ("ignore_data_skip: true", "must not be set: a run could no longer be resumed exactly"),
         ("trackio_space_id: a/b", "must not be set: nothing is published while training"),
         ("use_liger_kernel: true", "must not be set here; use `model.kernels`"),
-        ("fsdp: full_shard", "must not be set: each process has the whole model"),
+        (
+            "fsdp: full_shard",
+            "must not be set: `train.parallel: ddp | fsdp | zero2` says how several GPUs share",
+        ),
+        ("deepspeed: zero.json", "must not be set: `train.parallel: ddp | fsdp | zero2` says how"),
         ("adam_beta2: high", "must be a number from 0 to below 1, got the text `high`"),
         ("adam_beta2: true", "must be a number from 0 to below 1, got true"),
         ("adam_beta2: null", "must be a number from 0 to below 1, got null"),
@@ -537,6 +541,44 @@ def test_trainer_arguments_are_refused_with_line_and_reason(argument: str, text:
     assert len(found) == 1
     assert found[0].startswith(f"r.yaml:9: `train.trainer_arguments.{name}` {text}")
     assert "secret" not in found[0]
+
+
+@pytest.mark.parametrize(
+    ("parallel", "setting", "why"),
+    [
+        ("fsdp", "stream_tokens: 64", "go through it together"),
+        ("zero2", "carry_state: true", "go through it together"),
+        ("fsdp", "auto_batch: true", "go through it together"),
+        ("zero2", "optim: adamw_8bit", "know no parts of parameters"),
+        ("fsdp", "trainer_arguments: {loss_type: dft}", "only the loss `nll`"),
+    ],
+)
+def test_what_needs_the_whole_model_in_each_process(parallel: str, setting: str, why: str) -> None:
+    found = problems(minimal(f"train:\n  parallel: {parallel}\n  {setting}\n"))
+    assert len(found) == 1
+    assert f"does not go with `train.parallel: {parallel}`" in found[0]
+    assert why in found[0]
+    Recipe.from_text(minimal(f"train:\n  parallel: ddp\n  {setting}\n"), "r.yaml")
+
+
+def test_dora_reads_no_packed_weights() -> None:
+    more = "train:\n  parallel: fsdp\n  checkpointing: mamba\nadapter:\n  use_dora: true\n"
+    text = minimal(more).replace("base: some/base", "base: some/base\n  quantization: nf4")
+    assert "`train.checkpointing` does not go with `train.parallel: fsdp`: DoRA" in "".join(problems(text))
+    Recipe.from_text(text.replace("mamba", "block"), "r.yaml")
+
+
+def test_int8_is_not_cut_in_parts() -> None:
+    text = minimal("train:\n  parallel: fsdp\n").replace(
+        "base: some/base", "base: some/base\n  quantization: int8"
+    )
+    assert "`model.quantization` does not go with `train.parallel: fsdp`" in "".join(problems(text))
+
+
+def test_zero3_is_refused_with_the_reason() -> None:
+    (found,) = problems(minimal("train:\n  parallel: zero3\n"))
+    assert "`train.parallel` must not be `zero3`: it fetches a module's weights when" in found
+    assert "use `fsdp`" in found
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])

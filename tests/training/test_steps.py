@@ -238,16 +238,6 @@ def test_out_of_memory_without_auto_batch_names_it(recipe: Any, monkeypatch: pyt
     assert "train.auto_batch: true" in (caught.value.hint or "")
 
 
-def test_sharded_weights_are_refused() -> None:
-    from types import SimpleNamespace
-
-    from mamba_sft.recipe.fields import TrainSection
-
-    trainer = SimpleNamespace(is_fsdp_enabled=True, is_deepspeed_enabled=False)
-    with pytest.raises(TrainingError, match="need the whole model in each process"):
-        ChunkedSteps(trainer, TrainSection(stream_tokens=8))
-
-
 PROCESS = """
 import json, sys
 import torch.distributed as dist
