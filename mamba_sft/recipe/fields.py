@@ -16,9 +16,13 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
     JsonValue,
     PlainSerializer,
+    SerializerFunctionWrapHandler,
 )
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from mamba_sft.credentials import has_credentials
 from mamba_sft.recipe.spans import TokenCount, span_of
@@ -255,7 +259,7 @@ class DataSection(Section):
 
 
 class AdapterSection(Section):
-    """Where LoRA goes and how large it is."""
+    """Where LoRA goes and how large it is; `adapter: none` trains all weights instead."""
 
     r: int = Field(default=16, ge=1, le=1024)
     """Rank. Higher can learn more and costs memory and file size in proportion."""
@@ -270,6 +274,40 @@ class AdapterSection(Section):
     """Scale by lora_alpha / sqrt(r), which keeps high ranks (64 and up) learning."""
     use_dora: bool = False
     """Learn the length of each weight row apart from its direction. Can help at low rank; slower."""
+
+
+class _OrNone:
+    """A section that the word `none` stands in for, as None; nothing else does, an empty section neither."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_before_validator_function(
+            self._read,
+            handler(source),
+            serialization=core_schema.wrap_serializer_function_ser_schema(self._write),
+        )
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        found = handler(schema)
+        choices = [one for one in found.pop("anyOf") if one != {"type": "null"}]
+        return {**found, "anyOf": [*choices, {"const": "none"}]}
+
+    @staticmethod
+    def _read(value: Any) -> Any:
+        if value is None or isinstance(value, str | bool | int | float | list):
+            if value != "none":
+                raise PydanticCustomError("section_or_none", "not a section")
+            return None
+        return value
+
+    @staticmethod
+    def _write(value: Any, handler: SerializerFunctionWrapHandler) -> Any:
+        return "none" if value is None else handler(value)
+
+
+Adapter = Annotated[AdapterSection | None, _OrNone()]
+"""LoRA, or None for `adapter: none`: all weights are trained."""
 
 
 class StageSection(Section):
@@ -322,7 +360,8 @@ class TrainSection(Section):
     """While the batch grows, scale the learning rate by sqrt(batch / to), which keeps the noise in Adam's
     steps what it is at the end of the ramp."""
     learning_rate: Number = Field(default=2e-4, gt=0, le=1)
-    """Peak step size. LoRA likes 1e-4 to 3e-4; too high and the loss jumps or becomes NaN."""
+    """Peak step size. LoRA likes 1e-4 to 3e-4, all weights about a tenth of it, which is the default with
+    `adapter: none`; too high and the loss jumps or becomes NaN."""
     lr_scheduler_type: Literal["wsd", "cosine", "linear", "constant"] = "wsd"
     """Course of the learning rate after the warmup: wsd holds the peak and falls at the end, cosine and
     linear fall all the way, constant stays."""
@@ -341,16 +380,17 @@ class TrainSection(Section):
     """How long wsd falls, written as warmup_steps is. null is a fifth of the run, or what stable_steps
     leaves."""
     weight_decay: Number = Field(default=0.0, ge=0, le=1)
-    """Pulls adapter weights towards zero. Seldom needed with LoRA."""
+    """Pulls what is trained towards zero, but never biases, norms, `A_log` and `D`. Seldom needed with LoRA."""
     max_grad_norm: Number = Field(default=1.0, gt=0, le=1e6)
     """Gradients longer than this are scaled down to it, which tames loss spikes."""
     optim: Literal["adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"] = "adamw_torch_fused"
     """The 8-bit ones hold optimizer state in a quarter of the memory; paged moves it to CPU memory when the
-    GPU is full. With LoRA that state is small."""
+    GPU is full. With LoRA that state is small; with `adapter: none` it is twice the weights."""
     checkpointing: Literal["none", "block", "mamba"] = "block"
     """block keeps only the input of each block and computes the rest again in the backward pass: far less
     memory, about a third more time. mamba keeps the large matrix products too and repeats only what is cheap:
-    three times what block keeps, for hardly more time than none, which is fastest if it fits."""
+    three times what block keeps, for hardly more time than none, which is fastest if it fits. mamba needs
+    LoRA."""
     stream_tokens: int | None = Field(default=None, ge=1, le=MANY)
     """Train rows of any length in chunks of this many tokens, with the gradients of the whole row, in the
     memory of one chunk, for one more forward. 1024 suits most GPUs, with `checkpointing: none` or mamba.

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from mamba_sft.credentials import masked
 from mamba_sft.recipe.conflicts import ConflictError, Keys
-from mamba_sft.recipe.other_tools import FOREIGN_KEYS, UNWANTED_KEYS, meant
+from mamba_sft.recipe.other_tools import ALL_WEIGHTS, FOREIGN_KEYS, UNWANTED_KEYS, meant
 from mamba_sft.wording import shown
 
 Error = Mapping[str, Any]
@@ -239,6 +239,7 @@ EXPECTATIONS = {
     "too_short": "must have at least one entry",
     "dict_type": "must be a section with fields of its own",
     "model_type": "must be a section with fields of its own",
+    "section_or_none": "must be a section with fields of its own, or the word `none`",
     "value_error": "{error}",
 }
 BOOLEANS = dict.fromkeys(("yes", "on", "true", "1"), "true") | dict.fromkeys(
@@ -279,8 +280,22 @@ def _fix(kind: str, value: Any) -> str:
         return f"; write {BOOLEANS[shown_number(value).lower()]}"
     if kind == "string_type" and isinstance(value, int | float):
         return "; put it in quotes"
+    if kind == "section_or_none":
+        return _adapter_fix(value)
     if kind == "list_type" and isinstance(value, str) and value.isprintable() and len(value) <= 80:
         return f"; write [{', '.join(value.replace(',', ' ').split())}]" if value != "none" else "; write []"
+    return ""
+
+
+def _adapter_fix(value: Any) -> str:
+    """What whoever wrote something else for the section `adapter` wants."""
+    if value is None:
+        return "; leave the line out for LoRA with its defaults, or write `none` to train all weights"
+    word = str(value).strip().lower().replace("-", "_").replace(" ", "_")
+    if word in ALL_WEIGHTS:
+        return "; did you mean `none`, which trains all weights?"
+    if word in ("lora", "qlora", "true", "peft"):
+        return "; leave the line out for LoRA with its defaults"
     return ""
 
 
