@@ -58,7 +58,7 @@ class Work:
         policy: `train.checkpointing`.
         quantization: `model.quantization`.
         optim: `train.optim`.
-        adapter: Rank, targets, variants.
+        adapter: Rank, targets, variants; None: all weights are trained.
         trained_rows: Rows of the vocabulary that are trained.
         card: What the kernels' launches depend on. None: a GPU that is not known, or none.
     """
@@ -72,7 +72,7 @@ class Work:
     policy: Policy = "block"
     quantization: Literal["none", "nf4", "int8"] = "none"
     optim: str = "adamw_torch_fused"
-    adapter: AdapterSection = field(default_factory=AdapterSection)
+    adapter: AdapterSection | None = field(default_factory=AdapterSection)
     trained_rows: int = 0
     card: Card | None = None
 
@@ -115,22 +115,34 @@ class Work:
 
     @property
     def mixed(self) -> bool:
-        """Whether products are computed in 16 bits, under autocast, with an adapter in float32."""
+        """Whether products are computed in 16 bits, under autocast, with what is trained in float32."""
         return self.itemsize < 4
+
+    @property
+    def is_full(self) -> bool:
+        """Whether all weights are trained; they are float32 then."""
+        return self.adapter is None
+
+    @property
+    def has_dora(self) -> bool:
+        """Whether the adapter learns lengths apart from directions."""
+        return self.adapter is not None and self.adapter.use_dora
 
     def targets(self, name: str) -> bool:
         """Whether projection `name` carries LoRA."""
-        return any(target.rpartition(".")[2] == name for target in self.adapter.target_modules)
+        return self.adapter is not None and any(target.rpartition(".")[2] == name for target in self.adapter.target_modules)
 
     @property
     def state_stride(self) -> int:
-        """Steps between two states that the scan saves; the rates A are never trained."""
-        return STATE_STRIDE if self.card is None else state_stride(self.card, self.shape.states, False)
+        """Steps between two states that the scan saves; the rates A are trained with all weights only."""
+        return STATE_STRIDE if self.card is None else state_stride(self.card, self.shape.states, self.is_full)
 
     @property
     def lora_values(self) -> int:
         """Values of the LoRA matrices and DoRA's magnitudes."""
         adapter = self.adapter
+        if adapter is None:
+            return 0
         sizes = [size for name, size in self.shape.projections.items() if self.targets(name)]
         each = sum(adapter.r * (inputs + outputs) + adapter.use_dora * outputs for inputs, outputs in sizes)
         return self.shape.layers * each
@@ -138,6 +150,8 @@ class Work:
     @property
     def trained(self) -> int:
         """All values that are trained."""
+        if self.is_full:
+            return self.shape.parameters
         matrices = 1 if self.shape.tied else 2
         return self.lora_values + self.trained_rows * self.shape.hidden * matrices
 
@@ -158,7 +172,7 @@ def planned_parts(work: Work) -> dict[Part, int]:
         states += work.boundaries
     parts: dict[Part, int] = {
         "weights": weights(work),
-        "adapter": 4 * work.trained,
+        "adapter": 0 if work.is_full else 4 * work.trained,
         "gradients": 4 * work.trained,
         "optimizer": work.trained * (8 if work.optim == "adamw_torch_fused" else 2),
         "states": states,
@@ -185,7 +199,7 @@ def peak(parts: dict[Part, int]) -> int:
 
 def weights(work: Work) -> int:
     """Returns the bytes of the base model."""
-    shape, e = work.shape, work.itemsize
+    shape, e = work.shape, 4 if work.is_full else work.itemsize
     if work.quantization == "none":
         return shape.parameters * e
     sizes = [shape.projections[name] for name in work.quantized]
@@ -208,7 +222,7 @@ def kept(work: Work) -> int:
     boundary = residual
     if work.policy == "mamba":
         boundary += e * (2 * shape.inner + shape.rank + 2 * shape.states)
-        boundary += e * shape.hidden * work.adapter.use_dora
+        boundary += e * shape.hidden * work.has_dora
     return shape.layers * (boundary + sum(_int8_inputs(work).values())) * work.tokens
 
 
@@ -237,7 +251,8 @@ def _layer(work: Work) -> int:
     token = e * (4 * D + 2 * N) + 4 * (R + 2 * N) + 4 * d  # xz, u, dt; B, C; x_dbl; the residual or its copy
     token += e * (D * on["out_proj"] + d * on["in_proj"] + R * on["dt_proj"])
     token += e * D * (on["x_proj"] and mixed)
-    token += e * work.adapter.r * sum(on.values()) + 4 * 4  # A's products; a factor for each norm
+    rank = work.adapter.r if work.adapter is not None else 0
+    token += e * rank * sum(on.values()) + 4 * 4  # A's products; a factor for each norm
     token += _variants(work, on)
     if work.policy == "none" and mixed:  # in float32 the adapter keeps the same tensors
         token += sum(size for name, size in _int8_inputs(work).items() if name != "x_proj")  # the scan has it
@@ -250,12 +265,12 @@ def _layer(work: Work) -> int:
 
 def _variants(work: Work, on: dict[str, bool]) -> int:
     """Bytes per token that dropout's masks and DoRA's products add to a layer."""
-    token = 0
+    token, adapter = 0, work.adapter
     for name, (inputs, outputs) in work.shape.projections.items():
-        if on[name] and work.adapter.lora_dropout:
+        if on[name] and adapter is not None and adapter.lora_dropout:
             token += inputs * (1 if work.device == "cuda" else 4)
             token += 4 * inputs * (name == "x_proj" and not work.mixed)
-        if on[name] and work.adapter.use_dora:
+        if on[name] and work.has_dora:
             token += 2 * outputs * work.itemsize
     return token
 
@@ -304,7 +319,7 @@ def _dequantized(work: Work) -> int:
     """Bytes of the weight that is unpacked at the time, the largest of them."""
     sizes = {name: inputs * outputs for name, (inputs, outputs) in work.shape.projections.items()}
     size = work.itemsize * max((sizes[name] for name in work.quantized), default=0)
-    if work.adapter.use_dora:  # the norm of W + B A, in float32
+    if work.has_dora:  # the norm of W + B A, in float32
         size += 2 * 4 * sizes["in_proj"]
     return size
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -96,6 +96,11 @@ class Recipe(Section):
             RecipeError: The values have problems: all of them.
         """
         return yaml_text.build(cls, values)
+
+    @property
+    def trains(self) -> Literal["adapter", "model"]:
+        """What a run of it trains, and leaves in a directory of that name."""
+        return "model" if self.adapter is None else "adapter"
 
     def to_yaml(self) -> str:
         """The whole recipe, every value written out; reading it back gives an equal recipe."""

@@ -27,9 +27,10 @@ from mamba_sft.evaluation.prompts import Prompt, pair, prompts_digest, write_sam
 from mamba_sft.inference.generation import answers, stop_token_ids
 from mamba_sft.inference.sampling import Sampling
 from mamba_sft.kernels import automatic
-from mamba_sft.model.adapter import attach_adapter, load_weights, save_adapter, trained_digest
+from mamba_sft.model.adapter import attach_adapter, load_weights, trained_digest
 from mamba_sft.model.chat_template import TemplateSetup, render
 from mamba_sft.model.checkpoint import base_fingerprint, resolve_base
+from mamba_sft.model.full_weights import in_float32, save_trained, train_all_weights
 from mamba_sft.model.loading import apply_setup, load_model, recommend_sampling
 from mamba_sft.planning.course import Course
 from mamba_sft.planning.environment import describe_call, describe_device, describe_environment
@@ -39,9 +40,9 @@ from mamba_sft.planning.settling import settle
 from mamba_sft.planning.storage import (
     ANOTHER_PLACE,
     FILES,
-    adapter_bytes,
     checkpoint_sizes,
     refuse_too_small_a_disk,
+    result_bytes,
 )
 from mamba_sft.recipe.mixtures import source_ids
 from mamba_sft.recipe.recipe import Recipe
@@ -247,11 +248,14 @@ def _train(
         check_base(preparation.start, recipe.model)
     _settle_base(preparation)
     set_seed(recipe.seed)  # before the adapter draws its first weights
-    model = load_model(recipe.model)
+    model = load_model(recipe.model if recipe.adapter is not None else in_float32(recipe.model))
     logger.info("scan and convolution: backend %s", _backend(recipe.model.kernels, model))
     apply_setup(model, preparation.setup)
     recommend_sampling(model, recipe.chat)
-    model = attach_adapter(model, recipe.adapter, trained_token_ids=preparation.setup.trained_token_ids)
+    if recipe.adapter is None:
+        model = train_all_weights(model)
+    else:
+        model = attach_adapter(model, recipe.adapter, trained_token_ids=preparation.setup.trained_token_ids)
     keep_activations(model, recipe.train.checkpointing)
     _start_directory(preparation)  # an earlier run goes only when this one has all it needs
     trainer = _build_trainer(preparation, model, counts, interruption, callbacks)
@@ -269,7 +273,7 @@ def _train(
         if interruption.ends_the_run:
             raise _interrupted(run, interruption)
         interruption.where = "stopped after training, before all was written"
-        _refuse_unchanged(trainer, start)
+        _refuse_unchanged(trainer, start, recipe.trains)
         after = _answer(preparation, trainer, "after")
         if trainer.is_world_process_zero():
             _save(preparation, trainer, before, after, ask)
@@ -358,7 +362,7 @@ def _interrupted(run: Run, interruption: Interruption) -> RunInterruptedError:
     return RunInterruptedError(f"{interruption.where}; no checkpoint yet", hint=again if begun else None)
 
 
-def _refuse_unchanged(trainer: Trainer, start: str) -> None:
+def _refuse_unchanged(trainer: Trainer, start: str, trained: str) -> None:
     """Raises `TrainingError` when what was trained is what it was: such a run must not look finished."""
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or trained_digest(trainer.model) != start:
         return
@@ -366,7 +370,7 @@ def _refuse_unchanged(trainer: Trainer, start: str) -> None:
     rate, norm = (max((line.get(name, 0.0) for line in log), default=0.0) for name in _CAUSES)
     steps = count_text(trainer.state.global_step, "step")
     raise TrainingError(
-        f"nothing was learned: after {steps} the adapter is what it was at the start, to the last bit",
+        f"nothing was learned: after {steps} the {trained} is what it was at the start, to the last bit",
         hint=f"the learning rate reached {rate:.3g} and the norm of the gradient {norm:.3g}, see "
         f"`{trainer.run.metrics}`; raise `train.learning_rate`, and start anew with `--overwrite`",
     )
@@ -457,10 +461,11 @@ def _save(
 
     def write(place: Path) -> None:
         with atomic_directory(place) as partial:
-            save_adapter(trainer.model, partial, section=recipe.model, setup=preparation.setup)
+            save_trained(trainer.model, partial, section=recipe.model, setup=preparation.setup)
 
-    nbytes = adapter_bytes(preparation.trained) + FILES
-    adapter = save_surely(write, run, nbytes, ask)
+    nbytes = result_bytes(recipe, preparation.trained) + FILES
+    place = run.path / recipe.trains
+    saved = save_surely(write, run, nbytes, ask, what=recipe.trains)
     if before:
         with left_out_if_refused(run.samples):
             write_samples(run.samples, pair(preparation.prompts, before, after))
@@ -479,8 +484,8 @@ def _save(
         write_atomically(run.environment, json.dumps(facts, indent=2) + "\n")
     with left_out_if_refused(run.answers_before):
         run.answers_before.unlink(missing_ok=True)
-    if adapter != run.adapter:
+    if saved != place:
         raise TrainingError(
-            f"the adapter is in `{adapter}`; its run, `{run.path}`, is not finished without it",
-            hint=f"when there is room: `mv {quote(str(adapter))} {quote(str(run.adapter))}`",
+            f"the {recipe.trains} is in `{saved}`; its run, `{run.path}`, is not finished without it",
+            hint=f"when there is room: `mv {quote(str(saved))} {quote(str(place))}`",
         )

@@ -48,7 +48,7 @@ def find_start(recipe: Recipe) -> Path | None:
         RecipeError: It is inside `output_dir`.
         AdapterError: There is none, it is damaged, or it does not fit the recipe.
     """
-    if recipe.model.adapter is None:
+    if recipe.model.adapter is None or recipe.adapter is None:  # both at once are no recipe
         return None
     path = _directory(recipe.model.adapter)
     if path.resolve().is_relative_to(Path(recipe.output_dir).resolve()):

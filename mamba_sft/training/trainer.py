@@ -28,6 +28,7 @@ from trl import SFTTrainer
 from mamba_sft.data.packing import PADDING
 from mamba_sft.errors import TrainingError
 from mamba_sft.model.adapter import keep_float32
+from mamba_sft.model.full_weights import is_undecayed, without_wrapper
 from mamba_sft.planning.course import Course
 from mamba_sft.planning.schedule import make_scheduler
 from mamba_sft.recipe.fields import TrainSection
@@ -85,7 +86,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         self.interruption = interruption
         self.saves = saves
         self.section = section
-        add_fused_head(arguments["model"].get_base_model())  # beside TRL's, for a loss that needs no wait
+        add_fused_head(without_wrapper(arguments["model"]))  # beside TRL's, for a loss that needs no wait
         self.spikes = SpikeWatch(run, section.on_spike)
         self.residual = LargestResidual() if section.log_activations else None
         self.pace = Pace()
@@ -170,6 +171,10 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
                 self.optimizer if optimizer is None else optimizer, self.section, self.course.tokens
             )
         return self.lr_scheduler
+
+    def get_decay_parameter_names(self, model: Any) -> list[str]:
+        """The weights that weight decay pulls towards 0: none of those that it would harm."""
+        return [name for name in super().get_decay_parameter_names(model) if not is_undecayed(name)]
 
     def get_train_dataloader(self) -> Any:
         """One item for each optimizer step of the run: the micro-batches of this process."""
@@ -425,10 +430,10 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         self._after_evaluation = current_random_state(self.args.device)
 
     def _load_best_model(self) -> None:
-        """Loads the adapter of the lowest validation loss; stays with the last one if that is damaged."""
+        """Loads the weights of the lowest validation loss; stays with the last ones if those are damaged."""
         best = Path(self.state.best_model_checkpoint)
         if fault := fault_of(best):
-            logger.warning("the best checkpoint `%s` is damaged: %s; the last adapter is kept", best, fault)
+            logger.warning("the best checkpoint `%s` is damaged: %s; the last weights are kept", best, fault)
             return
         super()._load_best_model()
 

@@ -187,8 +187,8 @@ def _training_facts(recipe: Recipe | None) -> dict[str, Any]:
         rows.append(("quantization", recipe.model.quantization))
     rows.append(("started from the adapter", recipe.model.adapter))
     rows.append(("max_length", recipe.data.max_length))
-    for section in (recipe.adapter, recipe.train):
-        rows += [(name, value) for name, value in section.model_dump().items() if name not in _NOT_SHOWN]
+    rows += [("weights trained", "all")] if recipe.adapter is None else recipe.adapter.model_dump().items()
+    rows += [(name, value) for name, value in recipe.train.model_dump().items() if name not in _NOT_SHOWN]
     return {
         "sources": [(_source(one.path), one.format, one.weight) for one in recipe.data.sources],
         "hyperparameters": [(name, value) for name, value in rows if value is not None],
