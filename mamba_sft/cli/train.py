@@ -78,7 +78,8 @@ def train(
     if warnings := loss_warnings(run.read_metrics()):
         err.print(WarningList(warnings), crop=False)
     out.print(f"trained: {run.path}  (report: {run.report})")
-    out.print(f"next:    mamba-sft chat {run.path}   or   mamba-sft merge {run.path}")
+    then = "merge" if loaded.trains == "adapter" else "export"
+    out.print(f"next:    mamba-sft chat {run.path}   or   mamba-sft {then} {run.path}")
 
 
 def _show_dry_run(preparation: Preparation) -> None:

@@ -95,7 +95,11 @@ def check_request(
         ExportError: What GGUF files need is not installed.
     """
     if isinstance(run, Run) or adapter_only or not (Path(run) / "config.json").is_file():
-        Run.open(run)
+        opened = Run.open(run)
+        if adapter_only and opened.model.is_dir():
+            raise UsageError(
+                f"`{opened.path}` has no adapter: it trained all weights", hint="leave `--adapter-only` out"
+            )
     from mamba_sft.exporting.gguf.names import refuse_unknown
     from mamba_sft.exporting.request import GGUFOptions, HubOptions
 

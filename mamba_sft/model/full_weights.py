@@ -89,7 +89,9 @@ def dead_weights(model: Any) -> list[str]:
     """
     trained = {name: p.grad for name, p in model.named_parameters() if p.requires_grad and p.numel()}
     reached = [gradient for gradient in trained.values() if gradient is not None]
-    found = iter(torch.stack([gradient.any() for gradient in reached]).tolist() if reached else [])  # waits once
+    found = iter(
+        torch.stack([gradient.any() for gradient in reached]).tolist() if reached else []
+    )  # waits once
     return [name for name, gradient in trained.items() if gradient is None or not next(found)]
 
 
@@ -127,7 +129,9 @@ def save_model(model: Any, directory: Path, *, section: ModelSection, setup: Tem
     shards = _shards(layouts)
     names = [SINGLE_NAME]
     if len(shards) > 1:
-        names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+        names = [
+            f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)
+        ]
         _write_index(directory, dict(zip(names, shards, strict=True)))
     for name, shard in zip(names, shards, strict=True):
         write_shard(directory / name, shard, blocks)

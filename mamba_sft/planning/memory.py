@@ -130,7 +130,9 @@ class Work:
 
     def targets(self, name: str) -> bool:
         """Whether projection `name` carries LoRA."""
-        return self.adapter is not None and any(target.rpartition(".")[2] == name for target in self.adapter.target_modules)
+        return self.adapter is not None and any(
+            target.rpartition(".")[2] == name for target in self.adapter.target_modules
+        )
 
     @property
     def state_stride(self) -> int:

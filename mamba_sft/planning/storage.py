@@ -1,4 +1,4 @@
-"""What a run writes, file by file: the adapter or model, and the checkpoints that are there at the same time."""
+"""What a run writes, file by file: its adapter or model, and the checkpoints that are there at once."""
 
 from __future__ import annotations
 
@@ -102,7 +102,9 @@ def refuse_too_small_a_disk(
         f"free some space, keep fewer checkpoints (`train.save_total_limit=1`; each takes "
         f"{size_text(checkpoint)}), or {ANOTHER_PLACE}"
     )
-    require_space(run.path, _without(sizes, there), f"{recipe.trains} and checkpoints take", TrainingError, hint)
+    require_space(
+        run.path, _without(sizes, there), f"{recipe.trains} and checkpoints take", TrainingError, hint
+    )
 
 
 def _bytes_below(directory: Path) -> int:

@@ -56,8 +56,8 @@ def derive_defaults(values: Any) -> Any:
     """Fills in the defaults that follow from another field.
 
     `train.save_steps` is `eval.eval_steps`; `eval.load_best_model_at_end` is false without validation rows;
-    `data.mixture` is there where there are `train.stages`; `train.learning_rate` is lower where all weights are
-    trained.
+    `data.mixture` is there where there are `train.stages`; `train.learning_rate` is lower where all weights
+    are trained.
     """
     if not isinstance(values, dict):
         return values
@@ -128,8 +128,9 @@ def _full_conflicts(model: ModelSection, train: TrainSection) -> Iterator[Proble
     if model.dtype == "float16":
         yield Problem(
             ("model", "dtype"),
-            "must not be `float16` with `adapter: none`: the residual stream passes its largest number, 65,504, "
-            "and gradients of all weights its smallest; take `bfloat16` or `float32`, or leave `adapter: none` out",
+            "must not be `float16` with `adapter: none`: the residual stream passes its largest number, "
+            "65,504, and gradients of all weights its smallest; take `bfloat16` or `float32`, or leave "
+            "`adapter: none` out",
             full,
         )
     if train.checkpointing == "mamba":

@@ -380,7 +380,8 @@ class TrainSection(Section):
     """How long wsd falls, written as warmup_steps is. null is a fifth of the run, or what stable_steps
     leaves."""
     weight_decay: Number = Field(default=0.0, ge=0, le=1)
-    """Pulls what is trained towards zero, but never biases, norms, `A_log` and `D`. Seldom needed with LoRA."""
+    """Pulls what is trained towards zero, but no biases, no norms, no `A_log` and no `D`. Seldom needed with
+    LoRA."""
     max_grad_norm: Number = Field(default=1.0, gt=0, le=1e6)
     """Gradients longer than this are scaled down to it, which tames loss spikes."""
     optim: Literal["adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"] = "adamw_torch_fused"

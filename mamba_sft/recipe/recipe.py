@@ -50,8 +50,8 @@ class Recipe(Section):
     chat: Annotated[ChatSection, ORDINARY] = ChatSection()
     data: Annotated[DataSection, ORDINARY]
     adapter: Adapter = AdapterSection()
-    """LoRA on frozen weights, or the word none: full fine-tuning, which trains all weights and takes 16 bytes of
-    memory for each."""
+    """LoRA on frozen weights, or the word none: full fine-tuning, which trains all weights and takes 16 bytes
+    of memory for each."""
     train: Annotated[TrainSection, ORDINARY] = TrainSection()
     eval: Annotated[EvalSection, ORDINARY] = EvalSection()
 

@@ -112,8 +112,8 @@ class AdapterWatch(TrainerCallback):
         if dead:
             names = "\n".join(f"  {name}" for name in dead)
             raise AdapterError(
-                f"no gradient reaches {len(dead)} {'adapter' if adapted else 'model'} tensors, so they would never "
-                f"learn:\n{names}",
+                f"no gradient reaches {len(dead)} {'adapter' if adapted else 'model'} tensors, so they would "
+                f"never learn:\n{names}",
                 hint="remove them from `adapter.target_modules`, or report this as a bug with the recipe"
                 if adapted
                 else "report this as a bug with the recipe",

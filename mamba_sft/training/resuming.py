@@ -58,13 +58,14 @@ def find_resume_point(run: Run, recipe: Recipe) -> tuple[Recipe, Path | None]:
         )
     if _is_finished(run):
         raise TrainingError(
-            f"`{run.path}` is finished", hint=f"next: `mamba-sft {_next(recipe)} {run.path}`; {_more(run, recipe)}"
+            f"`{run.path}` is finished",
+            hint=f"next: `mamba-sft {_next(recipe)} {run.path}`; {_more(run, recipe)}",
         )
     return recipe, _newest_good(run)
 
 
 def _is_finished(run: Run) -> bool:
-    """Whether all was written, and not only what was trained, which is written first of all that ends a run."""
+    """Whether all was written, and not only the adapter or model, which comes first of what ends a run."""
     return run.result is not None and run.report.is_file() and "steps" in read_object(run.environment)
 
 
@@ -137,7 +138,7 @@ def _more(run: Run, recipe: Recipe) -> str:
     """How to train on when a run's own steps are done: its learning rate has come down to its end."""
     first = "" if run.result else f"finish it first, with `mamba-sft train {run.recipe} --resume`; "
     if recipe.trains == "model":
-        return f"{first}to train on, start a new run from its model: `model.base={run.model} output_dir=runs/NAME`"
+        return f"{first}to train on, start from its model: `model.base={run.model} output_dir=runs/NAME`"
     return (
         f"{first}to train on, start a new run from its adapter: `model.adapter={run.path} "
         f"output_dir=runs/NAME`; or `mamba-sft merge {run.path}`, then `model.base={run.merged} "

@@ -117,7 +117,9 @@ def test_decay_is_mambas() -> None:
         for name, _ in build_model().named_parameters()
         if ".layers." in name and not is_undecayed(name)
     }
-    assert decayed == {f"mixer.{name}.weight" for name in ("in_proj", "x_proj", "dt_proj", "out_proj", "conv1d")}
+    assert decayed == {
+        f"mixer.{name}.weight" for name in ("in_proj", "x_proj", "dt_proj", "out_proj", "conv1d")
+    }
     assert not is_undecayed("backbone.embeddings.weight")
     assert not is_undecayed("lm_head.weight")
     assert is_undecayed("backbone.norm_f.weight")

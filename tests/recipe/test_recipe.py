@@ -223,8 +223,8 @@ adapter:
         ("adapter: {target_modules: ['']}", "`adapter.target_modules.0` must not be empty"),
         (
             "adapter: lora",
-            "`adapter` must be a section with fields of its own, or the word `none`, got the text `lora`; leave "
-            "the line out for LoRA with its defaults",
+            "`adapter` must be a section with fields of its own, or the word `none`, got the text `lora`; "
+            "leave the line out for LoRA with its defaults",
         ),
         (
             "adapter: [r, 3]",
@@ -694,7 +694,7 @@ def test_adapter_none_is_full_fine_tuning() -> None:
     assert {"const": "none"} in recipe_schema()["properties"]["adapter"]["anyOf"]
 
 
-@pytest.mark.parametrize("word", sorted(set(ALL_WEIGHTS) - {"none", "null"}) + ["None", "full-finetuning"])
+@pytest.mark.parametrize("word", [*sorted({*ALL_WEIGHTS} - {"none", "null"}), "None", "full-finetuning"])
 def test_what_others_call_full_fine_tuning_is_not_lora(word: str) -> None:
     (problem,) = problems(MINIMAL + f"adapter: {word}\n")
     assert problem.endswith("did you mean `none`, which trains all weights?")
@@ -704,7 +704,9 @@ def test_what_others_call_full_fine_tuning_is_not_lora(word: str) -> None:
 def test_an_empty_adapter_is_not_guessed_at(text: str) -> None:
     (problem,) = problems(MINIMAL + text)
     assert problem.startswith("r.yaml:7: `adapter` must be a section")
-    assert problem.endswith("leave the line out for LoRA with its defaults, or write `none` to train all weights")
+    assert problem.endswith(
+        "leave the line out for LoRA with its defaults, or write `none` to train all weights"
+    )
 
 
 @pytest.mark.parametrize(

@@ -100,13 +100,18 @@ def _metadata(
         language=list(options.languages),
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=[MARK, "falcon-mamba", "mamba", "sft", "lora", "conversational"],
+        tags=[MARK, "falcon-mamba", "mamba", "sft", *_way(recipe), "conversational"],
         datasets=hub_datasets(recipe) or None,
         base_model=model.base_id,
         model_name=name if measured else None,
         eval_results=measured or None,
         **licence(model),  # type: ignore[arg-type]
     )
+
+
+def _way(recipe: Recipe | None) -> list[str]:
+    """The hub's word for how it was trained."""
+    return ["lora"] if recipe is None or recipe.adapter is not None else ["full-fine-tuning"]
 
 
 def licence(model: FullModel) -> dict[str, str]:
