@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from tests.conftest import build_model, build_tokenizer
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     place = tmp_path_factory.mktemp("full")
     base = place / "base"
     build_model().save_pretrained(base)
@@ -38,7 +37,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
         for i in range(16)
     ]
     (place / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    yield train(
+    return train(
         Recipe.build(
             output_dir=str(place / "run"),
             model={"base": str(base), "dtype": "bfloat16"},
@@ -64,7 +63,7 @@ def test_it_is_found_and_talks(run: Run) -> None:
     assert chat.tokenizer.convert_tokens_to_ids("<|im_end|>") in chat.stop_ids
     (answer,) = generate(run, ["hello 3"], sampling=Sampling(max_new_tokens=4))
     assert answer.tokens <= 4
-    done = cli("generate", str(run.path), "hello 3", "--max-new-tokens", "4")
+    done = cli("generate", str(run.path), "--prompt", "hello 3", "--max-new-tokens", "4")
     assert done.exit_code == 0, done.output
 
 

@@ -23,7 +23,10 @@ from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.run import Run
 from mamba_sft.training.fine_tuning import prepare
 
-CARDS_OF = {"instruct": "a100-80", "instruct-qlora": "4090", "instruct-t4": "t4", "long-context": "4090"}
+CARDS_OF = {
+    "instruct": "a100-80", "instruct-qlora": "4090", "instruct-t4": "t4", "long-context": "4090",
+    "continue-pretraining": "4090",
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
