@@ -124,6 +124,11 @@ class Work:
         return self.adapter is None
 
     @property
+    def has_float32_residual(self) -> bool:
+        """Whether the residual stream is float32: by the configuration, or because all weights are."""
+        return self.shape.residual_in_fp32 or self.is_full
+
+    @property
     def has_dora(self) -> bool:
         """Whether the adapter learns lengths apart from directions."""
         return self.adapter is not None and self.adapter.use_dora
@@ -218,7 +223,7 @@ def kept(work: Work) -> int:
     x_proj (R + 2 N); `none` everything (`_layer`). What comes once, at the end, is part of the loss.
     """
     shape, e = work.shape, work.itemsize
-    residual = shape.hidden * (4 if shape.residual_in_fp32 else e)
+    residual = shape.hidden * (4 if work.has_float32_residual else e)
     if work.policy == "none":
         return shape.layers * _layer(work)
     boundary = residual
@@ -249,20 +254,26 @@ def _layer(work: Work) -> int:
     """
     shape, e, mixed = work.shape, work.itemsize, work.mixed
     d, D, N, R = shape.hidden, shape.inner, shape.states, shape.rank
-    on = {name: work.targets(name) for name in shape.projections}
+    on = {name: work.targets(name) or work.is_full for name in shape.projections}
     token = e * (4 * D + 2 * N) + 4 * (R + 2 * N) + 4 * d  # xz, u, dt; B, C; x_dbl; the residual or its copy
     token += e * (D * on["out_proj"] + d * on["in_proj"] + R * on["dt_proj"])
-    token += e * D * (on["x_proj"] and mixed)
+    token += e * D * (work.targets("x_proj") and mixed)
+    token += 4 * d * work.is_full  # what the block's norm multiplies by its weight
     rank = work.adapter.r if work.adapter is not None else 0
     token += e * rank * sum(on.values()) + 4 * 4  # A's products; a factor for each norm
     token += _variants(work, on)
     if work.policy == "none" and mixed:  # in float32 the adapter keeps the same tensors
         token += sum(size for name, size in _int8_inputs(work).items() if name != "x_proj")  # the scan has it
     chunks = work.rows * -(-work.chunk // work.state_stride)
-    once = 4 * D * N  # the rates
+    once = 4 * D * N * (1 + work.is_full)  # the rates, and what they are the negative of
     if mixed:
-        once += e * work.lora_values // shape.layers
+        once += e * (_projections(work) if work.is_full else work.lora_values // shape.layers)
     return token * work.tokens + 4 * D * N * chunks + once
+
+
+def _projections(work: Work) -> int:
+    """Weights of the projections of a layer, of which autocast makes 16-bit copies where they are float32."""
+    return sum(inputs * outputs for inputs, outputs in work.shape.projections.values())
 
 
 def _variants(work: Work, on: dict[str, bool]) -> int:
@@ -288,7 +299,7 @@ def _block(work: Work) -> int:
     """
     shape, e, tokens = work.shape, work.itemsize, work.tokens
     D, N = shape.inner, shape.states
-    dy = 0 if work.targets("out_proj") else e * D
+    dy = 0 if work.targets("out_proj") or work.is_full else e * D
     if work.device == "cpu":
         scan = 4 * 3 * D + (4 * 4 * D if work.mixed else 0)
         groups = min(-(-D // CHANNELS), GROUPS, max(4, D // (4 * N)))
@@ -301,7 +312,25 @@ def _block(work: Work) -> int:
     again = 0 if work.policy == "none" else _layer(work)
     if again and not work.mixed:  # the residual is not computed again
         again -= 4 * shape.hidden * tokens
-    return again + (scan + dy + 4 * shape.hidden) * tokens + scratch
+    if not work.is_full:
+        return again + (scan + dy + 4 * shape.hidden) * tokens + scratch
+    rates = 4 * D * N * (work.rows + 1)
+    in_scan = again + (scan + 4 * shape.hidden) * tokens + scratch + rates
+    return max(in_scan, _last_product(work))
+
+
+def _last_product(work: Work) -> int:
+    """Bytes of the backward of `in_proj`, the first product of a layer, where its weight is trained.
+
+    Its input and the gradient of its output, the residual with its gradient and what the norm keeps; the
+    weight's gradient and, under autocast, that in float32 too.
+    """
+    shape, e = work.shape, work.itemsize
+    d, D = shape.hidden, shape.inner
+    kept = e * d + 4 * d * (1 + (work.policy == "none"))
+    tokens = (e * 2 * D + 4 * d + (kept if work.policy != "none" else 0)) * work.tokens
+    inputs, outputs = shape.projections["in_proj"]
+    return tokens + inputs * outputs * (e + 4 if work.mixed else 4)
 
 
 def _scratch(work: Work) -> int:
@@ -336,19 +365,24 @@ def _loss(work: Work) -> int:
     """
     shape, e = work.shape, work.itemsize
     tokens, columns = min(work.tokens, TILE_TOKENS), min(shape.vocabulary, TILE_COLUMNS)
-    residual = 4 if shape.residual_in_fp32 else e
+    residual = 4 if work.has_float32_residual else e
     size = tokens * TILE_COLUMNS * e + (4 + 2 * residual) * work.tokens * shape.hidden
     if work.mixed:
         size += tokens * shape.hidden * e
     if work.device == "cpu":
         size += (7 * 4 + 1) * tokens * columns
-    if work.trained_rows:
+    if work.is_full:
+        size += 4 * shape.matrix + 4 * work.tokens * shape.hidden
+        size += columns * shape.hidden * (e if work.mixed else 0)
+    elif work.trained_rows:
         size += shape.matrix * (e + 4 + (e if work.mixed else 0))
     return size
 
 
 def _rows(work: Work) -> int:
     """Bytes of the whole embedding gradients that trained rows are picked from, at the backward's end."""
+    if work.is_full:
+        return 4 * work.shape.matrix * (2 if work.shape.tied else 1)
     return 2 * work.shape.matrix * work.itemsize if work.trained_rows else 0
 
 

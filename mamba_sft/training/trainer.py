@@ -13,6 +13,7 @@ from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import AutocastKwargs
 from transformers import (
     EarlyStoppingCallback,
     PrinterCallback,
@@ -93,6 +94,10 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         residual = [self.residual] if self.residual else []
         watchers = [interruption, self.pace, *residual, *callbacks]
         super().__init__(callbacks=watchers, **arguments)
+        if not hasattr(
+            self.model, "peft_config"
+        ):  # a weight is used once: a cache of its 16 bits only takes room
+            self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
         self.remove_callback(PrinterCallback)
         if any(hasattr(callback, "console") for callback in callbacks):
             self.remove_callback(ProgressCallback)

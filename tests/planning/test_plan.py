@@ -25,7 +25,7 @@ from mamba_sft.training.fine_tuning import prepare
 
 CARDS_OF = {
     "instruct": "a100-80", "instruct-qlora": "4090", "instruct-t4": "t4", "long-context": "4090",
-    "continue-pretraining": "4090",
+    "continue-pretraining": "4090", "falcon-mamba-procedure": "h100",
 }  # fmt: skip
 
 
