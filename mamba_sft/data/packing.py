@@ -220,7 +220,7 @@ class Collator:
             labels[i, :length] = row["labels"]
             labels[i, np.cumsum(lengths) - lengths] = IGNORED
             seq_idx[i, :length] = np.repeat(np.arange(len(lengths)), lengths)
-            source[i, :length] = np.repeat(np.broadcast_to(row.get("source", 0), len(lengths)), lengths)
+            source[i, :length] = np.repeat(np.broadcast_to(row.get("source", 0), lengths.shape), lengths)
         trained = np.zeros(shape, dtype=bool)
         trained[:, :-1] = labels[:, 1:] != IGNORED
         batch = {"input_ids": input_ids, "labels": labels, "seq_idx": seq_idx}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -12,13 +12,16 @@ from mamba_sft.model.shape import find_shape
 from mamba_sft.planning.environment import describe_device
 from mamba_sft.planning.extent import settled_accumulation
 from mamba_sft.planning.gpus import Accelerator, recognized
-from mamba_sft.planning.memory import Policy, Work, peak, planned_parts, with_length
+from mamba_sft.planning.memory import Policy, Work, peak, planned_parts, sharded_peak, with_length
 from mamba_sft.planning.speed import estimate
+from mamba_sft.recipe.fields import AdapterSection
 from mamba_sft.recipe.recipe import Recipe
-from mamba_sft.wording import size_text
+from mamba_sft.wording import count_text, size_text
 
 logger = logging.getLogger(__name__)
 
+MOST_GPUS = 1024
+"""The most that a model is sharded over, in the search for how many it takes."""
 MOST_ROWS, MOST_LENGTH = 4096, 1 << 20
 """The bounds of the recipe's fields."""
 TOLERANCE = 0.1
@@ -66,30 +69,48 @@ def fixes(work: Work, accumulation: int | None, accelerator: Accelerator) -> lis
     """Returns up to three ways to make a recipe fit, the fastest first, that leave what is learned as it is.
 
     Tried are all smaller micro-batches (with accumulation in proportion), checkpointing policies and lengths
-    of streamed chunks. NF4, which rounds the weights, is tried only where nothing else fits.
+    of streamed chunks. Only where nothing of it fits, what is learned may change: a run of all weights gets
+    an optimizer with 8-bit states, or LoRA; one of LoRA gets NF4, which rounds the weights.
 
     Args:
         work: What does not fit.
         accumulation: `train.gradient_accumulation_steps`; None where `train.batch_ramp` says the batch.
         accelerator: The device.
     """
-    found = list(_fitting(work, accumulation, accelerator))
-    if not found and work.quantization != "nf4":
-        found = list(_fitting(replace(work, quantization="nf4"), accumulation, accelerator))
-        nf4 = ("model.quantization=nf4",)
-        found = [replace(fix, overrides=nf4 + fix.overrides) for fix in found]
-    found.sort(key=lambda fix: (round(fix.slowdown, 2), len(fix.overrides), fix.peak))
+    found = _best(_fitting(work, accumulation, accelerator))
+    if found:
+        return found[:SHOWN]
+    ways = list(_other_ways(work))
+    for override, changed, most in ways:
+        other = _best(_fitting(changed, accumulation, accelerator))[:most]
+        found += [replace(fix, overrides=(override, *fix.overrides)) for fix in other]
+    return found
+
+
+def _best(found: Iterable[Fix]) -> list[Fix]:
+    """The fixes, the fastest first, without those that only add to another."""
+    ordered = sorted(found, key=lambda fix: (round(fix.slowdown, 2), len(fix.overrides), fix.peak))
     chosen: list[Fix] = []
-    for fix in found:
+    for fix in ordered:
         if not any(set(other.overrides) <= set(fix.overrides) for other in chosen):
             chosen.append(fix)
-    return chosen[:SHOWN]
+    return chosen
+
+
+def _other_ways(work: Work) -> Iterator[tuple[str, Work, int]]:
+    """What changes what is learned: an override, the work with it, and how many fixes with it to show."""
+    if work.is_full:
+        if work.optim == "adamw_torch_fused":
+            yield "train.optim=adamw_8bit", replace(work, optim="adamw_8bit"), 1
+        yield "adapter={}", replace(work, adapter=AdapterSection()), SHOWN - 1
+    elif work.quantization != "nf4":
+        yield "model.quantization=nf4", replace(work, quantization="nf4"), SHOWN
 
 
 def _fitting(work: Work, accumulation: int | None, accelerator: Accelerator) -> Iterator[Fix]:
     before = estimate(work, accelerator)
     divisors = [n for n in (1, 2, 4, 8, 16, 32, 64, 128) if work.rows % n == 0]
-    names: tuple[Policy, ...] = ("none", "mamba", "block")
+    names: tuple[Policy, ...] = ("none", "block") if work.is_full else ("none", "mamba", "block")
     policies = sorted(names, key=lambda name: name != work.policy)
     for divisor, policy, stream in product(divisors, policies, _STREAMS):
         overrides = []
@@ -111,6 +132,19 @@ def _fitting(work: Work, accumulation: int | None, accelerator: Accelerator) -> 
             yield Fix(tuple(overrides), size, slowdown)
 
 
+def gpus_needed(work: Work, accelerator: Accelerator) -> int | None:
+    """Returns how many devices it takes to train all weights, sharded by FSDP; None where no number does.
+
+    Args:
+        work: What each of them does, with an adapter or without.
+        accelerator: One of them.
+    """
+    if not work.is_full or accelerator.type == "cpu":
+        return None
+    numbers = range(2, MOST_GPUS + 1)
+    return next((n for n in numbers if sharded_peak(work, n) <= accelerator.usable_bytes), None)
+
+
 def trained_values(recipe: Recipe, *, trained_rows: int) -> int:
     """Returns how many values a run trains.
 
@@ -123,12 +157,19 @@ def trained_values(recipe: Recipe, *, trained_rows: int) -> int:
     return Work.of(recipe, shape, anywhere, length=1, trained_rows=trained_rows).trained
 
 
-def advice(found: list[Fix]) -> str:
-    """Returns the fixes as a hint."""
-    if not found:
+def advice(found: list[Fix], gpus: int | None = None) -> str:
+    """Returns the fixes as a hint.
+
+    Args:
+        found: From `fixes`.
+        gpus: From `gpus_needed`.
+    """
+    ways = ["`" + " ".join(fix.overrides) + "`" for fix in found]
+    if gpus is not None:
+        ways.append(f"{count_text(gpus, 'such GPU')} with `train.parallel=fsdp`")
+    if not ways:
         return "no batch, checkpointing or streaming makes it fit here; it needs a device with more memory"
-    first, *others = (" ".join(fix.overrides) for fix in found)
-    return f"add `{first}`" + "".join(f", or `{other}`" for other in others)
+    return f"{'add' if found else 'take'} " + ", or ".join(ways)
 
 
 def refuse_what_cannot_fit(recipe: Recipe, *, longest: int, trained_rows: int) -> None:
@@ -157,7 +198,7 @@ def refuse_what_cannot_fit(recipe: Recipe, *, longest: int, trained_rows: int) -
         return
     what = f"this run needs {size_text(planned)} by plan, and {accelerator.name} has {size_text(usable)}"
     accumulation = None if recipe.train.batch_ramp else settled_accumulation(recipe.train, None)
-    hint = advice(fixes(work, accumulation, accelerator))
+    hint = advice(fixes(work, accumulation, accelerator), gpus_needed(work, accelerator))
     if planned > (1 + TOLERANCE) * usable:
         raise TrainingError(what, hint=f"{hint}; see `mamba-sft plan`")
     logger.warning("%s: it may run out of memory; %s", what, hint)

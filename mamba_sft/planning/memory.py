@@ -204,6 +204,21 @@ def peak(parts: dict[Part, int]) -> int:
     return always + max(parts["kept"] + at_work, parts["rows"])
 
 
+def sharded_peak(work: Work, processes: int) -> int:
+    """Returns the most bytes that each process holds where FSDP shards all weights and what belongs to them.
+
+    Of all weights, each process has its share. Whole, in float32, are two layers at a time, the next being
+    fetched while one is at work, and what is in no layer: the vocabulary's matrices, with their gradients.
+    A count, measured on no machine.
+    """
+    parts, shape = planned_parts(work), work.shape
+    layer = 4 * _projections(work)
+    matrices = 4 * 2 * shape.matrix * (1 if shape.tied else 2)
+    for name in ("weights", "gradients", "optimizer"):
+        parts[name] = -(-parts[name] // processes)
+    return peak(parts) + 2 * layer + matrices
+
+
 def weights(work: Work) -> int:
     """Returns the bytes of the base model."""
     shape, e = work.shape, 4 if work.is_full else work.itemsize
@@ -315,7 +330,8 @@ def _block(work: Work) -> int:
     if not work.is_full:
         return again + (scan + dy + 4 * shape.hidden) * tokens + scratch
     rates = 4 * D * N * (work.rows + 1)
-    in_scan = again + (scan + 4 * shape.hidden) * tokens + scratch + rates
+    gone = e * D * shape.hidden * work.mixed  # the 16-bit copy of out_proj
+    in_scan = again + (scan + 4 * shape.hidden) * tokens + scratch + rates - gone
     return max(in_scan, _last_product(work))
 
 
@@ -327,10 +343,10 @@ def _last_product(work: Work) -> int:
     """
     shape, e = work.shape, work.itemsize
     d, D = shape.hidden, shape.inner
-    kept = e * d + 4 * d * (1 + (work.policy == "none"))
-    tokens = (e * 2 * D + 4 * d + (kept if work.policy != "none" else 0)) * work.tokens
+    gone = _layer(work) if work.policy == "none" else 0  # counted as kept, and most of it is not any more
+    tokens = (e * (2 * D + d) + 4 * 3 * d) * work.tokens
     inputs, outputs = shape.projections["in_proj"]
-    return tokens + inputs * outputs * (e + 4 if work.mixed else 4)
+    return tokens + inputs * outputs * (e + 4 if work.mixed else 4) - gone
 
 
 def _scratch(work: Work) -> int:

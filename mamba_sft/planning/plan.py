@@ -10,7 +10,7 @@ from mamba_sft.errors import UsageError
 from mamba_sft.model.shape import find_shape
 from mamba_sft.planning.environment import describe_device
 from mamba_sft.planning.extent import RunLength, run_length, settled_accumulation
-from mamba_sft.planning.fitting import Fix, fixes, largest_length, largest_rows
+from mamba_sft.planning.fitting import Fix, fixes, gpus_needed, largest_length, largest_rows
 from mamba_sft.planning.gpus import Accelerator, find_gpu, recognized
 from mamba_sft.planning.memory import Part, Work, peak, planned_parts
 from mamba_sft.planning.settling import Settled, settle
@@ -44,6 +44,7 @@ class Plan:
         rate: Tokens per second, None where the device's speed is not known.
         disk: Bytes of what is downloaded and written.
         fixes: What to change if it does not fit.
+        gpus_needed: Devices to shard a run of all weights over if it does not fit one; None: no such way.
         wants_bfloat16: Whether the recipe asks for bfloat16.
     """
 
@@ -61,6 +62,7 @@ class Plan:
     rate: Rate | None
     disk: dict[str, int]
     fixes: list[Fix]
+    gpus_needed: int | None
     wants_bfloat16: bool
 
     @property
@@ -107,6 +109,7 @@ class Plan:
             "seconds": self.seconds,
             "disk": self.disk,
             "fixes": [asdict(fix) for fix in self.fixes],
+            "gpus_needed": self.gpus_needed,
         }
 
     def to_json(self) -> str:
@@ -164,6 +167,7 @@ def make_plan(recipe: Recipe, gpu: str | None = None) -> Plan:
         rate=rate,
         disk=_disk(recipe, work),
         fixes=[] if peak(parts) <= usable else fixes(work, None if ramp else accumulation, accelerator),
+        gpus_needed=None if peak(parts) <= usable else gpus_needed(work, accelerator),
         wants_bfloat16=recipe.model.dtype == "bfloat16",
     )
 
@@ -205,7 +209,7 @@ def _disk(recipe: Recipe, work: Work) -> dict[str, int]:
         "download": 0 if find_path(recipe.model.base).exists() else 2 * parameters,
         recipe.trains: result_bytes(recipe, work.trained),
         "checkpoints": recipe.train.save_total_limit * sum(checkpoint),
-        "merged": 2 * parameters,
+        "merged": 0 if work.is_full else 2 * parameters,
         "gguf_f16": 2 * parameters,
         "gguf_q4_k_m": int(Q4_K_M_BYTES * parameters),
     }

@@ -94,9 +94,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         residual = [self.residual] if self.residual else []
         watchers = [interruption, self.pace, *residual, *callbacks]
         super().__init__(callbacks=watchers, **arguments)
-        if not hasattr(
-            self.model, "peft_config"
-        ):  # a weight is used once: a cache of its 16 bits only takes room
+        if not hasattr(self.model, "peft_config"):  # each weight is cast once: a cache only takes room
             self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
         self.remove_callback(PrinterCallback)
         if any(hasattr(callback, "console") for callback in callbacks):

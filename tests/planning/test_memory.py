@@ -92,6 +92,9 @@ FULL = [
     Case("none", vocabulary=4096, adapter=None),
     Case("block", bf16, vocabulary=8192, length=256, adapter=None),
     Case("block", bf16, hidden=1024, length=64, layers=2, adapter=None),
+    Case("block", bf16, hidden=1024, length=256, layers=2, adapter=None),
+    Case("none", bf16, hidden=512, length=64, layers=3, adapter=None),
+    Case("block", hidden=1024, length=64, layers=2, adapter=None),
 ]
 """Without an adapter."""
 CASES = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from mamba_sft.errors import TrainingError, UsageError
 from mamba_sft.planning import fitting
 from mamba_sft.planning.fitting import fixes, refuse_what_cannot_fit
 from mamba_sft.planning.gpus import GPUS, Accelerator, find_gpu, recognized
-from mamba_sft.planning.memory import peak, planned_parts
+from mamba_sft.planning.memory import peak, planned_parts, sharded_peak
 from mamba_sft.planning.plan import make_plan
 from mamba_sft.planning.speed import estimate, flops, measured
 from mamba_sft.recipe.builtin import builtin_recipes
@@ -244,3 +245,79 @@ def test_the_readme_shows_the_plans(words: list[str], monkeypatch: pytest.Monkey
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     command = f"$ mamba-sft plan {' '.join(words)}"
     assert "\n".join([command, *(line.rstrip() for line in shown.splitlines())]) in readme
+
+
+def test_all_weights_of_the_7b_do_not_fit_80_gb_and_what_does_is_named() -> None:
+    words = ["adapter=none", "train.per_device_train_batch_size=1"]
+    plan = make_plan(Recipe.load("instruct", words), "h100")
+    assert plan.work.trained == plan.work.shape.parameters
+    static = sum(plan.parts[name] for name in ("weights", "adapter", "gradients", "optimizer"))  # type: ignore[index]
+    assert static == 16 * plan.work.shape.parameters
+    assert not plan.fits
+    assert plan.gpus_needed == 2
+    first = [fix.overrides[0] for fix in plan.fixes]
+    assert first == ["train.optim=adamw_8bit", "adapter={}", "adapter={}"]
+    for fix in plan.fixes:
+        changed = make_plan(Recipe.load("instruct", [*words, *fix.overrides]), "h100")
+        assert changed.fits
+        assert changed.peak == fix.peak
+    assert make_plan(Recipe.load("instruct", words), "h200").fits
+    assert make_plan(Recipe.load("instruct", words), "4090").gpus_needed == 8
+    assert make_plan(Recipe.load("instruct"), "t4").gpus_needed is None
+
+
+def test_sharding_divides_what_belongs_to_the_weights_and_nothing_else() -> None:
+    work = make_plan(Recipe.load("instruct", ["adapter=none"]), "h100").work
+    whole, parts = peak(planned_parts(work)), planned_parts(work)
+    static = parts["weights"] + parts["gradients"] + parts["optimizer"]
+    two, four = sharded_peak(work, 2), sharded_peak(work, 4)
+    assert two - four == pytest.approx(static / 4)
+    assert two > whole - static / 2
+
+
+def test_train_refuses_all_weights_with_the_change_to_make(
+    recipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = replace(find_gpu("h100"), usable_bytes=10**9, name="a small one")
+    monkeypatch.setattr(fitting, "recognized", lambda facts: gpu)
+    settings = recipe("adapter=none", "model.base=tiiuae/falcon-mamba-7b")
+    with pytest.raises(TrainingError, match="GiB by plan, and a small one has") as caught:
+        refuse_what_cannot_fit(settings, longest=96, trained_rows=2)
+    assert "needs a device with more memory" in (caught.value.hint or "")
+    gpu = find_gpu("h100")
+    with pytest.raises(TrainingError, match=r"this run needs 11.* GiB by plan, and H100") as caught:
+        refuse_what_cannot_fit(
+            recipe("adapter=none", "model.base=tiiuae/falcon-mamba-7b", "model.dtype=bfloat16"),
+            longest=2048, trained_rows=2,
+        )  # fmt: skip
+    hint = caught.value.hint or ""
+    assert "adapter={}" in hint
+    assert "2 such GPUs with `train.parallel=fsdp`" in hint
+
+
+def test_the_disk_of_a_full_run_holds_a_model_and_no_merge(recipe: Any) -> None:
+    plan = make_plan(Recipe.load("instruct", ["adapter=none"]), "h200")
+    weights = plan.work.shape.parameters
+    assert plan.disk["model"] == 2 * weights
+    assert plan.disk["merged"] == 0
+    assert plan.disk["checkpoints"] == 2 * (4 + 8) * weights
+    assert "adapter" not in plan.disk
+
+
+def test_plan_prints_a_full_run(capsys: pytest.CaptureFixture[str]) -> None:
+    from typer.testing import CliRunner
+
+    from mamba_sft.cli.app import app
+
+    words = ["plan", "instruct", "adapter=none", "train.per_device_train_batch_size=1", "--card", "h100"]
+    told = CliRunner().invoke(app, words).output
+    for text in (
+        "weights, float32",
+        "optimizer state",
+        "adapter={}",
+        "sharded over 2 such GPUs",
+        "(100.00%)",
+    ):
+        assert text in told, told
+    assert "base weights" not in told
+    assert "merged" not in told

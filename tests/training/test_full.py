@@ -16,6 +16,10 @@ from mamba_sft import Run
 from mamba_sft.errors import AdapterError, RecipeError, TrainingError
 from mamba_sft.kernels.falcon_mamba import install
 from mamba_sft.model.checksums import file_checksum
+from mamba_sft.model.shape import find_shape
+from mamba_sft.planning.gpus import Accelerator
+from mamba_sft.planning.memory import Work, planned_parts
+from mamba_sft.planning.storage import checkpoint_sizes, result_bytes
 from mamba_sft.run_contents import strangers
 from mamba_sft.training.fine_tuning import RunInterruptedError, prepare, train, train_prepared
 from mamba_sft.training.resume_points import fault_of
@@ -205,3 +209,44 @@ def test_float16_is_refused_where_it_would_come_of_another_word(
 
     with pytest.raises(RecipeError, match="`adapter: none` cannot train here"):
         trainer_arguments(full("model.dtype=auto"), Run(Path("x")), steps=1, has_validation=False)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_stays_in_memory_is_what_is_planned(full: Any, dtype: str) -> None:
+    """16 bytes a weight: the weight, its gradient and the two moments of Adam, all in float32."""
+    look, made = Look(), full(f"model.dtype={dtype}", "train.max_steps=1")
+    train_prepared(prepare(made), callbacks=[look])
+    parameters = list(look.seen["model"].parameters())
+    states = [
+        tensor
+        for state in look.seen["optimizer"].state_dict()["state"].values()
+        for tensor in state.values()
+        if isinstance(tensor, torch.Tensor) and tensor.numel() > 1
+    ]
+    shape, _ = find_shape(made.model)
+    work = Work.of(made, shape, Accelerator("", 0, 0, type="cpu"), length=96, trained_rows=2)
+    parts = planned_parts(work)
+    assert parts["weights"] == sum(parameter.nbytes for parameter in parameters)
+    assert parts["optimizer"] == sum(state.nbytes for state in states)
+    assert parts["gradients"] == parts["weights"]
+    assert parts["adapter"] == 0
+    assert sum(parts[name] for name in ("weights", "gradients", "optimizer")) == 16 * shape.parameters  # type: ignore[index]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_written_is_what_was_planned_for(full: Any, dtype: str) -> None:
+    made = full(f"model.dtype={dtype}")
+    trained = prepare(made).trained
+    run = train(made)
+    point = run.checkpoints / "checkpoint-4"
+    weights, optimizer = checkpoint_sizes(trained, made.train.optim)
+    assert (point / "model.safetensors").stat().st_size == pytest.approx(weights, rel=0.02)
+    assert (point / "optimizer.pt").stat().st_size == pytest.approx(optimizer, rel=0.1)
+    size = (run.model / "model.safetensors").stat().st_size
+    assert size == pytest.approx(result_bytes(made, trained), rel=0.02)
+
+
+def test_8_bit_optimizer_states_train_all_weights(full: Any) -> None:
+    pytest.importorskip("bitsandbytes")
+    run = train(full("train.optim=adamw_8bit"))
+    assert losses(run)[-1] < losses(run)[0]
