@@ -356,7 +356,7 @@ def _scratch(work: Work) -> int:
     Of a card that is not known, an H100's.
     """
     card = work.card or CARDS["H100"]
-    steps = window(card.capability, work.shape.states, False)
+    steps = window(card.capability, work.shape.states, work.is_full)
     segments = work.rows * max(1, work.chunk // (4 * STATE_STRIDE))
     whole = 4 * work.shape.inner * work.shape.states * (work.state_stride // steps) * segments
     return min(WAVES * scratch_bytes(card, steps, work.state_stride), whole)

@@ -48,6 +48,10 @@ def our_gradients(
     model: Any, *, backend: str = "cpu", policy: str = "none", stream: int | None = None, mixed: bool = False
 ) -> dict[str, torch.Tensor]:
     """One packed row through the mixer, the loss and the steps that training takes."""
+    if backend == "triton":
+        pytest.importorskip("triton")
+        if torch.cuda.is_available():
+            pytest.skip("Triton compiles here, and takes no tensors of the CPU")
     model = train_all_weights(install(copy.deepcopy(model), backend)).train()
     add_fused_head(model)
     keep_activations(model, policy)  # type: ignore[arg-type]
@@ -79,6 +83,8 @@ def our_gradients(
     [
         ({}, 2e-5),
         ({"backend": "reference"}, 2e-5),
+        pytest.param({"backend": "triton"}, 2e-5, marks=pytest.mark.slow),
+        pytest.param({"backend": "triton", "mixed": True, "policy": "block"}, 5e-2, marks=pytest.mark.slow),
         ({"policy": "block"}, 2e-5),
         ({"stream": 16}, 2e-5),
         ({"stream": 16, "policy": "block"}, 2e-5),
