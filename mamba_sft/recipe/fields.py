@@ -16,13 +16,12 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    GetCoreSchemaHandler,
     GetJsonSchemaHandler,
     JsonValue,
     PlainSerializer,
     SerializerFunctionWrapHandler,
+    WrapSerializer,
 )
-from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from mamba_sft.credentials import has_credentials
 from mamba_sft.recipe.spans import TokenCount, span_of
@@ -276,37 +275,34 @@ class AdapterSection(Section):
     """Learn the length of each weight row apart from its direction. Can help at low rank; slower."""
 
 
-class _OrNone:
-    """A section that the word `none` stands in for, as None; nothing else does, an empty section neither."""
+class NoSectionError(ValueError):
+    """Something else stands where a section, or the word `none`, has to."""
 
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema.no_info_before_validator_function(
-            self._read,
-            handler(source),
-            serialization=core_schema.wrap_serializer_function_ser_schema(self._write),
-        )
 
-    def __get_pydantic_json_schema__(
-        self, schema: CoreSchema, handler: GetJsonSchemaHandler
-    ) -> dict[str, Any]:
+def _read_none(value: Any) -> Any:
+    if value is not None and not isinstance(value, str | bool | int | float | list):
+        return value
+    if value != "none":  # an empty section may mean either
+        raise NoSectionError("must be a section with fields of its own, or the word `none`")
+    return None
+
+
+def _write_none(value: Any, write: SerializerFunctionWrapHandler) -> Any:
+    return "none" if value is None else write(value)
+
+
+class _WordInSchema:
+    """Has the schema say `none`, as it is written, and not null."""
+
+    def __get_pydantic_json_schema__(self, schema: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         found = handler(schema)
         choices = [one for one in found.pop("anyOf") if one != {"type": "null"}]
         return {**found, "anyOf": [*choices, {"const": "none"}]}
 
-    @staticmethod
-    def _read(value: Any) -> Any:
-        if value is None or isinstance(value, str | bool | int | float | list):
-            if value != "none":
-                raise PydanticCustomError("section_or_none", "not a section")
-            return None
-        return value
 
-    @staticmethod
-    def _write(value: Any, handler: SerializerFunctionWrapHandler) -> Any:
-        return "none" if value is None else handler(value)
-
-
-Adapter = Annotated[AdapterSection | None, _OrNone()]
+Adapter = Annotated[
+    AdapterSection | None, BeforeValidator(_read_none), WrapSerializer(_write_none), _WordInSchema()
+]
 """LoRA, or None for `adapter: none`: all weights are trained."""
 
 

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from mamba_sft.credentials import masked
 from mamba_sft.recipe.conflicts import ConflictError, Keys
+from mamba_sft.recipe.fields import NoSectionError
 from mamba_sft.recipe.other_tools import ALL_WEIGHTS, FOREIGN_KEYS, UNWANTED_KEYS, meant
 from mamba_sft.wording import shown
 
@@ -239,7 +240,6 @@ EXPECTATIONS = {
     "too_short": "must have at least one entry",
     "dict_type": "must be a section with fields of its own",
     "model_type": "must be a section with fields of its own",
-    "section_or_none": "must be a section with fields of its own, or the word `none`",
     "value_error": "{error}",
 }
 BOOLEANS = dict.fromkeys(("yes", "on", "true", "1"), "true") | dict.fromkeys(
@@ -255,7 +255,8 @@ def _expectation(error: Error) -> str:
     if rule is None:
         return f"is not valid: {error['msg'][:1].lower()}{error['msg'][1:]}"
     got = "" if kind in ("string_too_short", "too_short") else f", got {shown_value(value)}"
-    return rule.format(**context) + got + _fix(kind, value)
+    fix = _adapter_fix(value) if isinstance(context.get("error"), NoSectionError) else _fix(kind, value)
+    return rule.format(**context) + got + fix
 
 
 def _choice(expected: str, value: Any) -> str:
@@ -280,8 +281,6 @@ def _fix(kind: str, value: Any) -> str:
         return f"; write {BOOLEANS[shown_number(value).lower()]}"
     if kind == "string_type" and isinstance(value, int | float):
         return "; put it in quotes"
-    if kind == "section_or_none":
-        return _adapter_fix(value)
     if kind == "list_type" and isinstance(value, str) and value.isprintable() and len(value) <= 80:
         return f"; write [{', '.join(value.replace(',', ' ').split())}]" if value != "none" else "; write []"
     return ""
