@@ -206,7 +206,7 @@ def train(
         callbacks: More trainer callbacks. When one of them shows progress, the trainer's own bar is off.
 
     Raises:
-        MambaSFTError: The run cannot start, diverged, or holds an adapter that cannot learn.
+        MambaSFTError: The run cannot start, diverged, or trains weights that cannot learn.
         RunInterruptedError: Ctrl-C or SIGTERM; a checkpoint was saved.
     """
     preparation = prepare(recipe, resume=resume, overwrite=overwrite, allow_changed_data=allow_changed_data)
@@ -268,7 +268,7 @@ def _train(
     trainer.add_callback(report)  # the last one: it tells what the others have written
     explained = file_errors_explained(run, lambda: trainer.state.global_step)
     with report.telling_the_end():
-        with explained, _out_of_memory_explained():
+        with explained, _out_of_memory_explained(recipe):
             trainer.fit(preparation.resume_point)
         if interruption.ends_the_run:
             raise _interrupted(run, interruption)
@@ -377,14 +377,15 @@ def _refuse_unchanged(trainer: Trainer, start: str, trained: str) -> None:
 
 
 @contextmanager
-def _out_of_memory_explained() -> Iterator[None]:
+def _out_of_memory_explained(recipe: Recipe) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
         raise TrainingError(
             f"the GPU is out of memory: {error}",
             hint="set `train.auto_batch: true` or `train.stream_tokens: 1024`, lower "
-            "`train.per_device_train_batch_size` or `data.max_length`, or use nf4",
+            "`train.per_device_train_batch_size` or `data.max_length`, or use "
+            + ("nf4" if recipe.trains == "adapter" else "LoRA: `adapter={}`"),
         ) from error
 
 

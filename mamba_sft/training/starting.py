@@ -92,6 +92,11 @@ def _directory(where: str) -> Path:
     path = find_path(where)
     run = Run(path)
     if run.recipe.is_file():
+        if run.model.is_dir():
+            raise AdapterError(
+                f"`model.adapter: {where}`: that run has no adapter, it trained all weights",
+                hint=f"start from its model: `model.base={run.model}`, without `model.adapter`",
+            )
         if not run.adapter.is_dir():
             raise AdapterError(
                 f"`model.adapter: {where}`: that run has no adapter yet, its training has not finished",

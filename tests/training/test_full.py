@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from mamba_sft.planning.gpus import Accelerator
 from mamba_sft.planning.memory import Work, planned_parts
 from mamba_sft.planning.storage import checkpoint_sizes, result_bytes
 from mamba_sft.run_contents import strangers
+from mamba_sft.training import fine_tuning
 from mamba_sft.training.fine_tuning import RunInterruptedError, prepare, train, train_prepared
 from mamba_sft.training.resume_points import fault_of
 from tests.training.test_fine_tuning import SignalAt, losses
@@ -250,3 +252,30 @@ def test_8_bit_optimizer_states_train_all_weights(full: Any) -> None:
     pytest.importorskip("bitsandbytes")
     run = train(full("train.optim=adamw_8bit"))
     assert losses(run)[-1] < losses(run)[0]
+
+
+def test_a_full_run_is_no_adapter_to_start_from(full: Any, recipe: Any) -> None:
+    run = train(full("train.max_steps=1"))
+    with pytest.raises(AdapterError, match="that run has no adapter, it trained all weights") as caught:
+        prepare(recipe(f"model.adapter={run.path}", name="next"))
+    assert f"model.base={run.model}" in (caught.value.hint or "")
+
+
+def test_a_disk_that_is_full_keeps_the_model_in_memory(full: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = full("train.max_steps=1")
+    asked: list[str] = []
+    save = fine_tuning.save_trained
+
+    def refuse_once(*args: Any, **kwargs: Any) -> None:
+        if not asked:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(*args, **kwargs)
+
+    def ask(unsaved: Any, seconds: float) -> Path | None:
+        asked.append(unsaved.text)
+        return None
+
+    monkeypatch.setattr(fine_tuning, "save_trained", refuse_once)
+    run = train_prepared(prepare(made), ask=ask)
+    assert run.model.is_dir()
+    assert asked[0].startswith(f"the model cannot be written to `{run.model}`")
