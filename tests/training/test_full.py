@@ -279,3 +279,23 @@ def test_a_disk_that_is_full_keeps_the_model_in_memory(full: Any, monkeypatch: p
     run = train_prepared(prepare(made), ask=ask)
     assert run.model.is_dir()
     assert asked[0].startswith(f"the model cannot be written to `{run.model}`")
+
+
+class Casts(TrainerCallback):
+    """Keeps how the products of a layer are cast."""
+
+    def __init__(self) -> None:
+        self.seen: set[tuple[bool, bool]] = set()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        def look(*_: Any) -> None:
+            self.seen.add((torch.is_autocast_enabled("cpu"), torch.is_autocast_cache_enabled()))
+
+        kwargs["model"].backbone.layers[0].mixer.register_forward_pre_hook(look)
+
+
+def test_products_are_cast_and_no_16_bit_weights_pile_up(full: Any) -> None:
+    """Two bytes for each weight of the model, kept until the forward ends, which the plan does not count."""
+    casts = Casts()
+    train_prepared(prepare(full("model.dtype=bfloat16", "train.max_steps=1")), callbacks=[casts])
+    assert casts.seen == {(True, False)}
