@@ -94,18 +94,18 @@ def check_request(
         UsageError: There is no such run, format or quantization, or something belongs to another format.
         ExportError: What GGUF files need is not installed.
     """
-    if isinstance(run, Run) or adapter_only or not (Path(run) / "config.json").is_file():
-        opened = Run.open(run)
-        if adapter_only and opened.model.is_dir():
-            raise UsageError(
-                f"`{opened.path}` has no adapter: it trained all weights", hint="leave `--adapter-only` out"
-            )
     from mamba_sft.exporting.gguf.names import refuse_unknown
     from mamba_sft.exporting.request import GGUFOptions, HubOptions
 
     if format not in FORMATS:
         raise UsageError(f"no format `{format}`", hint=f"there are {', '.join(FORMATS)}")
     refuse_unknown(quantization)
+    if isinstance(run, Run) or adapter_only or not (Path(run) / "config.json").is_file():
+        opened = Run.open(run)
+        if adapter_only and opened.model.is_dir():
+            raise UsageError(
+                f"`{opened.path}` has no adapter: it trained all weights", hint="leave `--adapter-only` out"
+            )
     if format == "hf" and (quantization or adapter_only or isinstance(options, GGUFOptions)):
         raise UsageError("quantizations and adapters alone are GGUF files", hint="leave `--format hf` out")
     if format != "hf" and isinstance(options, HubOptions):

@@ -26,7 +26,8 @@ from mamba_sft.training.fine_tuning import prepare
 
 CARDS_OF = {
     "instruct": "a100-80", "instruct-qlora": "4090", "instruct-t4": "t4", "long-context": "4090",
-    "continue-pretraining": "4090", "falcon-mamba-procedure": "h100",
+    "falcon-mamba-procedure": "h100",
+    "continue-pretraining": "4090",
 }  # fmt: skip
 
 
