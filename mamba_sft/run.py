@@ -33,6 +33,8 @@ BASE_FACTS = "base.json"
 """Beside an adapter: which base it belongs to, and what was done to that base."""
 MERGE_REPORT = "merge.json"
 """In a merged checkpoint: what was merged, and what its check found."""
+MODEL_FACTS = "training.json"
+"""In a model that was trained whole: what it began as, and digests of its tensors."""
 HUB_CHECKPOINT, MODEL_CARD = "hf", "README.md"
 """The exported checkpoint inside `export/`, and its model card."""
 COMPARISON = "comparison.html"
@@ -77,6 +79,16 @@ class Run:
     def adapter(self) -> Path:
         """The final PEFT adapter with its tokenizer and chat template."""
         return self.path / "adapter"
+
+    @property
+    def model(self) -> Path:
+        """The final model of a run without an adapter, whole, as `transformers` loads it."""
+        return self.path / "model"
+
+    @property
+    def result(self) -> Path | None:
+        """What training ended with: the adapter, or the model where all weights were trained; None before."""
+        return next((path for path in (self.adapter, self.model) if path.is_dir()), None)
 
     @property
     def checkpoints(self) -> Path:

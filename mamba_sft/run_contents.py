@@ -24,6 +24,7 @@ from mamba_sft.run import (
     HUB_CHECKPOINT,
     MERGE_REPORT,
     MODEL_CARD,
+    MODEL_FACTS,
     Run,
     final_name,
     write_atomically,
@@ -34,7 +35,7 @@ MODEL_FILES = (
     "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json",
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "tokenizer.model", "chat_template.jinja", ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_FACTS,
-    MERGE_REPORT, MODEL_CARD, "loss.svg", "loss.png",
+    MERGE_REPORT, MODEL_FACTS, MODEL_CARD, "loss.svg", "loss.png",
 )  # fmt: skip
 """What a checkpoint or an adapter consists of, with what our verbs put beside it."""
 RESUME_FILES = ("*.json", "*.pt", "*.pth", "*.bin", "*.safetensors")
@@ -131,7 +132,8 @@ def _entries(run: Run) -> Iterator[Entry]:
 
 def _written(run: Run) -> list[tuple[str, ...]]:
     """The names that the verbs write below a run directory, by their parts, as patterns."""
-    points, models = run.checkpoints / "checkpoint-*", (run.adapter, run.merged, run.export / HUB_CHECKPOINT)
+    points = run.checkpoints / "checkpoint-*"
+    models = (run.adapter, run.model, run.merged, run.export / HUB_CHECKPOINT)
     paths = [
         run.mark, run.recipe, run.environment, run.data, run.metrics, run.samples, run.step_samples,
         run.answers_before, run.spikes, run.rejected, run.report, run.report_text, run.nan_batch("*"),

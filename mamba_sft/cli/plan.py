@@ -37,6 +37,8 @@ NAMES = {
     "rows": "gradient of the embeddings",
     "overhead": "CUDA and allocator",
 }
+FULL_NAMES = {"weights": "weights, float32", "gradients": "gradients", "optimizer": "optimizer state"}
+"""What is otherwise named where all weights are trained."""
 
 
 def plan(
@@ -128,6 +130,8 @@ def _model(made: Plan) -> Iterator[Text]:
     if work.streams:
         micro = f"{work.rows} x {work.length:,} tokens, {work.chunk:,} at a time"
     bits = "32-bit" if work.itemsize == 4 else "16-bit"
+    if work.is_full and work.mixed:
+        bits = "32-bit weights, products in 16-bit"
     numbers = bits if work.quantization == "none" else f"{work.quantization} and {bits}"
     yield _line("step", f"{micro}, checkpointing {work.policy}, {numbers}")
     for name, reason in misfits(shape, work.quantization).items():
@@ -141,11 +145,12 @@ def _memory(made: Plan) -> Iterator[Text]:
         "loss": parts["block"] + parts["dequantized"] < parts["loss"],
     }
     yield _line("memory", "planned, not measured; GiB (in brackets: not at the time of the peak)")
+    names = NAMES | (FULL_NAMES if made.work.is_full else {})
     for name, size in parts.items():
         if round(size / GIB, 2) == 0:
             continue
         counted = ends.get("block" if name == "dequantized" else name, name != "rows")
-        label = NAMES[name] if name != "overhead" or made.accelerator.type == "cuda" else "libraries"
+        label = names[name] if name != "overhead" or made.accelerator.type == "cuda" else "libraries"
         yield _bar(label, size, usable, counted)
     yield _bar("at once, at most", made.peak, usable, counted=True, total=True)
 
@@ -209,16 +214,15 @@ def _time(made: Plan) -> Iterator[Text]:
 
 
 def _disk(made: Plan) -> Iterator[Text]:
-    disk = made.disk
+    disk, result = made.disk, "model" if made.work.is_full else "adapter"
     yield _line(
         "disk",
-        f"download {size_text(disk['download'])}, adapter {size_text(disk['adapter'])}, "
+        f"download {size_text(disk['download'])}, {result} {size_text(disk[result])}, "
         f"checkpoints {size_text(disk['checkpoints'])}",
     )
+    merged = "" if made.work.is_full else f"merged {size_text(disk['merged'])}, "
     yield _line(
-        "",
-        f"merged {size_text(disk['merged'])}, GGUF F16 {size_text(disk['gguf_f16'])}, "
-        f"Q4_K_M {size_text(disk['gguf_q4_k_m'])}",
+        "", f"{merged}GGUF F16 {size_text(disk['gguf_f16'])}, Q4_K_M {size_text(disk['gguf_q4_k_m'])}"
     )
 
 

@@ -88,7 +88,6 @@ def train(
         from mamba_sft.cli.progress import TrainingBar
         from mamba_sft.cli.unsaved import ask_on_terminal
         from mamba_sft.data.summary import FITS_NO_CHAT
-        from mamba_sft.evaluation.losses import loss_warnings
         from mamba_sft.training.fine_tuning import prepare_checked, train_prepared
 
     preparation = prepare_checked(checked, allow_changed_data=allow_changed_data)
@@ -105,10 +104,17 @@ def train(
     finally:
         bar.close()
     _show_samples(run, fits_no_chat)
+    _show_end(run, "merge" if loaded.trains == "adapter" else "export")
+
+
+def _show_end(run: Run, then: str) -> None:
+    from mamba_sft.cli.lines import WarningList
+    from mamba_sft.evaluation.losses import loss_warnings
+
     if warnings := loss_warnings(run.read_metrics()):
         err.print(WarningList(warnings), crop=False)
     out.print(f"trained: {run.path}  (report: {run.report})")
-    out.print(f"next:    mamba-sft chat {run.path}   or   mamba-sft merge {run.path}")
+    out.print(f"next:    mamba-sft chat {run.path}   or   mamba-sft {then} {run.path}")
 
 
 def _start_processes(launch: Launch, words: list[str], checked: Checked) -> None:

@@ -1,4 +1,4 @@
-"""What a user is asked when a disk does not take the adapter: it is in memory until they answer."""
+"""What a user is asked when a disk does not take the adapter or model: it is in memory until they answer."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class _Question:
             if self.warned:
                 raise
             self.warned = True
-            err.print("the adapter is nowhere but in memory; Ctrl-C once more gives it up")
+            err.print(f"the {unsaved.what} is nowhere but in memory; Ctrl-C once more gives it up")
             return None
         if answer is None:
             return None

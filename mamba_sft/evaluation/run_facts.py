@@ -55,8 +55,8 @@ class RunFacts:
 
     @property
     def is_finished(self) -> bool:
-        """Whether training ended and the adapter was saved."""
-        return self.run.adapter.is_dir()
+        """Whether training ended and what it trained was saved."""
+        return self.run.result is not None
 
     @property
     def last_step(self) -> int:

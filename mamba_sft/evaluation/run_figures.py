@@ -311,6 +311,8 @@ def origins(facts: RunFacts) -> Iterator[tuple[str, str]]:
     if recipe is not None:
         revision = f", revision {recipe.model.revision}" if recipe.model.revision else ""
         yield "base", f"{recipe.model.base}{revision}, {recipe.model.dtype}, {recipe.model.quantization}"
+        if recipe.trains == "model":
+            yield "trained", "all weights, without an adapter"
         if recipe.model.adapter:
             yield "started from", recipe.model.adapter
     for title, name in (("command", "command"), ("date", "date"), ("platform", "platform")):
@@ -331,8 +333,10 @@ def next_commands(facts: RunFacts, progress: Progress | None) -> Iterator[tuple[
     """Yields what to do next, with the command that does it."""
     where = shlex.quote(str(facts.run.path))
     if facts.is_finished:
-        yield "talk to it", f"mamba-sft chat {where} --compare"
-        yield "make one checkpoint of it", f"mamba-sft merge {where}"
+        adapted = facts.run.adapter.is_dir()
+        yield "talk to it", f"mamba-sft chat {where}{' --compare' if adapted else ''}"
+        if adapted:
+            yield "make one checkpoint of it", f"mamba-sft merge {where}"
         yield "make files for llama.cpp or Ollama", f"mamba-sft export {where} -q Q4_K_M --format ollama"
     elif progress is None or progress.ended is not None:
         recipe = shlex.quote(str(facts.run.recipe))

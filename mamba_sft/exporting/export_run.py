@@ -101,7 +101,11 @@ def check_request(
         raise UsageError(f"no format `{format}`", hint=f"there are {', '.join(FORMATS)}")
     refuse_unknown(quantization)
     if isinstance(run, Run) or adapter_only or not (Path(run) / "config.json").is_file():
-        Run.open(run)
+        opened = Run.open(run)
+        if adapter_only and opened.model.is_dir():
+            raise UsageError(
+                f"`{opened.path}` has no adapter: it trained all weights", hint="leave `--adapter-only` out"
+            )
     if format == "hf" and (quantization or adapter_only or isinstance(options, GGUFOptions)):
         raise UsageError("quantizations and adapters alone are GGUF files", hint="leave `--format hf` out")
     if format != "hf" and isinstance(options, HubOptions):

@@ -18,7 +18,7 @@ from mamba_sft.merging.summed import MergedTensors
 from mamba_sft.model.checkpoint import is_hub_id, read_config, read_tensors
 from mamba_sft.model.tensor_files import DTYPES, StoredTensors
 from mamba_sft.recipe.builtin import find_path
-from mamba_sft.run import ADAPTER_WEIGHTS, MERGE_REPORT, Run
+from mamba_sft.run import ADAPTER_WEIGHTS, MERGE_REPORT, MODEL_FACTS, Run
 from mamba_sft.run_reading import read_object
 
 logger = logging.getLogger(__name__)
@@ -139,7 +139,8 @@ class SummedTensors(StoredTensors):
 def find_model(where: Run | str | Path) -> FullModel:
     """Returns the model of a run or of a checkpoint's directory.
 
-    A run's `merged/` is taken where it is no older than the adapter; else base and adapter are summed.
+    Of a run that trained all weights that is its `model/`. Of others, `merged/` is taken where it is no older
+    than the adapter; else base and adapter are summed.
 
     Args:
         where: A run, its directory, or the directory of a FalconMamba checkpoint.
@@ -155,6 +156,8 @@ def find_model(where: Run | str | Path) -> FullModel:
 
 def _of_run(run: Run) -> FullModel:
     name = run.path.resolve().name
+    if run.model.is_dir():
+        return _of_checkpoint(run.model, name, run)
     if (run.merged / MERGE_REPORT).is_file():
         stale = _age(run.merged / MERGE_REPORT) < _age(run.adapter / ADAPTER_WEIGHTS)
         if not stale:
@@ -175,18 +178,22 @@ def _of_checkpoint(directory: Path, name: str, run: Run | None = None) -> FullMo
     for tensor, entry in entries.items():
         if entry.dtype not in DTYPES:
             raise ModelError(f"`{tensor}` is stored as {entry.dtype}; exporting handles {', '.join(DTYPES)}")
-    report = _merge_report(directory)
+    report = _record(directory)
     tensors = StoredTensors(entries, report.get("checksums"))
     return FullModel(name, config, tensors, directory, report.get("base"), run, directory=directory)
 
 
-def _merge_report(directory: Path) -> dict[str, Any]:
-    """What a merge recorded of the checkpoint it wrote; empty for any other."""
-    report = read_object(directory / MERGE_REPORT)
+def _record(directory: Path) -> dict[str, Any]:
+    """What a merge, or training, recorded of the checkpoint it wrote; empty for any other."""
+    verb, path = "a merge", directory / MERGE_REPORT
+    if not path.exists():
+        verb, path = "training", directory / MODEL_FACTS
+    report = read_object(path)
     checksums, base = report.get("checksums"), report.get("base")
     if isinstance(checksums, dict | None) and isinstance(base, str | None):
         return report
-    raise ExportError(f"`{directory / MERGE_REPORT}` is not what a merge writes", hint="merge the run again")
+    hint = "merge the run again" if verb == "a merge" else "copy the model again"
+    raise ExportError(f"`{path}` is not what {verb} writes", hint=hint)
 
 
 def base_of(run: Run, merge: PreparedMerge) -> FullModel:

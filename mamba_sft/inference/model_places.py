@@ -41,7 +41,7 @@ def no_adapter(name: str) -> UsageError:
     """Returns what to say of a model that has no adapter where one is needed."""
     return UsageError(
         f"`{name}` has no adapter to switch off, so there is no base to compare with",
-        hint="compare a run, which has an adapter beside its base",
+        hint="compare a run that trained an adapter, which has it beside its base",
     )
 
 
@@ -49,8 +49,8 @@ def find_place(where: Run | str | Path, *, merged: bool = False, needs_adapter: 
     """Returns what is at `where`. Of a model of the hub that is not here yet, the configuration is fetched.
 
     Args:
-        where: A run (its base with its adapter on top), a checkpoint or the adapter directory of one, a model
-            directory or a hub id.
+        where: A run (its base with its adapter on top, or the model where it trained all weights), a
+            checkpoint or the adapter directory of one, a model directory or a hub id.
         merged: Take the run's merged checkpoint rather than base and adapter.
         needs_adapter: Refuse a model without an adapter.
 
@@ -77,20 +77,35 @@ def _find(where: Run | str | Path, name: str, merged: bool) -> ModelPlace:
         )
     if (path / ADAPTER_CONFIG).is_file():
         return _find_adapter(name, path)
-    return ModelPlace(name, _section_of(str(where)))
+    return ModelPlace(name, _section_of(str(where)), recipe=_recipe_of_resume_point(path))
+
+
+def _recipe_of_resume_point(path: Path) -> Recipe | None:
+    """What a model in a run's checkpoints is trained by."""
+    above = path.resolve().parents
+    run = Run(above[1]) if len(above) > 1 else None
+    inside = run is not None and run.checkpoints == above[0] and run.recipe.is_file()
+    return Recipe.load(str(run.recipe)) if run is not None and inside else None
 
 
 def _find_in_run(name: str, run: Run, merged: bool) -> ModelPlace:
     recipe = Recipe.load(str(run.recipe))
+    if merged and run.model.is_dir():
+        raise UsageError(
+            f"`{run.path}` has no merged checkpoint: it trained all weights, and `{run.model}` is the model",
+            hint="leave `--merged` out",
+        )
     if merged:
         if not run.merged.is_dir():
             raise UsageError(
                 f"`{run.path}` has no merged checkpoint", hint=f"`mamba-sft merge {run.path}` makes one"
             )
         return ModelPlace(name, _section_of(str(run.merged)), recipe=recipe)
+    if run.model.is_dir():
+        return ModelPlace(name, _section_of(str(run.model)), recipe=recipe)
     if not run.adapter.is_dir():
         raise UsageError(
-            f"`{run.path}` has no adapter yet: its training has not finished",
+            f"`{run.path}` has no {recipe.trains} yet: its training has not finished",
             hint=f"finish it with `mamba-sft train {run.recipe} --resume`, or give one of its checkpoints",
         )
     return ModelPlace(name, recipe.model, run.adapter, recipe, BaseFacts.read(run.adapter))

@@ -45,11 +45,16 @@ def check_request(
         onto: As `MergeRequest` has it.
 
     Raises:
-        UsageError: There is no such run, dtype or target.
+        UsageError: There is no such run, dtype or target, or the run has nothing to merge.
         MergeError: The run has no adapter.
         AdapterError: The adapter does not say what its base is.
     """
     run = Run.open(run)
+    if run.model.is_dir():
+        raise UsageError(
+            f"`{run.path}` has nothing to merge: it trained all weights, and `{run.model}` is the model",
+            hint=f"take it as it is: `mamba-sft chat {run.path}`, or `mamba-sft export {run.path}`",
+        )
     if dtype is not None and dtype not in DTYPE_NAMES:
         close = meant(dtype, list(DTYPE_NAMES))
         question = f"; did you mean `{close}`?" if close else ""

@@ -7,5 +7,6 @@ Read `checkpoint` (find a base and read what is in it), `tensor_headers` (what a
 `template_rendering` and `template_process` (templates of others, in bounds); `adapter` (where LoRA goes,
 and the proof that it learns), `adapter_config` (what other people's say of themselves), `trained_rows` (rows
 of the vocabulary beside it), `base_facts` (its base), `base_view` (the base under an adapter as a model of
-its own) and `shards` (tensors in parts); `warming_up` (what the first call would do).
+its own) and `shards` (tensors in parts); `full_weights` (training without an adapter, and the checkpoint it
+leaves); `warming_up` (what the first call would do).
 """

@@ -193,7 +193,7 @@ def save_adapter(
     config = copy(model.peft_config[_ADAPTER])
     config.target_modules = sorted(config.target_modules)  # PEFT makes a set of them, saved in any order
     config.save_pretrained(directory, inference_mode=True)
-    _save_tokenizer(setup.tokenizer, directory)
+    save_tokenizer(setup.tokenizer, directory)
     model.generation_config.save_pretrained(directory)
     base = resolve_base(section.base, section.revision)
     facts = BaseFacts(
@@ -210,7 +210,7 @@ def save_adapter(
     facts.write(directory)
 
 
-def _save_tokenizer(tokenizer: Any, directory: Path) -> None:
+def save_tokenizer(tokenizer: Any, directory: Path) -> None:
     """Writes a tokenizer so that transformers 4 reads it too, and without the flags of how it was loaded."""
     tokenizer.save_pretrained(directory)
     path = directory / "tokenizer_config.json"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -14,6 +14,7 @@ from mamba_sft.planning.extent import settled_accumulation
 from mamba_sft.planning.gpus import Accelerator, recognized
 from mamba_sft.planning.memory import Policy, Work, peak, planned_parts, with_length
 from mamba_sft.planning.speed import estimate
+from mamba_sft.recipe.fields import AdapterSection
 from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.wording import size_text
 
@@ -66,30 +67,48 @@ def fixes(work: Work, accumulation: int | None, accelerator: Accelerator) -> lis
     """Returns up to three ways to make a recipe fit, the fastest first, that leave what is learned as it is.
 
     Tried are all smaller micro-batches (with accumulation in proportion), checkpointing policies and lengths
-    of streamed chunks. NF4, which rounds the weights, is tried only where nothing else fits.
+    of streamed chunks. Only where nothing of it fits, what is learned may change: a run of all weights gets
+    an optimizer with 8-bit states, or LoRA; one of LoRA gets NF4, which rounds the weights.
 
     Args:
         work: What does not fit.
         accumulation: `train.gradient_accumulation_steps`; None where `train.batch_ramp` says the batch.
         accelerator: The device.
     """
-    found = list(_fitting(work, accumulation, accelerator))
-    if not found and work.quantization != "nf4":
-        found = list(_fitting(replace(work, quantization="nf4"), accumulation, accelerator))
-        nf4 = ("model.quantization=nf4",)
-        found = [replace(fix, overrides=nf4 + fix.overrides) for fix in found]
-    found.sort(key=lambda fix: (round(fix.slowdown, 2), len(fix.overrides), fix.peak))
+    found = _best(_fitting(work, accumulation, accelerator))
+    if found:
+        return found[:SHOWN]
+    ways = list(_other_ways(work))
+    for override, changed, most in ways:
+        other = _best(_fitting(changed, accumulation, accelerator))[:most]
+        found += [replace(fix, overrides=(override, *fix.overrides)) for fix in other]
+    return found
+
+
+def _best(found: Iterable[Fix]) -> list[Fix]:
+    """The fixes, the fastest first, without those that only add to another."""
+    ordered = sorted(found, key=lambda fix: (round(fix.slowdown, 2), len(fix.overrides), fix.peak))
     chosen: list[Fix] = []
-    for fix in found:
+    for fix in ordered:
         if not any(set(other.overrides) <= set(fix.overrides) for other in chosen):
             chosen.append(fix)
-    return chosen[:SHOWN]
+    return chosen
+
+
+def _other_ways(work: Work) -> Iterator[tuple[str, Work, int]]:
+    """What changes what is learned: an override, the work with it, and how many fixes with it to show."""
+    if work.is_full:
+        if work.optim == "adamw_torch_fused":
+            yield "train.optim=adamw_8bit", replace(work, optim="adamw_8bit"), 1
+        yield "adapter={}", replace(work, adapter=AdapterSection()), SHOWN - 1
+    elif work.quantization != "nf4":
+        yield "model.quantization=nf4", replace(work, quantization="nf4"), SHOWN
 
 
 def _fitting(work: Work, accumulation: int | None, accelerator: Accelerator) -> Iterator[Fix]:
     before = estimate(work, accelerator)
     divisors = [n for n in (1, 2, 4, 8, 16, 32, 64, 128) if work.rows % n == 0]
-    names: tuple[Policy, ...] = ("none", "mamba", "block")
+    names: tuple[Policy, ...] = ("none", "block") if work.is_full else ("none", "mamba", "block")
     policies = sorted(names, key=lambda name: name != work.policy)
     for divisor, policy, stream in product(divisors, policies, _STREAMS):
         overrides = []
@@ -124,11 +143,15 @@ def trained_values(recipe: Recipe, *, trained_rows: int) -> int:
 
 
 def advice(found: list[Fix]) -> str:
-    """Returns the fixes as a hint."""
-    if not found:
+    """Returns the fixes as a hint.
+
+    Args:
+        found: From `fixes`.
+    """
+    ways = ["`" + " ".join(fix.overrides) + "`" for fix in found]
+    if not ways:
         return "no batch, checkpointing or streaming makes it fit here; it needs a device with more memory"
-    first, *others = (" ".join(fix.overrides) for fix in found)
-    return f"add `{first}`" + "".join(f", or `{other}`" for other in others)
+    return f"{'add' if found else 'take'} " + ", or ".join(ways)
 
 
 def refuse_what_cannot_fit(recipe: Recipe, *, longest: int, trained_rows: int) -> None:

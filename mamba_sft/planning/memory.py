@@ -58,7 +58,7 @@ class Work:
         policy: `train.checkpointing`.
         quantization: `model.quantization`.
         optim: `train.optim`.
-        adapter: Rank, targets, variants.
+        adapter: Rank, targets, variants; None: all weights are trained.
         trained_rows: Rows of the vocabulary that are trained.
         card: What the kernels' launches depend on. None: a GPU that is not known, or none.
     """
@@ -72,7 +72,7 @@ class Work:
     policy: Policy = "block"
     quantization: Literal["none", "nf4", "int8"] = "none"
     optim: str = "adamw_torch_fused"
-    adapter: AdapterSection = field(default_factory=AdapterSection)
+    adapter: AdapterSection | None = field(default_factory=AdapterSection)
     trained_rows: int = 0
     card: Card | None = None
 
@@ -115,22 +115,41 @@ class Work:
 
     @property
     def mixed(self) -> bool:
-        """Whether products are computed in 16 bits, under autocast, with an adapter in float32."""
+        """Whether products are computed in 16 bits, under autocast, with what is trained in float32."""
         return self.itemsize < 4
+
+    @property
+    def is_full(self) -> bool:
+        """Whether all weights are trained; they are float32 then."""
+        return self.adapter is None
+
+    @property
+    def has_float32_residual(self) -> bool:
+        """Whether the residual stream is float32: by the configuration, or because all weights are."""
+        return self.shape.residual_in_fp32 or self.is_full
+
+    @property
+    def has_dora(self) -> bool:
+        """Whether the adapter learns lengths apart from directions."""
+        return self.adapter is not None and self.adapter.use_dora
 
     def targets(self, name: str) -> bool:
         """Whether projection `name` carries LoRA."""
-        return any(target.rpartition(".")[2] == name for target in self.adapter.target_modules)
+        return self.adapter is not None and any(
+            target.rpartition(".")[2] == name for target in self.adapter.target_modules
+        )
 
     @property
     def state_stride(self) -> int:
-        """Steps between two states that the scan saves; the rates A are never trained."""
-        return STATE_STRIDE if self.card is None else state_stride(self.card, self.shape.states, False)
+        """Steps between two states that the scan saves; the rates A are trained with all weights only."""
+        return STATE_STRIDE if self.card is None else state_stride(self.card, self.shape.states, self.is_full)
 
     @property
     def lora_values(self) -> int:
         """Values of the LoRA matrices and DoRA's magnitudes."""
         adapter = self.adapter
+        if adapter is None:
+            return 0
         sizes = [size for name, size in self.shape.projections.items() if self.targets(name)]
         each = sum(adapter.r * (inputs + outputs) + adapter.use_dora * outputs for inputs, outputs in sizes)
         return self.shape.layers * each
@@ -138,6 +157,8 @@ class Work:
     @property
     def trained(self) -> int:
         """All values that are trained."""
+        if self.is_full:
+            return self.shape.parameters
         matrices = 1 if self.shape.tied else 2
         return self.lora_values + self.trained_rows * self.shape.hidden * matrices
 
@@ -158,7 +179,7 @@ def planned_parts(work: Work) -> dict[Part, int]:
         states += work.boundaries
     parts: dict[Part, int] = {
         "weights": weights(work),
-        "adapter": 4 * work.trained,
+        "adapter": 0 if work.is_full else 4 * work.trained,
         "gradients": 4 * work.trained,
         "optimizer": work.trained * (8 if work.optim == "adamw_torch_fused" else 2),
         "states": states,
@@ -185,7 +206,7 @@ def peak(parts: dict[Part, int]) -> int:
 
 def weights(work: Work) -> int:
     """Returns the bytes of the base model."""
-    shape, e = work.shape, work.itemsize
+    shape, e = work.shape, 4 if work.is_full else work.itemsize
     if work.quantization == "none":
         return shape.parameters * e
     sizes = [shape.projections[name] for name in work.quantized]
@@ -202,13 +223,13 @@ def kept(work: Work) -> int:
     x_proj (R + 2 N); `none` everything (`_layer`). What comes once, at the end, is part of the loss.
     """
     shape, e = work.shape, work.itemsize
-    residual = shape.hidden * (4 if shape.residual_in_fp32 else e)
+    residual = shape.hidden * (4 if work.has_float32_residual else e)
     if work.policy == "none":
         return shape.layers * _layer(work)
     boundary = residual
     if work.policy == "mamba":
         boundary += e * (2 * shape.inner + shape.rank + 2 * shape.states)
-        boundary += e * shape.hidden * work.adapter.use_dora
+        boundary += e * shape.hidden * work.has_dora
     return shape.layers * (boundary + sum(_int8_inputs(work).values())) * work.tokens
 
 
@@ -233,29 +254,36 @@ def _layer(work: Work) -> int:
     """
     shape, e, mixed = work.shape, work.itemsize, work.mixed
     d, D, N, R = shape.hidden, shape.inner, shape.states, shape.rank
-    on = {name: work.targets(name) for name in shape.projections}
+    on = {name: work.targets(name) or work.is_full for name in shape.projections}
     token = e * (4 * D + 2 * N) + 4 * (R + 2 * N) + 4 * d  # xz, u, dt; B, C; x_dbl; the residual or its copy
     token += e * (D * on["out_proj"] + d * on["in_proj"] + R * on["dt_proj"])
-    token += e * D * (on["x_proj"] and mixed)
-    token += e * work.adapter.r * sum(on.values()) + 4 * 4  # A's products; a factor for each norm
+    token += e * D * (work.targets("x_proj") and mixed)
+    token += 4 * d * work.is_full  # what the block's norm multiplies by its weight
+    rank = work.adapter.r if work.adapter is not None else 0
+    token += e * rank * sum(on.values()) + 4 * 4  # A's products; a factor for each norm
     token += _variants(work, on)
     if work.policy == "none" and mixed:  # in float32 the adapter keeps the same tensors
         token += sum(size for name, size in _int8_inputs(work).items() if name != "x_proj")  # the scan has it
     chunks = work.rows * -(-work.chunk // work.state_stride)
-    once = 4 * D * N  # the rates
+    once = 4 * D * N * (1 + work.is_full)  # the rates, and what they are the negative of
     if mixed:
-        once += e * work.lora_values // shape.layers
+        once += e * (_projections(work) if work.is_full else work.lora_values // shape.layers)
     return token * work.tokens + 4 * D * N * chunks + once
+
+
+def _projections(work: Work) -> int:
+    """Weights of the projections of a layer, of which autocast makes 16-bit copies where they are float32."""
+    return sum(inputs * outputs for inputs, outputs in work.shape.projections.values())
 
 
 def _variants(work: Work, on: dict[str, bool]) -> int:
     """Bytes per token that dropout's masks and DoRA's products add to a layer."""
-    token = 0
+    token, adapter = 0, work.adapter
     for name, (inputs, outputs) in work.shape.projections.items():
-        if on[name] and work.adapter.lora_dropout:
+        if on[name] and adapter is not None and adapter.lora_dropout:
             token += inputs * (1 if work.device == "cuda" else 4)
             token += 4 * inputs * (name == "x_proj" and not work.mixed)
-        if on[name] and work.adapter.use_dora:
+        if on[name] and work.has_dora:
             token += 2 * outputs * work.itemsize
     return token
 
@@ -271,7 +299,7 @@ def _block(work: Work) -> int:
     """
     shape, e, tokens = work.shape, work.itemsize, work.tokens
     D, N = shape.inner, shape.states
-    dy = 0 if work.targets("out_proj") else e * D
+    dy = 0 if work.targets("out_proj") or work.is_full else e * D
     if work.device == "cpu":
         scan = 4 * 3 * D + (4 * 4 * D if work.mixed else 0)
         groups = min(-(-D // CHANNELS), GROUPS, max(4, D // (4 * N)))
@@ -284,7 +312,26 @@ def _block(work: Work) -> int:
     again = 0 if work.policy == "none" else _layer(work)
     if again and not work.mixed:  # the residual is not computed again
         again -= 4 * shape.hidden * tokens
-    return again + (scan + dy + 4 * shape.hidden) * tokens + scratch
+    if not work.is_full:
+        return again + (scan + dy + 4 * shape.hidden) * tokens + scratch
+    rates = 4 * D * N * (work.rows + 1)
+    gone = e * D * shape.hidden * work.mixed  # the 16-bit copy of out_proj
+    in_scan = again + (scan + 4 * shape.hidden) * tokens + scratch + rates - gone
+    return max(in_scan, _last_product(work))
+
+
+def _last_product(work: Work) -> int:
+    """Bytes of the backward of `in_proj`, the first product of a layer, where its weight is trained.
+
+    Its input and the gradient of its output, the residual with its gradient and what the norm keeps; the
+    weight's gradient and, under autocast, that in float32 too.
+    """
+    shape, e = work.shape, work.itemsize
+    d, D = shape.hidden, shape.inner
+    gone = _layer(work) if work.policy == "none" else 0  # counted as kept, and most of it is not any more
+    tokens = (e * (2 * D + d) + 4 * 3 * d) * work.tokens
+    inputs, outputs = shape.projections["in_proj"]
+    return tokens + inputs * outputs * (e + 4 if work.mixed else 4) - gone
 
 
 def _scratch(work: Work) -> int:
@@ -294,7 +341,7 @@ def _scratch(work: Work) -> int:
     Of a card that is not known, an H100's.
     """
     card = work.card or CARDS["H100"]
-    steps = window(card.capability, work.shape.states, False)
+    steps = window(card.capability, work.shape.states, work.is_full)
     segments = work.rows * max(1, work.chunk // (4 * STATE_STRIDE))
     whole = 4 * work.shape.inner * work.shape.states * (work.state_stride // steps) * segments
     return min(WAVES * scratch_bytes(card, steps, work.state_stride), whole)
@@ -304,7 +351,7 @@ def _dequantized(work: Work) -> int:
     """Bytes of the weight that is unpacked at the time, the largest of them."""
     sizes = {name: inputs * outputs for name, (inputs, outputs) in work.shape.projections.items()}
     size = work.itemsize * max((sizes[name] for name in work.quantized), default=0)
-    if work.adapter.use_dora:  # the norm of W + B A, in float32
+    if work.has_dora:  # the norm of W + B A, in float32
         size += 2 * 4 * sizes["in_proj"]
     return size
 
@@ -319,19 +366,24 @@ def _loss(work: Work) -> int:
     """
     shape, e = work.shape, work.itemsize
     tokens, columns = min(work.tokens, TILE_TOKENS), min(shape.vocabulary, TILE_COLUMNS)
-    residual = 4 if shape.residual_in_fp32 else e
+    residual = 4 if work.has_float32_residual else e
     size = tokens * TILE_COLUMNS * e + (4 + 2 * residual) * work.tokens * shape.hidden
     if work.mixed:
         size += tokens * shape.hidden * e
     if work.device == "cpu":
         size += (7 * 4 + 1) * tokens * columns
-    if work.trained_rows:
+    if work.is_full:
+        size += 4 * shape.matrix + 4 * work.tokens * shape.hidden
+        size += columns * shape.hidden * (e if work.mixed else 0)
+    elif work.trained_rows:
         size += shape.matrix * (e + 4 + (e if work.mixed else 0))
     return size
 
 
 def _rows(work: Work) -> int:
     """Bytes of the whole embedding gradients that trained rows are picked from, at the backward's end."""
+    if work.is_full:
+        return 4 * work.shape.matrix * (2 if work.shape.tied else 1)
     return 2 * work.shape.matrix * work.itemsize if work.trained_rows else 0
 
 

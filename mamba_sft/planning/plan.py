@@ -15,7 +15,7 @@ from mamba_sft.planning.gpus import Accelerator, find_gpu, recognized
 from mamba_sft.planning.memory import Part, Work, peak, planned_parts
 from mamba_sft.planning.settling import Settled, settle
 from mamba_sft.planning.speed import Rate, estimate, flops, measured
-from mamba_sft.planning.storage import adapter_bytes, checkpoint_sizes
+from mamba_sft.planning.storage import checkpoint_sizes, result_bytes
 from mamba_sft.recipe.builtin import find_path
 from mamba_sft.recipe.recipe import Recipe
 
@@ -203,9 +203,9 @@ def _disk(recipe: Recipe, work: Work) -> dict[str, int]:
     parameters, checkpoint = work.shape.parameters, checkpoint_sizes(work.trained, recipe.train.optim)
     return {
         "download": 0 if find_path(recipe.model.base).exists() else 2 * parameters,
-        "adapter": adapter_bytes(work.trained),
+        recipe.trains: result_bytes(recipe, work.trained),
         "checkpoints": recipe.train.save_total_limit * sum(checkpoint),
-        "merged": 2 * parameters,
+        "merged": 0 if work.is_full else 2 * parameters,
         "gguf_f16": 2 * parameters,
         "gguf_q4_k_m": int(Q4_K_M_BYTES * parameters),
     }

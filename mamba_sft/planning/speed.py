@@ -1,14 +1,14 @@
 """How long training takes: from an earlier run on this machine, or by counting operations.
 
 The count, per token (`estimate`): the matrix products, 2 operations for each weight that takes part, in the
-forward, in the backward for the inputs only (frozen weights get no gradient), and again where checkpointing
-or streaming repeats them; the head once more, because TRL's loss computes its logits twice; the adapter's
-own; over the sustained rate of the GPU. The scan: state updates (layers * D * N) times the clocks that a
-pass needs on the busiest pipe of a multiprocessor, from counted instructions, or what it moves over the
-bandwidth if that takes longer. The bytes that norms, convolution and adapter move. And per micro-batch the
-weights, read (or with nf4 unpacked, which moves 2.55 bytes a weight) once for each pass. The sum is divided
-by `EFFICIENCY`, because what is left out (launches, other streams, imperfect tiles) takes time too. Nothing
-of it has been measured on a GPU yet.
+forward, in the backward for the inputs only (frozen weights get no gradient; those of `adapter: none` do),
+and again where checkpointing or streaming repeats them; the head once more, because TRL's loss computes its
+logits twice; the adapter's own; over the sustained rate of the GPU. The scan: state updates (layers * D * N)
+times the clocks that a pass needs on the busiest pipe of a multiprocessor, from counted instructions, or what
+it moves over the bandwidth if that takes longer. The bytes that norms, convolution and adapter move. And per
+micro-batch the weights, read (or with nf4 unpacked, which moves 2.55 bytes a weight) once for each pass. The
+sum is divided by `EFFICIENCY`, because what is left out (launches, other streams, imperfect tiles) takes time
+too. Nothing of it has been measured on a GPU yet.
 """
 
 from __future__ import annotations
@@ -70,15 +70,15 @@ def estimate(work: Work, accelerator: Accelerator) -> Rate | None:
     scan_moved = (FORWARD_MOVED + states) * (1 + _repeats(work)) + BACKWARD_MOVED + states
     scan = updates * clocks / (accelerator.multiprocessors * accelerator.clock_hz)
     seconds += max(scan, scan_moved * number) + MOVED[work.policy] * number
-    moved = NF4_MOVED if work.quantization == "nf4" else e
+    moved = NF4_MOVED if work.quantization == "nf4" else e + 4 * (work.is_full and work.mixed)
     seconds += (passes + 1) * shape.products * moved / accelerator.bandwidth / work.tokens
     return Rate(EFFICIENCY / seconds, "estimated")
 
 
 def flops(work: Work) -> float:
     """Returns the operations of matrix products per token of a training step, repeated ones included."""
-    head = 2 * work.shape.matrix * 3 + (2 * work.shape.matrix if work.trained_rows else 0)
-    return 2 * work.shape.products * (2 + _again(work)) + head + 6 * work.lora_values
+    head = 2 * work.shape.matrix * 3 + (2 * work.shape.matrix if work.trained_rows or work.is_full else 0)
+    return 2 * work.shape.products * (2 + work.is_full + _again(work)) + head + 6 * work.lora_values
 
 
 def _repeats(work: Work) -> float:

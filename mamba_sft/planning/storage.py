@@ -1,4 +1,4 @@
-"""What a run writes, file by file: the adapter, and the checkpoints that are there at the same time."""
+"""What a run writes, file by file: its adapter or model, and the checkpoints that are there at once."""
 
 from __future__ import annotations
 
@@ -28,8 +28,20 @@ def adapter_bytes(trained: int) -> int:
     return 4 * trained
 
 
+def result_bytes(recipe: Recipe, trained: int) -> int:
+    """Returns the size of what a run leaves: the weights of its adapter, or of a model in its own precision.
+
+    Args:
+        recipe: What would be trained.
+        trained: Values that are trained.
+    """
+    if recipe.adapter is None and recipe.model.dtype == "bfloat16":
+        return 2 * trained
+    return adapter_bytes(trained)
+
+
 def checkpoint_sizes(trained: int, optim: str) -> list[int]:
-    """Returns the sizes of the large files of a checkpoint: adapter and optimizer state.
+    """Returns the sizes of the large files of a checkpoint: trained weights, in float32, and optimizer state.
 
     Args:
         trained: Values that are trained.
@@ -54,19 +66,20 @@ def checkpoints_at_once(train: TrainSection, *, steps: int, keeps_best: bool) ->
     return min(saved, max(train.save_total_limit, 2 if keeps_best else 1) + 1)
 
 
-def run_sizes(train: TrainSection, trained: int, *, steps: int, keeps_best: bool) -> list[int]:
-    """Returns the sizes of the files that a run needs room for at the same time, adapter and checkpoints.
+def run_sizes(recipe: Recipe, trained: int, *, steps: int, keeps_best: bool) -> list[int]:
+    """Returns the sizes of the files that a run needs room for at the same time: its result and checkpoints.
 
-    See `checkpoints_at_once` for the arguments.
+    See `result_bytes` and `checkpoints_at_once` for the arguments.
     """
-    count = checkpoints_at_once(train, steps=steps, keeps_best=keeps_best)
-    return [adapter_bytes(trained), FILES, *[*checkpoint_sizes(trained, train.optim), FILES] * count]
+    count = checkpoints_at_once(recipe.train, steps=steps, keeps_best=keeps_best)
+    checkpoints = [*checkpoint_sizes(trained, recipe.train.optim), FILES] * count
+    return [result_bytes(recipe, trained), FILES, *checkpoints]
 
 
 def refuse_too_small_a_disk(
     run: Run, recipe: Recipe, trained: int, *, steps: int, validates: bool, resumes: bool
 ) -> None:
-    """Checks that the disk has room for adapter and checkpoints of a run, before weights are loaded.
+    """Checks that the disk has room for what a run leaves and its checkpoints, before weights are loaded.
 
     What is there counts as room: all of an earlier run, which goes, or the checkpoints of one that goes on.
 
@@ -82,14 +95,16 @@ def refuse_too_small_a_disk(
         TrainingError: It has not.
     """
     keeps_best = validates and recipe.eval.load_best_model_at_end
-    sizes = run_sizes(recipe.train, trained, steps=steps, keeps_best=keeps_best)
+    sizes = run_sizes(recipe, trained, steps=steps, keeps_best=keeps_best)
     there = _bytes_below(run.checkpoints if resumes else run.path)
     checkpoint = sum(checkpoint_sizes(trained, recipe.train.optim)) + FILES
     hint = (
         f"free some space, keep fewer checkpoints (`train.save_total_limit=1`; each takes "
         f"{size_text(checkpoint)}), or {ANOTHER_PLACE}"
     )
-    require_space(run.path, _without(sizes, there), "adapter and checkpoints take", TrainingError, hint)
+    require_space(
+        run.path, _without(sizes, there), f"{recipe.trains} and checkpoints take", TrainingError, hint
+    )
 
 
 def _bytes_below(directory: Path) -> int:

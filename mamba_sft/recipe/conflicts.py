@@ -33,6 +33,9 @@ NOT_OF_TRL = (
 )  # fmt: skip
 """Fields of `train` that SFTConfig does not have."""
 
+FULL_LEARNING_RATE = 2e-5
+"""`train.learning_rate` by default where all weights are trained: a tenth of LoRA's."""
+
 WHOLE_ROW_ARGUMENTS = {
     "loss_type": "its own steps compute TRL's `nll` loss",
     "label_smoothing_factor": "its own steps compute TRL's `nll` loss",
@@ -53,7 +56,8 @@ def derive_defaults(values: Any) -> Any:
     """Fills in the defaults that follow from another field.
 
     `train.save_steps` is `eval.eval_steps`; `eval.load_best_model_at_end` is false without validation rows;
-    `data.mixture` is there where there are `train.stages`.
+    `data.mixture` is there where there are `train.stages`; `train.learning_rate` is lower where all weights
+    are trained.
     """
     if not isinstance(values, dict):
         return values
@@ -65,6 +69,8 @@ def derive_defaults(values: Any) -> Any:
         train.setdefault("save_steps", interval)
     if data.get("validation") == 0:
         eval_.setdefault("load_best_model_at_end", False)
+    if values.get("adapter") == "none":
+        train.setdefault("learning_rate", FULL_LEARNING_RATE)
     derived = {"train": train, "eval": eval_}
     if train.get("stages") and data and data.get("mixture") is None:
         derived["data"] = data | {"mixture": {}}
@@ -80,10 +86,15 @@ def _as_dict(section: Any) -> dict[str, Any] | None:
 
 
 def refuse_conflicts(
-    model: ModelSection, data: DataSection, adapter: AdapterSection, train: TrainSection, eval_: EvalSection
+    model: ModelSection,
+    data: DataSection,
+    adapter: AdapterSection | None,
+    train: TrainSection,
+    eval_: EvalSection,
 ) -> None:
     """Raises ConflictError with every clash between these sections, if there is one."""
     problems = [
+        *(_full_conflicts(model, train) if adapter is None else ()),
         *_data_conflicts(data),
         *mixture_conflicts(data, train),
         *_validation_conflicts(data, train, eval_),
@@ -91,11 +102,45 @@ def refuse_conflicts(
         *rate_conflicts(train),
         *ramp_conflicts(train),
         *_parallel_conflicts(model, adapter, train),
-        *_duplicates(("adapter", "target_modules"), adapter.target_modules),
+        *(_duplicates(("adapter", "target_modules"), adapter.target_modules) if adapter is not None else ()),
         *_duplicates(("train", "report_to"), train.report_to),
     ]
     if problems:
         raise ConflictError(problems)
+
+
+def _full_conflicts(model: ModelSection, train: TrainSection) -> Iterator[Problem]:
+    """What does not go with `adapter: none`."""
+    full = (("adapter",),)
+    if model.adapter is not None:
+        yield Problem(
+            ("model", "adapter"),
+            "does not go with `adapter: none`: there is no adapter to go on with; start from the model that "
+            "`mamba-sft merge` makes of that run, as `model.base`",
+            full,
+        )
+    if model.quantization != "none":
+        yield Problem(
+            ("model", "quantization"),
+            f"must be `none` with `adapter: none`: weights that are stored in {model.quantization} cannot be "
+            "trained, they are rounded too coarsely for a step; leave one out",
+            full,
+        )
+    if model.dtype == "float16":
+        yield Problem(
+            ("model", "dtype"),
+            "must not be `float16` with `adapter: none`: the residual stream passes its largest number, "
+            "65,504, and gradients of all weights its smallest; take `bfloat16` or `float32`, or leave "
+            "`adapter: none` out",
+            full,
+        )
+    if train.checkpointing == "mamba":
+        yield Problem(
+            ("train", "checkpointing"),
+            "must not be `mamba` with `adapter: none`: it keeps the products of frozen weights, and none is "
+            "frozen; take `block` or `none`",
+            full,
+        )
 
 
 def _data_conflicts(data: DataSection) -> Iterator[Problem]:
@@ -108,13 +153,6 @@ def _data_conflicts(data: DataSection) -> Iterator[Problem]:
         )
     for index, source in enumerate(data.sources):
         yield from _column_conflicts(("data", "sources", index), source)
-        if data.assistant_only_loss and source.format == "text":
-            yield Problem(
-                ("data", "sources", index, "format"),
-                "must not be `text` when `data.assistant_only_loss` is true: plain text has no assistant "
-                "turn, so none of it would be trained; set `data.assistant_only_loss: false`",
-                (("data", "assistant_only_loss"),),
-            )
 
 
 _STRUCTURES = {
@@ -205,9 +243,13 @@ _IN_STEP = "processes that share the model out go through it together, and here 
 
 
 def _parallel_conflicts(
-    model: ModelSection, adapter: AdapterSection, train: TrainSection
+    model: ModelSection, adapter: AdapterSection | None, train: TrainSection
 ) -> Iterator[Problem]:
     if train.parallel == "ddp":
+        return
+    if adapter is None:
+        text = "shards runs of an adapter only so far; take `ddp`, whose every GPU holds the whole model"
+        yield Problem(("train", "parallel"), text, (("adapter",),))
         return
     found: dict[tuple[str, ...], str] = {}
     whole_model = ("stream_tokens", "carry_state", "auto_batch")

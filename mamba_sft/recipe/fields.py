@@ -16,8 +16,11 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    GetJsonSchemaHandler,
     JsonValue,
     PlainSerializer,
+    SerializerFunctionWrapHandler,
+    WrapSerializer,
 )
 
 from mamba_sft.credentials import has_credentials
@@ -264,7 +267,7 @@ class DataSection(Section):
 
 
 class AdapterSection(Section):
-    """Where LoRA goes and how large it is."""
+    """Where LoRA goes and how large it is; `adapter: none` trains all weights instead."""
 
     r: int = Field(default=16, ge=1, le=1024)
     """Rank. Higher can learn more and costs memory and file size in proportion."""
@@ -279,6 +282,37 @@ class AdapterSection(Section):
     """Scale by lora_alpha / sqrt(r), which keeps high ranks (64 and up) learning."""
     use_dora: bool = False
     """Learn the length of each weight row apart from its direction. Can help at low rank; slower."""
+
+
+class NoSectionError(ValueError):
+    """Something else stands where a section, or the word `none`, has to."""
+
+
+def _read_none(value: Any) -> Any:
+    if value is not None and not isinstance(value, str | bool | int | float | list):
+        return value
+    if value != "none":  # an empty section may mean either
+        raise NoSectionError("must be a section with fields of its own, or the word `none`")
+    return None
+
+
+def _write_none(value: Any, write: SerializerFunctionWrapHandler) -> Any:
+    return "none" if value is None else write(value)
+
+
+class _WordInSchema:
+    """Has the schema say `none`, as it is written, and not null."""
+
+    def __get_pydantic_json_schema__(self, schema: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        found = handler(schema)
+        choices = [one for one in found.pop("anyOf") if one != {"type": "null"}]
+        return {**found, "anyOf": [*choices, {"const": "none"}]}
+
+
+Adapter = Annotated[
+    AdapterSection | None, BeforeValidator(_read_none), WrapSerializer(_write_none), _WordInSchema()
+]
+"""LoRA, or None for `adapter: none`: all weights are trained."""
 
 
 class StageSection(Section):
@@ -331,7 +365,8 @@ class TrainSection(Section):
     """While the batch grows, scale the learning rate by sqrt(batch / to), which keeps the noise in Adam's
     steps what it is at the end of the ramp."""
     learning_rate: Number = Field(default=2e-4, gt=0, le=1)
-    """Peak step size. LoRA likes 1e-4 to 3e-4; too high and the loss jumps or becomes NaN."""
+    """Peak step size. LoRA likes 1e-4 to 3e-4, all weights about a tenth of it, which is the default with
+    `adapter: none`; too high and the loss jumps or becomes NaN."""
     lr_scheduler_type: Literal["wsd", "cosine", "linear", "constant"] = "wsd"
     """Course of the learning rate after the warmup: wsd holds the peak and falls at the end, cosine and
     linear fall all the way, constant stays."""
@@ -350,16 +385,18 @@ class TrainSection(Section):
     """How long wsd falls, written as warmup_steps is. null is a fifth of the run, or what stable_steps
     leaves."""
     weight_decay: Number = Field(default=0.0, ge=0, le=1)
-    """Pulls adapter weights towards zero. Seldom needed with LoRA."""
+    """Pulls what is trained towards zero, but no biases, no norms, no `A_log` and no `D`. Seldom needed with
+    LoRA."""
     max_grad_norm: Number = Field(default=1.0, gt=0, le=1e6)
     """Gradients longer than this are scaled down to it, which tames loss spikes."""
     optim: Literal["adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"] = "adamw_torch_fused"
     """The 8-bit ones hold optimizer state in a quarter of the memory; paged moves it to CPU memory when the
-    GPU is full. With LoRA that state is small."""
+    GPU is full. With LoRA that state is small; with `adapter: none` it is twice the weights."""
     checkpointing: Literal["none", "block", "mamba"] = "block"
     """block keeps only the input of each block and computes the rest again in the backward pass: far less
     memory, about a third more time. mamba keeps the large matrix products too and repeats only what is cheap:
-    three times what block keeps, for hardly more time than none, which is fastest if it fits."""
+    three times what block keeps, for hardly more time than none, which is fastest if it fits. mamba needs
+    LoRA."""
     stream_tokens: int | None = Field(default=None, ge=1, le=MANY)
     """Train rows of any length in chunks of this many tokens, with the gradients of the whole row, in the
     memory of one chunk, for one more forward. 1024 suits most GPUs, with `checkpointing: none` or mamba.

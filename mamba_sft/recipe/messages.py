@@ -13,7 +13,8 @@ from pydantic import BaseModel, ValidationError
 
 from mamba_sft.credentials import masked
 from mamba_sft.recipe.conflicts import ConflictError, Keys
-from mamba_sft.recipe.other_tools import FOREIGN_KEYS, UNWANTED_KEYS, meant
+from mamba_sft.recipe.fields import NoSectionError
+from mamba_sft.recipe.other_tools import ALL_WEIGHTS, FOREIGN_KEYS, UNWANTED_KEYS, meant
 from mamba_sft.wording import shown
 
 Error = Mapping[str, Any]
@@ -254,7 +255,8 @@ def _expectation(error: Error) -> str:
     if rule is None:
         return f"is not valid: {error['msg'][:1].lower()}{error['msg'][1:]}"
     got = "" if kind in ("string_too_short", "too_short") else f", got {shown_value(value)}"
-    return rule.format(**context) + got + _fix(kind, value)
+    fix = _adapter_fix(value) if isinstance(context.get("error"), NoSectionError) else _fix(kind, value)
+    return rule.format(**context) + got + fix
 
 
 def _choice(expected: str, value: Any) -> str:
@@ -281,6 +283,18 @@ def _fix(kind: str, value: Any) -> str:
         return "; put it in quotes"
     if kind == "list_type" and isinstance(value, str) and value.isprintable() and len(value) <= 80:
         return f"; write [{', '.join(value.replace(',', ' ').split())}]" if value != "none" else "; write []"
+    return ""
+
+
+def _adapter_fix(value: Any) -> str:
+    """What whoever wrote something else for the section `adapter` wants."""
+    if value is None:
+        return "; leave the line out for LoRA with its defaults, or write `none` to train all weights"
+    word = str(value).strip().lower().replace("-", "_").replace(" ", "_")
+    if word in ALL_WEIGHTS:
+        return "; did you mean `none`, which trains all weights?"
+    if word in ("lora", "qlora", "true", "peft"):
+        return "; leave the line out for LoRA with its defaults"
     return ""
 
 

@@ -91,10 +91,14 @@ FOREIGN_KEYS = {
 }
 """Field names of axolotl, TRL, LLaMA-Factory, ms-swift, Unsloth, mlx-lm and litgpt, as of summer 2026."""
 
+_LORA_OR_ALL = "a run trains a LoRA adapter, or with `adapter: none` all weights; leave it out"
 UNWANTED_KEYS = {
-    "finetuning_type": "every run trains a LoRA adapter; leave it out",
-    "tuner_type": "every run trains a LoRA adapter; leave it out",
-    "use_peft": "every run trains a LoRA adapter; leave it out",
+    "finetuning_type": _LORA_OR_ALL,
+    "train_type": _LORA_OR_ALL,
+    "tuner_type": _LORA_OR_ALL,
+    "use_peft": _LORA_OR_ALL,
+    "full_finetuning": _LORA_OR_ALL,
+    "fine_tune_type": _LORA_OR_ALL,
     "trust_remote_code": "code from a model repository is never run; leave it out",
     "double_quantization": "`model.quantization: nf4` always quantizes its scales too; leave it out",
     "use_bnb_nested_quant": "`model.quantization: nf4` always quantizes its scales too; leave it out",
@@ -102,6 +106,12 @@ UNWANTED_KEYS = {
     "save_strategy": "checkpoints follow `train.save_steps`",
 }
 """Field names of other tools that have nothing to set here, and why."""
+
+ALL_WEIGHTS = (
+    "all", "all_weights", "false", "fft", "freeze", "full", "full_fine_tune", "full_fine_tuning",
+    "full_finetune", "full_finetuning", "full_weights", "no", "none", "null", "off",
+)  # fmt: skip
+"""What other tools, and people, call training without an adapter."""
 
 FOREIGN_VALUES = {
     "4": "nf4",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -17,6 +17,7 @@ from mamba_sft.recipe import conflicts, yaml_text
 from mamba_sft.recipe.builtin import expanded, find_recipe
 from mamba_sft.recipe.fields import (
     ORDINARY,
+    Adapter,
     AdapterSection,
     ChatSection,
     DataSection,
@@ -42,13 +43,15 @@ class Recipe(Section):
     """Every setting of a training run."""
 
     output_dir: Annotated[FileName, AfterValidator(_without_home)]
-    """The run directory: adapter, checkpoints, metrics and report go there."""
+    """The run directory: adapter (or model), checkpoints, metrics and report go there."""
     seed: int = Field(default=42, ge=0, le=2**32 - 1)
     """Drives the split, the shuffle, the adapter's start and dropout. The same seed repeats the run."""
     model: Annotated[ModelSection, ORDINARY]
     chat: Annotated[ChatSection, ORDINARY] = ChatSection()
     data: Annotated[DataSection, ORDINARY]
-    adapter: Annotated[AdapterSection, ORDINARY] = AdapterSection()
+    adapter: Adapter = AdapterSection()
+    """LoRA on frozen weights, or the word none: full fine-tuning, which trains all weights and takes 16 bytes
+    of memory for each."""
     train: Annotated[TrainSection, ORDINARY] = TrainSection()
     eval: Annotated[EvalSection, ORDINARY] = EvalSection()
 
@@ -93,6 +96,11 @@ class Recipe(Section):
             RecipeError: The values have problems: all of them.
         """
         return yaml_text.build(cls, values)
+
+    @property
+    def trains(self) -> Literal["adapter", "model"]:
+        """What a run of it trains, and leaves in a directory of that name."""
+        return "model" if self.adapter is None else "adapter"
 
     def to_yaml(self) -> str:
         """The whole recipe, every value written out; reading it back gives an equal recipe."""

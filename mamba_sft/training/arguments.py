@@ -47,6 +47,12 @@ def trainer_arguments(
             "the adapter in it too",
             hint="set `train.parallel=ddp`",
         )
+    if dtype == torch.float16 and recipe.adapter is None:  # `auto`, or a GPU without bfloat16
+        raise RecipeError(
+            f"`adapter: none` cannot train here with `model.dtype: {recipe.model.dtype}`: the GPU has no "
+            "bfloat16, and in float16 all weights do not train",
+            hint="take `model.dtype=float32`, or LoRA: leave `adapter: none` out",
+        )
     for name in recipe.train.report_to:
         if find_spec(name) is None:
             raise TrainingError(

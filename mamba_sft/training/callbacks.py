@@ -19,6 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from mamba_sft.errors import AdapterError
 from mamba_sft.model.adapter import dead_adapters, own_gradient
+from mamba_sft.model.full_weights import dead_weights
 from mamba_sft.processes import is_one_of_many
 from mamba_sft.run import write_atomically
 from mamba_sft.training.saving import Lines
@@ -81,7 +82,7 @@ def _holds(line: str, logged: dict[str, Any]) -> bool:
 
 
 class AdapterWatch(TrainerCallback):
-    """Stops the run when part of the adapter cannot learn.
+    """Stops the run when part of the adapter, or of the model where all weights are trained, cannot learn.
 
     A kernel that reads a projection's weight around the adapter, or a target nothing flows through, trains
     nothing without a word. The first steps are watched: `dead_adapters` says which tensors should have had a
@@ -115,14 +116,18 @@ class AdapterWatch(TrainerCallback):
         if by_itself and all(p.grad is None for p in model.parameters()):  # left out by `train.on_spike`
             return
         self.checked += 1
-        found = set(dead_adapters(model, self.gradient_of))
+        adapted = hasattr(model, "peft_config")
+        found = set(dead_adapters(model, self.gradient_of) if adapted else dead_weights(model))
         dead = sorted(self.suspects & found)
         self.suspects |= found
         if dead:
             names = "\n".join(f"  {name}" for name in dead)
             raise AdapterError(
-                f"no gradient reaches {len(dead)} adapter tensors, so they would never learn:\n{names}",
-                hint="remove them from `adapter.target_modules`, or report this as a bug with the recipe",
+                f"no gradient reaches {len(dead)} {'adapter' if adapted else 'model'} tensors, so they would "
+                f"never learn:\n{names}",
+                hint="remove them from `adapter.target_modules`, or report this as a bug with the recipe"
+                if adapted
+                else "report this as a bug with the recipe",
             )
 
 

@@ -32,11 +32,11 @@ from mamba_sft.model.adapter import (
     adapter_weights,
     attach_adapter,
     load_weights,
-    save_adapter,
     trained_digest,
 )
 from mamba_sft.model.chat_template import TemplateSetup, render
 from mamba_sft.model.checkpoint import base_fingerprint, resolve_base
+from mamba_sft.model.full_weights import in_float32, save_trained, train_all_weights
 from mamba_sft.model.loading import apply_setup, load_model, recommend_sampling
 from mamba_sft.model.shards import held_bytes, is_sharded
 from mamba_sft.planning.course import Course
@@ -47,9 +47,9 @@ from mamba_sft.planning.settling import settle
 from mamba_sft.planning.storage import (
     ANOTHER_PLACE,
     FILES,
-    adapter_bytes,
     checkpoint_sizes,
     refuse_too_small_a_disk,
+    result_bytes,
 )
 from mamba_sft.recipe.mixtures import source_ids
 from mamba_sft.recipe.recipe import Recipe
@@ -229,7 +229,7 @@ def train(
         callbacks: More trainer callbacks. When one of them shows progress, the trainer's own bar is off.
 
     Raises:
-        MambaSFTError: The run cannot start, diverged, or holds an adapter that cannot learn.
+        MambaSFTError: The run cannot start, diverged, or trains weights that cannot learn.
         RunInterruptedError: Ctrl-C or SIGTERM; a checkpoint was saved.
     """
     preparation = prepare(recipe, resume=resume, overwrite=overwrite, allow_changed_data=allow_changed_data)
@@ -271,11 +271,15 @@ def _train(
         check_base(preparation.start, recipe.model)
     _settle_base(preparation)
     set_seed(recipe.seed)  # before the adapter draws its first weights
-    model = load_model(recipe.model, to_shard=bool(preparation.arguments.fsdp))
+    section = recipe.model if recipe.adapter is not None else in_float32(recipe.model)
+    model = load_model(section, to_shard=bool(preparation.arguments.fsdp))
     logger.info("scan and convolution: backend %s", _backend(recipe.model.kernels, model))
     apply_setup(model, preparation.setup)
     recommend_sampling(model, recipe.chat)
-    model = attach_adapter(model, recipe.adapter, trained_token_ids=preparation.setup.trained_token_ids)
+    if recipe.adapter is None:
+        model = train_all_weights(model)
+    else:
+        model = attach_adapter(model, recipe.adapter, trained_token_ids=preparation.setup.trained_token_ids)
     keep_activations(model, recipe.train.checkpointing)
     _start_directory(preparation)  # an earlier run goes only when this one has all it needs
     trainer = _build_trainer(preparation, model, counts, interruption, callbacks)
@@ -288,14 +292,14 @@ def _train(
     trainer.add_callback(report)  # the last one: it tells what the others have written
     explained = file_errors_explained(run, lambda: trainer.state.global_step)
     with report.telling_the_end():
-        with explained, _out_of_memory_explained():
+        with explained, _out_of_memory_explained(recipe):
             trainer.fit(preparation.resume_point)
         if interruption.ends_the_run:
             raise _interrupted(run, interruption)
         interruption.where = "stopped after training, before all was written"
-        _refuse_unchanged(trainer, start)
+        _refuse_unchanged(trainer, start, recipe.trains)
         after = _answer(preparation, trainer, "after")
-        weights = adapter_weights(trainer.model)
+        weights = adapter_weights(trainer.model) if recipe.adapter is not None else None
         held = gather_object([held_bytes(trainer.model)])
         if trainer.is_world_process_zero():
             _save(preparation, trainer, Result(weights, before, after, held), ask)
@@ -395,7 +399,7 @@ def _interrupted(run: Run, interruption: Interruption) -> RunInterruptedError:
     return RunInterruptedError(f"{interruption.where}; no checkpoint yet", hint=again if begun else None)
 
 
-def _refuse_unchanged(trainer: Trainer, start: str) -> None:
+def _refuse_unchanged(trainer: Trainer, start: str, trained: str) -> None:
     """Raises `TrainingError` when what was trained is what it was: such a run must not look finished."""
     if trained_digest(trainer.model) != start:
         return
@@ -403,21 +407,22 @@ def _refuse_unchanged(trainer: Trainer, start: str) -> None:
     rate, norm = (max((line.get(name, 0.0) for line in log), default=0.0) for name in _CAUSES)
     steps = count_text(trainer.state.global_step, "step")
     raise TrainingError(
-        f"nothing was learned: after {steps} the adapter is what it was at the start, to the last bit",
+        f"nothing was learned: after {steps} the {trained} is what it was at the start, to the last bit",
         hint=f"the learning rate reached {rate:.3g} and the norm of the gradient {norm:.3g}, see "
         f"`{trainer.run.metrics}`; raise `train.learning_rate`, and start anew with `--overwrite`",
     )
 
 
 @contextmanager
-def _out_of_memory_explained() -> Iterator[None]:
+def _out_of_memory_explained(recipe: Recipe) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
         raise TrainingError(
             f"the GPU is out of memory: {error}",
             hint="set `train.auto_batch: true` or `train.stream_tokens: 1024`, lower "
-            "`train.per_device_train_batch_size` or `data.max_length`, or use nf4",
+            "`train.per_device_train_batch_size` or `data.max_length`, or use "
+            + ("nf4" if recipe.trains == "adapter" else "LoRA: `adapter={}`"),
         ) from error
 
 
@@ -503,13 +508,13 @@ class Result:
     """What training came to.
 
     Args:
-        weights: The adapter's, from `adapter_weights`.
+        weights: The adapter's, from `adapter_weights`; None where all weights were trained.
         before: Answers to the sample prompts before training.
         after: Answers after it.
         held: Bytes of the model's parameters in each process.
     """
 
-    weights: dict[str, torch.Tensor]
+    weights: dict[str, torch.Tensor] | None
     before: list[str]
     after: list[str]
     held: list[int]
@@ -521,7 +526,7 @@ def _save(preparation: Preparation, trainer: Trainer, result: Result, ask: Ask |
 
     def write(place: Path) -> None:
         with atomic_directory(place) as partial:
-            save_adapter(
+            save_trained(
                 trainer.model,
                 partial,
                 section=recipe.model,
@@ -529,8 +534,9 @@ def _save(preparation: Preparation, trainer: Trainer, result: Result, ask: Ask |
                 weights=result.weights,
             )
 
-    nbytes = adapter_bytes(preparation.trained) + FILES
-    adapter = save_surely(write, run, nbytes, ask)
+    nbytes = result_bytes(recipe, preparation.trained) + FILES
+    place = run.path / recipe.trains
+    saved = save_surely(write, run, nbytes, ask, what=recipe.trains)
     if result.before:
         with left_out_if_refused(run.samples):
             write_samples(run.samples, pair(preparation.prompts, result.before, result.after))
@@ -546,8 +552,8 @@ def _save(preparation: Preparation, trainer: Trainer, result: Result, ask: Ask |
         write_atomically(run.environment, json.dumps(facts, indent=2) + "\n")
     with left_out_if_refused(run.answers_before):
         run.answers_before.unlink(missing_ok=True)
-    if adapter != run.adapter:
+    if saved != place:
         raise TrainingError(
-            f"the adapter is in `{adapter}`; its run, `{run.path}`, is not finished without it",
-            hint=f"when there is room: `mv {quote(str(adapter))} {quote(str(run.adapter))}`",
+            f"the {recipe.trains} is in `{saved}`; its run, `{run.path}`, is not finished without it",
+            hint=f"when there is room: `mv {quote(str(saved))} {quote(str(place))}`",
         )

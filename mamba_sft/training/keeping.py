@@ -1,4 +1,4 @@
-"""The adapter at the end of a run, which is what the run was for: kept in memory until it is somewhere."""
+"""The adapter (or model) at the end of a run, which it was for: kept in memory until it is somewhere."""
 
 from __future__ import annotations
 
@@ -32,26 +32,28 @@ RETRY_PAUSE = 10.0
 
 @dataclass(frozen=True)
 class Unsaved:
-    """The adapter that a disk did not take, and that is in memory.
+    """The adapter, or the model, that a disk did not take, and that is in memory.
 
     Args:
         place: Where it was to go.
         nbytes: What it takes.
         free: What is left there, or None where that cannot be told.
         reason: Why it was not taken.
+        what: Which of the two it is.
     """
 
     place: Path
     nbytes: int
     free: int | None
     reason: str
+    what: str = "adapter"
 
     @property
     def text(self) -> str:
         """All of it in a sentence."""
         left = "" if self.free is None else f", and {self.free:,} are free"
         return (
-            f"the adapter cannot be written to `{self.place}`: {self.reason}; "
+            f"the {self.what} cannot be written to `{self.place}`: {self.reason}; "
             f"it takes {self.nbytes:,} bytes ({size_text(self.nbytes)}){left}"
         )
 
@@ -61,8 +63,10 @@ Ask = Callable[[Unsaved, float], Path | None]
 Raises `KeyboardInterrupt` where it is given up, and `EOFError` where nobody can answer."""
 
 
-def save_surely(write: Callable[[Path], None], run: Run, nbytes: int, ask: Ask | None) -> Path:
-    """Writes the adapter of a run, however often and wherever it takes; returns where it is.
+def save_surely(
+    write: Callable[[Path], None], run: Run, nbytes: int, ask: Ask | None, *, what: str = "adapter"
+) -> Path:
+    """Writes the adapter, or the model, of a run, however often and wherever it takes; returns where it is.
 
     Where somebody can be asked, until they give it up; else for `RETRY_SECONDS`. SIGTERM, which is the last
     word of a job that ends, and Ctrl-C where nobody can be asked, are a last try. A terminal that goes away
@@ -70,14 +74,15 @@ def save_surely(write: Callable[[Path], None], run: Run, nbytes: int, ask: Ask |
 
     Args:
         write: Writes it to the path it is given, or raises and leaves nothing.
-        run: The run, whose `adapter` is the first place.
+        run: The run, in which the first place is.
         nbytes: What it takes.
         ask: Asks the user.
+        what: `adapter` or `model`, which is also what it is called in the run.
 
     Raises:
         TrainingError: It could not be written; what there is of the run on the disk is named.
     """
-    place, until, last = run.adapter, None, False
+    place, until, last = run.path / what, None, False
     with _Patience() as patience:
         while True:
             try:
@@ -86,7 +91,7 @@ def save_surely(write: Callable[[Path], None], run: Run, nbytes: int, ask: Ask |
             except Exception as error:
                 if error_number(error) is None:
                     raise
-                unsaved = Unsaved(place, nbytes, _free(place), reason(error, place))
+                unsaved = Unsaved(place, nbytes, _free(place), reason(error, place), what)
             if last or patience.ended or (until is not None and time.monotonic() > until):
                 raise _not_saved(run, unsaved)
             if ask is None and until is None:
@@ -98,7 +103,7 @@ def save_surely(write: Callable[[Path], None], run: Run, nbytes: int, ask: Ask |
             try:
                 with patience.waiting():
                     chosen = (ask or _sleep)(unsaved, RETRY_PAUSE)
-                place = _new_name(chosen, run) if chosen is not None else place
+                place = _new_name(chosen, run, what) if chosen is not None else place
             except (EOFError, OSError):
                 ask = None
             except (KeyboardInterrupt, _EndedError):
@@ -110,9 +115,9 @@ def _sleep(unsaved: Unsaved, seconds: float) -> None:
     time.sleep(seconds)
 
 
-def _new_name(directory: Path, run: Run) -> Path:
+def _new_name(directory: Path, run: Run, what: str) -> Path:
     """A name in a directory that nothing has: what is there is not this run's to replace."""
-    names = (f"{run.path.resolve().name}-adapter{number}" for number in ("", *range(2, 1000)))
+    names = (f"{run.path.resolve().name}-{what}{number}" for number in ("", *range(2, 1000)))
     free = (directory.expanduser() / name for name in names)
     return next(path for path in free if not os.path.lexists(path))
 

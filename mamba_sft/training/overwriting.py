@@ -56,7 +56,7 @@ def refuse_to_overwrite(run: Run, *, overwrite: bool) -> None:
     if overwrite:
         _refuse_strangers(run, strangers(run))
         return
-    if run.adapter.is_dir():
+    if run.result is not None:
         raise TrainingError(
             f"`{run.path}` holds a finished run", hint=f"start anew with `--overwrite`, or {_OTHER}"
         )

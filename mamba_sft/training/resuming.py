@@ -65,18 +65,19 @@ def find_resume_point(run: Run, recipe: Recipe) -> tuple[Recipe, Path | None]:
         longer = any(name in LENGTH for name, _, _ in changed)
         raise RecipeError(
             "\n".join([f"`{run.path}` was started with another recipe:", *lines]),
-            hint=_way_to_more(run) if longer else own,
+            hint=_more(run, trained) if longer else own,
         )
     if _is_finished(run):
         raise TrainingError(
-            f"`{run.path}` is finished", hint=f"next: `mamba-sft merge {run.path}`; {_way_to_more(run)}"
+            f"`{run.path}` is finished",
+            hint=f"next: `mamba-sft {_next(recipe)} {run.path}`; {_more(run, recipe)}",
         )
     return recipe, _newest_good(run)
 
 
 def _is_finished(run: Run) -> bool:
-    """Whether all was written, and not only the adapter, which is written first of all that ends a run."""
-    return run.adapter.is_dir() and run.report.is_file() and "steps" in read_object(run.environment)
+    """Whether all was written, and not only the adapter or model, which comes first of what ends a run."""
+    return run.result is not None and run.report.is_file() and "steps" in read_object(run.environment)
 
 
 def own_recipe_moved(file: Path, recipe: Recipe) -> Recipe:
@@ -139,9 +140,16 @@ def _indented(lines: list[str]) -> list[str]:
     return [f"  {line}" for line in lines]
 
 
-def _way_to_more(run: Run) -> str:
+def _next(recipe: Recipe) -> str:
+    """The verb that follows training: a model that was trained whole needs no merge."""
+    return "merge" if recipe.trains == "adapter" else "export"
+
+
+def _more(run: Run, recipe: Recipe) -> str:
     """How to train on when a run's own steps are done: its learning rate has come down to its end."""
-    first = "" if run.adapter.is_dir() else f"finish it first, with `mamba-sft train {run.recipe} --resume`; "
+    first = "" if run.result else f"finish it first, with `mamba-sft train {run.recipe} --resume`; "
+    if recipe.trains == "model":
+        return f"{first}to train on, start from its model: `model.base={run.model} output_dir=runs/NAME`"
     return (
         f"{first}to train on, start a new run from its adapter: `model.adapter={run.path} "
         f"output_dir=runs/NAME`; or `mamba-sft merge {run.path}`, then `model.base={run.merged} "

@@ -48,7 +48,7 @@ def find_start(recipe: Recipe) -> Path | None:
         RecipeError: It is inside `output_dir`.
         AdapterError: There is none, it is damaged, or it does not fit the recipe.
     """
-    if recipe.model.adapter is None:
+    if recipe.model.adapter is None or recipe.adapter is None:  # both at once are no recipe
         return None
     path = _directory(recipe.model.adapter)
     if path.resolve().is_relative_to(Path(recipe.output_dir).resolve()):
@@ -92,6 +92,11 @@ def _directory(where: str) -> Path:
     path = find_path(where)
     run = Run(path)
     if run.recipe.is_file():
+        if run.model.is_dir():
+            raise AdapterError(
+                f"`model.adapter: {where}`: that run has no adapter, it trained all weights",
+                hint=f"start from its model: `model.base={run.model}`, without `model.adapter`",
+            )
         if not run.adapter.is_dir():
             raise AdapterError(
                 f"`model.adapter: {where}`: that run has no adapter yet, its training has not finished",

@@ -20,6 +20,7 @@ from torch import Tensor
 from mamba_sft.data.packing import PADDING
 from mamba_sft.data.rows import IGNORED, row_lengths
 from mamba_sft.kernels.carry import Carry
+from mamba_sft.model.full_weights import without_wrapper
 from mamba_sft.recipe.fields import TrainSection
 from mamba_sft.training.figures import Figures
 from mamba_sft.training.out_of_memory import AutoBatch
@@ -138,7 +139,7 @@ class ChunkedSteps:
 
     @property
     def _backbone(self) -> Any:
-        return self.trainer.model.get_base_model().base_model
+        return without_wrapper(self.trainer.model).base_model
 
     def _initial_states(self, rows: int) -> States | None:
         if self.passed_on is None:

@@ -13,7 +13,7 @@ from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import AutocastKwargs, gather_object
 from transformers import (
     EarlyStoppingCallback,
     PrinterCallback,
@@ -30,6 +30,7 @@ from trl import SFTTrainer
 from mamba_sft.data.packing import PADDING
 from mamba_sft.errors import TrainingError
 from mamba_sft.model.adapter import adapter_tensors, keep_float32, load_weights
+from mamba_sft.model.full_weights import is_undecayed, without_wrapper
 from mamba_sft.model.shards import whole
 from mamba_sft.planning.course import Course
 from mamba_sft.planning.schedule import make_scheduler
@@ -103,13 +104,15 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         self.saves = saves
         self.section = section
         self.parallel = section.parallel
-        add_fused_head(arguments["model"].get_base_model())  # beside TRL's, for a loss that needs no wait
+        add_fused_head(without_wrapper(arguments["model"]))  # beside TRL's, for a loss that needs no wait
         self.spikes = SpikeWatch(run, section.on_spike)
         self.residual = LargestResidual() if section.log_activations else None
         self.pace = Pace()
         residual = [self.residual] if self.residual else []
         watchers = [interruption, self.pace, *residual, *callbacks]
         super().__init__(callbacks=watchers, **arguments)
+        if not hasattr(self.model, "peft_config"):  # each weight is cast once: a cache only takes room
+            self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
         self.remove_callback(PrinterCallback)
         if any(hasattr(callback, "console") for callback in callbacks):
             self.remove_callback(ProgressCallback)
@@ -209,6 +212,10 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
                 self.optimizer if optimizer is None else optimizer, self.section, self.course.tokens
             )
         return self.lr_scheduler
+
+    def get_decay_parameter_names(self, model: Any) -> list[str]:
+        """The weights that weight decay pulls towards 0: none of those that it would harm."""
+        return [name for name in super().get_decay_parameter_names(model) if not is_undecayed(name)]
 
     def get_train_dataloader(self) -> Any:
         """One item for each optimizer step of the run: the micro-batches of this process."""
@@ -491,10 +498,10 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         self._after_evaluation = current_random_state(self.args.device)
 
     def _load_best_model(self) -> None:
-        """Loads the adapter of the lowest validation loss; stays with the last one if that is damaged."""
+        """Loads the weights of the lowest validation loss; stays with the last ones if those are damaged."""
         best = Path(self.state.best_model_checkpoint)
         if fault := fault_of(best):
-            logger.warning("the best checkpoint `%s` is damaged: %s; the last adapter is kept", best, fault)
+            logger.warning("the best checkpoint `%s` is damaged: %s; the last weights are kept", best, fault)
             return
         if self.is_fsdp_enabled:
             load_weights(self.model, best)

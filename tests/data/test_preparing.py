@@ -379,3 +379,31 @@ def test_several_batches_keep_their_order(
     assert [trained(setup, row) for row in prepared.train] == [
         f"a {i}<|im_end|>" for i in range(30) if i != 11
     ]
+
+
+def test_chats_are_trained_on_answers_and_the_texts_beside_them_whole(
+    setup: TemplateSetup, tmp_path: Path
+) -> None:
+    chats = write(tmp_path / "a.jsonl", [chat("hello", "world")])
+    text = "the quick brown fox jumps over the lazy dog " * 12
+    (tmp_path / "b.txt").write_text(f"{text}\n\n{text}")
+    sources = [
+        SourceSection(path=str(chats)),
+        SourceSection(path=str(tmp_path / "b.txt"), format="text", sample_by="document"),
+    ]
+    data = DataSection(sources=sources, validation=0, max_length=64, too_long="split")
+    assert data.assistant_only_loss
+    prepared = prepare_data(data, setup, system=None, seed=0)
+    rows = list(prepared.train)
+    of_chats = [row for row in rows if "a.jsonl" in row["where"]]
+    of_texts = [row for row in rows if "b.txt" in row["where"]]
+    assert [trained(setup, row) for row in of_chats] == ["world<|im_end|>"]
+    assert len(of_texts) > 3
+    for row in of_texts:
+        assert [label == IGNORED for label in row["labels"]] == [True] + [False] * (len(row["labels"]) - 1)
+    whole = "".join(setup.tokenizer.decode(row["input_ids"]) for row in sorted(of_texts, key=_piece))
+    assert whole.count("lazy dog") == 24
+
+
+def _piece(row: dict[str, Any]) -> str:
+    return str(row["where"])

@@ -16,6 +16,7 @@ from mamba_sft.data.packing import Collator
 from mamba_sft.kernels import cpu, cpu_loops, launching
 from mamba_sft.kernels.falcon_mamba import install
 from mamba_sft.model.adapter import attach_adapter
+from mamba_sft.model.full_weights import train_all_weights, without_wrapper
 from mamba_sft.model.loading import load_model
 from mamba_sft.model.shape import Shape, find_shape
 from mamba_sft.planning import memory
@@ -45,7 +46,7 @@ class Case(NamedTuple):
     states: int = 16
     packed: bool = False
     trained: tuple[int, ...] = ()
-    adapter: tuple[tuple[str, Any], ...] = ()
+    adapter: tuple[tuple[str, Any], ...] | None = ()
     backend: str = "cpu"
 
     @property
@@ -62,7 +63,8 @@ class Case(NamedTuple):
             shape=shape, rows=self.rows, length=self.length,
             chunk=min(self.stream or self.length, self.length),
             itemsize=self.dtype.itemsize, device="cuda" if self.backend == "triton" else "cpu",
-            policy=self.policy, adapter=AdapterSection(**dict(self.adapter)), trained_rows=len(self.trained),
+            policy=self.policy, trained_rows=len(self.trained),
+            adapter=None if self.adapter is None else AdapterSection(**dict(self.adapter)),
             card=launching.card_of(torch.device("cuda")) if self.on_gpu else None,
         )  # fmt: skip
 
@@ -75,7 +77,28 @@ def triton_is_interpreted() -> bool:
 
 
 bf16 = torch.bfloat16
+FULL = [
+    Case("none", adapter=None),
+    Case("block", adapter=None),
+    Case("none", hidden=512, length=512, adapter=None),
+    Case("block", hidden=1024, length=512, layers=2, adapter=None),
+    Case("block", length=512, rows=3, packed=True, adapter=None),
+    Case("none", bf16, length=256, adapter=None),
+    Case("block", bf16, length=256, adapter=None),
+    Case("block", bf16, length=512, rows=2, packed=True, adapter=None),
+    Case("none", stream=256, length=2048, adapter=None),
+    Case("block", bf16, stream=128, length=512, adapter=None),
+    Case("block", states=64, length=512, adapter=None),
+    Case("none", vocabulary=4096, adapter=None),
+    Case("block", bf16, vocabulary=8192, length=256, adapter=None),
+    Case("block", bf16, hidden=1024, length=64, layers=2, adapter=None),
+    Case("block", bf16, hidden=1024, length=256, layers=2, adapter=None),
+    Case("none", bf16, hidden=512, length=64, layers=3, adapter=None),
+    Case("block", hidden=1024, length=64, layers=2, adapter=None),
+]
+"""Without an adapter."""
 CASES = [
+    *FULL,
     Case("none"),
     Case("block"),
     Case("mamba"),
@@ -106,9 +129,13 @@ def prepared(case: Case, device: str = "cpu") -> Any:
         hidden_size=case.hidden, num_hidden_layers=case.layers, state_size=case.states,
         vocab_size=case.vocabulary, time_step_rank=work.shape.rank, intermediate_size=work.shape.inner,
     )  # fmt: skip
-    model = install(model.to(device, case.dtype), "auto" if device == "cuda" else case.backend)
-    model = attach_adapter(model, work.adapter, trained_token_ids=case.trained)
-    add_fused_head(model.get_base_model())
+    dtype = torch.float32 if work.is_full else case.dtype
+    model = install(model.to(device, dtype), "auto" if device == "cuda" else case.backend)
+    if work.adapter is None:
+        model = train_all_weights(model)
+    else:
+        model = attach_adapter(model, work.adapter, trained_token_ids=case.trained)
+    add_fused_head(without_wrapper(model))
     keep_activations(model, case.policy)
     return model.train()
 
@@ -122,7 +149,12 @@ def step(model: Any, case: Case, device: str = "cpu") -> None:
         rows = [row | {"seq_lengths": [third, third, case.length - 2 * third]} for row in rows]
     batch: dict[str, Any] = Collator(pad_token_id=0)(rows)
     batch |= {name: batch[name].to(device) for name in ("input_ids", "labels", "seq_idx")}
-    mixed = nullcontext() if case.dtype == torch.float32 else torch.autocast(device, case.dtype)
+    cache = case.adapter is not None
+    mixed = (
+        nullcontext()
+        if case.dtype == torch.float32
+        else torch.autocast(device, case.dtype, cache_enabled=cache)
+    )
 
     def run(chunk: Any, carry: Any, close: Any) -> None:
         with mixed:
@@ -131,7 +163,7 @@ def step(model: Any, case: Case, device: str = "cpu") -> None:
 
     chunks = split(batch, case.stream)
     with mixed:
-        boundaries = sweep(model.get_base_model().backbone, chunks)
+        boundaries = sweep(without_wrapper(model).backbone, chunks)
     backpropagate(chunks, boundaries, run)
 
 

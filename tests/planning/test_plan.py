@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from mamba_sft.training.fine_tuning import prepare
 CARDS_OF = {
     "instruct": "a100-80", "instruct-qlora": "4090", "instruct-t4": "t4", "long-context": "4090",
     "instruct-multi-gpu": "h100", "instruct-2x24gb": "3090", "falcon-mamba-procedure": "h100",
+    "continue-pretraining": "4090",
 }  # fmt: skip
 
 
@@ -259,3 +261,65 @@ def test_the_readme_shows_the_plans(words: list[str], monkeypatch: pytest.Monkey
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     command = f"$ mamba-sft plan {' '.join(words)}"
     assert "\n".join([command, *(line.rstrip() for line in shown.splitlines())]) in readme
+
+
+def test_all_weights_of_the_7b_do_not_fit_80_gb_and_what_does_is_named() -> None:
+    words = ["adapter=none", "train.per_device_train_batch_size=1"]
+    plan = make_plan(Recipe.load("instruct", words), "h100")
+    assert plan.work.trained == plan.work.shape.parameters
+    static = sum(plan.parts[name] for name in ("weights", "adapter", "gradients", "optimizer"))  # type: ignore[index]
+    assert static == 16 * plan.work.shape.parameters
+    assert not plan.fits
+    first = [fix.overrides[0] for fix in plan.fixes]
+    assert first == ["train.optim=adamw_8bit", "adapter={}", "adapter={}"]
+    for fix in plan.fixes:
+        changed = make_plan(Recipe.load("instruct", [*words, *fix.overrides]), "h100")
+        assert changed.fits
+        assert changed.peak == fix.peak
+    assert make_plan(Recipe.load("instruct", words), "h200").fits
+
+
+def test_train_refuses_all_weights_with_the_change_to_make(
+    recipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = replace(find_gpu("h100"), usable_bytes=10**9, name="a small one")
+    monkeypatch.setattr(fitting, "recognized", lambda facts: gpu)
+    settings = recipe("adapter=none", "model.base=tiiuae/falcon-mamba-7b")
+    with pytest.raises(TrainingError, match="GiB by plan, and a small one has") as caught:
+        refuse_what_cannot_fit(settings, longest=96, trained_rows=2)
+    assert "needs a device with more memory" in (caught.value.hint or "")
+    gpu = find_gpu("h100")
+    with pytest.raises(TrainingError, match=r"this run needs 11.* GiB by plan, and H100") as caught:
+        refuse_what_cannot_fit(
+            recipe("adapter=none", "model.base=tiiuae/falcon-mamba-7b", "model.dtype=bfloat16"),
+            longest=2048, trained_rows=2,
+        )  # fmt: skip
+    hint = caught.value.hint or ""
+    assert "adapter={}" in hint
+
+
+def test_the_disk_of_a_full_run_holds_a_model_and_no_merge(recipe: Any) -> None:
+    plan = make_plan(Recipe.load("instruct", ["adapter=none"]), "h200")
+    weights = plan.work.shape.parameters
+    assert plan.disk["model"] == 2 * weights
+    assert plan.disk["merged"] == 0
+    assert plan.disk["checkpoints"] == 2 * (4 + 8) * weights
+    assert "adapter" not in plan.disk
+
+
+def test_plan_prints_a_full_run(capsys: pytest.CaptureFixture[str]) -> None:
+    from typer.testing import CliRunner
+
+    from mamba_sft.cli.app import app
+
+    words = ["plan", "instruct", "adapter=none", "train.per_device_train_batch_size=1", "--card", "h100"]
+    told = CliRunner().invoke(app, words).output
+    for text in (
+        "weights, float32",
+        "optimizer state",
+        "adapter={}",
+        "(100.00%)",
+    ):
+        assert text in told, told
+    assert "base weights" not in told
+    assert "merged" not in told

@@ -16,7 +16,8 @@ from mamba_sft.errors import RecipeError, UsageError
 from mamba_sft.recipe.builtin import builtin_recipes, bundled_root, find_path
 from mamba_sft.recipe.conflicts import NOT_OF_TRL, WHOLE_ROW_ARGUMENTS
 from mamba_sft.recipe.fields import AdapterSection, EvalSection, ModelSection, TrainSection
-from mamba_sft.recipe.other_tools import FOREIGN_KEYS, FOREIGN_VALUES, UNWANTED_KEYS
+from mamba_sft.recipe.messages import section_at
+from mamba_sft.recipe.other_tools import ALL_WEIGHTS, FOREIGN_KEYS, FOREIGN_VALUES, UNWANTED_KEYS
 from mamba_sft.recipe.recipe import Recipe, recipe_schema
 from mamba_sft.recipe.trainer_arguments import ALLOWED, FIXED, OWNED
 
@@ -156,7 +157,7 @@ train:
 data:
   sources:
     - path: rows.jsonl
-      format: text
+  max_length: null
 adapter:
   r: 0
 """
@@ -166,9 +167,8 @@ adapter:
         "r.yaml:6: unknown field `train.learning_rte`; did you mean `learning_rate`?",
         "r.yaml:7: `train.max_steps` must be -1 (no limit) or at least 1, got 0",
         "r.yaml:8: `train.learning_rate` must be greater than 0, got -1",
-        "r.yaml:12: `data.sources.0.format` must not be `text` when `data.assistant_only_loss` is true: "
-        "plain text has no assistant turn, so none of it would be trained; set "
-        "`data.assistant_only_loss: false`",
+        "r.yaml:12: `data.max_length` must be a number when `data.packing` is true: packing fills rows up to "
+        "it; set it, or set `data.packing: false`",
         "r.yaml:14: `adapter.r` must be at least 1, got 0",
         "override `train.lr=3`: unknown field `train.lr`; here it is `train.learning_rate`",
     ]
@@ -221,8 +221,15 @@ adapter:
             "`adapter.target_modules.0` must be text, got 1; put it in quotes",
         ),
         ("adapter: {target_modules: ['']}", "`adapter.target_modules.0` must not be empty"),
-        ("adapter: lora", "`adapter` must be a section with fields of its own, got the text `lora`"),
-        ("adapter: [r, 3]", "`adapter` must be a section with fields of its own, got a list"),
+        (
+            "adapter: lora",
+            "`adapter` must be a section with fields of its own, or the word `none`, got the text `lora`; "
+            "leave the line out for LoRA with its defaults",
+        ),
+        (
+            "adapter: [r, 3]",
+            "`adapter` must be a section with fields of its own, or the word `none`, got a list",
+        ),
         ("train: {report_to: none}", "`train.report_to` must be a list, got the text `none`; write []"),
         (
             "train: {report_to: [mlflow]}",
@@ -349,8 +356,9 @@ def dotted_fields(model: type[BaseModel] = Recipe, prefix: str = "") -> dict[str
     found: dict[str, Any] = {}
     for name, field in model.model_fields.items():
         found[prefix + name] = field
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            found |= dotted_fields(field.annotation, f"{prefix}{name}.")
+        section = section_at(model, (name,))
+        if section is not None:
+            found |= dotted_fields(section, f"{prefix}{name}.")
     return found
 
 
@@ -380,10 +388,10 @@ def test_packing_needs_a_length() -> None:
     assert Recipe.from_text(MINIMAL + "  max_length: null\n  packing: false\n").data.max_length is None
 
 
-def test_text_rows_have_no_assistant_turn() -> None:
-    text = MINIMAL + "    - path: b.txt\n      format: text\n"
-    assert problems(text)[0].startswith("r.yaml:8: `data.sources.1.format` must not be `text`")
-    assert Recipe.from_text(text + "  assistant_only_loss: false\n").data.sources[1].format == "text"
+def test_text_goes_with_chats_that_are_trained_on_assistant_turns() -> None:
+    recipe = Recipe.from_text(MINIMAL + "    - path: b.txt\n      format: text\n")
+    assert recipe.data.sources[1].format == "text"
+    assert recipe.data.assistant_only_loss
 
 
 def test_early_stopping_and_best_model_need_validation() -> None:
@@ -707,3 +715,53 @@ def test_what_columns_and_roles_cannot_be(text: str, problem: str) -> None:
     with pytest.raises(RecipeError) as caught:
         Recipe.from_text(source(text))
     assert [line.partition(": ")[2] for line in caught.value.message.splitlines()] == [problem]
+
+
+def test_adapter_none_is_full_fine_tuning() -> None:
+    for recipe in (
+        Recipe.from_text(MINIMAL + "adapter: none\n"),
+        Recipe.from_text(MINIMAL, overrides=["adapter=none"]),
+        Recipe.from_text(MINIMAL + "adapter: {r: 8}\n", overrides=["adapter=none"]),
+        Recipe.build(output_dir="x", model={"base": "b"}, data={"sources": [{"path": "p"}]}, adapter="none"),
+    ):
+        assert recipe.adapter is None
+        assert recipe.train.learning_rate == 2e-5
+        assert Recipe.from_text(recipe.to_yaml()) == recipe
+        assert Recipe.model_validate(recipe.model_dump()) == recipe
+        assert "adapter: none\n" in recipe.to_yaml()
+    assert Recipe.from_text(MINIMAL + "adapter: none\n", overrides=["adapter={r: 8}"]).adapter.r == 8
+    chosen = Recipe.from_text(MINIMAL + "adapter: none\ntrain: {learning_rate: 1e-3}\n")
+    assert chosen.train.learning_rate == 1e-3
+    assert Recipe.from_text(MINIMAL).train.learning_rate == 2e-4
+    assert {"const": "none"} in recipe_schema()["properties"]["adapter"]["anyOf"]
+
+
+@pytest.mark.parametrize("word", [*sorted({*ALL_WEIGHTS} - {"none", "null"}), "None", "full-finetuning"])
+def test_what_others_call_full_fine_tuning_is_not_lora(word: str) -> None:
+    (problem,) = problems(MINIMAL + f"adapter: {word}\n")
+    assert problem.endswith("did you mean `none`, which trains all weights?")
+
+
+@pytest.mark.parametrize("text", ["adapter: null\n", "adapter:\n"])
+def test_an_empty_adapter_is_not_guessed_at(text: str) -> None:
+    (problem,) = problems(MINIMAL + text)
+    assert problem.startswith("r.yaml:7: `adapter` must be a section")
+    assert problem.endswith(
+        "leave the line out for LoRA with its defaults, or write `none` to train all weights"
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.adapter=runs/x", "`model.adapter` does not go with `adapter: none`"),
+        ("model.quantization=nf4", "`model.quantization` must be `none` with `adapter: none`"),
+        ("model.quantization=int8", "`model.quantization` must be `none` with `adapter: none`"),
+        ("model.dtype=float16", "`model.dtype` must not be `float16` with `adapter: none`"),
+        ("train.checkpointing=mamba", "`train.checkpointing` must not be `mamba` with `adapter: none`"),
+    ],
+)
+def test_what_needs_frozen_weights_does_not_go_without_an_adapter(override: str, message: str) -> None:
+    assert Recipe.from_text(MINIMAL, overrides=[override])
+    (problem,) = problems(MINIMAL + "adapter: none\n", override)
+    assert problem.startswith(f"override `{override}`: {message}")

@@ -314,7 +314,7 @@ def test_trainer_arguments_reach_the_trainer(recipe: Any) -> None:
 
 
 def test_a_logger_that_is_not_installed_is_named(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mamba_sft.training.trainer.find_spec", lambda name: None)
+    monkeypatch.setattr("mamba_sft.training.arguments.find_spec", lambda name: None)
     with pytest.raises(
         TrainingError, match=r"`train\.report_to` names `trackio`, which is not installed"
     ) as caught:

@@ -31,7 +31,7 @@ from mamba_sft.cli import app
 from mamba_sft.training import fine_tuning, keeping
 keeping.RETRY_PAUSE = 0.2
 keeping.RETRY_SECONDS = {seconds}
-answer, save = fine_tuning._answer, fine_tuning.save_adapter
+answer, save = fine_tuning._answer, fine_tuning.save_trained
 def limit(preparation, trainer, when):
     if when == "after" and {limited}:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
@@ -41,7 +41,7 @@ def refuse(model, directory, **more):
         (directory / "half").write_text("x")
         raise OSError(errno.EDQUOT, "Disk quota exceeded")
     save(model, directory, **more)
-fine_tuning._answer, fine_tuning.save_adapter = limit, refuse
+fine_tuning._answer, fine_tuning.save_trained = limit, refuse
 sys.argv = ["mamba-sft", "train", {recipe!r}]
 app.main()
 """
@@ -239,7 +239,7 @@ def test_an_adapter_is_whole_or_not_there(
 ) -> None:
     from mamba_sft.training import fine_tuning
 
-    real, tries = fine_tuning.save_adapter, []
+    real, tries = fine_tuning.save_trained, []
 
     def refuse(model: Any, directory: Path, **more: Any) -> None:
         real(model, directory, **more)
@@ -247,7 +247,7 @@ def test_an_adapter_is_whole_or_not_there(
         if len(tries) == 1:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(fine_tuning, "save_adapter", refuse)
+    monkeypatch.setattr(fine_tuning, "save_trained", refuse)
     run = train(recipe())
     assert adapter(run)
     assert len(tries) == 2

@@ -88,8 +88,9 @@ def test_the_accumulation_that_was_chosen_is_in_the_run(recipe: Any, tmp_path: P
              "data.packing=false", "train.per_device_train_batch_size=1")  # fmt: skip
     preparation = prepare(recipe(*small))
     assert preparation.max_steps >= ENOUGH
-    assert preparation.arguments.gradient_accumulation_steps == 5
+    assert preparation.recipe.train.gradient_accumulation_steps == 5
+    assert preparation.course.sizes.max() == 5
     with pytest.raises(RunInterruptedError):
         train_prepared(preparation, callbacks=[SignalAt(2)])
     assert "gradient_accumulation_steps: 5\n" in Run(tmp_path / "run").recipe.read_text()
-    assert prepare(recipe(*small), resume=True).arguments.gradient_accumulation_steps == 5
+    assert prepare(recipe(*small), resume=True).recipe.train.gradient_accumulation_steps == 5

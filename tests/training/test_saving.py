@@ -286,7 +286,7 @@ def test_the_plan_has_room_for_what_is_written(
     made = recipe(*settings, "train.save_steps=1")
     prepared = prepare(made)
     run = train_prepared(prepared)
-    sizes = run_sizes(made.train, prepared.trained, steps=4, keeps_best=bool(validation))
+    sizes = run_sizes(made, prepared.trained, steps=4, keeps_best=bool(validation))
     count = checkpoints_at_once(made.train, steps=4, keeps_best=bool(validation))
     assert max(*seen, size_of(run.path)) <= sum(sizes)
     weights = (run.adapter / "adapter_model.safetensors").stat().st_size
@@ -305,7 +305,7 @@ def test_a_disk_too_small_is_said_before_the_weights(
     recipe: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     usage = disk.shutil.disk_usage(tmp_path)
-    needed = 64 * 2**20 + sum(run_sizes(recipe().train, prepare(recipe()).trained, steps=4, keeps_best=False))
+    needed = 64 * 2**20 + sum(run_sizes(recipe(), prepare(recipe()).trained, steps=4, keeps_best=False))
     monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: usage._replace(free=needed))
     prepare(recipe())
     monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: usage._replace(free=needed - 1))

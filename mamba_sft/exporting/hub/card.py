@@ -100,13 +100,18 @@ def _metadata(
         language=list(options.languages),
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=[MARK, "falcon-mamba", "mamba", "sft", "lora", "conversational"],
+        tags=[MARK, "falcon-mamba", "mamba", "sft", *_way(recipe), "conversational"],
         datasets=hub_datasets(recipe) or None,
         base_model=model.base_id,
         model_name=name if measured else None,
         eval_results=measured or None,
         **licence(model),  # type: ignore[arg-type]
     )
+
+
+def _way(recipe: Recipe | None) -> list[str]:
+    """The hub's word for how it was trained."""
+    return ["lora"] if recipe is None or recipe.adapter is not None else ["full-fine-tuning"]
 
 
 def licence(model: FullModel) -> dict[str, str]:
@@ -187,8 +192,8 @@ def _training_facts(recipe: Recipe | None) -> dict[str, Any]:
         rows.append(("quantization", recipe.model.quantization))
     rows.append(("started from the adapter", recipe.model.adapter))
     rows.append(("max_length", recipe.data.max_length))
-    for section in (recipe.adapter, recipe.train):
-        rows += [(name, value) for name, value in section.model_dump().items() if name not in _NOT_SHOWN]
+    rows += [("weights trained", "all")] if recipe.adapter is None else recipe.adapter.model_dump().items()
+    rows += [(name, value) for name, value in recipe.train.model_dump().items() if name not in _NOT_SHOWN]
     return {
         "sources": [(_source(one.path), one.format, one.weight) for one in recipe.data.sources],
         "hyperparameters": [(name, value) for name, value in rows if value is not None],

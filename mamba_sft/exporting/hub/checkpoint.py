@@ -17,7 +17,14 @@ from mamba_sft.exporting.texts import prompt_of
 from mamba_sft.merging.preparing import PreparedMerge
 from mamba_sft.merging.summed import MergedTensors, write_companions
 from mamba_sft.model.tensor_files import one_thread, write_shard
-from mamba_sft.run import MERGE_REPORT, MODEL_CARD, atomic_directory, check_output, check_replaceable
+from mamba_sft.run import (
+    MERGE_REPORT,
+    MODEL_CARD,
+    MODEL_FACTS,
+    atomic_directory,
+    check_output,
+    check_replaceable,
+)
 from mamba_sft.run_contents import refuse_strangers
 from mamba_sft.wording import size_text
 
@@ -62,7 +69,7 @@ def write_checkpoint(
 
 def _copy(source: Path, directory: Path, progress: Callable[[int, int], None]) -> None:
     paths = sorted(path for path in source.iterdir() if path.is_file())
-    paths = [path for path in paths if path.name not in (MERGE_REPORT, MODEL_CARD)]
+    paths = [path for path in paths if path.name not in (MERGE_REPORT, MODEL_FACTS, MODEL_CARD)]
     total = sum(path.stat().st_size for path in paths)
     done = 0
     for path in paths:
