@@ -244,6 +244,8 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
                 loss = self._take_micro_batch(model, self._on_device(batch), num_items_in_batch)
             self._micro_batches.append((loss, batch))
             total = total + loss
+            if number < len(inputs):  # as transformers tells of a micro-batch that ends no step
+                self.control = self.callback_handler.on_substep_end(self.args, self.state, self.control)
         return total
 
     @contextmanager
