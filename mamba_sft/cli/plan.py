@@ -54,10 +54,12 @@ def plan(
         ),
     ] = None,
     processes: Annotated[
-        int | None, typer.Option(help="Plan for so many GPUs, on each of `--nodes` machines.")
+        int | None, typer.Option(metavar="N", help="Plan for so many GPUs, on each of `--nodes` machines.")
     ] = None,
-    nodes: Annotated[int | None, typer.Option(help="Machines; default: one.")] = None,
-    link: Annotated[float | None, typer.Option(help="Gb/s between machines; default: 100.")] = None,
+    nodes: Annotated[int | None, typer.Option(metavar="N", help="Machines; default: one.")] = None,
+    link: Annotated[
+        float | None, typer.Option(metavar="GBITS", help="Gb/s between machines; default: 100.")
+    ] = None,
     as_json: Json = False,
     plot: Annotated[
         bool,

@@ -39,10 +39,14 @@ def train(
         bool, typer.Option("--dry-run", help="Check everything, stop before the weights.")
     ] = False,
     processes: Annotated[
-        int | None, typer.Option(help="Start so many processes with torchrun, one for each GPU.")
+        int | None, typer.Option(metavar="N", help="Start so many processes with torchrun, one for each GPU.")
     ] = None,
-    nodes: Annotated[int | None, typer.Option(help="Machines, each with as many `--processes`.")] = None,
-    rank: Annotated[int | None, typer.Option(help="Which of the `--nodes` this is, from 0.")] = None,
+    nodes: Annotated[
+        int | None, typer.Option(metavar="N", help="Machines, each with as many `--processes`.")
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(metavar="N", help="Which of the `--nodes` this is, from 0.")
+    ] = None,
     master: Annotated[
         str | None, typer.Option(metavar="HOST:PORT", help="Where `--nodes` meet: the machine of rank 0.")
     ] = None,

@@ -245,7 +245,11 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
             self._micro_batches.append((loss, batch))
             total = total + loss
             if number < len(inputs):  # as transformers tells of a micro-batch that ends no step
-                self.control = self.callback_handler.on_substep_end(self.args, self.state, self.control)
+                self.control: TrainerControl = self.callback_handler.on_substep_end(
+                    self.args,
+                    self.state,
+                    self.control,  # type: ignore[has-type]
+                )
         return total
 
     @contextmanager
