@@ -92,7 +92,7 @@ def test_a_batch_of_packed_rows() -> None:
     assert batch["seq_idx"].tolist() == [[0, 0, 1, 1, 1], [0, 0, 0, PADDING, PADDING]]
     assert {name: str(value.dtype) for name, value in batch.items()} == {
         "input_ids": "torch.int64", "labels": "torch.int64", "seq_idx": "torch.int32",
-        "trained": "bool", "where": "object",
+        "trained": "bool", "source": "int32", "where": "object",
     }  # fmt: skip
 
 
