@@ -6,7 +6,7 @@ import json
 import signal
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -49,7 +49,9 @@ def test_lines_that_did_not_reach_the_disk_are_written_again(tmp_path: Path, the
 
 
 class Adapter(torch.nn.Module):
-    """Two adapter tensors by the names PEFT gives them."""
+    """Two adapter tensors by the names PEFT gives them, in what PEFT wraps."""
+
+    peft_config: ClassVar[dict[str, Any]] = {}
 
     def __init__(self) -> None:
         super().__init__()
