@@ -60,14 +60,19 @@ def data(
     settled = settle(loaded, prepared)
     prepared, length = settled.data, settled.length
     packing = prepared.packing
+    mixture = settled.mixture.to_dict() if settled.mixture is not None else None
     if prepare:
-        err.print(preview.statistics(prepared.summary, packing, length), crop=False)
+        err.print(preview.statistics(prepared.summary, packing, length, mixture), crop=False)
         out.print(f"prepared in {time_text(time.monotonic() - started)}: {prepared.path}")
     elif as_json:
-        content = preview.to_dict(prepared, setup.tokenizer, rows=rows, packing=packing, length=length)
+        content = preview.to_dict(
+            prepared, setup.tokenizer, rows=rows, packing=packing, length=length, mixture=mixture
+        )
         write_json(content)
     else:
-        shown = preview.overview(prepared, setup.tokenizer, rows=rows, packing=packing, length=length)
+        shown = preview.overview(
+            prepared, setup.tokenizer, rows=rows, packing=packing, length=length, mixture=mixture
+        )
         out.print(shown, soft_wrap=False, crop=False)  # texts wrap, names of files do not
 
 

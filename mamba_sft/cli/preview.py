@@ -22,6 +22,7 @@ from mamba_sft.data.preparing import PreparedData
 from mamba_sft.data.rows import IGNORED
 from mamba_sft.data.shown import length_histogram, shown_rows
 from mamba_sft.data.summary import DataSummary
+from mamba_sft.evaluation.run_figures import stage_text
 from mamba_sft.planning.extent import RunLength
 from mamba_sft.wording import count_text
 
@@ -45,6 +46,7 @@ def overview(
     rows: int = 3,
     packing: Packed | None = None,
     length: RunLength | None = None,
+    mixture: dict[str, Any] | None = None,
 ) -> RenderableType:
     """The whole picture: a few training rows, spread over the data, the lengths, the counts, and warnings.
 
@@ -54,12 +56,13 @@ def overview(
         rows: How many rows to show.
         packing: From `packed`, where rows are packed.
         length: What the rows come to.
+        mixture: From `Mixture.to_dict`, where sources are mixed.
     """
     count = min(rows, len(data.train))
     chosen = [i * len(data.train) // max(1, count) for i in range(count)]
     shown = [row_panel(tokenizer, data.train[i]) for i in chosen]
     parts: list[RenderableType] = [legend(), "", *shown, ""] if shown else []
-    return Group(*parts, histogram(data.summary), statistics(data.summary, packing, length))
+    return Group(*parts, histogram(data.summary), statistics(data.summary, packing, length, mixture))
 
 
 def legend() -> Text:
@@ -196,25 +199,40 @@ def _bar(share: float) -> str:
 
 
 def statistics(
-    summary: DataSummary, packing: Packed | None = None, length: RunLength | None = None
+    summary: DataSummary,
+    packing: Packed | None = None,
+    length: RunLength | None = None,
+    mixture: dict[str, Any] | None = None,
 ) -> RenderableType:
     """Sources, totals, and what deserves a look before training."""
-    parts: list[RenderableType] = [_heading("sources"), _sources(summary)]
-    parts += [_heading("training data"), _totals(summary, packing, length)]
+    parts: list[RenderableType] = [_heading("sources"), _sources(summary, mixed=mixture is not None)]
+    if mixture is None:
+        parts += [_heading("training data"), _totals(summary, packing, length)]
+    else:  # which packs each stage to a length of its own
+        parts += [_heading("stages"), _stages(mixture)]
+        parts += [_heading("training data"), _totals(summary, None, length)]
     warnings = [*summary.warnings(), *(length.warnings() if length else [])]
     if warnings:
         parts += [_heading("worth a look"), WarningList(warnings, indent=2)]
     return Group(*parts)
 
 
-def _sources(summary: DataSummary) -> RenderableType:
+def _stages(mixture: dict[str, Any]) -> RenderableType:
+    """What each stage reads, and how often each source is read in all."""
+    lines = [f"{number}  {stage_text(stage)}" for number, stage in enumerate(mixture["stages"], 1)]
+    passes = ", ".join(f"{name} {count:g} times" for name, count in mixture["passes"].items())
+    return Padding(Text("\n".join([*lines, f"read in all: {passes}"])), (0, 0, 1, 2))
+
+
+def _sources(summary: DataSummary, *, mixed: bool) -> RenderableType:
     """Each source under its name, which has a line of its own: no table is wide enough for every path."""
     lines: list[RenderableType] = []
     for source in summary.sources:
         lines.append(WholeLine(source.path, indent=2))
         bad = (f"{source.bad:,} bad", "bold red" if source.bad else "")
         before = f"{', '.join(sorted(set(source.formats.values())))}: {source.read:,} read, "
-        after = f", {source.kept:,} kept, weight {source.weight:g}: {source.train_rows:,} rows an epoch"
+        rows = "to train on" if mixed else "rows an epoch"
+        after = f", {source.kept:,} kept, weight {source.weight:g}: {source.train_rows:,} {rows}"
         lines.append(Padding(Text.assemble(before, bad, after), (0, 0, 0, 4)))
     return Group(*lines, "")  # no padding around it all, which would cut the names
 
@@ -268,11 +286,14 @@ def to_dict(
     rows: int = 3,
     packing: Packed | None = None,
     length: RunLength | None = None,
+    mixture: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The same picture for `--json`: the summary, and rows with their text and what of it is trained."""
     content = data.summary.to_dict() | {"rows": shown_rows(data, tokenizer, rows)}
     if packing:
         content["packed"] = packing.to_dict()
+    if mixture:
+        content["mixture"] = mixture
     if length:
         content["length"] = length.to_dict()
         content["warnings"] += length.warnings()

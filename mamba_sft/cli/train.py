@@ -135,7 +135,7 @@ def _show_dry_run(preparation: Preparation) -> None:
 
     summary, length = preparation.data.summary, preparation.length
     packing = preparation.data.packing
-    err.print(statistics(summary, packing, length), crop=False)
+    err.print(statistics(summary, packing, length, preparation.record.get("mixture")), crop=False)
     rows = f"{summary.train_rows:,} rows to train on"
     if packing:
         rows += f", packed into {length.rows:,}"

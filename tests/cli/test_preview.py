@@ -124,3 +124,12 @@ def test_json_has_the_same_facts(setup: TemplateSetup, prepared: PreparedData) -
     assert row["where"].endswith("chats.jsonl:1")
     assert row["trained_text"] in row["text"]
     assert len(row["input_ids"]) == len(row["labels"])
+
+
+def test_stages_say_what_each_reads(prepared: PreparedData) -> None:
+    stages = [{"first": 1, "last": 10, "max_length": 64, "tokens": {"chats": 300, "code": 100}}]
+    mixture = {"stages": stages, "passes": {"chats": 0.5, "code": 2.0}}
+    text = " ".join(shown(preview.statistics(prepared.summary, None, None, mixture), width=100).split())
+    assert "1 steps 1 to 10, rows up to 64 tokens: 400 tokens, chats 75.0%, code 25.0%" in text
+    assert "read in all: chats 0.5 times, code 2 times" in text
+    assert "an epoch, " not in text
