@@ -205,7 +205,7 @@ def test_the_recipe_and_an_earlier_run_are_checked_before_any_process(
     (tmp_path / "run" / "recipe.yaml").write_text("seed: 1\n")
     assert CliRunner().invoke(app, words).exit_code != 0
     assert not started
-    second = [*words, "--nodes", "2", "--rank", "1", "--master", "a:1"]  # the first machine writes
+    second = [*words, "--nodes", "2", "--rank", "1", "--master", "127.0.0.1:1"]  # the first machine writes
     assert CliRunner().invoke(app, second).exit_code == 0
     shutil.rmtree(tmp_path / "run")
     assert CliRunner().invoke(app, words).exit_code == 0
