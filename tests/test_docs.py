@@ -39,7 +39,7 @@ def test_the_tables_are_what_the_plan_computes(tables: Any) -> None:
     """After a change: `python benchmarks/many_gpus.py --write`."""
     page = PAGE.read_text(encoding="utf-8")
     assert tables.with_tables(page) == page
-    assert "\n| 256 | 27.9 GB | 337 MB |" in page
+    assert "\n| 256 | 26.0 GiB | 321 MiB |" in page
 
 
 def test_a_table_that_is_not_computed_is_seen(tables: Any) -> None:
