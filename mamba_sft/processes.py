@@ -31,12 +31,17 @@ def is_first() -> bool:
 
     Read from the environment, before torch and accelerate are loaded, which would say the same.
     """
-    return int(next((os.environ[name] for name in _RANKS if os.environ.get(name, "").isdecimal()), "0")) == 0
+    return _rank() in (None, 0)
 
 
 def is_one_of_many() -> bool:
     """Returns whether a launcher, such as torchrun, started this process and gave it a number."""
-    return any(os.environ.get(name, "").isdecimal() for name in _RANKS)
+    return _rank() is not None
+
+
+def _rank() -> int | None:
+    """The number that a launcher gave this process, None where there was none."""
+    return next((int(os.environ[name]) for name in _RANKS if os.environ.get(name, "").isdecimal()), None)
 
 
 @dataclass(frozen=True)

@@ -71,17 +71,17 @@ def generate(
     place = find_place(model_or_newest(model))
     with loading("torch, transformers and peft"):
         from mamba_sft.cli.progress import StageBar
-        from mamba_sft.inference.answering import answer_rows
-        from mamba_sft.inference.answering import generate as answer
+        from mamba_sft.inference.answer_file import answer_row
+        from mamba_sft.inference.answering import answer_prompts, read_prompts
 
         quiet_loading()
-    prompts: Path | list[str] = input_file if input_file is not None else prompt or []
+    rows = read_prompts(input_file if input_file is not None else prompt or [])
     with StageBar(err) as bar:
-        found = answer(
-            place, prompts, output=output, sampling=sampling, system=system, raw=raw, on_answer=bar.count
+        found = answer_prompts(
+            place, rows, output=output, sampling=sampling, system=system, raw=raw, on_answer=bar.count
         )
     if as_json:
-        write_json_lines(answer_rows(prompts, found))
+        write_json_lines(answer_row(asked, one) for (_, asked), one in zip(rows, found, strict=True))
     elif output is None:
         for one in found:
             if out.is_terminal:

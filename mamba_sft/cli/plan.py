@@ -88,7 +88,7 @@ def plan(
 
     with err.status("planning"):
         made = make_plan(loaded, gpu)
-        curves = _curves(loaded) if plot or plot_file is not None else None
+        curves = _curves(loaded, made) if plot or plot_file is not None else None
         many = plan_asked(loaded, made, processes, nodes, link)
     if curves is not None and plot_file is not None:
         plan_plot.write_plot(curves, plot_file)
@@ -110,10 +110,10 @@ def plan(
         out.print(_line("plot", f"written to {plot_file}"))
 
 
-def _curves(recipe: Recipe) -> Curves:
+def _curves(recipe: Recipe, made: Plan) -> Curves:
     from mamba_sft.planning.curves import run_curves
 
-    return run_curves(recipe)
+    return run_curves(recipe, made.course)
 
 
 def _line(head: str, text: str, style: str = "") -> Text:

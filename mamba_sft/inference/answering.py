@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mamba_sft.errors import DataError, UsageError
-from mamba_sft.inference.answer_file import AnswerFile, answer_row
+from mamba_sft.inference.answer_file import AnswerFile
 from mamba_sft.inference.chat_model import ChatModel, load_chat_model, require_template, split_chat_model
 from mamba_sft.inference.generation import Answer, answers
 from mamba_sft.inference.model_places import ModelPlace
@@ -54,8 +54,36 @@ def generate(
         UsageError: A prompt is blank, or the output cannot be written.
         DataError: A line of the file is not a prompt (with file and line), or there is no chat template.
     """
-    check_files(prompts if isinstance(prompts, Path) else None, output)
-    rows = _read_prompts(prompts) if isinstance(prompts, Path) else _list_prompts(prompts)
+    return answer_prompts(
+        model, read_prompts(prompts), output=output, sampling=sampling, system=system, raw=raw,
+        batch_size=batch_size, on_answer=on_answer,
+    )  # fmt: skip
+
+
+def answer_prompts(
+    model: ChatModel | ModelPlace | Run | str | Path,
+    rows: Sequence[tuple[str, Prompt]],
+    *,
+    output: str | Path | None = None,
+    sampling: Sampling | None = None,
+    system: str | None = None,
+    raw: bool = False,
+    batch_size: int = 8,
+    on_answer: Callable[[int, Answer], None] | None = None,
+) -> list[Answer]:
+    """Does what `generate` does for prompts that were read.
+
+    Args:
+        model: As `generate` takes it, and so all but `rows`.
+        rows: From `read_prompts`.
+        output: The same.
+        sampling: The same.
+        system: The same.
+        raw: The same.
+        batch_size: The same.
+        on_answer: The same.
+    """
+    check_files(None, output)
     chat_model = model if isinstance(model, ChatModel) else load_chat_model(model, needs_template=not raw)
     system = chat_model.system if system is None else system
     if not raw:
@@ -120,8 +148,16 @@ def open_session(
     return CompareSession(base, tuned)
 
 
-def _list_prompts(prompts: Prompt | Iterable[Prompt]) -> list[tuple[str, Prompt]]:
-    """Returns (where, prompt) of one prompt or several."""
+def read_prompts(prompts: Prompt | Path | Iterable[Prompt]) -> list[tuple[str, Prompt]]:
+    """Returns (where, prompt) of one prompt, of several, or of every line of a file that is not blank.
+
+    Raises:
+        UsageError: A prompt is blank, or there is none.
+        DataError: There is no such file, or a line of it is not a prompt (with file and line).
+    """
+    if isinstance(prompts, Path):
+        check_files(prompts, None)
+        return [_parse(row) for row in read_prompt_file(prompts)]
     listed: list[Any] = [prompts] if isinstance(prompts, str) else list(prompts)
     if listed and isinstance(listed[0], dict):  # one conversation
         listed = [listed]
@@ -131,11 +167,6 @@ def _list_prompts(prompts: Prompt | Iterable[Prompt]) -> list[tuple[str, Prompt]
     for where, prompt in rows:
         _check_prompt(prompt, where, UsageError)
     return rows
-
-
-def _read_prompts(path: Path) -> list[tuple[str, Prompt]]:
-    """Returns (file:line, prompt) of every line that is not blank."""
-    return [_parse(row) for row in read_prompt_file(path)]
 
 
 def _parse(row: Row) -> tuple[str, Prompt]:
@@ -186,14 +217,3 @@ def _encode(chat_model: ChatModel, prompt: Prompt, where: str, system: str | Non
         return render(chat_model.tokenizer, with_system(messages, system), add_generation_prompt=True)[0]
     except DataError as error:
         raise DataError(f"{where}: {error.message}", hint=error.hint) from error
-
-
-def answer_rows(prompts: Path | Sequence[Prompt], found: Sequence[Answer]) -> list[dict[str, Any]]:
-    """Returns prompts with their answers as `generate` writes them to a file.
-
-    Args:
-        prompts: What `generate` was asked.
-        found: What it answered.
-    """
-    asked = [prompt for _, prompt in _read_prompts(prompts)] if isinstance(prompts, Path) else prompts
-    return [answer_row(prompt, answer) for prompt, answer in zip(asked, found, strict=True)]

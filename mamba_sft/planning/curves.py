@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from mamba_sft.errors import UsageError
+from mamba_sft.planning.course import Course
 from mamba_sft.planning.extent import sizes_without_rows
-from mamba_sft.planning.plan import settled_here
 from mamba_sft.planning.schedule import learning_rates
 from mamba_sft.recipe.recipe import Recipe
 
@@ -52,24 +52,27 @@ class Curves:
         }
 
 
-def run_curves(recipe: Recipe) -> Curves:
+def run_curves(recipe: Recipe, course: Course | None) -> Curves:
     """Returns each step of a run on one device, from the rows where they are on this machine.
 
     Elsewhere the rows are taken to have `data.max_length` tokens, which packed ones nearly have.
+
+    Args:
+        recipe: What would be trained.
+        course: Of its plan; None where the rows are not here.
 
     Raises:
         UsageError: The rows are not here, and the recipe does not say how many steps there are, or how long
             the rows.
         RecipeError: The parts of the schedule do not go into the run.
     """
-    settled = settled_here(recipe)
-    if settled is not None:
-        sizes, tokens = settled.course.sizes, settled.course.tokens
+    if course is not None:
+        sizes, tokens = course.sizes, course.tokens
     else:
         _refuse_unknown(recipe)
         sizes = sizes_without_rows(recipe)
         tokens = sizes * _lengths_without_rows(recipe)
-    return Curves(learning_rates(recipe.train, tokens), sizes, tokens, estimated=settled is None)
+    return Curves(learning_rates(recipe.train, tokens), sizes, tokens, estimated=course is None)
 
 
 def _lengths_without_rows(recipe: Recipe) -> np.ndarray:

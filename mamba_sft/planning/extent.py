@@ -151,8 +151,6 @@ def run_length(
     train = recipe.train
     batches = math.ceil(rows / (train.per_device_train_batch_size * processes))
     accumulation = settled_accumulation(train, batches, processes)
-    max_steps = train.max_steps if train.max_steps > 0 else None
-    steps = max_steps or math.ceil(train.num_train_epochs * _steps_of_epoch(batches, accumulation))
     read = None
     if train.batch_ramp is not None or _counts_tokens(train):
         if lengths is None and rows:
@@ -161,9 +159,43 @@ def run_length(
             by_step = sizes_without_rows(recipe, processes=processes) * (recipe.data.max_length or 1)
         else:
             by_step = course_of(recipe, lengths, processes=processes).tokens
-        steps, read = len(by_step), int(by_step.sum())
+        read = int(by_step.sum())
     else:
+        steps = math.ceil(train.num_train_epochs * _steps_of_epoch(batches, accumulation))
+        steps = train.max_steps if train.max_steps > 0 else steps
         by_step = np.zeros(steps, dtype=np.int64)  # only their number counts
+    return length_of_steps(
+        train, by_step, rows=rows, tokens=tokens, epochs=train.num_train_epochs, processes=processes,
+        accumulation=accumulation, read=read,
+    )  # fmt: skip
+
+
+def length_of_steps(
+    train: TrainSection,
+    by_step: np.ndarray,
+    *,
+    rows: int,
+    tokens: int,
+    epochs: float,
+    processes: int,
+    accumulation: int,
+    read: int | None,
+) -> RunLength:
+    """Returns the length of a run whose steps are known.
+
+    Args:
+        train: The recipe's `train`, its accumulation as the recipe has it.
+        by_step: (S,) tokens that each step reads; where nothing counts them, anything.
+        rows: As `RunLength` has it, and so all that follow.
+        tokens: The same.
+        epochs: The same.
+        processes: The same.
+        accumulation: The same.
+        read: The same.
+
+    Raises:
+        RecipeError: The parts of the schedule do not go into the run.
+    """
     return RunLength(
         rows=rows,
         tokens=tokens,
@@ -171,9 +203,9 @@ def run_length(
         processes=processes,
         accumulation=accumulation,
         chosen=train.gradient_accumulation_steps is None and train.batch_ramp is None,
-        epochs=train.num_train_epochs,
-        max_steps=max_steps,
-        steps=steps,
+        epochs=epochs,
+        max_steps=train.max_steps if train.max_steps > 0 else None,
+        steps=len(by_step),
         warmup=find_phases(train, by_step).warmup,
         ramp=(train.batch_ramp.from_, train.batch_ramp.to) if train.batch_ramp is not None else None,
         read=read,

@@ -101,9 +101,11 @@ class _Planner:
         self.ids = source_ids(data)
         limits = [source.max_epochs for source in data.sources]
         self.dealer = Dealer(pieces, limits, by=self.mixture.by, seed=recipe.seed)
+        self.all_tokens = int(pieces.length.sum())
         self.bins: list[list[int]] = []
         self.starts = [0]
         self.tokens: list[int] = []
+        self.read = 0
 
     def plan(self) -> Mixture:
         stages = [
@@ -114,8 +116,8 @@ class _Planner:
         counts = np.array([len(rows) for rows in self.bins], dtype=np.int64)
         inside = np.array([piece for rows in self.bins for piece in rows], dtype=np.int64)
         lengths = np.add.reduceat(self.pieces.length[inside], np.cumsum(counts) - counts).astype(np.int64)
-        read = np.cumsum(self.tokens) / max(1, int(self.pieces.length.sum()))
-        course = Course(np.arange(len(self.bins)), np.array(self.starts), np.array(self.tokens), read)
+        epochs = np.cumsum(self.tokens) / max(1, self.all_tokens)
+        course = Course(np.arange(len(self.bins)), np.array(self.starts), np.array(self.tokens), epochs)
         passes = dict(zip(self.ids, self.dealer.passes, strict=True))
         return Mixture(course, inside, counts, lengths, stages, passes)
 
@@ -124,8 +126,7 @@ class _Planner:
         share = 1.0 if section.until is None else section.until
         if self.recipe.train.max_steps > 0:
             return len(self.tokens) >= round(share * self.recipe.train.max_steps)
-        wanted = share * self.recipe.train.num_train_epochs * float(self.pieces.length.sum())
-        return sum(self.tokens) >= wanted
+        return self.read >= share * self.recipe.train.num_train_epochs * self.all_tokens
 
     def _take_stage(self, number: int, section: StageSection) -> Stage:
         longest = section.max_length or self.recipe.data.max_length
@@ -138,12 +139,13 @@ class _Planner:
         first, first_bin = len(self.tokens), len(self.bins)
         while not self._is_over(section):
             ramp = self.recipe.train.batch_ramp
-            rows = packer.take(self.size if ramp is None else ramped_size(ramp, sum(self.tokens)))
+            rows = packer.take(self.size if ramp is None else ramped_size(ramp, self.read))
             if not rows:
                 break
             self.bins += rows
             self.starts.append(len(self.bins))
             self.tokens.append(sum(int(self.pieces.length[piece]) for one in rows for piece in one))
+            self.read += self.tokens[-1]
         packer.put_back()
         if len(self.tokens) == first:
             raise DataError(

@@ -8,6 +8,7 @@ from typing import Any
 
 from mamba_sft.errors import UsageError
 from mamba_sft.model.shape import find_shape
+from mamba_sft.planning.course import Course
 from mamba_sft.planning.environment import describe_device
 from mamba_sft.planning.extent import RunLength, run_length, settled_accumulation
 from mamba_sft.planning.fitting import Fix, fixes, largest_length, largest_rows
@@ -40,6 +41,7 @@ class Plan:
         accumulation: Micro-batches of an optimizer step; None where `train.batch_ramp` says the batch.
         tokens_per_step: Positions of an optimizer step, on one device; with a ramp, of those at its end.
         length: What the rows come to; None where the data has to be seen first.
+        course: Which rows each step takes; None where they are not on this machine.
         most_tokens: Tokens of the run, at most, None where that is not known.
         rate: Tokens per second, None where the device's speed is not known.
         disk: Bytes of what is downloaded and written.
@@ -57,6 +59,7 @@ class Plan:
     accumulation: int | None
     tokens_per_step: int
     length: RunLength | None
+    course: Course | None
     most_tokens: int | None
     rate: Rate | None
     disk: dict[str, int]
@@ -160,6 +163,7 @@ def make_plan(recipe: Recipe, gpu: str | None = None) -> Plan:
         accumulation=None if ramp is not None else accumulation,
         tokens_per_step=per_step,
         length=extent,
+        course=settled.course if settled is not None else None,
         most_tokens=_most_tokens(recipe, extent, per_step),
         rate=rate,
         disk=_disk(recipe, work),

@@ -16,9 +16,14 @@ from mamba_sft.data.packing import put_together
 from mamba_sft.data.preparing import PreparedData
 from mamba_sft.data.rows import row_lengths
 from mamba_sft.planning.course import Course, plan_course
-from mamba_sft.planning.extent import RunLength, run_length, with_accumulation
+from mamba_sft.planning.extent import (
+    RunLength,
+    length_of_steps,
+    run_length,
+    settled_accumulation,
+    with_accumulation,
+)
 from mamba_sft.planning.mixture import Mixture, plan_mixture
-from mamba_sft.planning.schedule import find_phases
 
 if TYPE_CHECKING:
     from mamba_sft.recipe.recipe import Recipe
@@ -68,25 +73,21 @@ def settle(recipe: Recipe, data: PreparedData, *, processes: int = 1) -> Settled
 
 
 def _settle_mixture(recipe: Recipe, data: PreparedData, processes: int) -> Settled:
-    tokens, rows = int(data.pieces.length.sum()), len(data.pieces.length)
-    if recipe.data.packing and recipe.data.max_length is not None:
-        rows = math.ceil(tokens / recipe.data.max_length)
-    guess = run_length(recipe, rows=rows, tokens=tokens, processes=processes)
-    recipe = with_accumulation(recipe, guess.accumulation)
+    train, packs = recipe.train, recipe.data.packing
+    rows = len(data.pieces.length)
+    if packs and recipe.data.max_length is not None:
+        rows = math.ceil(int(data.pieces.length.sum()) / recipe.data.max_length)  # about as many
+    batches = math.ceil(rows / (train.per_device_train_batch_size * processes))
+    recipe = with_accumulation(recipe, accumulation := settled_accumulation(train, batches, processes))
     mixture = plan_mixture(recipe, data.pieces, processes=processes)
-    packed = recipe.data.packing and recipe.data.max_length is not None
-    if packed:
-        trained = put_together(data.train, mixture.pieces, mixture.counts)
-    else:
-        trained = data.train.select(mixture.pieces)
-    course = mixture.course
-    length = replace(
-        guess,
-        rows=len(mixture.counts),
-        tokens=int(course.tokens.sum()),
-        epochs=1.0,
-        steps=course.steps,
-        read=int(course.tokens.sum()),
-        warmup=find_phases(recipe.train, course.tokens).warmup,
+    course, read = mixture.course, int(mixture.course.tokens.sum())
+    length = length_of_steps(
+        train, course.tokens, rows=len(mixture.counts), tokens=read, epochs=1.0, processes=processes,
+        accumulation=accumulation, read=read,
+    )  # fmt: skip
+    trained = (
+        put_together(data.train, mixture.pieces, mixture.counts)
+        if packs
+        else data.train.select(mixture.pieces)
     )
     return Settled(recipe, replace(data, train_rows=trained), mixture.lengths, length, course, mixture)

@@ -60,12 +60,12 @@ class Figures(NamedTuple):
 
 def _by_source(log_probs: Tensor, chunk: Chunk, sources: int) -> Tensor:
     """(2 K,) float64: the loss of each source, then its labels, which the host counts."""
-    number = chunk.source.reshape(-1)[np.flatnonzero(chunk.trained)] if sources else np.zeros(0, np.int32)
+    if not sources:
+        return log_probs.new_zeros(0, dtype=torch.float64)
+    number = chunk.source.reshape(-1)[np.flatnonzero(chunk.trained)]
     labels = np.bincount(number, minlength=sources).astype(np.float64)
-    sums = send(np.concatenate([np.zeros(sources), labels[:sources]]), log_probs.device)
-    if sources:
-        sums.index_add_(0, send(number.astype(np.int64), log_probs.device), -log_probs.double())
-    return sums
+    sums = send(np.concatenate([np.zeros(sources), labels]), log_probs.device)
+    return sums.index_add_(0, send(number.astype(np.int64), log_probs.device), -log_probs.double())
 
 
 class Tally:

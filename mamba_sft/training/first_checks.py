@@ -16,8 +16,8 @@ from mamba_sft.disk import check_writable
 from mamba_sft.errors import TrainingError
 from mamba_sft.evaluation.prompts import Prompt, load_prompts
 from mamba_sft.model.chat_template import check_template_file
-from mamba_sft.model.checkpoint import read_config, resolve_base
-from mamba_sft.model.shape import Shape
+from mamba_sft.model.checkpoint import resolve_base
+from mamba_sft.model.shape import find_shape
 from mamba_sft.planning.storage import ANOTHER_PLACE
 from mamba_sft.processes import is_first
 from mamba_sft.recipe.builtin import find_path
@@ -131,8 +131,7 @@ def check_sharing(recipe: Recipe, processes: int) -> None:
             "`train.parallel: zero2` needs DeepSpeed, which is not installed",
             hint="pip install 'mamba-sft[deepspeed]', or set `train.parallel=ddp`",
         )
-    shape = Shape.from_config(read_config(resolve_base(recipe.model.base, recipe.model.revision)))
-    if parallel == "fsdp" and shape.tied:
+    if parallel == "fsdp" and find_shape(recipe.model)[0].tied:
         raise TrainingError(
             f"`train.parallel: fsdp` cannot cut `{recipe.model.base}` in parts: its embeddings and its head "
             "are one matrix, with trained rows",

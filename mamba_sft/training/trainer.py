@@ -103,7 +103,6 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         self.interruption = interruption
         self.saves = saves
         self.section = section
-        self.parallel = section.parallel
         add_fused_head(without_wrapper(arguments["model"]))  # beside TRL's, for a loss that needs no wait
         self.spikes = SpikeWatch(run, section.on_spike)
         self.residual = LargestResidual() if section.log_activations else None
@@ -133,7 +132,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         if self.args.fsdp:
             shard_anywhere(self.accelerator, self.args)
             self.is_fsdp_enabled = True
-        self.has_engine = self.parallel == "zero2" and self.accelerator.num_processes > 1
+        self.has_engine = self.section.parallel == "zero2" and self.accelerator.num_processes > 1
         if self.has_engine:
             use_engine(self.accelerator, self.args)
 
@@ -349,8 +348,8 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
             self.give_up_if_late()
         if self.steps is not None and not model.training:
             return self.steps.evaluation_loss(model, inputs)
-        (whole,) = split(inputs, None)
-        figures = Figures.of(model, whole, sources=len(self.tally.sources))
+        (chunk,) = split(inputs, None)
+        figures = Figures.of(model, chunk, sources=len(self.tally.sources))
         self.tally.add("train" if model.training else "eval", figures, inputs)
         tokens = figures.labels if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
         loss = figures.loss / tokens.clamp(min=1)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -106,6 +108,12 @@ def test_train_merge_generate_chat(
     as_json = mamba_sft("generate", "--input", "in.jsonl", "--json", "--max-new-tokens", "6")
     assert as_json.code == 0, as_json.err
     assert json.loads(as_json.out) == json.loads(Path("out.jsonl").read_text())
+    os.mkfifo("pipe.jsonl")  # which can be read once
+    writer = threading.Thread(target=lambda: Path("pipe.jsonl").write_text('{"prompt": "hello 3"}\n'))
+    writer.start()
+    piped = mamba_sft("generate", "--input", "pipe.jsonl", "--json", "--max-new-tokens", "6")
+    writer.join()
+    assert (piped.code, piped.out) == (0, as_json.out), piped.err
     both = mamba_sft("generate", "--json", *words, *words)
     assert [json.loads(line)["prompt"] for line in both.out.split("\n")[:-1]] == ["hello 3"] * 2
     assert mamba_sft("generate", "--json", "--output", "x.jsonl", *words).code == 2

@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 from mamba_sft import Run, train
 from mamba_sft.model.checksums import file_checksum
-from mamba_sft.training.fine_tuning import RunInterruptedError
+from mamba_sft.training.fine_tuning import RunInterruptedError, prepare
 
 STAGES = "train.stages=[{until: 0.5, max_length: 40, sources: {chats: 0.5, more: 0.5}}, {sources: {more: 1}}]"
 
@@ -71,3 +71,13 @@ def test_a_mixed_run_goes_on_in_the_middle_of_a_stage(mixed: Any, step: int) -> 
     name = "adapter/adapter_model.safetensors"
     assert file_checksum(resumed.path / name) == file_checksum(whole.path / name)
     assert lines(resumed) == lines(whole)
+
+
+def test_parts_of_a_schedule_are_held_against_the_rows_that_are_read(mixed: Any, tmp_path: Path) -> None:
+    """And not against rows of the mean length of all sources, of which a run may read the long ones alone."""
+    more = tmp_path / "more.jsonl"
+    more.write_text(more.read_text().replace("slow", "slow " * 25))
+    long_rows = ("train.stages=[{sources: {more: 1}}]", "data.packing=false")
+    read = int(prepare(mixed(*long_rows)).course.tokens.sum())
+    parts = (f"train.stable_steps={read // 2} tokens", f"train.decay_steps={read // 2 - read // 10} tokens")
+    assert prepare(mixed(*long_rows, *parts, "train.warmup_steps=0")).course.steps == 6

@@ -161,3 +161,10 @@ def test_a_tied_base_is_not_cut_in_parts(recipe: Any, tiny_base: Path) -> None:
     check_sharing(recipe("train.parallel=ddp"), 2)
     with pytest.raises(TrainingError, match="its embeddings and its head are one matrix"):
         check_sharing(recipe("train.parallel=fsdp"), 2)
+
+
+def test_whether_processes_can_share_a_base_is_asked_without_fetching_its_weights(
+    recipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mamba_sft.model.checkpoint._download", lambda *words, **more: pytest.fail("fetched"))
+    check_sharing(recipe("model.base=tiiuae/falcon-mamba-7b", "train.parallel=fsdp"), 2)
