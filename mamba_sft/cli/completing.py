@@ -80,17 +80,23 @@ def quantizations(ctx: Any, args: list[str], incomplete: str) -> Offers:
 
 def dtypes() -> list[str]:
     """Offers what a merged model may be stored as."""
-    return ["bfloat16", "float16", "float32"]
+    from mamba_sft.merging.request import DTYPE_NAMES
+
+    return sorted(DTYPE_NAMES)
 
 
 def merge_bases() -> list[str]:
     """Offers what an adapter may be merged into."""
-    return ["base", "dequantized"]
+    from mamba_sft.merging.request import ONTO
+
+    return [*ONTO]
 
 
 def formats() -> list[str]:
     """Offers the formats of an export."""
-    return ["gguf", "hf", "ollama"]
+    from mamba_sft.exporting.export_run import FORMATS
+
+    return [*FORMATS]
 
 
 def devices() -> list[str]:
