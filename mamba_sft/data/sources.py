@@ -152,15 +152,21 @@ def _matches(pattern: str, found: Path) -> list[Path]:
 def _missing(path: Path) -> DataError:
     if not path.parent.is_dir():
         return DataError(f"no file `{path}`: there is no directory `{path.parent}`")
+    if close := _close_to(path):
+        return DataError(f"no file `{path}`", hint=f"did you mean `{close}`?")
     names = [entry.name for entry in path.parent.iterdir()]
-    close = get_close_matches(path.name, names, n=1)
-    if close:
-        return DataError(f"no file `{path}`", hint=f"did you mean `{path.with_name(close[0])}`?")
     readable = sorted(name for name in names if kind_of_file(Path(name)) in KINDS)[:8]
     listing = (
         f"`{path.parent}` has {', '.join(readable)}" if readable else "paths start from the working directory"
     )
     return DataError(f"no file `{path}`", hint=listing)
+
+
+def _close_to(path: Path) -> Path | None:
+    """What lies beside a place where nothing is and has nearly its name."""
+    names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    close = get_close_matches(path.name, names, n=1)
+    return path.with_name(close[0]) if close else None
 
 
 def _not_empty(name: str, rows: Iterator[Row]) -> Iterator[Row]:
@@ -285,9 +291,11 @@ def _hub_errors(path: str) -> Iterator[None]:
     except DataError:
         raise
     except Exception as error:  # datasets, huggingface_hub, fsspec and httpx each raise their own kinds
+        close = _close_to(find_path(path))
+        meant = f"did you mean the file `{close}`? Otherwise " if close and not Path(path).exists() else ""
         cause = error.__cause__ or error  # "an error occurred while generating the dataset" says nothing
         raise DataError(
             f"cannot load the dataset `{path}`: {type(cause).__name__}: {str(cause).strip()}",
-            hint="`path` is a hub id, a file or a glob; `name` picks a configuration, `split` a split;"
-            " private datasets need `hf auth login`",
+            hint=f"{meant}`path` is a hub id, a file or a glob; `name` picks a configuration, `split` a "
+            "split; private datasets need `hf auth login`",
         ) from error

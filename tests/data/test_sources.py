@@ -229,3 +229,14 @@ def test_a_hub_failure_names_the_dataset_and_the_ways_out() -> None:
         read("nobody-at-all/nothing-here")
     assert "nobody-at-all/nothing-here" in error.value.message
     assert "hub id, a file or a glob" in str(error.value.hint)
+
+
+def test_a_file_whose_name_was_nearly_written_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What has no ending that we read may be a data set of the hub, so the hub is asked first."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "chats.jsonl").write_text("{}\n")
+    with pytest.raises(DataError, match="cannot load the dataset") as caught:
+        list(read_source(SourceSection(path="chats.jsonlx")))
+    assert "did you mean the file `chats.jsonl`?" in (caught.value.hint or "")
