@@ -91,7 +91,11 @@ COMMANDS = {  # `~` is a blank inside a word
 def test_what_is_wrong_is_told_before_libraries_are_loaded(places: dict[str, str]) -> None:
     commands = [[word.replace("~", " ").format(**places) for word in line.split()] for line in COMMANDS]
     python = [sys.executable, "-c", RUN_ALL, *HEAVY]
-    done = subprocess.run(python, input=json.dumps(commands), capture_output=True, text=True, check=True)
+    empty = Path(places["tmp"]) / "empty"  # the clone may hold runs of the user's
+    empty.mkdir()
+    done = subprocess.run(
+        python, input=json.dumps(commands), capture_output=True, text=True, check=True, cwd=empty
+    )
     answers = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(answers) == len(COMMANDS)
     for line, (code, text), (got, said, loaded) in zip(COMMANDS, COMMANDS.values(), answers, strict=True):
