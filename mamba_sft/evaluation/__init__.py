@@ -5,4 +5,7 @@ the loss rise). Then the reports: `run_facts` reads what a run left behind, howe
 says what it comes to, `svg_plot` draws, and each rendering is a file: `report` (HTML, with `pages`),
 `report_markdown`, `comparison` (several runs). The loss on held-out rows is computed in `inference.scoring`,
 because a merge needs it too.
+
+What `eval` measures: `settings` (what is asked), `scores` (a document at a time), `normalisation` (scores to
+the columns of a table), `suites` (what can be asked of a model, and what each suite has to be able to do).
 """
