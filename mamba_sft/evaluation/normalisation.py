@@ -97,18 +97,28 @@ def figure(column: Column, scored: Mapping[str, TaskScores]) -> Figure | None:
     """
     if any(task not in scored for task in column.tasks):
         return None
+    shots = {scored[task].shots for task in column.tasks}
+    n = sum(len(scored[task].documents) for task in column.tasks)
+    only = shots.pop() if len(shots) == 1 else None
+    if (whole := whole_of(column, scored)) is not None:
+        return Figure(whole[0], whole[0], whole[1], n, only)
     pooled = [pool_scores(pool, scored) for pool in column.pools]
     means = [one.mean for one in pooled]
     values = [as_shown(column, pool, mean) for pool, mean in zip(column.pools, means, strict=True)]
     moved = influences(column, scored)
-    shots = {scored[task].shots for task in column.tasks}
     return Figure(
         value=fsum(values) / len(values),
         raw=fsum(means) / len(means),
         stderr=None if moved is None else sqrt(fsum(x * x for x in moved.values())),
-        n=sum(len(scored[task].documents) for task in column.tasks),
-        shots=shots.pop() if len(shots) == 1 else None,
+        n=n,
+        shots=only,
     )
+
+
+def whole_of(column: Column, scored: Mapping[str, TaskScores]) -> tuple[float, float | None] | None:
+    """Returns a metric that is known of a task as a whole only, with its error; None of any other column."""
+    task, metric = column.tasks[0], column.metrics[0]
+    return scored[task].whole.get(metric) if len(column.tasks) == 1 else None
 
 
 def average(figures: Sequence[tuple[Column, Figure | None]]) -> float | None:

@@ -7,7 +7,7 @@ pools several tasks is a count over their documents and no mean of their means.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import fsum, sqrt
 from typing import Any
@@ -55,6 +55,7 @@ class TaskScores:
         documents: What each document is known by, the same for every model: a digest of it.
         prompts: A digest of what the model was shown for it; models with other templates are shown another.
         metrics: The scores by metric, each with as many entries as there are documents.
+        whole: Metrics that are no mean over documents, such as the F1 of a corpus, with the standard error.
         seconds: How long it took.
     """
 
@@ -63,6 +64,7 @@ class TaskScores:
     documents: tuple[str, ...]
     prompts: tuple[str, ...]
     metrics: Mapping[str, Scores]
+    whole: Mapping[str, tuple[float, float | None]] = field(default_factory=dict)
     seconds: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
@@ -77,6 +79,7 @@ class TaskScores:
             "n": len(self.documents),
             "seconds": round(self.seconds, 1),
             "metrics": metrics,
+            "whole": {name: {"value": value, "stderr": error} for name, (value, error) in self.whole.items()},
             "documents": list(self.documents),
             "prompts": list(self.prompts),
         }
@@ -96,4 +99,5 @@ class TaskScores:
             if not len(totals) == len(weights) == len(documents) == len(prompts) or not sum(weights):
                 raise ValueError(f"`{task}` has {len(totals)} scores of {len(documents)} documents")
             metrics[name] = Scores(totals, weights)
-        return cls(task, int(found["shots"]), documents, prompts, metrics, float(found["seconds"]))
+        whole = {name: (float(one["value"]), one["stderr"]) for name, one in found["whole"].items()}
+        return cls(task, int(found["shots"]), documents, prompts, metrics, whole, float(found["seconds"]))
