@@ -445,7 +445,7 @@ def _quiet() -> Iterator[None]:
 
 def _data_from(directory: Path | None) -> Any:
     """`datasets` takes `owner/name` from below the working directory before it asks the hub."""
-    return chdir(directory) if directory is not None else nullcontext()
+    return chdir(directory) if directory is not None and directory.is_dir() else nullcontext()
 
 
 @contextmanager

@@ -57,6 +57,7 @@ class TaskScores:
         metrics: The scores by metric, each with as many entries as there are documents.
         whole: Metrics that are no mean over documents, such as the F1 of a corpus, with the standard error.
         seconds: How long it took.
+        samples: What was asked and answered, for a file of samples; kept in no result.
     """
 
     task: str
@@ -66,6 +67,7 @@ class TaskScores:
     metrics: Mapping[str, Scores]
     whole: Mapping[str, tuple[float, float | None]] = field(default_factory=dict)
     seconds: float = 0.0
+    samples: tuple[dict[str, Any], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Returns what `from_json` reads again."""

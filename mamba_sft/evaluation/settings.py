@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 Template = Literal["auto", "on", "off"]
 MathMetric = Literal["original", "verify"]
@@ -24,6 +24,7 @@ class Settings:
         math_metric: `original` compares answers as the published card did, `verify` as Math-Verify does.
         data_dir: A directory with data sets as `owner/name` below it, for machines without the hub.
         include_path: A directory with the user's own task files.
+        samples: Whether what was asked and answered is kept too.
         rows: A file of rows for suites that score rows or prompts of the user's own.
     """
 
@@ -34,4 +35,13 @@ class Settings:
     math_metric: MathMetric = "original"
     data_dir: Path | None = None
     include_path: Path | None = None
+    samples: bool = False
     rows: Path | None = None
+
+    def facts(self) -> dict[str, Any]:
+        """Returns what scores depend on, JSON-safe; the size of a batch and places of files are no part."""
+        return {
+            "max_length": self.max_length,
+            "limit": self.limit,
+            "math_metric": self.math_metric,
+        }
