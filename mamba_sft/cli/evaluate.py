@@ -140,7 +140,8 @@ def _one_of(option: str, value: str, choices: Sequence[str]) -> Any:
 
 
 def _suites(names: str | None, tasks: str | None) -> list[Suite]:
-    from mamba_sft.evaluation.suites import SUITES, find_suite, find_tasks
+    from mamba_sft.evaluation.suites import find_suite, find_tasks
+    from mamba_sft.run import SUITES
 
     if names is None and tasks is None:
         raise UsageError(
@@ -209,7 +210,7 @@ def _prepare(
     resume: bool,
     overwrite: bool,
 ) -> list[Work] | None:
-    """Looks for all problems, then reads what is asked; returns what is to be done, None where that is all."""
+    """Looks for all problems, then reads what is asked; returns what is to be done, None for a check."""
     from mamba_sft.cli.progress import StageBar
     from mamba_sft.evaluation.measuring import start
     from mamba_sft.evaluation.preflight import problems_of, refuse

@@ -46,8 +46,8 @@ def scores_table(results: Sequence[Results], published: Mapping[str, Sequence[fl
         average = "" if one.average is None else f"{one.average:.2f}"
         rows.append([one.model["name"], *(value and value + mark for value in (*values, average))])
     if all(one.limit is None for one in results):
-        for name, values in published.items():
-            rows.append([f"{name} ({PUBLISHED})", *(f"{value:.2f}" for value in values)])
+        for name, known in published.items():
+            rows.append([f"{name} ({PUBLISHED})", *(f"{value:.2f}" for value in known)])
     return Table(["", *(column.title for column in columns), "Average"], rows)
 
 
@@ -134,7 +134,8 @@ def notes(results: Sequence[Results], differences: Sequence[tuple[Column, Differ
 def settings_text(results: Results) -> str:
     """Returns how a suite was scored, on one line."""
     settings, made_with = results.settings, results.made_with
-    template = {True: "chat template on", False: "chat template off"}.get(settings.get("chat_template"))
+    on = settings.get("chat_template")
+    template = f"chat template {'on' if on else 'off'}" if isinstance(on, bool) else None
     held = settings.get("quantization")
     computed = str(made_with.get("computed_in", settings.get("dtype"))).removeprefix("torch.")
     parts = [
