@@ -5,4 +5,7 @@ the loss rise). Then the reports: `run_facts` reads what a run left behind, howe
 says what it comes to, `svg_plot` draws, and each rendering is a file: `report` (HTML, with `pages`),
 `report_markdown`, `comparison` (several runs). The loss on held-out rows is computed in `inference.scoring`,
 because a merge needs it too.
+
+`prefix_scoring` computes log-likelihoods of choices, where what texts have in common is read once, and
+`harness_model` is the model that lm-eval asks.
 """
