@@ -7,6 +7,7 @@ read once (`prefix_scoring`), and answers by our generation, which carries state
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -47,7 +48,7 @@ class HarnessModel(HFLM):  # type: ignore[misc]
     ):
         super().__init__(
             pretrained=chat_model.model,
-            tokenizer=chat_model.tokenizer,
+            tokenizer=copy.deepcopy(chat_model.tokenizer),  # a padding token may be put into it
             backend="causal",
             max_length=max_length,
             batch_size=batch_size,
