@@ -233,7 +233,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         tokens, seconds, spent = row["tokens"], row["seconds"], row["processor_seconds"]
         lines.append(
             f"| {row['task']} | {row['requests']:,} | {tokens['stock']:,} | {tokens['shared']:,} "
-            f"| {tokens['stock'] / tokens['shared']:.1f}x | {seconds['stock']:.1f} | {seconds['shared']:.1f} "
+            f"| {tokens['stock'] / tokens['shared']:.1f}x "
+            f"| {seconds['stock']:.1f} | {seconds['shared']:.1f} "
             f"| {spent['stock']:.1f} to {spent['shared']:.1f} | {row['largest_difference']:.1e} |"
         )
     return "\n".join(lines)
