@@ -8,7 +8,6 @@ dictionary, and the figures it adds up for groups are not used: each is wrong or
 
 from __future__ import annotations
 
-import copy
 import logging
 import random
 import time
@@ -233,14 +232,13 @@ def make_model(chat_model: ChatModel, settings: Settings, on_request: Callable[[
         settings: How long a text may be, and how many are read at a time.
         on_request: Called as each request is answered.
     """
-    from lm_eval.models.huggingface import HFLM
+    from mamba_sft.evaluation.harness_model import HarnessModel
 
-    return HFLM(
-        pretrained=chat_model.model,
-        tokenizer=copy.deepcopy(chat_model.tokenizer),  # a padding token may be put into it
-        backend="causal",
+    return HarnessModel(
+        chat_model,
         max_length=settings.max_length,
         batch_size=settings.batch_size,
+        on_request=on_request,
     )
 
 
