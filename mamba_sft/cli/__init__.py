@@ -2,7 +2,7 @@
 
 Read `app` (the verbs, errors and exit codes) and `console` (where output goes, what verbs share), then any
 verb, one file each: `train` `data` `plan` `merge` `export` `chat` `generate` `doctor` `bench` `recipes`
-`report`.
+`report` `evaluate` (called `eval`).
 `plan_plot` draws the course of a run,
 `help` is what `-h` prints, `completing` what the shell offers after a Tab.
 `printable` is how text of others is shown, `progress` draws the bars, `preview` the rows and counts of

@@ -85,6 +85,13 @@ def dtypes() -> list[str]:
     return sorted(DTYPE_NAMES)
 
 
+def suites() -> list[str]:
+    """Offers what a model can be scored on."""
+    from mamba_sft.run import SUITES
+
+    return list(SUITES)
+
+
 def merge_bases() -> list[str]:
     """Offers what an adapter may be merged into."""
     from mamba_sft.merging.request import ONTO

@@ -8,4 +8,7 @@ because a merge needs it too.
 
 `prefix_scoring` computes log-likelihoods of choices, where what texts have in common is read once, and
 `harness_model` is the model that lm-eval asks.
+
+What `eval` measures: `settings` (what is asked), `scores` (a document at a time), `normalisation` (scores to
+the columns of a table), `suites` (what can be asked of a model, and what each suite has to be able to do).
 """
