@@ -226,7 +226,7 @@ def added(rows: list[dict[str, Any]]) -> dict[str, Any]:
 def table(rows: list[dict[str, Any]]) -> str:
     """Returns the rows as a table of Markdown."""
     lines = [
-        "| task | requests | tokens, HFLM | shared | fewer | s, HFLM | s, shared | processor s | difference |",
+        "| task | requests | tokens, HFLM | shared | fewer | s, HFLM | shared | processor s | difference |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
