@@ -13,7 +13,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import chdir, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from importlib.metadata import version
 from math import isclose
@@ -75,7 +75,7 @@ class Harness:
             return has_template and (self.board is None or self.board.template)
         return settings.chat_template == "on"
 
-    def problems(self, place: ModelPlace, settings: Settings) -> list[Problem]:
+    def problems(self, place: ModelPlace | None, settings: Settings) -> list[Problem]:
         """Looks for tasks that are not there, data sets out of reach, answers longer than `max_length`."""
         found = list(self._name_problems(settings))
         if found:
@@ -154,7 +154,8 @@ class Harness:
                     apply_chat_template=template,
                     fewshot_as_multiturn=template,
                 )
-            yield _scores(name, self._tasks[name], found, time.monotonic() - begun)
+            scores = _scores(name, self._tasks[name], found, time.monotonic() - begun)
+            yield replace(scores, samples=_samples(found["samples"][name])) if settings.samples else scores
 
     def _index(self, settings: Settings) -> Any:
         if self._manager is None:
@@ -165,16 +166,36 @@ class Harness:
             with _quiet():
                 if self.board is not None:
                     places = [*(root / name for name in self.board.directories), TASK_FILES]
-                    self._manager = tasks.TaskManager(include_path=places, include_defaults=False)
                 else:
-                    self._manager = tasks.TaskManager(include_path=own)
+                    places = [*_likely_places(root, self.asked), *own]
+                self._manager = tasks.TaskManager(include_path=places, include_defaults=False)
+                if self.board is None and not self._is_complete():
+                    self._manager = tasks.TaskManager(include_path=own)  # ten seconds
         return self._manager
+
+    def _is_complete(self) -> bool:
+        """Whether all that is asked for is in the index, with all of its parts.
+
+        Of a tag one cannot tell: any directory may have more tasks with it.
+        """
+        index = self._manager.task_index
+
+        def there(name: str) -> bool:
+            entry = index.get(name)
+            if entry is None or entry.kind.name == "TAG":
+                return False
+            return entry.kind.name != "GROUP" or all(map(there, _members(entry)))
+
+        return all(_is_file(one.name) or there(one.name) for one in self.asked)
 
     def _name_problems(self, settings: Settings) -> Iterator[Problem]:
         known = set(self._index(settings).all_tasks)
         for one in self.asked:
             if one.name not in known and not _is_file(one.name):
-                yield Problem(f"no task `{one.name}`", _similar(one.name, known))
+                if one.name.endswith((".yaml", ".yml")):
+                    yield Problem(f"no file `{one.name}`", "tasks are their names in lm-eval, or YAML files")
+                else:
+                    yield Problem(f"no task `{one.name}`", _similar(one.name, known))
 
     def _leaves(self, settings: Settings) -> dict[str, Mapping[str, Any]]:
         """The configurations of all tasks asked for, from their files alone."""
@@ -185,19 +206,10 @@ class Harness:
             entry = index.get(name)
             if entry is None:
                 return
-            config = entry.cfg or {}
-            if entry.kind.name == "TAG":
-                children = sorted(entry.tags)
-            elif entry.kind.name == "GROUP":
-                members = config.get("task") or []
-                children = [
-                    each if isinstance(each, str) else str(each.get("group") or each.get("task"))
-                    for each in (members if isinstance(members, list) else [members])
-                ]
-            else:
-                found[name] = config
+            if entry.kind.name not in ("TAG", "GROUP"):
+                found[name] = entry.cfg or {}
                 return
-            for child in children:
+            for child in _members(entry):
                 walk(child)
 
         for one in self.asked:
@@ -275,6 +287,31 @@ def _scores(name: str, task: Any, found: Any, seconds: float) -> TaskScores:
     )
 
 
+def _samples(found: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], ...]:
+    """What was asked and answered, a document and filter each."""
+    return tuple(
+        {
+            "document": _short(sample["doc_hash"]),
+            "filter": sample["filter"],
+            "prompt": sample["arguments"][0][0],
+            "choices": [given[1] for given in sample["arguments"] if isinstance(given[1], str)],
+            "answers": [_plain(answer) for answer in sample["filtered_resps"]],
+            "target": str(sample["target"]),
+            "metrics": {metric: _plain(sample[metric]) for metric in sample["metrics"]},
+        }
+        for sample in found
+    )
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON holds it."""
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if isinstance(value, str | bool | int | float) or value is None:
+        return value
+    return value.item() if hasattr(value, "item") else str(value)
+
+
 def _by_document(values: Sequence[Any]) -> Scores | None:
     """Scores of documents that have a number each, or several marks; None where they have something else."""
     if all(isinstance(value, int | float) or hasattr(value, "item") for value in values):
@@ -337,6 +374,27 @@ def _refused(name: str, task: Any) -> Iterator[str]:
 
 def _filters(task: Any) -> list[str]:
     return [one.name for one in getattr(task, "_filters", ())] or ["none"]
+
+
+def _members(entry: Any) -> list[str]:
+    """What a group or a tag of lm-eval's index consists of."""
+    if entry.kind.name == "TAG":
+        return sorted(entry.tags)
+    members = (entry.cfg or {}).get("task") or []
+    return [
+        each if isinstance(each, str) else str(each.get("group") or each.get("task"))
+        for each in (members if isinstance(members, list) else [members])
+    ]
+
+
+def _likely_places(root: Path, asked: Sequence[Asked]) -> list[Path]:
+    """The directories that tasks of these names are in as a rule: reading all takes ten seconds."""
+    names = [path.name for path in root.iterdir() if path.is_dir()]
+    found = []
+    for one in asked:
+        begin = [name for name in names if one.name == name or one.name.startswith(f"{name}_")]
+        found += [root / max(begin, key=len)] if begin else []
+    return list(dict.fromkeys(found))
 
 
 def _spec(name: str) -> str:
