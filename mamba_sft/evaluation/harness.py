@@ -46,6 +46,11 @@ class Asked:
     name: str
     shots: int | None = None
 
+    @property
+    def title(self) -> str:
+        """What it is called in tables."""
+        return Path(self.name).stem if _is_file(self.name) else self.name
+
 
 class Harness:
     """A suite of tasks of lm-eval.
@@ -100,7 +105,7 @@ class Harness:
             for one in self.asked:
                 random.seed(SEED)  # for each, so that what else is asked for changes nothing
                 try:
-                    built = manager.load([_spec(one.name)])["tasks"]
+                    built = manager.load([one.name])["tasks"]
                 except Exception as error:  # tasks are code of many authors
                     failures.append(f"`{one.name}`: {_first_line(error)}")
                     continue
@@ -108,7 +113,7 @@ class Harness:
                     failures += _refused(name, task)
                     _settle(task, one.shots)
                     self._tasks[name] = task
-                groups[one.name] = list(built)
+                groups[one.title] = list(built)
         if failures:
             raise DataError(
                 "tasks cannot be prepared:\n" + "\n".join(f"  - {text}" for text in failures),
@@ -232,6 +237,7 @@ class Harness:
                 f"{name} {metric.removesuffix(',none')}",
                 (Pool(tuple(leaves), metric),),
                 kind="number",
+                averaged=False,
                 falls=better is False,
             )
 
@@ -295,7 +301,8 @@ def _samples(found: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], ...]:
             "filter": sample["filter"],
             "prompt": sample["arguments"][0][0],
             "choices": [given[1] for given in sample["arguments"] if isinstance(given[1], str)],
-            "answers": [_plain(answer) for answer in sample["filtered_resps"]],
+            "answers": [_plain(answer) for answer in sample["resps"]],
+            "taken": [_plain(answer) for answer in sample["filtered_resps"]],
             "target": str(sample["target"]),
             "metrics": {metric: _plain(sample[metric]) for metric in sample["metrics"]},
         }
@@ -395,10 +402,6 @@ def _likely_places(root: Path, asked: Sequence[Asked]) -> list[Path]:
         begin = [name for name in names if one.name == name or one.name.startswith(f"{name}_")]
         found += [root / max(begin, key=len)] if begin else []
     return list(dict.fromkeys(found))
-
-
-def _spec(name: str) -> str:
-    return str(Path(name).expanduser().resolve()) if _is_file(name) else name
 
 
 def _is_file(name: str) -> bool:

@@ -97,9 +97,8 @@ def _extra_problems(suites: Sequence[Suite]) -> Iterator[Problem]:
         return
     missing = [name for name in _NEEDED if find_spec(name) is None]
     if missing:
-        yield Problem(
-            f"{', '.join(names)} need packages that are missing: `{'`, `'.join(missing)}`", _INSTALL
-        )
+        packages = ", ".join(f"`{name}`" for name in missing)
+        yield Problem(f"packages are missing that run {', '.join(names)}: {packages}", _INSTALL)
         return
     try:
         here = version("lm-eval")
