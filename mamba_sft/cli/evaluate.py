@@ -243,13 +243,14 @@ def _prepare(
     overwrite: bool,
 ) -> list[Work] | None:
     """Looks for all problems, then reads what is asked; returns what is to be done, None for a check."""
-    from mamba_sft.cli.progress import StageBar
     from mamba_sft.evaluation.measuring import start
     from mamba_sft.evaluation.preflight import problems_of, refuse
 
     with loading("lm-eval and its tasks"):
         problems += problems_of(suites, [one.place for one in subjects], settings, output)
     refuse(problems)
+    from mamba_sft.cli.progress import StageBar  # which loads transformers
+
     works = []
     with StageBar(err) as bar:
         for number, suite in enumerate(suites):

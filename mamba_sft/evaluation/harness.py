@@ -107,7 +107,7 @@ class Harness:
                 try:
                     built = manager.load([one.name])["tasks"]
                 except Exception as error:  # tasks are code of many authors
-                    failures.append(f"`{one.name}`: {_first_line(error)}")
+                    failures.append(f"`{one.name}`: {type(error).__name__}: {_first_line(error)}")
                     continue
                 for name, task in built.items():
                     failures += _refused(name, task)
@@ -117,7 +117,7 @@ class Harness:
         if failures:
             raise DataError(
                 "tasks cannot be prepared:\n" + "\n".join(f"  - {text}" for text in failures),
-                hint="`mamba-sft eval --check` looks for what can be told before anything is read",
+                hint="the file of a task, or its data set, is not what lm-eval takes",
             )
         self._columns = (
             columns_of(self.board, settings.math_metric, list(self._tasks))
@@ -194,13 +194,15 @@ class Harness:
         return all(_is_file(one.name) or there(one.name) for one in self.asked)
 
     def _name_problems(self, settings: Settings) -> Iterator[Problem]:
+        absent = [one.name for one in self.asked if _ends_as_file(one.name) and not _is_file(one.name)]
+        if absent:  # before lm-eval looks for names, which takes seconds
+            for name in absent:
+                yield Problem(f"no file `{name}`", "tasks are their names in lm-eval, or YAML files")
+            return
         known = set(self._index(settings).all_tasks)
         for one in self.asked:
             if one.name not in known and not _is_file(one.name):
-                if one.name.endswith((".yaml", ".yml")):
-                    yield Problem(f"no file `{one.name}`", "tasks are their names in lm-eval, or YAML files")
-                else:
-                    yield Problem(f"no task `{one.name}`", _similar(one.name, known))
+                yield Problem(f"no task `{one.name}`", _similar(one.name, known))
 
     def _leaves(self, settings: Settings) -> dict[str, Mapping[str, Any]]:
         """The configurations of all tasks asked for, from their files alone."""
@@ -404,15 +406,19 @@ def _likely_places(root: Path, asked: Sequence[Asked]) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
+def _ends_as_file(name: str) -> bool:
+    return name.endswith((".yaml", ".yml"))
+
+
 def _is_file(name: str) -> bool:
-    return name.endswith((".yaml", ".yml")) and Path(name).expanduser().is_file()
+    return _ends_as_file(name) and Path(name).is_file()
 
 
 def _read_task_file(name: str) -> Mapping[str, Any]:
     from lm_eval.tasks._yaml_loader import load_yaml
 
     try:
-        return dict(load_yaml(Path(name).expanduser(), resolve_func=False))
+        return dict(load_yaml(Path(name), resolve_func=False))
     except Exception as error:  # any YAML, by anybody
         raise UsageError(f"`{name}` cannot be read as a task: {_first_line(error)}") from error
 

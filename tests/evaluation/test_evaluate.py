@@ -206,7 +206,10 @@ def test_a_missing_extra_is_told_with_the_command(
     ("words", "message", "hint"),
     [
         (["--suite", "leaderbord-v2"], "no suite `leaderbord-v2`", "did you mean `leaderboard-v2`"),
-        (["--tasks", "leaderboard_museer"], "no task `leaderboard_museer`", "`leaderboard_musr`"),
+        pytest.param(
+            ["--tasks", "leaderboard_museer"], "no task `leaderboard_museer`", "`leaderboard_musr`",
+            marks=pytest.mark.slow,
+        ),
         (["--tasks", "gsm8k:few"], "`few` is no number of shots", "gsm8k:8"),
         (["--tasks", "absent.yaml"], "no file `.*absent.yaml`", "YAML"),
         ([], "say what to score on", "--suite leaderboard-v2"),
@@ -263,7 +266,7 @@ def test_results_go_into_the_run_and_are_known_there(reachable: Path, scored_run
 
 
 def test_a_task_of_ones_own(reachable: Path, scored_base: Path, tmp_path: Path, out: Path) -> None:
-    rows = [{"q": "1+1", "a": "2"}, {"q": "2+2", "a": "4"}, {"q": "2+2", "a": "4"}]
+    rows = [{"q": "1+1", "a": "two"}, {"q": "2+2", "a": "four"}, {"q": "2+2", "a": "four"}]
     (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "mine.yaml").write_text(
         f"""
@@ -273,7 +276,7 @@ dataset_kwargs: {{data_files: {{test: {tmp_path / "sums.jsonl"}}}}}
 output_type: multiple_choice
 test_split: test
 doc_to_text: "{{{{q}}}} ="
-doc_to_choice: ["2", "4"]
+doc_to_choice: [two, four]
 doc_to_target: "{{{{a}}}}"
 metric_list: [{{metric: acc}}]
 """
