@@ -77,6 +77,14 @@ def find_suite(name: str) -> Suite:
 
         board = LEADERBOARDS[name]
         return Harness(name, [Asked(each) for each in board.loads], board)
+    if name == "heldout":
+        from mamba_sft.evaluation.heldout import Heldout
+
+        return Heldout()
+    if name == "instructions":
+        from mamba_sft.evaluation.instructions import Instructions
+
+        return Instructions()
     near = difflib.get_close_matches(name, SUITES, n=1, cutoff=0.5)
     raise UsageError(
         f"no suite `{name}`; there are {', '.join(f'`{each}`' for each in SUITES)}",
