@@ -37,50 +37,75 @@ def evaluate(
     model: ModelArgument = None,
     suite: Annotated[
         str | None,
-        typer.Option(metavar="NAME,...", help="What to score on.", autocompletion=completing.suites),
+        typer.Option(
+            metavar="NAME,...",
+            help="What to score on; several with commas.",
+            autocompletion=completing.suites,
+        ),
     ] = None,
     tasks: Annotated[
         str | None, typer.Option(metavar="A,B:5,...", help="Tasks of lm-eval, YAML files; `:5` gives shots.")
     ] = None,
     base: Annotated[
-        str | None, typer.Option(metavar="auto|MODEL", help="Score this too and compare; auto: its base.")
+        str | None, typer.Option(metavar="MODEL", help="Score this one too and compare; `auto`: the base.")
     ] = None,
     against: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Compare with results from before.")
+        Path | None, typer.Option(metavar="FILE", help="Compare with the results in this file.")
     ] = None,
-    chat_template: Annotated[str, typer.Option(metavar="auto|on|off", help="Ask in chats.")] = "auto",
+    chat_template: Annotated[
+        str, typer.Option(metavar="HOW", help="`on` asks in chats, `off` in plain text.")
+    ] = "auto",
     max_length: Annotated[int, typer.Option(metavar="N", help="Prompt and answer, in tokens.")] = 2048,
     batch_size: Annotated[int, typer.Option(metavar="N", help="Requests at a time.")] = 8,
-    limit: Annotated[int | None, typer.Option(metavar="N", help="Only so many of each task.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(metavar="N", help="Only so many documents of each task.")
+    ] = None,
     dtype: Annotated[
-        str | None, typer.Option(metavar="DTYPE", help="As for merge.", autocompletion=completing.dtypes)
+        str | None,
+        typer.Option(
+            metavar="DTYPE", help="What to compute in.", hidden=True, autocompletion=completing.dtypes
+        ),
     ] = None,
     quantization: Annotated[
-        str | None, typer.Option(metavar="none|nf4|int8", help="Default: as it was trained.")
+        str | None, typer.Option(metavar="HOW", help="none, nf4 or int8; default: as it was trained.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="FILE", help="For heldout and instructions: rows, prompts.")
     ] = None,
     data_dir: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Data sets, as DIR/owner/name.")
+        Path | None, typer.Option(metavar="DIR", help="Where data sets are, as DIR/owner/name.")
     ] = None,
-    include_path: Annotated[Path | None, typer.Option(metavar="DIR", help="Your own files of tasks.")] = None,
-    math_metric: Annotated[str, typer.Option(metavar="original|verify", help="For MATH.")] = "original",
-    output: Annotated[Path | None, typer.Option(metavar="DIR", help="Default: the run's `eval/`.")] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Files of tasks of your own.", hidden=True)
+    ] = None,
+    math_metric: Annotated[
+        str, typer.Option(metavar="original|verify", help="How answers of MATH are compared.", hidden=True)
+    ] = "original",
+    output: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where results go; default: the run's `eval/`.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on after the last finished task.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace results.")] = False,
-    check: Annotated[bool, typer.Option("--check", help="Only say whether it could be run.")] = False,
-    save_samples: Annotated[bool, typer.Option("--save-samples", help="Keep all answers.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace results.", hidden=True)] = False,
+    check: Annotated[bool, typer.Option("--check", help="Only say what would stand in the way.")] = False,
+    save_samples: Annotated[
+        bool, typer.Option("--save-samples", help="Keep what was asked and answered.", hidden=True)
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Score a model on leaderboards and tasks, beside its base.
 
     Example: mamba-sft eval runs/quickstart --suite leaderboard-v2 --base auto
+    Also: --overwrite, --save-samples, --include-path DIR of tasks, --dtype DTYPE,
+    --math-metric original|verify.
     """
     os.environ.setdefault(
         "TQDM_DISABLE", "1"
     )  # before tqdm is imported: lm-eval draws a bar a task over ours
     settings = _settings(
-        chat_template, max_length, batch_size, limit, math_metric, data_dir, include_path, save_samples
+        chat_template, max_length, batch_size, limit, math_metric, data, data_dir, include_path, save_samples
     )
     suites = _suites(suite, tasks)
+    _refuse_unread(data, suites)
     _refuse_together(base, against, resume, overwrite)
     chosen = model_or_newest(model)
     from mamba_sft.run import evaluation_place
@@ -106,6 +131,7 @@ def _settings(
     batch_size: int,
     limit: int | None,
     math_metric: str,
+    rows: str | None,
     data_dir: Path | None,
     include_path: Path | None,
     samples: bool,
@@ -126,6 +152,7 @@ def _settings(
         data_dir=_absolute(data_dir),
         include_path=_absolute(include_path),
         samples=samples,
+        rows=rows,
     )
 
 
@@ -140,7 +167,7 @@ def _one_of(option: str, value: str, choices: Sequence[str]) -> Any:
 
 
 def _suites(names: str | None, tasks: str | None) -> list[Suite]:
-    from mamba_sft.evaluation.suites import find_suite, find_tasks
+    from mamba_sft.evaluation.suite_names import find_suite, find_tasks
     from mamba_sft.run import SUITES
 
     if names is None and tasks is None:
@@ -153,6 +180,14 @@ def _suites(names: str | None, tasks: str | None) -> list[Suite]:
     if tasks is not None:
         found.append(find_tasks(tasks))
     return found
+
+
+def _refuse_unread(data: str | None, suites: Sequence[Suite]) -> None:
+    if data is not None and not any(suite.name in ("heldout", "instructions") for suite in suites):
+        raise UsageError(
+            f"nothing reads `--data {data}`: that is for the suites `heldout` and `instructions`",
+            hint="data sets of leaderboards and tasks lie under `--data-dir`",
+        )
 
 
 def _refuse_together(base: str | None, against: Path | None, resume: bool, overwrite: bool) -> None:

@@ -20,6 +20,9 @@ from mamba_sft.errors import UsageError
 WIDEST_NAME = 30
 """Columns of an option's name; the text beside a longer one starts on the next row."""
 
+_SHORTER = {"show_completion": "Print that completion"}
+"""For texts of typer's own that take two of the rows of a screen."""
+
 
 class Verb(TyperCommand):
     """A verb whose help is a page of its own."""
@@ -120,7 +123,7 @@ def _name(param: Any) -> str:
 
 
 def _text(param: Any) -> str:
-    text = str(param.help or "").rstrip(".")
+    text = _SHORTER.get(param.name, str(param.help or "")).rstrip(".")
     if _is_argument(param) or param.is_flag or param.default in (None, "") or callable(param.default):
         return text
     default = f"{param.default:g}" if isinstance(param.default, float) else param.default

@@ -7,7 +7,10 @@ is a file: `report` (HTML, with `pages`), `report_markdown`, `comparison` (sever
 rows is computed in `inference.scoring`, because a merge needs it too.
 
 What `eval` measures: `settings` (what is asked), `scores` (a document at a time), `normalisation` (scores to
-the columns of a table), `suites` (what can be asked of a model, and what each suite has to be able to do).
-`heldout` and `instructions` are suites of our own. `harness_model` is the model that lm-eval asks, with
-`prefix_scoring`: likelihoods of choices, where what texts begin with alike is read once.
+the columns of a table), `leaderboards` (what each asks), `suites` (what every suite has to be able to do) and
+`suite_names` (which one a name means); `harness` (those that lm-eval runs; `task_files/` are ours for it)
+with `harness_model` (the model that it asks) and `prefix_scoring` (log-likelihoods of choices, where what
+texts have in common is read once); `heldout` and `instructions`, which need no lm-eval. Then `measuring` is
+the flow: `preflight` (all that stands in the way), `results` (a file that is whole at every moment), `paired`
+(two models on the same documents), `table`.
 """

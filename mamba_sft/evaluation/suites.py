@@ -1,22 +1,13 @@
-"""The suites that a model can be scored on, and what every suite has to be able to do.
-
-The leaderboards are run by lm-eval (`harness`, which alone knows it) and differ in tasks and columns only;
-`heldout` and `instructions` are our own. A suite is found by its name in `find_suite`, and nowhere else.
-"""
+"""What every suite has to be able to do, whether lm-eval runs it or it is our own."""
 
 from __future__ import annotations
 
-import difflib
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from mamba_sft.errors import UsageError
-from mamba_sft.evaluation.leaderboards import LEADERBOARDS
 from mamba_sft.evaluation.normalisation import Column
 from mamba_sft.evaluation.scores import TaskScores
 from mamba_sft.evaluation.settings import Settings
-from mamba_sft.run import SUITES, TASKS
 
 if TYPE_CHECKING:
     from mamba_sft.inference.chat_model import ChatModel
@@ -64,51 +55,3 @@ class Suite(Protocol):
         self, chat_model: ChatModel, tasks: Sequence[str], settings: Settings, progress: Progress
     ) -> Iterator[TaskScores]:
         """Scores a model on tasks, one after the other; each is yielded as it ends, and then kept."""
-
-
-def find_suite(name: str) -> Suite:
-    """Returns the suite of a name; it is not prepared yet.
-
-    Raises:
-        UsageError: There is none.
-    """
-    if name in LEADERBOARDS:
-        from mamba_sft.evaluation.harness import Asked, Harness
-
-        board = LEADERBOARDS[name]
-        return Harness(name, [Asked(each) for each in board.loads], board)
-    if name == "heldout":
-        from mamba_sft.evaluation.heldout import Heldout
-
-        return Heldout()
-    if name == "instructions":
-        from mamba_sft.evaluation.instructions import Instructions
-
-        return Instructions()
-    near = difflib.get_close_matches(name, SUITES, n=1, cutoff=0.5)
-    raise UsageError(
-        f"no suite `{name}`; there are {', '.join(f'`{each}`' for each in SUITES)}",
-        hint=f"did you mean `{near[0]}`?" if near else "single tasks of lm-eval are named with `--tasks`",
-    )
-
-
-def find_tasks(text: str) -> Suite:
-    """Returns a suite of tasks that are named one by one: `arc_easy,gsm8k:8,mine.yaml`.
-
-    Raises:
-        UsageError: None is named, or shots are no number.
-    """
-    from mamba_sft.evaluation.harness import Asked, Harness
-
-    asked = []
-    for word in filter(None, (each.strip() for each in text.split(","))):
-        name, colon, shots = word.rpartition(":")
-        if colon and not shots.isdecimal():
-            raise UsageError(f"`{word}`: `{shots}` is no number of shots", hint="for example `gsm8k:8`")
-        asked.append(Asked(name, int(shots)) if colon else Asked(word))
-    if not asked:
-        raise UsageError("`--tasks` names no task", hint="for example `--tasks arc_easy,gsm8k:8`")
-    if len({one.name for one in asked}) < len(asked):
-        raise UsageError("`--tasks` names a task twice", hint="a task is scored with one number of shots")
-    words = [one.name if one.shots is None else f"{one.name}-{one.shots}" for one in asked]
-    return Harness(TASKS + re.sub(r"[^A-Za-z0-9._+-]+", "-", "+".join(words))[:80], asked)
