@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any, NamedTuple
 
 _BOUNDS = ("at_least", "at_most", "exactly")
@@ -80,9 +81,9 @@ def read_checks(value: Any) -> tuple[Check, ...]:
         raise ValueError("`checks` is an object with a constraint or more")
     for kind, wanted in value.items():
         if kind not in _KINDS:
-            raise ValueError(
-                f"there is no check `{kind}`; there are {', '.join(f'`{one}`' for one in _KINDS)}"
-            )
+            near = get_close_matches(str(kind), _KINDS, n=1)
+            known = f"did you mean `{near[0]}`?" if near else f"there are `{'`, `'.join(_KINDS)}`"
+            raise ValueError(f"there is no check `{kind}`; {known}")
         if not _KINDS[kind].takes(wanted):
             raise ValueError(f"the check `{kind}` takes {_KINDS[kind].says}, not {json.dumps(wanted)[:80]}")
     return tuple(Check(kind, wanted) for kind, wanted in value.items())

@@ -169,7 +169,7 @@ def _data_of(name: str, recipe: Recipe | None, settings: Settings) -> DataSectio
     sources = [source.model_copy(update={"weight": 1.0})]  # each row once
     if recipe is None:
         return DataSection(sources=sources, validation=0, packing=False, max_length=settings.max_length)
-    whole = {"sources": sources, "mixture": None, "validation": 0, "packing": False}
+    whole = {"sources": sources, "mixture": None, "validation": 0.0, "packing": False}
     return recipe.data.model_copy(update=whole)
 
 

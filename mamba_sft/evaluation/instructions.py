@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from hashlib import blake2b
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mamba_sft.errors import DataError, MambaSFTError
@@ -56,7 +57,7 @@ class Instructions:
     def problems(self, place: ModelPlace, settings: Settings) -> list[Problem]:
         """Reads the prompts with their checks, for which nothing but the file is needed."""
         try:
-            self.prepare(place, settings)
+            _read(settings)
         except MambaSFTError as error:
             return [Problem(error.message, error.hint)]
         return []
@@ -67,19 +68,11 @@ class Instructions:
         Raises:
             DataError: A line is none, its checks are not to be understood, or nothing in the file is scored.
         """
-        path = find_path(settings.rows or PROMPTS)
-        prompts = load_prompts(path, named_by="--data")
-        scored = [one for one in prompts if one.checks or one.answer is not None]
-        if not scored:
-            raise DataError(
-                f"no prompt of `{path}` has `checks` or an `answer`, so none can be scored",
-                hint='for example {"prompt": "Name a fruit.", "checks": {"words": {"exactly": 1}}}',
-            )
-        if len(scored) < len(prompts):
+        path, scored, left_out = _read(settings)
+        if left_out:
             logger.warning(
-                "%d of %d prompts of `%s` have neither `checks` nor an `answer` and are not asked",
-                len(prompts) - len(scored), len(prompts), path,
-            )  # fmt: skip
+                "%d prompts of `%s` have neither `checks` nor an `answer`: they are not asked", left_out, path
+            )
         is_small = _weights(place) < SMALL
         if settings.rows is None:
             scored = [one for one in scored if one.small == is_small]
@@ -161,6 +154,19 @@ def what_is_met(prompt: Prompt, answer: str, stopped: bool | None = None) -> dic
     if prompt.answer is not None:
         met["answer"] = prompt.answer.strip() == answer.strip()
     return met
+
+
+def _read(settings: Settings) -> tuple[Path, list[Prompt], int]:
+    """The file, its prompts that can be scored, and how many cannot."""
+    path = find_path(settings.rows or PROMPTS)
+    prompts = load_prompts(path, named_by="--data")
+    scored = [one for one in prompts if one.checks or one.answer is not None]
+    if not scored:
+        raise DataError(
+            f"no prompt of `{path}` has `checks` or an `answer`, so none can be scored",
+            hint='for example {"prompt": "Name a fruit.", "checks": {"words": {"exactly": 1}}}',
+        )
+    return path, scored, len(prompts) - len(scored)
 
 
 def _weights(place: ModelPlace) -> int:

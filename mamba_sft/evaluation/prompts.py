@@ -23,6 +23,8 @@ from mamba_sft.run import write_atomically
 logger = logging.getLogger(__name__)
 
 _TEXTS, _OTHERS = ("prompt", "answer", "expected", "system"), ("checks", "small")
+_WITH_ANSWER = 'for example {"prompt": "What is the capital of France?", "answer": "Paris"}'
+_WITH_CHECKS = 'for example {"prompt": "Name a fruit.", "checks": {"words": {"exactly": 1}}}'
 _NEEDED = "a sample prompt needs `prompt` and may have `answer` and `system`, all strings, and `checks`"
 
 
@@ -120,10 +122,8 @@ def _parse(row: Row) -> Prompt:
     try:
         return Prompt.from_json(row.value)
     except ValueError as error:
-        raise DataError(
-            f"{row.where}: {error}",
-            hint='for example {"prompt": "What is the capital of France?", "answer": "Paris"}',
-        ) from error
+        asked = isinstance(row.value, dict) and "checks" in row.value
+        raise DataError(f"{row.where}: {error}", hint=_WITH_CHECKS if asked else _WITH_ANSWER) from error
 
 
 def prompts_digest(prompts: Sequence[Prompt]) -> str:
