@@ -255,7 +255,7 @@ def test_a_file_of_tasks_is_a_source_of_training(tmp_path: Path) -> None:
         path.write_text("".join(json.dumps(row) + "\n" for row in given))
         data = DataSection.model_validate({"sources": [{"path": str(path)}], "validation": 0})
         prepared = prepare_data(data, setup, system=None, seed=0)
-        assert "checks" not in json.dumps(prepared.summary.to_dict())
+        assert not prepared.summary.notes.unused
         rows.append([list(row) for row in prepared.train["input_ids"]])
     assert rows[0] == rows[1]
     assert len(rows[0]) == 4
