@@ -69,6 +69,9 @@ def evaluate(
     quantization: Annotated[
         str | None, typer.Option(metavar="HOW", help="none, nf4 or int8; default: as it was trained.")
     ] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="FILE", help="For heldout and instructions: rows, prompts.")
+    ] = None,
     data_dir: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where data sets are, as DIR/owner/name.")
     ] = None,
@@ -99,9 +102,10 @@ def evaluate(
         "TQDM_DISABLE", "1"
     )  # before tqdm is imported: lm-eval draws a bar a task over ours
     settings = _settings(
-        chat_template, max_length, batch_size, limit, math_metric, data_dir, include_path, save_samples
+        chat_template, max_length, batch_size, limit, math_metric, data, data_dir, include_path, save_samples
     )
     suites = _suites(suite, tasks)
+    _refuse_unread(data, suites)
     _refuse_together(base, against, resume, overwrite)
     chosen = model_or_newest(model)
     from mamba_sft.run import evaluation_place
@@ -127,6 +131,7 @@ def _settings(
     batch_size: int,
     limit: int | None,
     math_metric: str,
+    rows: str | None,
     data_dir: Path | None,
     include_path: Path | None,
     samples: bool,
@@ -147,6 +152,7 @@ def _settings(
         data_dir=_absolute(data_dir),
         include_path=_absolute(include_path),
         samples=samples,
+        rows=rows,
     )
 
 
@@ -174,6 +180,14 @@ def _suites(names: str | None, tasks: str | None) -> list[Suite]:
     if tasks is not None:
         found.append(find_tasks(tasks))
     return found
+
+
+def _refuse_unread(data: str | None, suites: Sequence[Suite]) -> None:
+    if data is not None and not any(suite.name in ("heldout", "instructions") for suite in suites):
+        raise UsageError(
+            f"nothing reads `--data {data}`: that is for the suites `heldout` and `instructions`",
+            hint="data sets of leaderboards and tasks lie under `--data-dir`",
+        )
 
 
 def _refuse_together(base: str | None, against: Path | None, resume: bool, overwrite: bool) -> None:

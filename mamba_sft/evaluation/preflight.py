@@ -129,8 +129,6 @@ def _place_problems(settings: Settings, output: Path) -> Iterator[Problem]:
     for option, directory in (("--data-dir", settings.data_dir), ("--include-path", settings.include_path)):
         if directory is not None and not directory.is_dir():
             yield Problem(f"`{option} {directory}`: no such directory", None)
-    if settings.rows is not None and not settings.rows.is_file():
-        yield Problem(f"no file `{settings.rows}`", "rows are JSON Lines, one a line")
     try:
         check_writable(output, UsageError)
     except UsageError as error:

@@ -174,7 +174,8 @@ def _prompt(value: dict[str, Any]) -> Prompt:
     for name in ("answer", "system"):
         if value.get(name) is not None:
             _text(value[name], name)
-    return Prompt(_text(value["prompt"], "prompt"), value.get("answer"), value.get("system"))
+    _text(value["prompt"], "prompt")
+    return Prompt.from_sample(value)
 
 
 def _text(value: Any, name: str) -> str:

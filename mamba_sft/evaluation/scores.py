@@ -6,9 +6,10 @@ pools several tasks is a count over their documents and no mean of their means.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from hashlib import blake2b
 from math import fsum, sqrt
 from typing import Any
 
@@ -103,3 +104,14 @@ class TaskScores:
             metrics[name] = Scores(totals, weights)
         whole = {name: (float(one["value"]), one["stderr"]) for name, one in found["whole"].items()}
         return cls(task, int(found["shots"]), documents, prompts, metrics, whole, float(found["seconds"]))
+
+
+def document_keys(texts: Iterable[str]) -> tuple[str, ...]:
+    """Returns what documents are known by: digests, of which each occurs once, however often a text does."""
+    seen: dict[str, int] = {}
+    keys = []
+    for text in texts:
+        key = blake2b(text.encode(errors="backslashreplace"), digest_size=8).hexdigest()
+        seen[key] = seen.get(key, 0) + 1
+        keys.append(key if seen[key] == 1 else f"{key}#{seen[key]}")
+    return tuple(keys)

@@ -25,7 +25,7 @@ class Settings:
         data_dir: A directory with data sets as `owner/name` below it, for machines without the hub.
         include_path: A directory with the user's own task files.
         samples: Whether what was asked and answered is kept too.
-        rows: A file of rows for suites that score rows or prompts of the user's own.
+        rows: What `heldout` and `instructions` read instead of their own: a file, or a source of the recipe.
     """
 
     chat_template: Template = "auto"
@@ -36,7 +36,7 @@ class Settings:
     data_dir: Path | None = None
     include_path: Path | None = None
     samples: bool = False
-    rows: Path | None = None
+    rows: str | None = None
 
     def facts(self) -> dict[str, Any]:
         """Returns what scores depend on, JSON-safe; the size of a batch and places of files are no part."""

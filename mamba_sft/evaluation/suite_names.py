@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 
 from mamba_sft.errors import UsageError
+from mamba_sft.evaluation import heldout, instructions
 from mamba_sft.evaluation.harness import Asked, Harness
 from mamba_sft.evaluation.leaderboards import LEADERBOARDS
 from mamba_sft.evaluation.suites import Suite
@@ -26,6 +27,10 @@ def find_suite(name: str) -> Suite:
     if name in LEADERBOARDS:
         board = LEADERBOARDS[name]
         return Harness(name, [Asked(each) for each in board.loads], board)
+    if name == heldout.NAME:
+        return heldout.Heldout()
+    if name == instructions.NAME:
+        return instructions.Instructions()
     near = difflib.get_close_matches(name, SUITES, n=1, cutoff=0.5)
     raise UsageError(
         f"no suite `{name}`; there are {', '.join(f'`{each}`' for each in SUITES)}",
