@@ -13,7 +13,6 @@ import typer
 from mamba_sft.cli import completing
 from mamba_sft.cli.console import (
     Json,
-    ModelArgument,
     err,
     loading,
     model_or_newest,
@@ -34,7 +33,14 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    model: ModelArgument = None,
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[RUN|MODEL]",
+            help="A run, model directory or hub id; default: the newest.",
+            autocompletion=completing.models,
+        ),
+    ] = None,
     suite: Annotated[
         str | None,
         typer.Option(
@@ -56,7 +62,7 @@ def evaluate(
         str, typer.Option(metavar="HOW", help="`on` asks in chats, `off` in plain text.")
     ] = "auto",
     max_length: Annotated[int, typer.Option(metavar="N", help="Prompt and answer, in tokens.")] = 2048,
-    batch_size: Annotated[int, typer.Option(metavar="N", help="Requests at a time.")] = 8,
+    batch_size: Annotated[int, typer.Option(metavar="N", help="Requests at a time.", hidden=True)] = 8,
     limit: Annotated[
         int | None, typer.Option(metavar="N", help="Only so many documents of each task.")
     ] = None,
@@ -95,8 +101,8 @@ def evaluate(
     """Score a model on leaderboards and tasks, beside its base.
 
     Example: mamba-sft eval runs/quickstart --suite leaderboard-v2 --base auto
-    Also: --overwrite, --save-samples, --include-path DIR of tasks, --dtype DTYPE,
-    --math-metric original|verify.
+    Also: --overwrite, --save-samples, --dtype DTYPE, --math-metric original|verify,
+    --batch-size N, --include-path DIR of tasks.
     """
     os.environ.setdefault(
         "TQDM_DISABLE", "1"
