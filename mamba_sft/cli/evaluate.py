@@ -125,6 +125,7 @@ def evaluate(
         return
     _measure(works, subjects, settings, quantization)
     _compare(works, earlier)
+    _tell_the_report(chosen, output)
     if as_json:
         write_json([_as_json(work) for work in works])
     else:
@@ -288,12 +289,14 @@ def _measure(
     works: Sequence[Work], subjects: Sequence[Subject], settings: Settings, quantization: Any
 ) -> None:
     with loading("torch, transformers and peft"):
-        from mamba_sft.cli.progress import StageBar
+        from mamba_sft.cli.progress import StageBar, TaskBar
         from mamba_sft.evaluation.measuring import measure
 
         quiet_loading()
-    with StageBar(err) as bar:
+    with StageBar(err) as drawn:
+        bar = TaskBar(drawn, sum(len(work.todo(one.role)) for work in works for one in subjects))
         measure(works, subjects, settings, quantization=quantization, progress=bar.update)
+        bar.end()
 
 
 def _compare(works: Sequence[Work], earlier: Results | None) -> None:
@@ -307,6 +310,16 @@ def _compare(works: Sequence[Work], earlier: Results | None) -> None:
             compare(work)
         else:
             compare(work, earlier)
+
+
+def _tell_the_report(chosen: str | Run, output: Path | None) -> None:
+    """The report of a run shows what was measured of it, once it has been measured."""
+    from mamba_sft.evaluation.report import write_report
+    from mamba_sft.run import Run
+
+    run = chosen if isinstance(chosen, Run) else Run(Path(chosen))
+    if output is None and run.report.is_file():
+        write_report(run)
 
 
 def _as_json(work: Work) -> dict[str, Any]:

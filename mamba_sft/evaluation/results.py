@@ -117,7 +117,7 @@ class Results:
             made_with, settings = dict(found["made_with"]), dict(found["settings"])
             figures = [_column_from_json(one) for one in found["columns"]]
             return cls(
-                str(found["suite"]), model, settings, made_with, scored, figures, found.get("compared")
+                str(found["suite"]), model, settings, made_with, scored, figures, _checked(found["compared"])
             )
         except (KeyError, TypeError, ValueError, AttributeError, OSError) as error:
             raise UsageError(
@@ -162,13 +162,22 @@ def _column_from_json(one: Mapping[str, Any]) -> tuple[Column, Figure | None]:
     return column, Figure(float(one["value"]), float(one["raw"]), error, int(one["n"]), shots)
 
 
-def finished(place: Path) -> list[list[Results]]:
+def _checked(compared: dict[str, Any] | None) -> dict[str, Any] | None:
+    for one in compared["columns"] if compared is not None else ():
+        shown = str(one["title"]), float(one.get("delta", 0.0)), float(one.get("margin") or 0.0)
+        if not isinstance(compared["with"]["name"], str) or not all(shown[0]):  # type: ignore[index]
+            raise ValueError("what it is compared with has no name")
+    return compared
+
+
+def finished(place: Path, problems: list[str] | None = None) -> list[list[Results]]:
     """Returns what was scored whole, a suite each: the model's results, and the base's where they are there.
 
-    A file that is damaged, partial or incomplete is no result; of a damaged one a warning tells.
+    A file that is damaged, partial or incomplete is no result.
 
     Args:
         place: A run's `eval/`.
+        problems: Where it is told that a file is damaged; None: a warning tells.
     """
     found: dict[str, list[Results]] = {}
     for path in sorted(place.glob("*.json")):
@@ -177,7 +186,10 @@ def finished(place: Path) -> list[list[Results]]:
         try:
             one = Results.read(path)
         except UsageError as error:
-            logger.warning("%s", error.message)
+            if problems is None:
+                logger.warning("%s", error.message)
+            else:
+                problems.append(error.message)
             continue
         if one.limit is None and one.figures and all(figure is not None for _, figure in one.figures):
             found.setdefault(one.suite, []).append(one)

@@ -121,6 +121,15 @@ def notes(results: Sequence[Results], differences: Sequence[tuple[Column, Differ
     missing = [column.title for column, figure in results[-1].figures if figure is None]
     if missing:
         found.append(f"no average, since {', '.join(missing)} is missing")
+    at_chance = [
+        column.title
+        for column, figure in results[-1].figures
+        if column.kind == "percent" and figure is not None and figure.value == 0
+    ]
+    if at_chance and differences:
+        found.append(
+            f"at chance, where a score is cut off at 0: {', '.join(at_chance)}; see the raw difference"
+        )
     compared = [one for _, one in differences if one is not None]
     changed = max((one.other_prompts for one in compared), default=0)
     if changed:
