@@ -16,9 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mamba_sft.disk import sync_path
+from mamba_sft.disk import is_file_name, sync_path
 from mamba_sft.run import Run
-from mamba_sft.run_reading import is_plain_name
 
 MANIFEST = "manifest.json"
 """In a resume point: size and SHA-256 of each other file of it; written last."""
@@ -97,7 +96,7 @@ def fault_of(resume_point: Path) -> str | None:
     manifest = _read_json(resume_point / MANIFEST)
     try:
         files: dict[str, dict[str, Any]] = manifest["files"]
-        if not all(all(map(is_plain_name, name.split("/"))) for name in files):  # of files somewhere else
+        if not all(all(map(is_file_name, name.split("/"))) for name in files):  # of files somewhere else
             raise ValueError
         faults = [(name, _file_fault(resume_point / name, **entry)) for name, entry in files.items()]
         known = (resume_point / MANIFEST).read_text(encoding="utf-8") == _text(files)
