@@ -29,8 +29,9 @@ from trl import SFTTrainer
 
 from mamba_sft.data.packing import PADDING
 from mamba_sft.errors import TrainingError
+from mamba_sft.model import full_weights
 from mamba_sft.model.adapter import adapter_tensors, keep_float32, load_weights
-from mamba_sft.model.full_weights import is_undecayed, without_wrapper
+from mamba_sft.model.full_weights import is_undecayed, whole_weights, without_wrapper
 from mamba_sft.model.shards import whole
 from mamba_sft.planning.course import Course
 from mamba_sft.planning.schedule import make_scheduler
@@ -430,18 +431,29 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
             rotate(self.run, newest=final, best=best, limit=self.args.save_total_limit)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Saves the adapter, which no process has as a whole where it is sharded."""
+        """Saves what is trained, which no process has as a whole where it is sharded."""
         if not self.is_fsdp_enabled:
             super().save_model(output_dir, _internal_call)
-            return
-        tensors = {name: whole(x.detach()).cpu() for name, x in adapter_tensors(self.model).items()}
-        self._save(output_dir, state_dict=tensors)
+        elif hasattr(self.model, "peft_config"):
+            tensors = {name: whole(x.detach()).cpu() for name, x in adapter_tensors(self.model).items()}
+            self._save(output_dir, state_dict=tensors)
+        else:
+            tensors = whole_weights(self.model, torch.float32, keep=self.args.should_save)
+            if self.args.should_save:
+                self._save(output_dir, state_dict=tensors)
+
+    def _load_trained(self, place: str | Path) -> None:
+        """Gives the model, or its adapter, the values of a resume point."""
+        if hasattr(self.model, "peft_config"):
+            load_weights(self.model, place)
+        else:
+            full_weights.load_weights(self.model, place)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not (self.is_fsdp_enabled or self.has_engine):
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        state = whole_state(self.optimizer)
+        state = whole_state(self.optimizer, keep=self.args.should_save)
         if self.args.should_save:
             torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
@@ -470,7 +482,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
     def take_up(self) -> None:
         """Goes on counting where the resume point stopped, or begins at nothing."""
         if self.is_fsdp_enabled:
-            shard_fused_head(self.model.get_base_model())
+            shard_fused_head(without_wrapper(self.model))
             compute_as_ddp(self.accelerator, self.model)
         elif self.has_engine:
             compute_mixed(self.model, self.args)
@@ -509,7 +521,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
             logger.warning("the best checkpoint `%s` is damaged: %s; the last weights are kept", best, fault)
             return
         if self.is_fsdp_enabled:
-            load_weights(self.model, best)
+            self._load_trained(best)
         else:
             super()._load_best_model()
 
@@ -538,7 +550,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         with _loading(resume_from_checkpoint):
             if self.is_fsdp_enabled:
-                load_weights(self.model, resume_from_checkpoint)
+                self._load_trained(resume_from_checkpoint)
             else:
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
 
