@@ -16,7 +16,7 @@ from mamba_sft.planning.communication import (
     step_traffic,
 )
 from mamba_sft.planning.extent import run_length
-from mamba_sft.planning.memory import peak
+from mamba_sft.planning.memory import peak, weights
 from mamba_sft.planning.plan import Plan
 from mamba_sft.planning.sharing import shared_parts
 from mamba_sft.recipe.recipe import Recipe
@@ -28,8 +28,9 @@ class Shared:
 
     Args:
         mode: Which.
-        peak: Bytes of each process, at most.
-        fits: Whether its GPU has them.
+        peak: Bytes of each process, at most, while it trains.
+        loaded: Bytes of the whole base, which each process loads before it is shared.
+        fits: Whether its GPU has both.
         traffic: What a process sends in an optimizer step.
         communication: Seconds of a step that it takes, at most: when none is hidden.
         step: Seconds of an optimizer step, None where the speed of the GPU is not known.
@@ -38,6 +39,7 @@ class Shared:
 
     mode: Mode
     peak: int
+    loaded: int
     fits: bool
     traffic: Traffic
     communication: float
@@ -102,7 +104,7 @@ def plan_many(recipe: Recipe, made: Plan, cluster: Cluster) -> ManyPlan:
     computing = None
     if made.rate is not None:
         computing = per_step / cluster.total / made.rate.tokens_per_second
-    shared = []
+    shared, loaded = [], weights(work)
     for mode in MODES:
         most = peak(shared_parts(mode, made.parts, work, cluster.total))
         traffic = step_traffic(mode, work, cluster.total, accumulation)
@@ -112,7 +114,8 @@ def plan_many(recipe: Recipe, made: Plan, cluster: Cluster) -> ManyPlan:
             Shared(
                 mode=mode,
                 peak=most,
-                fits=most <= made.accelerator.usable_bytes,
+                loaded=loaded,
+                fits=max(most, loaded) <= made.accelerator.usable_bytes,
                 traffic=traffic,
                 communication=communication,
                 step=step,
