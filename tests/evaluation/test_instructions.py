@@ -195,7 +195,7 @@ RIGHT = {
     "Describe a market in the morning": (
         "Baskets are carried in, and people bargain loudly while thunder rolls over the roofs of the town."
     ),
-    "Write a short advertisement for a pencil": "A sharp line, a sharp mind: buy our pencil for your desk today.",
+    "Write a short advertisement for a pencil": "A sharp line, a sharp mind: buy our pencil today, for you.",
     "Give me a JSON object": '{"name": "Ana", "age": 4, "city": "Ulm"}',
     "Write a warning about wet paint": "CAREFUL: WET PAINT!",
     "Antworte auf Deutsch in zwei": "Der Körper ist am Abend müde. Im Schlaf erholt er sich und das Gehirn.",
