@@ -217,16 +217,27 @@ def _subjects(
         changes = {name: value for name, value in held.items() if value is not None}
         return replace(found, section=found.section.model_copy(update=changes))
 
-    try:
-        place = find(chosen)
-        if base == "auto" and place.adapter is not None:
-            return subjects_of(place, None, base_below=True), []
-        if base == "auto" and place.recipe is None:
-            raise no_adapter(place.name)
-        other = place.recipe.model.base if base == "auto" and place.recipe is not None else base
-        return subjects_of(place, None if other is None else find(other), base_below=False), []
-    except MambaSFTError as error:
-        return [], [Problem(error.message, error.hint)]
+    problems: list[Problem] = []
+
+    def found(where: str | Run) -> ModelPlace | None:
+        try:
+            return find(where)
+        except MambaSFTError as error:
+            problems.append(Problem(error.message, error.hint))
+            return None
+
+    place = found(chosen)
+    below = base == "auto" and place is not None and place.adapter is not None
+    other = None
+    if base is not None and base != "auto":
+        other = found(base)
+    elif base == "auto" and place is not None and not below:
+        if place.recipe is None:
+            error = no_adapter(place.name)
+            problems.append(Problem(error.message, "name the base: `--base MODEL`"))
+        else:
+            other = found(place.recipe.model.base)
+    return ([] if place is None else subjects_of(place, other, base_below=below)), problems
 
 
 def _read_against(file: Path | None) -> Results | None:
@@ -246,14 +257,14 @@ def _prepare(
     overwrite: bool,
 ) -> list[Work] | None:
     """Looks for all problems, then reads what is asked; returns what is to be done, None for a check."""
-    from mamba_sft.cli.progress import StageBar
     from mamba_sft.evaluation.measuring import start
     from mamba_sft.evaluation.preflight import problems_of, refuse
 
     with loading("lm-eval and its tasks"):
-        place = subjects[-1].place if subjects else None
-        problems += problems_of(suites, place, settings, output)
+        problems += problems_of(suites, [one.place for one in subjects], settings, output)
     refuse(problems)
+    from mamba_sft.cli.progress import StageBar  # which loads transformers
+
     works = []
     with StageBar(err) as bar:
         for number, suite in enumerate(suites):
@@ -312,7 +323,7 @@ def _show(works: Sequence[Work]) -> None:
             names = work.against.model["name"], work.results["tuned"].model["name"]
             _print_table(differences_table(*names, work.differences))
         for note in notes(rows, work.differences):
-            err.print(note)
+            err.print(note, soft_wrap=True)
         for file in work.files.values():
             out.print(f"results: {path_text(file)}")
 

@@ -13,7 +13,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import chdir, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from importlib.metadata import version
 from math import isclose
@@ -46,6 +46,11 @@ class Asked:
     name: str
     shots: int | None = None
 
+    @property
+    def title(self) -> str:
+        """What it is called in tables."""
+        return Path(self.name).stem if _is_file(self.name) else self.name
+
 
 class Harness:
     """A suite of tasks of lm-eval.
@@ -75,7 +80,7 @@ class Harness:
             return has_template and (self.board is None or self.board.template)
         return settings.chat_template == "on"
 
-    def problems(self, place: ModelPlace, settings: Settings) -> list[Problem]:
+    def problems(self, place: ModelPlace | None, settings: Settings) -> list[Problem]:
         """Looks for tasks that are not there, data sets out of reach, answers longer than `max_length`."""
         found = list(self._name_problems(settings))
         if found:
@@ -100,19 +105,19 @@ class Harness:
             for one in self.asked:
                 random.seed(SEED)  # for each, so that what else is asked for changes nothing
                 try:
-                    built = manager.load([_spec(one.name)])["tasks"]
+                    built = manager.load([one.name])["tasks"]
                 except Exception as error:  # tasks are code of many authors
-                    failures.append(f"`{one.name}`: {_first_line(error)}")
+                    failures.append(f"`{one.name}`: {type(error).__name__}: {_first_line(error)}")
                     continue
                 for name, task in built.items():
                     failures += _refused(name, task)
                     _settle(task, one.shots)
                     self._tasks[name] = task
-                groups[one.name] = list(built)
+                groups[one.title] = list(built)
         if failures:
             raise DataError(
                 "tasks cannot be prepared:\n" + "\n".join(f"  - {text}" for text in failures),
-                hint="`mamba-sft eval --check` looks for what can be told before anything is read",
+                hint="the file of a task, or its data set, is not what lm-eval takes",
             )
         self._columns = (
             columns_of(self.board, settings.math_metric, list(self._tasks))
@@ -154,7 +159,8 @@ class Harness:
                     apply_chat_template=template,
                     fewshot_as_multiturn=template,
                 )
-            yield _scores(name, self._tasks[name], found, time.monotonic() - begun)
+            scores = _scores(name, self._tasks[name], found, time.monotonic() - begun)
+            yield replace(scores, samples=_samples(found["samples"][name])) if settings.samples else scores
 
     def _index(self, settings: Settings) -> Any:
         if self._manager is None:
@@ -165,12 +171,34 @@ class Harness:
             with _quiet():
                 if self.board is not None:
                     places = [*(root / name for name in self.board.directories), TASK_FILES]
-                    self._manager = tasks.TaskManager(include_path=places, include_defaults=False)
                 else:
-                    self._manager = tasks.TaskManager(include_path=own)
+                    places = [*_likely_places(root, self.asked), *own]
+                self._manager = tasks.TaskManager(include_path=places, include_defaults=False)
+                if self.board is None and not self._is_complete():
+                    self._manager = tasks.TaskManager(include_path=own)  # ten seconds
         return self._manager
 
+    def _is_complete(self) -> bool:
+        """Whether all that is asked for is in the index, with all of its parts.
+
+        Of a tag one cannot tell: any directory may have more tasks with it.
+        """
+        index = self._manager.task_index
+
+        def there(name: str) -> bool:
+            entry = index.get(name)
+            if entry is None or entry.kind.name == "TAG":
+                return False
+            return entry.kind.name != "GROUP" or all(map(there, _members(entry)))
+
+        return all(_is_file(one.name) or there(one.name) for one in self.asked)
+
     def _name_problems(self, settings: Settings) -> Iterator[Problem]:
+        absent = [one.name for one in self.asked if _ends_as_file(one.name) and not _is_file(one.name)]
+        if absent:  # before lm-eval looks for names, which takes seconds
+            for name in absent:
+                yield Problem(f"no file `{name}`", "tasks are their names in lm-eval, or YAML files")
+            return
         known = set(self._index(settings).all_tasks)
         for one in self.asked:
             if one.name not in known and not _is_file(one.name):
@@ -185,19 +213,10 @@ class Harness:
             entry = index.get(name)
             if entry is None:
                 return
-            config = entry.cfg or {}
-            if entry.kind.name == "TAG":
-                children = sorted(entry.tags)
-            elif entry.kind.name == "GROUP":
-                members = config.get("task") or []
-                children = [
-                    each if isinstance(each, str) else str(each.get("group") or each.get("task"))
-                    for each in (members if isinstance(members, list) else [members])
-                ]
-            else:
-                found[name] = config
+            if entry.kind.name not in ("TAG", "GROUP"):
+                found[name] = entry.cfg or {}
                 return
-            for child in children:
+            for child in _members(entry):
                 walk(child)
 
         for one in self.asked:
@@ -220,6 +239,7 @@ class Harness:
                 f"{name} {metric.removesuffix(',none')}",
                 (Pool(tuple(leaves), metric),),
                 kind="number",
+                averaged=False,
                 falls=better is False,
             )
 
@@ -273,6 +293,32 @@ def _scores(name: str, task: Any, found: Any, seconds: float) -> TaskScores:
         whole=whole,
         seconds=seconds,
     )
+
+
+def _samples(found: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], ...]:
+    """What was asked and answered, a document and filter each."""
+    return tuple(
+        {
+            "document": _short(sample["doc_hash"]),
+            "filter": sample["filter"],
+            "prompt": sample["arguments"][0][0],
+            "choices": [given[1] for given in sample["arguments"] if isinstance(given[1], str)],
+            "answers": [_plain(answer) for answer in sample["resps"]],
+            "taken": [_plain(answer) for answer in sample["filtered_resps"]],
+            "target": str(sample["target"]),
+            "metrics": {metric: _plain(sample[metric]) for metric in sample["metrics"]},
+        }
+        for sample in found
+    )
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON holds it."""
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if isinstance(value, str | bool | int | float) or value is None:
+        return value
+    return value.item() if hasattr(value, "item") else str(value)
 
 
 def _by_document(values: Sequence[Any]) -> Scores | None:
@@ -339,19 +385,40 @@ def _filters(task: Any) -> list[str]:
     return [one.name for one in getattr(task, "_filters", ())] or ["none"]
 
 
-def _spec(name: str) -> str:
-    return str(Path(name).expanduser().resolve()) if _is_file(name) else name
+def _members(entry: Any) -> list[str]:
+    """What a group or a tag of lm-eval's index consists of."""
+    if entry.kind.name == "TAG":
+        return sorted(entry.tags)
+    members = (entry.cfg or {}).get("task") or []
+    return [
+        each if isinstance(each, str) else str(each.get("group") or each.get("task"))
+        for each in (members if isinstance(members, list) else [members])
+    ]
+
+
+def _likely_places(root: Path, asked: Sequence[Asked]) -> list[Path]:
+    """The directories that tasks of these names are in as a rule: reading all takes ten seconds."""
+    names = [path.name for path in root.iterdir() if path.is_dir()]
+    found = []
+    for one in asked:
+        begin = [name for name in names if one.name == name or one.name.startswith(f"{name}_")]
+        found += [root / max(begin, key=len)] if begin else []
+    return list(dict.fromkeys(found))
+
+
+def _ends_as_file(name: str) -> bool:
+    return name.endswith((".yaml", ".yml"))
 
 
 def _is_file(name: str) -> bool:
-    return name.endswith((".yaml", ".yml")) and Path(name).expanduser().is_file()
+    return _ends_as_file(name) and Path(name).is_file()
 
 
 def _read_task_file(name: str) -> Mapping[str, Any]:
     from lm_eval.tasks._yaml_loader import load_yaml
 
     try:
-        return dict(load_yaml(Path(name).expanduser(), resolve_func=False))
+        return dict(load_yaml(Path(name), resolve_func=False))
     except Exception as error:  # any YAML, by anybody
         raise UsageError(f"`{name}` cannot be read as a task: {_first_line(error)}") from error
 

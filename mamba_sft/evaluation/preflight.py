@@ -14,6 +14,7 @@ from pathlib import Path
 
 from mamba_sft.disk import check_writable
 from mamba_sft.errors import MambaSFTError, UsageError
+from mamba_sft.evaluation.harness import Harness
 from mamba_sft.evaluation.settings import Settings
 from mamba_sft.evaluation.suites import Problem, Suite
 from mamba_sft.inference.model_places import ModelPlace
@@ -32,19 +33,19 @@ class PreflightError(UsageError):
 
 
 def problems_of(
-    suites: Sequence[Suite], place: ModelPlace | None, settings: Settings, output: Path
+    suites: Sequence[Suite], places: Sequence[ModelPlace], settings: Settings, output: Path
 ) -> list[Problem]:
     """Returns everything that can be told before weights are read.
 
     Args:
         suites: What is to be run.
-        place: The model; None where it is one of the problems.
+        places: The models, the one that is asked about last; none where that is one of the problems.
         settings: How.
         output: The directory of the results.
     """
     found = list(_extra_problems(suites))
     has_extra = not found
-    if place is not None:
+    for place in places:
         found += _base_problems(place)
         if settings.chat_template == "on" and not has_template(place):
             found.append(
@@ -54,9 +55,11 @@ def problems_of(
                 )
             )
     found += _place_problems(settings, output)
+    asked = places[-1] if places else None
     for suite in suites:
-        if (has_extra or not needs_extra(suite)) and place is not None:
-            found += suite.problems(place, settings)
+        by_lm_eval = isinstance(suite, Harness)  # whose data have nothing to do with the model
+        if (has_extra and by_lm_eval) or (asked is not None and not by_lm_eval):
+            found += suite.problems(asked, settings)
     return list(dict.fromkeys(found))
 
 
@@ -74,11 +77,6 @@ def refuse(problems: Sequence[Problem]) -> None:
         raise PreflightError(f"{things} stand in the way of this evaluation:\n" + "\n".join(lines))
 
 
-def needs_extra(suite: Suite) -> bool:
-    """Whether a suite is run by lm-eval."""
-    return hasattr(suite, "board")
-
-
 def has_template(place: ModelPlace) -> bool:
     """Whether a model comes with a chat template, as its files say."""
     if place.adapter is not None and place.facts is None and place.recipe is not None:
@@ -94,14 +92,13 @@ def has_template(place: ModelPlace) -> bool:
 
 
 def _extra_problems(suites: Sequence[Suite]) -> Iterator[Problem]:
-    names = [f"`{suite.name}`" for suite in suites if needs_extra(suite)]
+    names = [f"`{suite.name}`" for suite in suites if isinstance(suite, Harness)]
     if not names:
         return
     missing = [name for name in _NEEDED if find_spec(name) is None]
     if missing:
-        yield Problem(
-            f"{', '.join(names)} need packages that are missing: `{'`, `'.join(missing)}`", _INSTALL
-        )
+        packages = ", ".join(f"`{name}`" for name in missing)
+        yield Problem(f"packages are missing that run {', '.join(names)}: {packages}", _INSTALL)
         return
     try:
         here = version("lm-eval")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from pathlib import Path
 
 from mamba_sft.errors import UsageError
 from mamba_sft.evaluation import heldout, instructions
@@ -48,10 +49,12 @@ def find_tasks(text: str) -> Suite:
         name, colon, shots = word.rpartition(":")
         if colon and not shots.isdecimal():
             raise UsageError(f"`{word}`: `{shots}` is no number of shots", hint="for example `gsm8k:8`")
-        asked.append(Asked(name, int(shots)) if colon else Asked(word))
+        path = Path(name if colon else word).expanduser()
+        whole = str(path.resolve()) if path.suffix in (".yaml", ".yml") else str(path)
+        asked.append(Asked(whole, int(shots) if colon else None))
     if not asked:
         raise UsageError("`--tasks` names no task", hint="for example `--tasks arc_easy,gsm8k:8`")
     if len({one.name for one in asked}) < len(asked):
         raise UsageError("`--tasks` names a task twice", hint="a task is scored with one number of shots")
-    words = [one.name if one.shots is None else f"{one.name}-{one.shots}" for one in asked]
+    words = [one.title if one.shots is None else f"{one.title}-{one.shots}" for one in asked]
     return Harness(TASKS + re.sub(r"[^A-Za-z0-9._+-]+", "-", "+".join(words))[:80], asked)
