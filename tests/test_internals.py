@@ -75,7 +75,7 @@ NAMES = [
     Name("transformers.cache_utils", "LinearAttentionLayer:conv_states", "kernels/decoding.py"),
     Name("transformers.cache_utils", "LinearAttentionLayer:recurrent_states", "kernels/decoding.py"),
     Name("transformers.cache_utils", "LinearAttentionLayer:has_previous_state", "inference/state_rows.py"),
-    Name("lm_eval.models.huggingface", "HFLM._loglikelihood_tokens(override_bs)", "evaluation/harness_model.py"),
+    Name("lm_eval.models.huggingface", "HFLM._loglikelihood_tokens", "evaluation/harness_model.py"),
     Name("transformers.integrations.accelerate", "force_accelerate_hooks", "kernels/falcon_mamba.py"),
     Name(LAYERS, "GradientCheckpointingLayer:_gradient_checkpointing_func", "training/activations.py"),
     Name("transformers", "Trainer._get_grad_norm(grad_norm)", "training/trainer.py"),
