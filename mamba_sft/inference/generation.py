@@ -14,11 +14,12 @@ import copy
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from mamba_sft.errors import UsageError
+from mamba_sft.inference.answer import Answer, FinishReason
 from mamba_sft.inference.answer_text import AnswerText, decode
 from mamba_sft.inference.evaluating import evaluation_mode
 from mamba_sft.inference.next_token import NextToken, forward
@@ -145,28 +146,6 @@ def _seen(sampling: Sampling, rows: Sequence[Sequence[int]], logits: Any) -> See
     return SeenTokens(rows, logits) if sampling.repetition_penalty != 1 else None
 
 
-FinishReason = Literal["stop", "length"]
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One finished answer.
-
-    Args:
-        text: Without special tokens, and without the stop string.
-        finish_reason: `stop` at a stop token or a stop string, `length` at `max_new_tokens`.
-        tokens: Tokens that were written; a stop token is not counted, those of a stop string are.
-        prompt_tokens: Tokens of the prompt.
-        shared_tokens: How many of them, at its beginning, were read once for several prompts.
-    """
-
-    text: str
-    finish_reason: FinishReason
-    tokens: int
-    prompt_tokens: int = field(default=0, compare=False)
-    shared_tokens: int = field(default=0, compare=False)
-
-
 def finish_reason(tokens: int, sampling: Sampling) -> FinishReason:
     """Returns why an answer of that many tokens, from `stream` or `answers`, has ended."""
     return "length" if tokens == sampling.max_new_tokens else "stop"
@@ -181,7 +160,7 @@ def answers(
     stop_ids: Collection[int],
     batch_size: int = 8,
     on_answer: Callable[[int, Answer], None] | None = None,
-    beginnings: Beginnings | None = None,
+    only: Sequence[int] | None = None,
 ) -> list[Answer]:
     """Answers every prompt, several at a time; its neighbours in a batch do not change an answer.
 
@@ -193,31 +172,32 @@ def answers(
         stop_ids: Ids that end an answer.
         batch_size: Prompts answered together.
         on_answer: Called with the prompt's number and its answer as each one finishes, in any order.
-        beginnings: Which prompts begin alike, to be read once; None finds out.
+        only: The numbers of the prompts to answer; None answers all.
 
     Returns:
-        The answers, in the order of `prompts`.
+        The answers, in the order of `prompts`, or of `only`.
 
     Raises:
         UsageError: A prompt is empty.
     """
     if not all(len(ids) for ids in prompts):
         raise UsageError("a prompt is empty: there is nothing to answer")
-    beginnings = find_beginnings(prompts) if beginnings is None else beginnings
+    only = range(len(prompts)) if only is None else only
+    beginnings = find_beginnings({number: prompts[number] for number in only})
     found: dict[int, Answer] = {}
     kept = KeptStates()
     with evaluation_mode(model):
-        for numbers in batches(prompts, beginnings, batch_size):
-            batch = _read_batch(model, prompts, beginnings, numbers, kept)
+        for numbers in batches(beginnings, batch_size):
+            batch = _read_batch(model, beginnings, numbers, kept)
             texts = {number: AnswerText(tokenizer, sampling.stop_strings) for number in numbers}
             for number, ids in _answer_batch(model, batch, sampling, stop_ids, texts):
-                reason = "stop" if texts[number].stopped else finish_reason(len(ids), sampling)
+                reason: FinishReason = "stop" if texts[number].stopped else finish_reason(len(ids), sampling)
                 text = texts[number].text if sampling.stop_strings else decode(tokenizer, ids)
-                counts = len(ids), len(prompts[number]), beginnings.lengths[number]
+                counts = len(ids), len(prompts[number]), batch.spared[number]
                 found[number] = Answer(text, reason, *counts)
                 if on_answer is not None:
                     on_answer(number, found[number])
-    return [found[number] for number in range(len(prompts))]
+    return [found[number] for number in only]
 
 
 @dataclass
@@ -228,11 +208,13 @@ class _Batch:
         prompts: The ids of each, by its number, in the order of the rows.
         logits: Scores of the next token, `(B, vocabulary)`.
         cache: What the rows have read.
+        spared: How many tokens of each were not read, by its number.
     """
 
     prompts: dict[int, Sequence[int]]
     logits: Any
     cache: Any
+    spared: dict[int, int]
 
 
 def _answer_batch(
@@ -288,29 +270,24 @@ def _ends(
     return ended
 
 
-def _read_batch(
-    model: Any,
-    prompts: Sequence[Sequence[int]],
-    beginnings: Beginnings,
-    numbers: Sequence[int],
-    kept: KeptStates,
-) -> _Batch:
+def _read_batch(model: Any, beginnings: Beginnings, numbers: Sequence[int], kept: KeptStates) -> _Batch:
     """Reads some prompts, all of them with a beginning to start from or all without."""
-    if not beginnings.lengths[numbers[0]]:
+    prompts, lengths = beginnings.prompts, beginnings.lengths
+    if not lengths[numbers[0]]:
         batch = {number: prompts[number] for number in numbers}
-        return _Batch(batch, *_read_padded(model, list(batch.values())))
-    longest_first = sorted(numbers, key=lambda n: beginnings.lengths[n] - len(prompts[n]))
-    states = []
+        return _Batch(batch, *_read_padded(model, list(batch.values())), dict.fromkeys(numbers, 0))
+    longest_first = sorted(numbers, key=lambda number: lengths[number] - len(prompts[number]))
+    states, spared = [], {number: lengths[number] for number in numbers}
     for number in longest_first:
         state = kept.get(beginnings.groups[number])
         if state is None:
-            state = State()
-            prefill(model, prompts[number][: beginnings.lengths[number]], state)
+            state, spared[number] = State(), 0
+            prefill(model, prompts[number][: lengths[number]], state)
             kept.put(beginnings.groups[number], state)
         states.append(state)
     batch = {number: prompts[number] for number in longest_first}
-    rests = [prompts[number][beginnings.lengths[number] :] for number in longest_first]
-    return _Batch(batch, *_read_begun(model, rests, states))
+    rests = [prompts[number][lengths[number] :] for number in longest_first]
+    return _Batch(batch, *_read_begun(model, rests, states), spared)
 
 
 def _read_begun(model: Any, rests: Sequence[Sequence[int]], states: Sequence[State]) -> tuple[Any, Any]:

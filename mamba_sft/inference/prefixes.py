@@ -8,7 +8,7 @@ matter where they come from; answers are what they are when everything is read f
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,45 +26,36 @@ _Ids = np.ndarray[Any, np.dtype[np.uint32]]
 
 @dataclass(frozen=True)
 class Beginnings:
-    """Which prompts begin alike.
+    """Which prompts begin alike, all by their numbers.
 
     Args:
-        lengths: Of each prompt, how many of its first tokens are read together with others'; 0 for none.
-        groups: Of each prompt, the number of its beginning; -1 for none.
+        prompts: Token ids.
+        lengths: How many of the first tokens of each are those of others; 0 for none.
+        groups: The number of the beginning of each; -1 for none.
     """
 
-    lengths: list[int]
-    groups: list[int]
-
-    @property
-    def shared(self) -> int:
-        """Prompt tokens that need not be read for each prompt."""
-        return sum(self.lengths)
-
-    @property
-    def once(self) -> int:
-        """Tokens that are read instead of them."""
-        return sum(dict(zip(self.groups, self.lengths, strict=True)).values())
+    prompts: Mapping[int, Sequence[int]]
+    lengths: dict[int, int]
+    groups: dict[int, int]
 
 
-def find_beginnings(prompts: Sequence[Sequence[int]], least: int = LEAST) -> Beginnings:
+def find_beginnings(prompts: Mapping[int, Sequence[int]], least: int = LEAST) -> Beginnings:
     """Returns the beginnings that save most tokens, each prompt having one at most.
 
     At least one token of every prompt is left to be read for itself.
 
     Args:
-        prompts: Token ids.
+        prompts: Token ids by number.
         least: Shorter beginnings are not worth it.
     """
-    lengths, groups = [0] * len(prompts), [-1] * len(prompts)
-    rows = [
-        np.asarray(ids, ">u4") for ids in prompts
-    ]  # bytes of such numbers are in the order of the numbers
-    order = sorted(range(len(rows)), key=lambda number: rows[number].tobytes())
+    lengths, groups = dict.fromkeys(prompts, 0), dict.fromkeys(prompts, -1)
+    # bytes of such numbers are in the order of the numbers
+    rows = {number: np.asarray(ids, ">u4") for number, ids in prompts.items()}
+    order = sorted(rows, key=lambda number: rows[number].tobytes())
     for group, (first, last, length) in enumerate(_best([rows[number] for number in order], least)):
         for number in order[first : last + 1]:
             lengths[number], groups[number] = length, group
-    return Beginnings(lengths, groups)
+    return Beginnings(prompts, lengths, groups)
 
 
 @dataclass
@@ -118,17 +109,19 @@ def _common(left: _Ids, right: _Ids) -> int:
     return int(differ.argmax()) if differ.any() else max(size, 0)
 
 
-def batches(prompts: Sequence[Sequence[int]], beginnings: Beginnings, batch_size: int) -> Iterator[list[int]]:
+def batches(beginnings: Beginnings, batch_size: int) -> Iterator[list[int]]:
     """Yields the numbers of prompts to answer together: of one beginning where they can be, of like length.
 
     Prompts with a beginning and such without one are never together.
     """
-    for start in range(0, len(prompts), WINDOW * batch_size):
-        window = range(start, min(start + WINDOW * batch_size, len(prompts)))
-        alone = [number for number in window if not beginnings.lengths[number]]
-        begun = [number for number in window if beginnings.lengths[number]]
+    prompts, lengths, groups = beginnings.prompts, beginnings.lengths, beginnings.groups
+    numbers = sorted(prompts)
+    for start in range(0, len(numbers), WINDOW * batch_size):
+        window = numbers[start : start + WINDOW * batch_size]
+        alone = [number for number in window if not lengths[number]]
+        begun = [number for number in window if lengths[number]]
         alone.sort(key=lambda number: len(prompts[number]))
-        begun.sort(key=lambda n: (beginnings.groups[n], len(prompts[n]) - beginnings.lengths[n]))
+        begun.sort(key=lambda number: (groups[number], len(prompts[number]) - lengths[number]))
         for part in (alone, begun):
             for at in range(0, len(part), batch_size):
                 yield part[at : at + batch_size]
