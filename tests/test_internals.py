@@ -120,7 +120,7 @@ NAMES = [
     Name("numba.core.cgutils", "get_or_insert_function", "kernels/cpu_rows.py"),
     Name("numba.extending", "intrinsic", "kernels/cpu_rows.py"),
     Name("llvmlite.ir", "FloatType", "kernels/cpu_rows.py"),
-    Name("tokenizers.decoders", "DecodeStream(skip_special_tokens)", "inference/generation.py"),
+    Name("tokenizers.decoders", "DecodeStream(skip_special_tokens)", "inference/answer_text.py"),
     Name("huggingface_hub.utils", "validate_repo_id", "model/checkpoint.py"),
     Name("huggingface_hub.errors", "HFValidationError", "model/checkpoint.py"),
 ]  # fmt: skip

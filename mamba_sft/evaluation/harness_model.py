@@ -123,6 +123,7 @@ class HarnessModel(HFLM):  # type: ignore[misc]
                 top_p=settings.get("top_p", 1.0),
                 top_k=settings.get("top_k", 0),
                 seed=0,
+                stop_strings=[text for text in until if text],
             ),
             stop_ids=self._stop_ids,
             batch_size=self.batch_size,
