@@ -23,8 +23,8 @@ from mamba_sft.evaluation.suites import Problem, Progress
 from mamba_sft.recipe.builtin import find_path
 
 if TYPE_CHECKING:
+    from mamba_sft.inference.answer import Answer
     from mamba_sft.inference.chat_model import ChatModel
-    from mamba_sft.inference.generation import Answer
     from mamba_sft.inference.model_places import ModelPlace
 
 logger = logging.getLogger(__name__)

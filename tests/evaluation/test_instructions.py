@@ -22,8 +22,8 @@ from mamba_sft.evaluation.instructions import (
 from mamba_sft.evaluation.prompts import Prompt, exact_match, load_prompts, pair, read_samples, write_samples
 from mamba_sft.evaluation.settings import Settings
 from mamba_sft.inference import generation
+from mamba_sft.inference.answer import Answer
 from mamba_sft.inference.chat_model import ChatModel, load_chat_model
-from mamba_sft.inference.generation import Answer
 from mamba_sft.inference.model_places import ModelPlace, find_place
 from mamba_sft.model.chat_template import prepare_tokenizer
 from mamba_sft.recipe.fields import ChatSection, DataSection
