@@ -110,7 +110,14 @@ def _write_rows(rows: list[tuple[str, str]], formatter: Any) -> None:
 
 def _parameters(command: Any, ctx: Any) -> list[tuple[str, str]]:
     params = [param for param in command.get_params(ctx) if not getattr(param, "hidden", False)]
-    return [(_name(param), _text(param)) for param in sorted(params, key=lambda one: not _is_argument(one))]
+    rows: dict[str, tuple[str, str]] = {}
+    for param in sorted(params, key=lambda one: not _is_argument(one)):
+        panel = getattr(param, "rich_help_panel", None)
+        if panel in rows:  # options of one panel stand in one row, that of the first
+            rows[panel] = f"{rows[panel][0]} {_name(param)}", panel
+        else:
+            rows[panel or _name(param)] = _name(param), panel or _text(param)
+    return list(rows.values())
 
 
 def _name(param: Any) -> str:

@@ -18,8 +18,9 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 
 from mamba_sft.evaluation.prefix_scoring import Likelihood, score_continuations
+from mamba_sft.inference.answer import Answer
 from mamba_sft.inference.chat_model import ChatModel
-from mamba_sft.inference.generation import Answer, answers
+from mamba_sft.inference.generation import answers
 from mamba_sft.inference.sampling import Sampling
 
 logger = logging.getLogger(__name__)
@@ -123,6 +124,7 @@ class HarnessModel(HFLM):  # type: ignore[misc]
                 top_p=settings.get("top_p", 1.0),
                 top_k=settings.get("top_k", 0),
                 seed=0,
+                stop_strings=[text for text in until if text],
             ),
             stop_ids=self._stop_ids,
             batch_size=self.batch_size,

@@ -42,13 +42,15 @@ class Heldout:
         self._setup: TemplateSetup | None = None
         self._facts: dict[str, Any] = {}
 
-    def problems(self, place: ModelPlace, settings: Settings) -> list[Problem]:
+    def problems(self, place: ModelPlace | None, settings: Settings) -> list[Problem]:
         """Looks whether there are rows, without reading them."""
         from mamba_sft.data.sources import check_source
 
+        if place is None and settings.rows is None:
+            return []  # without a model, nothing tells which rows
         try:
-            recipe = _recipe_of(place)
-            data = _data_of(place.name, recipe, settings)
+            recipe = None if place is None else _recipe_of(place)
+            data = _data_of("" if place is None else place.name, recipe, settings)
             for source in data.sources:
                 check_source(source)
         except MambaSFTError as error:

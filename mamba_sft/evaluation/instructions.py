@@ -23,8 +23,8 @@ from mamba_sft.evaluation.suites import Problem, Progress
 from mamba_sft.recipe.builtin import find_path
 
 if TYPE_CHECKING:
+    from mamba_sft.inference.answer import Answer
     from mamba_sft.inference.chat_model import ChatModel
-    from mamba_sft.inference.generation import Answer
     from mamba_sft.inference.model_places import ModelPlace
 
 logger = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ class Instructions:
         """Whether prompts are put into the chat template; a base has none, and continues them as texts."""
         return has_template if settings.chat_template == "auto" else settings.chat_template == "on"
 
-    def problems(self, place: ModelPlace, settings: Settings) -> list[Problem]:
+    def problems(self, place: ModelPlace | None, settings: Settings) -> list[Problem]:
         """Reads the prompts with their checks, for which nothing but the file is needed."""
         try:
             _read(settings)

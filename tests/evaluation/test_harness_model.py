@@ -125,6 +125,17 @@ def test_answers_are_those_of_stock(chat_model: ChatModel, batch_size: int) -> N
     assert expected[0] != expected[4]  # the stop string has cut it
 
 
+def test_nothing_is_read_behind_a_stop_string(chat_model: ChatModel) -> None:
+    whole = asked("generate_until", ("hello world", {"until": [], "max_gen_toks": 30}))
+    with counted(chat_model.model) as all_of_it:
+        answer = ours(chat_model).generate_until(whole, disable_tqdm=True)[0]
+    stops = {"until": [answer[:2]], "max_gen_toks": 30}
+    with counted(chat_model.model) as some:
+        cut = ours(chat_model).generate_until(asked("generate_until", ("hello world", stops)))
+    assert cut == [""]
+    assert some[0] < all_of_it[0] - 20
+
+
 def test_settings_that_are_not_ours_are_left_to_stock(chat_model: ChatModel) -> None:
     given = {"until": [], "max_gen_toks": 8, "repetition_penalty": 1.7}
     requests = asked("generate_until", ("hello world hello", given))

@@ -168,6 +168,12 @@ def test_what_is_missing_is_told_before_weights(run: Run, tmp_path: Path) -> Non
     assert "x.zip" in problem.message
 
 
+def test_without_a_model_a_file_is_still_looked_for() -> None:
+    assert Heldout().problems(None, Settings()) == []
+    (problem,) = Heldout().problems(None, Settings(rows="absent.jsonl"))
+    assert "no file `absent.jsonl`" in problem.message
+
+
 def test_a_run_without_validation_rows_is_told(run: Run, tmp_path: Path) -> None:
     import shutil
 

@@ -22,8 +22,8 @@ from mamba_sft.evaluation.instructions import (
 from mamba_sft.evaluation.prompts import Prompt, exact_match, load_prompts, pair, read_samples, write_samples
 from mamba_sft.evaluation.settings import Settings
 from mamba_sft.inference import generation
+from mamba_sft.inference.answer import Answer
 from mamba_sft.inference.chat_model import ChatModel, load_chat_model
-from mamba_sft.inference.generation import Answer
 from mamba_sft.inference.model_places import ModelPlace, find_place
 from mamba_sft.model.chat_template import prepare_tokenizer
 from mamba_sft.recipe.fields import ChatSection, DataSection
@@ -195,9 +195,7 @@ RIGHT = {
     "Describe a market in the morning": (
         "Baskets are carried in, and people bargain loudly while thunder rolls over the roofs of the town."
     ),
-    "Write a short advertisement for a pencil": (
-        "A sharp line, a sharp mind: buy our pencil for your desk today."
-    ),
+    "Write a short advertisement for a pencil": "A sharp line, a sharp mind: buy our pencil today, for you.",
     "Give me a JSON object": '{"name": "Ana", "age": 4, "city": "Ulm"}',
     "Write a warning about wet paint": "CAREFUL: WET PAINT!",
     "Antworte auf Deutsch in zwei": "Der Körper ist am Abend müde. Im Schlaf erholt er sich und das Gehirn.",

@@ -124,8 +124,9 @@ def test_differences_are_told_with_what_makes_them_uncertain() -> None:
     assert table.rows[0][:4] == ["BBH", "25.00", "75.00", "+50.00"]
     assert table.rows[0][4:] == ["-6.58 to +106.58", "+0.5000", "4"]
     assert table.rows[1] == ["MATH", "", "", "", "", "", ""]
-    (note,) = notes([results(1, 2, 3, 4, 0, 1)], pairs)
-    assert "different prompts" in note
+    chance, prompts = notes([results(1, 2, 3, 4, 0, 1)], pairs)
+    assert chance.startswith("at chance, where a score is cut off at 0: MuSR;")
+    assert "different prompts" in prompts
 
 
 def test_settings_are_one_line() -> None:
