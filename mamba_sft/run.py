@@ -27,6 +27,12 @@ from mamba_sft.run_reading import is_data_record, read_object
 logger = logging.getLogger(__name__)
 
 RUNS_ROOT = Path("runs")
+SUITES = ("leaderboard-v2", "leaderboard-v1", "heldout", "instructions")
+"""What a model can be scored on by name, and what their results are called."""
+TASKS = "tasks-"
+"""How the results of tasks are called that were named one by one."""
+EVALUATIONS = Path("evaluations")
+"""Where the results go of models that belong to no run."""
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 """PEFT's names for the two files of an adapter."""
 BASE_FACTS = "base.json"
@@ -179,7 +185,7 @@ class Run:
 
     @property
     def eval(self) -> Path:
-        """Evaluation results."""
+        """Evaluation results: a file for each suite, as JSON, and what was asked and answered beside it."""
         return self.path / "eval"
 
     @classmethod
@@ -220,6 +226,41 @@ class Run:
                 f"no run under `{root}/`", hint="`mamba-sft train quickstart` makes one in minutes"
             )
         return runs[0]
+
+
+def evaluation_place(where: Run | str | Path) -> Path:
+    """Returns where results go of what is at `where`: into the run that it is or lies in, or else apart.
+
+    Args:
+        where: A run, a directory with a model or an adapter, or a hub id.
+    """
+    path = where.path if isinstance(where, Run) else Path(where).expanduser()
+    if Run(path).recipe.is_file():
+        return Run(path).eval
+    if path.is_dir():
+        above = next((one for one in path.resolve().parents[:2] if Run(one).recipe.is_file()), None)
+        if above is not None:  # a merged checkpoint, an exported one, a checkpoint of the training
+            return Run(above).eval / path.name
+        return EVALUATIONS / path.resolve().name
+    return EVALUATIONS / str(where).replace("/", "--")
+
+
+def result_file(place: Path, suite: str, *, limit: int | None = None, is_base: bool = False) -> Path:
+    """Returns the file of a suite's results.
+
+    Args:
+        place: The directory.
+        suite: The suite.
+        limit: Documents of each task, where that was limited: partial results never take a whole one's place.
+        is_base: Whether they are the base's, which lie beside those of the tuned model.
+    """
+    parts = [suite, *([f"limit-{limit}"] if limit is not None else []), *(["base"] if is_base else [])]
+    return place / f"{'.'.join(parts)}.json"
+
+
+def samples_file(results: Path, task: str) -> Path:
+    """Returns the file, beside a suite's results, of what was asked and answered in one of its tasks."""
+    return results.with_suffix(".samples") / f"{task.replace('/', '--')}.jsonl"
 
 
 def refuse_gguf(path: Path) -> None:

@@ -25,6 +25,8 @@ from mamba_sft.run import (
     MERGE_REPORT,
     MODEL_CARD,
     MODEL_FACTS,
+    SUITES,
+    TASKS,
     Run,
     final_name,
     write_atomically,
@@ -140,6 +142,9 @@ def _written(run: Run) -> list[tuple[str, ...]]:
         run.checkpoints / "runs" / "*" / "events.*", run.quality, run.export / "Modelfile",
         run.export / "Modelfile.*",
     ]  # fmt: skip
+    results = [f"{name}{end}" for name in (*SUITES, f"{TASKS}*") for end in (".json", ".*.json")]
+    results += [f"{name}*.samples/*.jsonl" for name in (*SUITES, TASKS)]
+    paths += [run.eval / deeper / name for deeper in ("", "*") for name in results]
     exported = _read_json(run.quality).get("files")  # other GGUF files in there may be anybody's
     names = [name for name in exported if is_file_name(name)] if isinstance(exported, dict) else []
     paths += [run.export / escape(name) for name in names if name.endswith(".gguf")]

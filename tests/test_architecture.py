@@ -25,15 +25,16 @@ GROUND = {
 
 MAY_IMPORT = {
     "kernels": set(),
+    "llama_cpp": set(),
     "recipe": set(),
     "model": {"kernels", "recipe"},
     "data": {"model", "recipe"},
-    "inference": {"model", "recipe"},
+    "inference": {"llama_cpp", "model", "recipe"},
     "planning": {"data", "model", "kernels", "recipe"},
     "evaluation": {"inference", "data", "model", "recipe"},
     "merging": {"inference", "data", "model", "kernels", "recipe"},
     "training": {"planning", "evaluation", "inference", "data", "model", "kernels", "recipe"},
-    "exporting": {"merging", "planning", "evaluation", "data", "model", "recipe"},
+    "exporting": {"llama_cpp", "merging", "planning", "evaluation", "data", "model", "recipe"},
     "diagnostics": {"planning", "inference", "kernels", "recipe"},
 }
 """The rooms, lowest first, and what each may import besides the ground. `cli` may import all of them."""
@@ -41,13 +42,14 @@ MAY_IMPORT = {
 LIVES_IN = {
     "accelerate": {"training"},
     "bitsandbytes": {"model", "merging"},
-    "datasets": {"data", "merging", "training"},
+    "datasets": {"data", "evaluation", "merging", "training"},
     "deepspeed": {"training"},
-    "gguf": {"exporting"},
+    "gguf": {"llama_cpp", "exporting"},
     "huggingface_hub": {"model", "exporting", "diagnostics"},
     "jinja2": {"model", "evaluation"},
     "llvmlite": {"kernels"},
     "lm_eval": {"evaluation"},
+    "nltk": {"evaluation"},
     "numba": {"kernels", "diagnostics"},
     "packaging": {"diagnostics"},
     "peft": {"model", "merging"},
@@ -60,7 +62,7 @@ LIVES_IN = {
     "triton": {"kernels"},
     "trl": {"training"},
     "typer": {"cli"},
-    "xllamacpp": {"exporting"},
+    "xllamacpp": {"llama_cpp"},
     "xxhash": {"model"},
     "yaml": {"recipe"},
 }

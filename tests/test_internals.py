@@ -74,6 +74,8 @@ NAMES = [
     Name("transformers.cache_utils", "Cache.update_recurrent_state", "kernels/falcon_mamba.py"),
     Name("transformers.cache_utils", "LinearAttentionLayer:conv_states", "kernels/decoding.py"),
     Name("transformers.cache_utils", "LinearAttentionLayer:recurrent_states", "kernels/decoding.py"),
+    Name("transformers.cache_utils", "LinearAttentionLayer:has_previous_state", "inference/state_rows.py"),
+    Name("lm_eval.models.huggingface", "HFLM._loglikelihood_tokens", "evaluation/harness_model.py"),
     Name("transformers.integrations.accelerate", "force_accelerate_hooks", "kernels/falcon_mamba.py"),
     Name(LAYERS, "GradientCheckpointingLayer:_gradient_checkpointing_func", "training/activations.py"),
     Name("transformers", "Trainer._get_grad_norm(grad_norm)", "training/trainer.py"),
@@ -118,7 +120,7 @@ NAMES = [
     Name("numba.core.cgutils", "get_or_insert_function", "kernels/cpu_rows.py"),
     Name("numba.extending", "intrinsic", "kernels/cpu_rows.py"),
     Name("llvmlite.ir", "FloatType", "kernels/cpu_rows.py"),
-    Name("tokenizers.decoders", "DecodeStream(skip_special_tokens)", "inference/generation.py"),
+    Name("tokenizers.decoders", "DecodeStream(skip_special_tokens)", "inference/answer_text.py"),
     Name("huggingface_hub.utils", "validate_repo_id", "model/checkpoint.py"),
     Name("huggingface_hub.errors", "HFValidationError", "model/checkpoint.py"),
 ]  # fmt: skip

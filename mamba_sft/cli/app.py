@@ -17,7 +17,20 @@ import typer
 from rich.text import Text
 
 from mamba_sft import __version__
-from mamba_sft.cli import bench, chat, data, doctor, export, generate, merge, plan, recipes, report, train
+from mamba_sft.cli import (
+    bench,
+    chat,
+    data,
+    doctor,
+    evaluate,
+    export,
+    generate,
+    merge,
+    plan,
+    recipes,
+    report,
+    train,
+)
 from mamba_sft.cli.console import err, out
 from mamba_sft.cli.help import Verb, Verbs
 from mamba_sft.cli.launched import leave_report
@@ -136,4 +149,5 @@ app.command(cls=Verb)(plan.plan)
 app.command(cls=Verb)(doctor.doctor)
 app.add_typer(bench.bench_app, name="bench")
 app.command(cls=Verb)(export.export)
+app.command("eval", cls=Verb)(evaluate.evaluate)
 app.command(cls=Verb)(report.report)

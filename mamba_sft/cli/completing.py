@@ -58,9 +58,14 @@ def runs(ctx: Any, args: list[str], incomplete: str) -> Offers:
 
 
 def models(ctx: Any, args: list[str], incomplete: str) -> Offers:
-    """Offers runs, and directories of models."""
+    """Offers runs, directories of models, and GGUF files."""
     checkpoints = _directories(incomplete, "config.json")
-    return [*runs(ctx, args, incomplete), *((name, "a model") for name in checkpoints)]
+    files = _files(incomplete, ".gguf") if incomplete else ()
+    return [
+        *runs(ctx, args, incomplete),
+        *((name, "a model") for name in checkpoints),
+        *((name, "a GGUF file") for name in files),
+    ]
 
 
 def cards(ctx: Any, args: list[str], incomplete: str) -> Offers:
@@ -85,6 +90,13 @@ def dtypes() -> list[str]:
     return sorted(DTYPE_NAMES)
 
 
+def suites() -> list[str]:
+    """Offers what a model can be scored on."""
+    from mamba_sft.run import SUITES
+
+    return list(SUITES)
+
+
 def merge_bases() -> list[str]:
     """Offers what an adapter may be merged into."""
     from mamba_sft.merging.request import ONTO
@@ -100,8 +112,24 @@ def formats() -> list[str]:
 
 
 def devices() -> list[str]:
-    """Offers the devices to measure."""
-    return ["auto", "cpu", "cuda"]
+    """Offers the devices to run on."""
+    from mamba_sft.inference.request import DEVICES
+
+    return [*DEVICES]
+
+
+def computed_in() -> list[str]:
+    """Offers what a model can compute in."""
+    from mamba_sft.inference.request import DTYPES
+
+    return [*DTYPES]
+
+
+def held_as() -> list[str]:
+    """Offers how a model's weights can be held."""
+    from mamba_sft.inference.request import QUANTIZATIONS
+
+    return [*QUANTIZATIONS]
 
 
 def _short(text: str) -> str:

@@ -54,18 +54,67 @@ ModelArgument = Annotated[
     str | None,
     typer.Argument(
         metavar="[RUN|MODEL]",
-        help="A run, a model directory or a hub id; default: the newest.",
+        help="A run, model, hub id or GGUF; default: newest.",
         autocompletion=completing.models,
     ),
 ]
-System = Annotated[
-    str | None, typer.Option(metavar="TEXT", help="System message; default: the one trained with.")
-]
+System = Annotated[str | None, typer.Option(metavar="TEXT", help="System message; default: the trained one.")]
 MaxNewTokens = Annotated[int, typer.Option(metavar="N", help="Longest answer, in tokens.")]
-Temperature = Annotated[float, typer.Option(metavar="X", help="0: the likeliest token; above 0 it samples.")]
-TopP = Annotated[float, typer.Option(metavar="X", help="Sample from tokens of this much probability.")]
-TopK = Annotated[int, typer.Option(metavar="N", help="Sample from so many likeliest tokens; 0: all.")]
-Seed = Annotated[int | None, typer.Option(metavar="N", help="Makes sampling repeatable.")]
+
+# Options of one panel stand in one row of the help page, with the panel's text.
+_SAMPLED = "0: the likeliest token; above 0: sampled"
+_LIKELY = "Sample from likely tokens only; default: all"
+_WHERE = "cpu, cuda or auto; float32, bfloat16, ..."
+Temperature = Annotated[
+    float,
+    typer.Option(metavar="X", rich_help_panel=_SAMPLED, help="0: the likeliest token; above 0 it samples."),
+]
+Seed = Annotated[
+    int | None, typer.Option(metavar="N", rich_help_panel=_SAMPLED, help="Makes sampling repeatable.")
+]
+TopP = Annotated[
+    float,
+    typer.Option(metavar="X", rich_help_panel=_LIKELY, help="Sample from tokens of this much probability."),
+]
+TopK = Annotated[
+    int,
+    typer.Option(metavar="N", rich_help_panel=_LIKELY, help="Sample from so many likeliest tokens; 0: all."),
+]
+MinP = Annotated[
+    float,
+    typer.Option(metavar="X", rich_help_panel=_LIKELY, help="Sample from tokens this near the likeliest."),
+]
+RepetitionPenalty = Annotated[float, typer.Option(metavar="X", help="Above 1: fewer tokens said before.")]
+StopStrings = Annotated[
+    list[str] | None, typer.Option(metavar="TEXT", help="Ends the answer; may be repeated.")
+]
+Device = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        rich_help_panel=_WHERE,
+        help="Where it runs.",
+        autocompletion=completing.devices,
+    ),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        rich_help_panel=_WHERE,
+        help="What it computes in; default: as trained, or as stored.",
+        autocompletion=completing.computed_in,
+    ),
+]
+Quantization = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="nf4, int8 or none; default: as trained.",
+        autocompletion=completing.held_as,
+    ),
+]
+Compile = Annotated[bool, typer.Option("--compile", help="Have torch.compile make a token's step.")]
 
 _NOT_IN_JSON = re.compile(r"[\x7f-\x9f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 
@@ -76,9 +125,10 @@ def write_json(content: Any) -> None:
 
 
 def write_json_lines(rows: Iterable[Any]) -> None:
-    """Writes JSON to stdout, one value a line, in the same form."""
+    """Writes JSON to stdout, one value a line, in the same form; each is out when the next is asked for."""
     for row in rows:
         sys.stdout.write(_json(row))
+        sys.stdout.flush()
 
 
 def _json(content: Any, indent: int | None = None) -> str:

@@ -20,6 +20,9 @@ from mamba_sft.errors import UsageError
 WIDEST_NAME = 30
 """Columns of an option's name; the text beside a longer one starts on the next row."""
 
+_SHORTER = {"show_completion": "Print that completion"}
+"""For texts of typer's own that take two of the rows of a screen."""
+
 
 class Verb(TyperCommand):
     """A verb whose help is a page of its own."""
@@ -107,7 +110,14 @@ def _write_rows(rows: list[tuple[str, str]], formatter: Any) -> None:
 
 def _parameters(command: Any, ctx: Any) -> list[tuple[str, str]]:
     params = [param for param in command.get_params(ctx) if not getattr(param, "hidden", False)]
-    return [(_name(param), _text(param)) for param in sorted(params, key=lambda one: not _is_argument(one))]
+    rows: dict[str, tuple[str, str]] = {}
+    for param in sorted(params, key=lambda one: not _is_argument(one)):
+        panel = getattr(param, "rich_help_panel", None)
+        if panel in rows:  # options of one panel stand in one row, that of the first
+            rows[panel] = f"{rows[panel][0]} {_name(param)}", panel
+        else:
+            rows[panel or _name(param)] = _name(param), panel or _text(param)
+    return list(rows.values())
 
 
 def _name(param: Any) -> str:
@@ -120,7 +130,7 @@ def _name(param: Any) -> str:
 
 
 def _text(param: Any) -> str:
-    text = str(param.help or "").rstrip(".")
+    text = _SHORTER.get(param.name, str(param.help or "")).rstrip(".")
     if _is_argument(param) or param.is_flag or param.default in (None, "") or callable(param.default):
         return text
     default = f"{param.default:g}" if isinstance(param.default, float) else param.default

@@ -23,7 +23,7 @@ _MAYBE_TURNS = ("chat", "dialog", "dialogue", "turns")
 """Columns that are turns where they hold a list of objects; elsewhere a text, or a number of turns."""
 
 _ASKS = ("instruction", "prompt", "question", "query", "problem")
-_ANSWERS = ("output", "completion", "response", "answer", "solution")
+_ANSWERS = ("output", "completion", "response", "answer", "solution", "expected")
 _SPEAKERS = (("human", "user"), ("assistant", "gpt", "bot"))
 NAMED_PAIRS = (("instruction", "output"), ("prompt", "completion"))
 """Layouts with a name of their own; they hold whatever else is in the row."""

@@ -18,7 +18,7 @@ HARMLESS: dict[Level, frozenset[str]] = {
         "url", "split", "prompt_id", "conversation_id", "conversation_hash", "chat_id", "thread_id",
         "category", "task", "task_type", "topic", "domain", "tags", "language", "lang", "license", "length",
         "model", "timestamp", "created", "created_at", "date", "version", "meta", "metadata",
-        "__index_level_0__",
+        "checks", "small", "__index_level_0__",
     )),
     "turn": frozenset((
         "id", "uid", "uuid", "index", "idx", "turn", "turn_id", "message_id", "parent_id", "timestamp",

@@ -111,6 +111,6 @@ def check_request(
     if format != "hf" and isinstance(options, HubOptions):
         raise UsageError("only a checkpoint is pushed to the hub", hint="say `--format hf`")
     if format != "hf":
-        from mamba_sft.exporting.gguf.installed import require_gguf
+        from mamba_sft.llama_cpp.installed import require_gguf
 
         require_gguf()

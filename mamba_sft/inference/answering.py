@@ -2,56 +2,64 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from mamba_sft.errors import DataError, UsageError
+from mamba_sft.inference.answer import Answer
 from mamba_sft.inference.answer_file import AnswerFile
 from mamba_sft.inference.chat_model import ChatModel, load_chat_model, require_template, split_chat_model
-from mamba_sft.inference.generation import Answer, answers
+from mamba_sft.inference.generation import answers
 from mamba_sft.inference.model_places import ModelPlace
+from mamba_sft.inference.prompt_rows import Message, Prompt, PromptRow, read_prompts
 from mamba_sft.inference.request import check_files
 from mamba_sft.inference.sampling import Sampling
 from mamba_sft.inference.sessions import ChatSession, CompareSession
-from mamba_sft.json_lines import Row, read_prompt_file
+from mamba_sft.inference.unfinished import asked_of, identity_of
 from mamba_sft.model.chat_template import encode_batch, render, with_system
 from mamba_sft.run import Run
 
-Message = dict[str, Any]
-Prompt = str | Sequence[Message]
+logger = logging.getLogger(__name__)
+
+OnAnswer = Callable[[int, Answer], None]
 
 
 def generate(
     model: ChatModel | ModelPlace | Run | str | Path,
     prompts: Prompt | Path | Iterable[Prompt],
     *,
-    output: str | Path | None = None,
+    output: AnswerFile | str | Path | None = None,
     sampling: Sampling | None = None,
     system: str | None = None,
     raw: bool = False,
     batch_size: int = 8,
-    on_answer: Callable[[int, Answer], None] | None = None,
+    on_answer: OnAnswer | None = None,
 ) -> list[Answer]:
     """Answers prompts, several at a time.
 
     Args:
-        model: A run, a model directory, a hub id, or what `load_chat_model` or `find_place` returned.
+        model: A run, a model directory, a GGUF file, a hub id, or what `load_chat_model` or `find_place`
+            returned. How it is run (device, dtype, ...) is for `load_chat_model` to say.
         prompts: A text, a list of messages, several of either, or the `Path` of a JSON Lines file with one
-            `{"prompt": ...}` or `{"messages": [...]}` a line, or of a txt file with one prompt a line.
+            `{"prompt": ...}` or `{"messages": [...]}` a line, or of a txt file with one prompt a line. What
+            else a line has goes into its answer; `system` is the system message of its prompt.
         output: JSON Lines file to write: prompt, `answer`, `finish_reason` (`stop` or `length`), `tokens`.
-            Each is on the disk when it is given, in `NAME.unfinished.jsonl`, which becomes the file.
+            Each is on the disk when it is given, in `NAME.unfinished.jsonl`, which becomes the file. An
+            `AnswerFile` can go on with such a one.
         sampling: How to choose tokens; greedy by default.
         system: System message of prompts that have none; None takes the one the model was trained with.
         raw: Continue the texts as they are, without the chat template.
-        batch_size: Prompts answered together.
-        on_answer: Called with a prompt's number and answer as each one finishes, in any order.
+        batch_size: Prompts answered together; a GGUF file answers one by one.
+        on_answer: Called with a prompt's number and answer as each one finishes, in any order; with those of
+            an unfinished file first.
 
     Returns:
         One answer a prompt, in their order.
 
     Raises:
-        UsageError: A prompt is blank, or the output cannot be written.
+        UsageError: A prompt is blank, the output cannot be written, or gone on with.
         DataError: A line of the file is not a prompt (with file and line), or there is no chat template.
     """
     return answer_prompts(
@@ -62,14 +70,14 @@ def generate(
 
 def answer_prompts(
     model: ChatModel | ModelPlace | Run | str | Path,
-    rows: Sequence[tuple[str, Prompt]],
+    rows: Sequence[PromptRow],
     *,
-    output: str | Path | None = None,
+    output: AnswerFile | str | Path | None = None,
     sampling: Sampling | None = None,
     system: str | None = None,
     raw: bool = False,
     batch_size: int = 8,
-    on_answer: Callable[[int, Answer], None] | None = None,
+    on_answer: OnAnswer | None = None,
 ) -> list[Answer]:
     """Does what `generate` does for prompts that were read.
 
@@ -83,34 +91,71 @@ def answer_prompts(
         batch_size: The same.
         on_answer: The same.
     """
-    check_files(None, output)
+    file = AnswerFile(Path(output)) if isinstance(output, str | Path) else output
+    if file is not None:
+        check_files(None, file.path)
     chat_model = model if isinstance(model, ChatModel) else load_chat_model(model, needs_template=not raw)
-    system = chat_model.system if system is None else system
     if not raw:
         require_template(chat_model.name, chat_model.tokenizer)
-    encoded = [_encode(chat_model, row, where, system, raw) for where, row in rows]
+    sampling = sampling or Sampling()
+    default = chat_model.system if system is None else system
+    encoded = [_encode(chat_model, row, default, raw) for row in rows]
 
-    def give(take: Callable[[int, Answer], None] | None) -> list[Answer]:
+    def give(take: OnAnswer | None, only: Sequence[int]) -> list[Answer]:
         return answers(
             chat_model.model,
             chat_model.tokenizer,
             encoded,
-            sampling=sampling or Sampling(),
+            sampling=sampling,
             stop_ids=chat_model.stop_ids,
-            batch_size=batch_size,
+            batch_size=1 if chat_model.one_at_a_time else batch_size,
             on_answer=take,
+            only=only,
         )
 
-    if output is None:
-        return give(on_answer)
-    with AnswerFile(Path(output), [row for _, row in rows]) as file:
+    if file is None:
+        found = give(on_answer, range(len(rows)))
+    else:
+        identity = identity_of(*chat_model.source) if chat_model.source else {"model": chat_model.name}
+        file.start(rows, asked_of(identity, sampling, system, raw))
+        found = _into_file(file, give, on_answer, len(rows))
+    _tell_shared(found)
+    return found
 
-        def take(number: int, answer: Answer) -> None:
-            file.add(number, answer)
-            if on_answer is not None:
+
+def _into_file(
+    file: AnswerFile,
+    give: Callable[[OnAnswer | None, Sequence[int]], list[Answer]],
+    on_answer: OnAnswer | None,
+    count: int,
+) -> list[Answer]:
+    """Answers what a file has no answer to yet."""
+    found = dict(file.found)
+    rest = [number for number in range(count) if number not in found]
+
+    def take(number: int, answer: Answer) -> None:
+        file.add(number, answer)
+        if on_answer is not None:
+            on_answer(number, answer)
+
+    with file:
+        if on_answer is not None:
+            for number, answer in file.found.items():
                 on_answer(number, answer)
+        found |= zip(rest, give(take, rest), strict=True)
+    return [found[number] for number in range(count)]
 
-        return give(take)
+
+def _tell_shared(found: Sequence[Answer]) -> None:
+    shared, all_of_them = (sum(getattr(one, name) for one in found) for name in _COUNTS)
+    if shared:
+        logger.info(
+            "%s of %s prompt tokens were not read: they begin prompts as they began earlier ones",
+            f"{shared:,}", f"{all_of_them:,}",
+        )  # fmt: skip
+
+
+_COUNTS = ("shared_tokens", "prompt_tokens")
 
 
 def open_session(
@@ -124,7 +169,8 @@ def open_session(
     """Starts a conversation.
 
     Args:
-        model: A run, a model directory, a hub id, or what `load_chat_model` or `find_place` returned.
+        model: A run, a model directory, a GGUF file, a hub id, or what `load_chat_model` or `find_place`
+            returned.
         compare: Talk to a run's base and to its tuned model at once; they share one model in memory.
         merged: Talk to the run's merged checkpoint rather than to base and adapter.
         sampling: How to choose tokens; greedy by default.
@@ -148,72 +194,17 @@ def open_session(
     return CompareSession(base, tuned)
 
 
-def read_prompts(prompts: Prompt | Path | Iterable[Prompt]) -> list[tuple[str, Prompt]]:
-    """Returns (where, prompt) of one prompt, of several, or of every line of a file that is not blank.
-
-    Raises:
-        UsageError: A prompt is blank, or there is none.
-        DataError: There is no such file, or a line of it is not a prompt (with file and line).
-    """
-    if isinstance(prompts, Path):
-        check_files(prompts, None)
-        return [_parse(row) for row in read_prompt_file(prompts)]
-    listed: list[Any] = [prompts] if isinstance(prompts, str) else list(prompts)
-    if listed and isinstance(listed[0], dict):  # one conversation
-        listed = [listed]
-    if not listed:
-        raise UsageError("there are no prompts to answer")
-    rows = [(f"prompt {number}", prompt) for number, prompt in enumerate(listed, 1)]
-    for where, prompt in rows:
-        _check_prompt(prompt, where, UsageError)
-    return rows
-
-
-def _parse(row: Row) -> tuple[str, Prompt]:
-    where, value = row.where, row.value
-    if not isinstance(value, dict) or ("prompt" in value) == ("messages" in value):
-        raise DataError(
-            f"{where}: a line needs either `prompt` or `messages`",
-            hint='for example {"prompt": "What is the capital of France?"}',
-        )
-    prompt = value["prompt"] if "prompt" in value else value["messages"]
-    if not isinstance(prompt, str if "prompt" in value else list):
-        wanted = "a string" if "prompt" in value else "a list of messages"
-        raise DataError(f"{where}: `{'prompt' if 'prompt' in value else 'messages'}` is not {wanted}")
-    _check_prompt(prompt, where, DataError)
-    return where, prompt
-
-
-def _check_prompt(prompt: Any, where: str, kind: type[UsageError | DataError]) -> None:
-    if isinstance(prompt, str):
-        if not prompt.strip():
-            raise kind(f"{where}: the prompt is empty")
-        return
-    if not prompt:
-        raise kind(f"{where}: there are no messages")
-    for message in prompt:
-        if not _is_message(message):
-            raise kind(
-                f"{where}: a message needs `role` and `content`, both strings, not {message!r:.80}",
-                hint='for example {"role": "user", "content": "Hello"}',
-            )
-    if prompt[-1]["role"] == "assistant":
-        raise kind(f"{where}: the last message is the assistant's own", hint="end with a `user` message")
-
-
-def _is_message(message: Any) -> bool:
-    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        return False
-    return isinstance(message.get("content"), str) or bool(message.get("tool_calls"))
-
-
-def _encode(chat_model: ChatModel, prompt: Prompt, where: str, system: str | None, raw: bool) -> list[int]:
+def _encode(chat_model: ChatModel, row: PromptRow, system: str | None, raw: bool) -> list[int]:
+    prompt = row.prompt
     if raw:
         if not isinstance(prompt, str):
-            raise UsageError(f"{where}: `raw` continues plain text, but this is a list of messages")
+            raise UsageError(f"{row.where}: `raw` continues plain text, but this is a list of messages")
         return encode_batch(chat_model.tokenizer, [prompt])[0]
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    messages: list[Message] = (
+        [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    )
+    opening: Any = row.fields.get("system") or system
     try:
-        return render(chat_model.tokenizer, with_system(messages, system), add_generation_prompt=True)[0]
+        return render(chat_model.tokenizer, with_system(messages, opening), add_generation_prompt=True)[0]
     except DataError as error:
-        raise DataError(f"{where}: {error.message}", hint=error.hint) from error
+        raise DataError(f"{row.where}: {error.message}", hint=error.hint) from error

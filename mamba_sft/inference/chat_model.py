@@ -1,24 +1,24 @@
-"""A model that is ready to talk: loaded from a run, an adapter, a model directory or the hub."""
+"""A model that is ready to talk: from a run, an adapter, a model directory, the hub or a GGUF file."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from mamba_sft.errors import AdapterError, DataError
 from mamba_sft.inference.generation import stop_token_ids
 from mamba_sft.inference.model_places import ModelPlace, find_place, no_adapter
+from mamba_sft.inference.request import Running
 from mamba_sft.model.adapter import load_adapter
 from mamba_sft.model.base_facts import BaseFacts
 from mamba_sft.model.base_view import without_adapter
 from mamba_sft.model.chat_template import TemplateSetup, find_stop_token
 from mamba_sft.model.checkpoint import base_fingerprint
+from mamba_sft.model.compiling import compile_step
 from mamba_sft.model.loading import apply_setup, load_model, load_setup, load_tokenizer, resolve_base
 from mamba_sft.model.warming_up import warm_up
 from mamba_sft.run import Run
-
-Quantization = Literal["none", "nf4", "int8"]
 
 
 @dataclass
@@ -27,10 +27,12 @@ class ChatModel:
 
     Args:
         name: What to call it: where it came from, or `base` and `tuned` in a comparison.
-        model: A FalconMamba language model with our mixer, with or without an adapter.
+        model: A FalconMamba language model with our mixer, with or without an adapter; or a `GGUFModel`.
         tokenizer: With its chat template, unless it is a bare base model's.
         stop_ids: Ids that end an answer.
         system: The system message it was trained with, if any.
+        one_at_a_time: Whether it answers one prompt at a time only.
+        source: Where it is from and how it is run, or None where it was not loaded from a place.
     """
 
     name: str
@@ -38,10 +40,14 @@ class ChatModel:
     tokenizer: Any
     stop_ids: frozenset[int]
     system: str | None = None
+    one_at_a_time: bool = False
+    source: tuple[ModelPlace, Running] | None = None
 
     @property
     def state_bytes(self) -> int:
         """Size of the state of one conversation, however long it is."""
+        if (own := getattr(self.model, "state_bytes", None)) is not None:
+            return int(own)
         config = self.model.config
         conv = config.intermediate_size * config.conv_kernel * self.model.dtype.itemsize
         scan = config.intermediate_size * config.state_size * 4
@@ -52,7 +58,10 @@ def load_chat_model(
     where: ModelPlace | Run | str | Path,
     *,
     merged: bool = False,
-    quantization: Quantization | None = None,
+    device: str = "auto",
+    dtype: str | None = None,
+    quantization: str | None = None,
+    compile: bool = False,
     needs_template: bool = True,
     needs_adapter: bool = False,
 ) -> ChatModel:
@@ -60,39 +69,67 @@ def load_chat_model(
 
     Args:
         where: A run (its base with its adapter on top), a checkpoint or the adapter directory of one, a model
-            directory or a hub id; or what `find_place` found of it.
+            directory, a GGUF file or a hub id; or what `find_place` found of it.
         merged: Take the run's merged checkpoint rather than base and adapter.
-        quantization: How to hold the weights in memory; None takes what the run was trained with, or none.
+        device: `cpu`, `cuda`, or `auto`: a GPU where there is one.
+        dtype: What it computes in: `bfloat16`, `float16`, `float32`, or `auto`: what the device is good at.
+            None takes what the run was trained with, or what the checkpoint is stored in.
+        quantization: How to hold the weights in memory: `nf4`, `int8` or `none`; None takes what the run was
+            trained with, or none.
+        compile: Have `torch.compile` make the step of one token.
         needs_template: Refuse a model that cannot hold conversations.
         needs_adapter: Refuse a model without an adapter.
 
     Raises:
-        UsageError: The run has no adapter, or no merged checkpoint.
+        UsageError: The run has no adapter, or no merged checkpoint; or it cannot be run like this.
         DataError: There is no chat template.
-        ModelError: There is no such model.
+        ModelError: There is no such model, or the device is absent.
         AdapterError: The adapter is incomplete, does not fit, or was trained on another base.
     """
+    running = Running(device, dtype, quantization, compile)
     source = (
         where
         if isinstance(where, ModelPlace)
         else find_place(where, merged=merged, needs_adapter=needs_adapter)
     )
+    running.check(source, compare=needs_adapter)
+    system = source.recipe.chat.system if source.recipe is not None else None
+    if source.gguf is not None:
+        return replace(_load_gguf(source.name, source.gguf, system, needs_template), source=(source, running))
     name = source.name
     setup = None if source.adapter is None else _setup(source, source.adapter)
     tokenizer = load_tokenizer(source.section) if setup is None else setup.tokenizer
     if needs_template:
         require_template(name, tokenizer)
-    held_as = {} if quantization is None else {"quantization": quantization}
-    model = load_model(source.section.model_copy(update=held_as))
+    asked = {"dtype": dtype, "quantization": quantization}
+    held_as = {field: value for field, value in asked.items() if value is not None}
+    model = load_model(source.section.model_copy(update=held_as), device=None if device == "auto" else device)
     if setup is not None and source.adapter is not None:
         apply_setup(model, setup)
         model = load_adapter(model, source.adapter)
+    model.eval()
     warm_up(model)
+    if compile:
+        compile_step(model)
+    return ChatModel(
+        name, model, tokenizer, _stop_ids(model, tokenizer, name), system, source=(source, running)
+    )
+
+
+def _load_gguf(name: str, path: Path, system: str | None, needs_template: bool) -> ChatModel:
+    from mamba_sft.inference.gguf_model import load_gguf
+
+    model, tokenizer = load_gguf(path)
+    if needs_template:
+        require_template(name, tokenizer)
+    return ChatModel(name, model, tokenizer, _stop_ids(model, tokenizer, name), system, one_at_a_time=True)
+
+
+def _stop_ids(model: Any, tokenizer: Any, name: str) -> frozenset[int]:
     stops = stop_token_ids(model, tokenizer)
     if tokenizer.chat_template:
         stops |= {tokenizer.convert_tokens_to_ids(find_stop_token(tokenizer, name))}
-    system = source.recipe.chat.system if source.recipe is not None else None
-    return ChatModel(name, model.eval(), tokenizer, stops, system)
+    return stops
 
 
 def require_template(name: str, tokenizer: Any) -> None:

@@ -14,15 +14,17 @@ import copy
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from tokenizers.decoders import DecodeStream
 
 from mamba_sft.errors import UsageError
+from mamba_sft.inference.answer import Answer, FinishReason
+from mamba_sft.inference.answer_text import AnswerText, decode
 from mamba_sft.inference.evaluating import evaluation_mode
 from mamba_sft.inference.next_token import NextToken, forward
-from mamba_sft.inference.sampling import Sampling, choose
+from mamba_sft.inference.prefixes import Beginnings, KeptStates, batches, find_beginnings
+from mamba_sft.inference.sampling import Sampling, SeenTokens, choose
 
 PREFILL_CHUNK = 2048
 """Tokens read at once, so that the memory a long prompt takes does not grow with its length."""
@@ -50,6 +52,27 @@ class State:
     def clear(self) -> None:
         """Forgets everything read."""
         self.read, self.cache, self.logits = [], None, None
+
+
+def stacked(states: Sequence[State]) -> Any:
+    """Returns a cache whose rows are independent copies of what some states have read.
+
+    Args:
+        states: Each of one sequence that has read something; the same one may be there several times.
+    """
+    cache = copy.deepcopy(states[0].cache)
+    if len(states) > 1:
+        _join(cache, [state.cache for state in states])
+    return cache
+
+
+def _join(cache: Any, caches: Sequence[Any]) -> None:
+    """Gives `cache` the rows of all these caches, one below the other."""
+    for number, layer in enumerate(cache.layers):
+        for kind in ("conv_states", "recurrent_states"):
+            for index in getattr(layer, kind):
+                rows = [getattr(one.layers[number], kind)[index] for one in caches]
+                getattr(layer, kind)[index] = torch.cat(rows)
 
 
 def prefill(model: Any, ids: Sequence[int], state: State) -> None:
@@ -81,6 +104,7 @@ def stream(
     """Reads `ids`, then yields the answer's token ids as they are chosen.
 
     Ends before a stop id, which is neither yielded nor read: the next turn's text says how the answer closes.
+    Stop strings are for who makes text of the ids (`AnswerText`) and drops the iterator.
     Exactly `sampling.max_new_tokens` ids mean that the length ended it. Every yielded id has been read by
     `state`, so the iterator may be dropped at any time.
 
@@ -100,9 +124,12 @@ def stream(
         prefill(model, ids, state)
         generators = [sampling.generator(model.device)]
         next_token = NextToken(model, state.cache)
+        seen = _seen(sampling, [state.read], state.logits)
         try:
             for _ in range(sampling.max_new_tokens):
-                chosen = choose(state.logits, sampling, generators)  # (1,)
+                chosen = choose(state.logits, sampling, generators, seen)  # (1,)
+                if seen is not None:
+                    seen.add(chosen)
                 token = int(chosen)  # what the host must know of an answer, and waits for
                 if token in stop_ids:
                     return
@@ -115,22 +142,11 @@ def stream(
                 state.logits = state.logits.clone()
 
 
-@dataclass(frozen=True)
-class Answer:
-    """One finished answer.
-
-    Args:
-        text: Without special tokens.
-        finish_reason: `stop` at a stop token, `length` at `max_new_tokens`.
-        tokens: Answer tokens, the stop token not counted.
-    """
-
-    text: str
-    finish_reason: Literal["stop", "length"]
-    tokens: int
+def _seen(sampling: Sampling, rows: Sequence[Sequence[int]], logits: Any) -> SeenTokens | None:
+    return SeenTokens(rows, logits) if sampling.repetition_penalty != 1 else None
 
 
-def finish_reason(tokens: int, sampling: Sampling) -> Literal["stop", "length"]:
+def finish_reason(tokens: int, sampling: Sampling) -> FinishReason:
     """Returns why an answer of that many tokens, from `stream` or `answers`, has ended."""
     return "length" if tokens == sampling.max_new_tokens else "stop"
 
@@ -144,6 +160,7 @@ def answers(
     stop_ids: Collection[int],
     batch_size: int = 8,
     on_answer: Callable[[int, Answer], None] | None = None,
+    only: Sequence[int] | None = None,
 ) -> list[Answer]:
     """Answers every prompt, several at a time; its neighbours in a batch do not change an answer.
 
@@ -155,74 +172,162 @@ def answers(
         stop_ids: Ids that end an answer.
         batch_size: Prompts answered together.
         on_answer: Called with the prompt's number and its answer as each one finishes, in any order.
+        only: The numbers of the prompts to answer; None answers all.
 
     Returns:
-        The answers, in the order of `prompts`.
+        The answers, in the order of `prompts`, or of `only`.
 
     Raises:
         UsageError: A prompt is empty.
     """
     if not all(len(ids) for ids in prompts):
         raise UsageError("a prompt is empty: there is nothing to answer")
-    by_length = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))  # little padding
+    only = range(len(prompts)) if only is None else only
+    beginnings = find_beginnings({number: prompts[number] for number in only})
     found: dict[int, Answer] = {}
+    kept = KeptStates()
     with evaluation_mode(model):
-        for start in range(0, len(by_length), batch_size):
-            batch = {number: prompts[number] for number in by_length[start : start + batch_size]}
-            for number, ids in _answer_batch(model, batch, sampling, stop_ids):
-                reason: Literal["stop", "length"] = (
-                    "length" if len(ids) == sampling.max_new_tokens else "stop"
-                )
-                found[number] = Answer(_decode(tokenizer, ids), reason, len(ids))
+        for numbers in batches(beginnings, batch_size):
+            batch = _read_batch(model, beginnings, numbers, kept)
+            texts = {number: AnswerText(tokenizer, sampling.stop_strings) for number in numbers}
+            for number, ids in _answer_batch(model, batch, sampling, stop_ids, texts):
+                reason: FinishReason = "stop" if texts[number].stopped else finish_reason(len(ids), sampling)
+                text = texts[number].text if sampling.stop_strings else decode(tokenizer, ids)
+                counts = len(ids), len(prompts[number]), batch.spared[number]
+                found[number] = Answer(text, reason, *counts)
                 if on_answer is not None:
                     on_answer(number, found[number])
-    return [found[number] for number in range(len(prompts))]
+    return [found[number] for number in only]
+
+
+@dataclass
+class _Batch:
+    """Prompts that were read together.
+
+    Args:
+        prompts: The ids of each, by its number, in the order of the rows.
+        logits: Scores of the next token, `(B, vocabulary)`.
+        cache: What the rows have read.
+        spared: How many tokens of each were not read, by its number.
+    """
+
+    prompts: dict[int, Sequence[int]]
+    logits: Any
+    cache: Any
+    spared: dict[int, int]
 
 
 def _answer_batch(
-    model: Any, prompts: dict[int, Sequence[int]], sampling: Sampling, stop_ids: Collection[int]
+    model: Any,
+    batch: _Batch,
+    sampling: Sampling,
+    stop_ids: Collection[int],
+    texts: dict[int, AnswerText],
 ) -> Iterator[tuple[int, list[int]]]:
     """Yields `(number, answer ids)` as they finish; finished rows leave the batch."""
-    rows = list(prompts)
-    logits, cache = _prefill_batch(model, [prompts[number] for number in rows])
+    rows, logits, cache = list(batch.prompts), batch.logits, batch.cache
     generators = [sampling.generator(model.device, offset=number) for number in rows]
+    seen = _seen(sampling, list(batch.prompts.values()), logits)
     written: dict[int, list[int]] = {number: [] for number in rows}
     next_token, going = NextToken(model, cache), list(range(len(rows)))
     while True:
-        chosen = choose(logits, sampling, generators)  # (B,)
-        ended = []
-        tokens = chosen.tolist()
+        chosen = choose(logits, sampling, generators, seen)  # (B,)
+        tokens, ended = chosen.tolist(), []
         for row in going:
-            ids = written[rows[row]]
-            if tokens[row] not in stop_ids:
-                ids.append(tokens[row])
-                if len(ids) < sampling.max_new_tokens:
-                    continue
-            ended.append(row)
-            yield rows[row], ids
+            if _ends(tokens[row], written[rows[row]], sampling, stop_ids, texts[rows[row]]):
+                ended.append(row)
+                yield rows[row], written[rows[row]]
         going = [row for row in going if row not in ended]
         if not going:
             return
+        if seen is not None:
+            seen.add(chosen)
         # a recorded step is for as many rows as it was recorded with: those that ended go along for a while
         if len(going) < len(rows) and (not next_token.is_recorded or 2 * len(going) <= len(rows)):
             kept = torch.tensor(going, device=chosen.device)
             cache.reorder_cache(kept)
             chosen = chosen[kept]
+            if seen is not None:
+                seen.keep(kept)
             rows, generators = [rows[row] for row in going], [generators[row] for row in going]
             next_token, going = NextToken(model, cache), list(range(len(rows)))
         logits = next_token(chosen[:, None])
 
 
-def _prefill_batch(model: Any, prompts: Sequence[Sequence[int]]) -> tuple[Any, Any]:
+def _ends(
+    token: int, written: list[int], sampling: Sampling, stop_ids: Collection[int], text: AnswerText
+) -> bool:
+    """Adds a token to what is written unless it is a stop token. Returns whether the answer has ended."""
+    if token in stop_ids:
+        ended = True
+    else:
+        written.append(token)
+        if sampling.stop_strings:
+            text.add(token)
+        ended = text.stopped or len(written) == sampling.max_new_tokens
+    if ended:
+        text.close()
+    return ended
+
+
+def _read_batch(model: Any, beginnings: Beginnings, numbers: Sequence[int], kept: KeptStates) -> _Batch:
+    """Reads some prompts, all of them with a beginning to start from or all without."""
+    prompts, lengths = beginnings.prompts, beginnings.lengths
+    if not lengths[numbers[0]]:
+        batch = {number: prompts[number] for number in numbers}
+        return _Batch(batch, *_read_padded(model, list(batch.values())), dict.fromkeys(numbers, 0))
+    longest_first = sorted(numbers, key=lambda number: lengths[number] - len(prompts[number]))
+    states, spared = [], {number: lengths[number] for number in numbers}
+    for number in longest_first:
+        state = kept.get(beginnings.groups[number])
+        if state is None:
+            state, spared[number] = State(), 0
+            prefill(model, prompts[number][: lengths[number]], state)
+            kept.put(beginnings.groups[number], state)
+        states.append(state)
+    batch = {number: prompts[number] for number in longest_first}
+    rests = [prompts[number][lengths[number] :] for number in longest_first]
+    return _Batch(batch, *_read_begun(model, rests, states), spared)
+
+
+def _read_begun(model: Any, rests: Sequence[Sequence[int]], states: Sequence[State]) -> tuple[Any, Any]:
+    """Reads what follows some states, the longest first. Returns (logits, cache).
+
+    A mask keeps a state that is zero at zero, and moves any other. So there is no padding: a row joins the
+    batch when as many tokens are left of the longest as it has itself, and all end together.
+    """
+    length, logits, cache, joined = len(rests[0]), None, None, 0
+    starts = [length - len(ids) for ids in rests]
+    for start, end in zip(sorted({*starts}), [*sorted({*starts})[1:], length], strict=True):
+        new = [state for state, own in zip(states, starts, strict=True) if own == start]
+        cache = stacked(new) if cache is None else _with_rows(cache, new)
+        joined += len(new)
+        for at in range(start, end, PREFILL_CHUNK):
+            to = min(at + PREFILL_CHUNK, end)
+            ids = [rest[at - own : to - own] for rest, own in zip(rests[:joined], starts, strict=False)]
+            logits, cache = forward(model, torch.tensor(ids, device=model.device), cache)
+    return logits, cache
+
+
+def _with_rows(cache: Any, states: Sequence[State]) -> Any:
+    _join(cache, [cache, *(state.cache for state in states)])
+    return cache
+
+
+def _read_padded(model: Any, prompts: Sequence[Sequence[int]]) -> tuple[Any, Any]:
     """Reads prompts padded on the left, where the mask keeps the state at zero. Returns (logits, cache)."""
     length = max(len(ids) for ids in prompts)
-    padded = torch.tensor([[0] * (length - len(ids)) + list(ids) for ids in prompts])  # (B, L)
-    mask = torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in prompts])
     logits, cache = None, None
     for start in range(0, length, PREFILL_CHUNK):
-        chunk = slice(start, start + PREFILL_CHUNK)
-        kept = None if mask[:, chunk].all() else mask[:, chunk].to(model.device)
-        logits, cache = forward(model, padded[:, chunk].to(model.device), cache, kept)
+        end = min(start + PREFILL_CHUNK, length)
+        rows, mask = [], []
+        for ids in prompts:
+            pads = length - len(ids)
+            part = list(ids[max(start - pads, 0) : max(end - pads, 0)])
+            rows.append([0] * (end - start - len(part)) + part)
+            mask.append([0] * (end - start - len(part)) + [1] * len(part))
+        kept = None if all(map(all, mask)) else torch.tensor(mask, device=model.device)
+        logits, cache = forward(model, torch.tensor(rows, device=model.device), cache, kept)
     return logits, cache
 
 
@@ -231,45 +336,3 @@ def stop_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:
     configured = model.generation_config.eos_token_id
     ids = configured if isinstance(configured, list) else [configured]
     return frozenset(number for number in [*ids, tokenizer.eos_token_id] if number is not None)
-
-
-class TextStream:
-    """Turns token ids into text as they come, never yielding half a character.
-
-    A byte-level token may hold part of a UTF-8 character; its bytes wait for the rest. Special tokens give no
-    text. All pieces joined are the decoding of all ids.
-
-    Args:
-        tokenizer: A fast tokenizer.
-    """
-
-    def __init__(self, tokenizer: Any):
-        self._tokenizer = tokenizer
-        self._restart()
-
-    def push(self, token: int) -> str:
-        """Returns the text that `token` completes, possibly none."""
-        self._waiting.append(token)
-        try:
-            piece = self._stream.step(self._tokenizer.backend_tokenizer, token)
-        except Exception:  # a bare one: bytes that are no text, behind ones that were, undid what was shown
-            return self.flush()
-        if piece is None:
-            return ""
-        self._waiting.clear()
-        return piece
-
-    def flush(self) -> str:
-        """Returns what still waits when the answer ends: bytes that never became a character."""
-        piece = _decode(self._tokenizer, self._waiting)
-        self._restart()
-        return piece
-
-    def _restart(self) -> None:
-        self._stream = DecodeStream(skip_special_tokens=True)
-        self._waiting: list[int] = []  # tokens whose text has not been shown
-
-
-def _decode(tokenizer: Any, ids: Sequence[int]) -> str:
-    text: str = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return text

@@ -1,4 +1,4 @@
-"""What is at a place that was named: a run, an adapter, a checkpoint, a model of the hub. Imports no torch.
+"""What is at a place that was named: a run, an adapter, a checkpoint, a hub's model, a GGUF file. No torch.
 
 So that a name that is wrong is told at once, before seconds of loading libraries.
 """
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mamba_sft.errors import AdapterError, UsageError
+from mamba_sft.llama_cpp.reading import check_file, is_gguf
 from mamba_sft.model.base_facts import BaseFacts
 from mamba_sft.model.checkpoint import read_config, resolve_base
 from mamba_sft.recipe.builtin import expanded
@@ -28,6 +29,7 @@ class ModelPlace:
         adapter: The adapter's directory, or None.
         recipe: What the adapter was trained by, where it is known.
         facts: What was saved with the adapter of its base; None for a checkpoint, where the recipe tells.
+        gguf: The GGUF file that it is, or None; there is no section of a model then that could be loaded.
     """
 
     name: str
@@ -35,6 +37,7 @@ class ModelPlace:
     adapter: Path | None = None
     recipe: Recipe | None = None
     facts: BaseFacts | None = None
+    gguf: Path | None = None
 
 
 def no_adapter(name: str) -> UsageError:
@@ -50,7 +53,7 @@ def find_place(where: Run | str | Path, *, merged: bool = False, needs_adapter: 
 
     Args:
         where: A run (its base with its adapter on top, or the model where it trained all weights), a
-            checkpoint or the adapter directory of one, a model directory or a hub id.
+            checkpoint or the adapter directory of one, a model directory, a GGUF file or a hub id.
         merged: Take the run's merged checkpoint rather than base and adapter.
         needs_adapter: Refuse a model without an adapter.
 
@@ -58,17 +61,21 @@ def find_place(where: Run | str | Path, *, merged: bool = False, needs_adapter: 
         UsageError: The run has no adapter, or no merged checkpoint.
         ModelError: There is no such model.
         AdapterError: The adapter does not say what its base is.
+        MambaSFTError: It is a GGUF file, and what reads these is not installed.
     """
     name = str(where.path if isinstance(where, Run) else where)
     found = _find(where, name, merged)
     if needs_adapter and found.adapter is None:
         raise no_adapter(name)
-    resolve_base(found.section.base, found.section.revision, weights=False)
+    if found.gguf is None:
+        resolve_base(found.section.base, found.section.revision, weights=False)
     return found
 
 
 def _find(where: Run | str | Path, name: str, merged: bool) -> ModelPlace:
     path = where.path if isinstance(where, Run) else expanded(str(where))
+    if is_gguf(path):
+        return _find_gguf(name, path, merged)
     if isinstance(where, Run) or Run(path).recipe.is_file():
         return _find_in_run(name, Run.open(path), merged)
     if merged:
@@ -78,6 +85,16 @@ def _find(where: Run | str | Path, name: str, merged: bool) -> ModelPlace:
     if (path / ADAPTER_CONFIG).is_file():
         return _find_adapter(name, path)
     return ModelPlace(name, _section_of(str(where)), recipe=_recipe_of_resume_point(path))
+
+
+def _find_gguf(name: str, path: Path, merged: bool) -> ModelPlace:
+    if merged:
+        raise UsageError(f"`{path}` is one model: there is nothing to merge", hint="leave `--merged` out")
+    check_file(path)
+    run = Run(path.resolve().parent.parent)
+    ours = run.export == path.resolve().parent and run.recipe.is_file()
+    recipe = Recipe.load(str(run.recipe)) if ours else None
+    return ModelPlace(name, ModelSection(base=str(path)), recipe=recipe, gguf=path)
 
 
 def _recipe_of_resume_point(path: Path) -> Recipe | None:

@@ -1,4 +1,4 @@
-"""The step of one token: as the model computes it or, on a GPU, all of it recorded and launched as one.
+"""The step of one token: the model's or a compiled one, and on a GPU all of it recorded and launched as one.
 
 A 7B's token is some 2,000 launches, and a GPU is done with each before the host has made the next. A CUDA
 graph launches all of them at once. What it records is held against the model's own step before it is used.
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from mamba_sft.model.compiling import compiled_step
 from mamba_sft.model.shards import is_sharded
 
 logger = logging.getLogger(__name__)
@@ -36,6 +37,7 @@ class NextToken:
 
     def __init__(self, model: Any, cache: Any):
         self._model, self._cache = model, cache
+        self._compiled = compiled_step(model)
         self._graph: Any = None
         self._ids: Any = None
         self._scores: Any = None
@@ -57,18 +59,21 @@ class NextToken:
         if self._read == PATIENCE and ids.is_cuda and alone and self._model not in _UNFIT:
             return self._record(ids)
         if self._graph is None:
-            return forward(self._model, ids, self._cache)[0]
+            return self._step(ids, self._cache)
         self._ids.copy_(ids)
         self._graph.replay()
         return self._scores
 
+    def _step(self, ids: Any, cache: Any) -> Any:
+        return forward(self._model, ids, cache)[0] if self._compiled is None else self._compiled(ids, cache)
+
     def _record(self, ids: Any) -> Any:
         before, beside = copy.deepcopy(self._cache), copy.deepcopy(self._cache)
-        own = forward(self._model, ids, beside)[0]
+        own = self._step(ids, beside)
         try:
             graph, self._ids = torch.cuda.CUDAGraph(), ids.clone()
             with torch.cuda.graph(graph):  # nothing is computed here
-                scores = forward(self._model, self._ids, self._cache)[0]
+                scores = self._step(self._ids, self._cache)
             graph.replay()
             if _differ([scores, *_states(self._cache)], [own, *_states(beside)]):
                 raise RuntimeError("it does not give what the model gives")
@@ -76,7 +81,7 @@ class NextToken:
             _UNFIT.add(self._model)
             _say_once(str(error).strip().splitlines()[0])
             _restore(self._cache, before)
-            return forward(self._model, ids, self._cache)[0]
+            return self._step(ids, self._cache)
         self._graph, self._scores = graph, scores
         return scores
 

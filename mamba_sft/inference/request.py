@@ -1,11 +1,94 @@
-"""What is asked of `generate`, checked before torch is loaded: the file of prompts, the place for answers."""
+"""What is asked of `generate` and `chat`, checked before torch is loaded: files, and how to run the model."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
+from typing import get_args
 
 from mamba_sft.disk import check_writable
 from mamba_sft.errors import DataError, UsageError
+from mamba_sft.inference.model_places import ModelPlace, no_adapter
+from mamba_sft.recipe.fields import ModelSection
+from mamba_sft.wording import shown
+
+DEVICES = ("auto", "cpu", "cuda")
+"""Where a model can run."""
+DTYPES: tuple[str, ...] = get_args(ModelSection.model_fields["dtype"].annotation)
+"""What numbers it can compute in; `auto` is what the device is good at."""
+QUANTIZATIONS: tuple[str, ...] = get_args(ModelSection.model_fields["quantization"].annotation)
+"""How its weights can be held."""
+_MEANT = {
+    "gpu": "cuda", "bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32",
+    "float": "float32", "4bit": "nf4", "8bit": "int8",
+}  # fmt: skip
+"""What other tools call them."""
+
+
+@dataclass(frozen=True)
+class Running:
+    """How a model is held and run; what is None is as a run was trained, or a checkpoint is stored.
+
+    Args:
+        device: `cpu`, `cuda`, or `auto`: a GPU where there is one.
+        dtype: What it computes in.
+        quantization: How the weights are held.
+        compile: Whether `torch.compile` makes the step of one token.
+
+    Raises:
+        UsageError: A word that means nothing here.
+    """
+
+    device: str = "auto"
+    dtype: str | None = None
+    quantization: str | None = None
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        for name, words in (("device", DEVICES), ("dtype", DTYPES), ("quantization", QUANTIZATIONS)):
+            word = getattr(self, name)
+            if word is not None and word not in words:
+                meant = _MEANT.get(str(word).lower()) or next(
+                    iter(get_close_matches(str(word), words, 1)), ""
+                )
+                raise UsageError(
+                    f"`{name}` is {', '.join(words[:-1])} or {words[-1]}, not {shown(word)}",
+                    hint=f"did you mean `--{name} {meant}`?" if meant in words else None,
+                )
+
+    def check(self, place: ModelPlace, *, compare: bool = False) -> None:
+        """Checks that what is at a place can be run so.
+
+        Args:
+            place: From `find_place`.
+            compare: Whether it is to be compared with its base.
+
+        Raises:
+            UsageError: It cannot.
+        """
+        if compare and self.compile:
+            raise UsageError(
+                "`--compile` makes the step of one model, and `--compare` asks two", hint="leave one out"
+            )
+        if place.gguf is None:
+            return
+        if compare:
+            raise no_adapter(place.name)
+        fixed = f"`{place.gguf}` is a GGUF file"
+        if self.dtype is not None or self.quantization is not None:
+            name = "dtype" if self.dtype is not None else "quantization"
+            raise UsageError(
+                f"{fixed}, whose weights are stored as they are computed with",
+                hint=f"leave `--{name}` out; `mamba-sft export RUN -q Q8_0` writes a file of another kind",
+            )
+        if self.device == "cuda":
+            raise UsageError(
+                f"{fixed}, which llama.cpp runs on the CPU here",
+                hint="leave `--device` out; a llama.cpp of your own runs it on a GPU",
+            )
+        if self.compile:
+            raise UsageError(f"{fixed}, and llama.cpp is compiled already", hint="leave `--compile` out")
 
 
 def check_files(prompts: Path | None, output: str | Path | None) -> None:

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mamba_sft.errors import UsageError
+from mamba_sft.inference.answer_text import AnswerText
 from mamba_sft.inference.chat_model import ChatModel, require_template
-from mamba_sft.inference.generation import State, TextStream, finish_reason, stream
+from mamba_sft.inference.generation import State, finish_reason, stream
 from mamba_sft.inference.sampling import Sampling
 from mamba_sft.model.chat_template import render, with_system
 
@@ -140,7 +141,8 @@ class ChatSession:
         self.last_turn = None
         unread = self._unread()
         reread = not self._state.read and len(self._turns) > 1
-        sampling, answer, spent = self._next_sampling(), _Answer(self.chat_model.tokenizer), []
+        sampling, spent = self._next_sampling(), []
+        answer = AnswerText(self.chat_model.tokenizer, sampling.stop_strings)
         tokens = stream(
             self.chat_model.model, unread, self._state, sampling=sampling, stop_ids=self.chat_model.stop_ids
         )
@@ -151,12 +153,16 @@ class ChatSession:
                 spent.append(time.perf_counter() - started)
                 if piece := answer.add(token):
                     yield piece
+                if answer.stopped:
+                    break
                 started = time.perf_counter()
-            reason = finish_reason(len(spent), sampling)
+            reason = "stop" if answer.stopped else finish_reason(len(spent), sampling)
             if piece := answer.close():
                 yield piece
         finally:
             answer.close()
+            if answer.stopped:  # the stop string was read, and is no part of the conversation
+                self._state = self._before[-1].copy()
             turn = Turn(len(spent), _speed(spent), reason, len(self._state.read), reread)
             self._finish(answer.text, turn)
 
@@ -273,24 +279,6 @@ def continuation(tokenizer: Any, read: list[int], rendered: list[int]) -> list[i
         return None
     rest: list[int] = tokenizer.encode(whole[len(seen) :], add_special_tokens=False)
     return rest if rest and rendered[-len(rest) :] == rest else None
-
-
-class _Answer:
-    """The text of an answer as it grows."""
-
-    def __init__(self, tokenizer: Any):
-        self.text = ""
-        self._stream = TextStream(tokenizer)
-
-    def add(self, token: int) -> str:
-        return self._keep(self._stream.push(token))
-
-    def close(self) -> str:
-        return self._keep(self._stream.flush())
-
-    def _keep(self, piece: str) -> str:
-        self.text += piece
-        return piece
 
 
 def _speed(spent: list[float]) -> float | None:

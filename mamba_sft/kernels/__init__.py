@@ -8,8 +8,8 @@ Read `README.md` (the mathematics, the layouts, the measured speed), `reference`
 (what both fast backends share), `cpu` with `cpu_loops`, `cpu_rows` and `cpu_steps`, `triton_ops` with
 `launching`, `triton_scan`, `triton_conv` and `triton_math`; then `falcon_mamba` (`install` puts the
 operations into a model), `time_step` (`dt_proj` without its bias) with `twin` (a second module over the same
-weights), `residual_norm` (what float16 cannot hold), `carry` (states handed on) and `decoding` (one token at
-a time).
+weights), `residual_norm` (what float16 cannot hold), `carry` (states handed on), `decoding` (one token at a
+time) and `plain_ops` (the same for a compiler).
 """
 
 from __future__ import annotations

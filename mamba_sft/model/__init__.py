@@ -8,5 +8,5 @@ Read `checkpoint` (find a base and read what is in it), `tensor_headers` (what a
 and the proof that it learns), `adapter_config` (what other people's say of themselves), `trained_rows` (rows
 of the vocabulary beside it), `base_facts` (its base), `base_view` (the base under an adapter as a model of
 its own) and `shards` (tensors in parts); `full_weights` (training without an adapter, and the checkpoint it
-leaves); `warming_up` (what the first call would do).
+leaves); `warming_up` (what the first call would do) and `compiling` (the step of one token, compiled).
 """

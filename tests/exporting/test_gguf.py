@@ -29,7 +29,7 @@ from mamba_sft.errors import ExportError, MambaSFTError, ModelError, UsageError
 from mamba_sft.exporting import request
 from mamba_sft.exporting.export_run import export as export_run
 from mamba_sft.exporting.full_model import FullModel, find_model
-from mamba_sft.exporting.gguf import files, installed, llama_cpp, metadata, verifying
+from mamba_sft.exporting.gguf import files, metadata, verifying
 from mamba_sft.exporting.gguf.files import prepare_files
 from mamba_sft.exporting.gguf.importance import importance_matrix
 from mamba_sft.exporting.gguf.metadata import plain_template, read_vocabulary
@@ -41,6 +41,8 @@ from mamba_sft.exporting.gguf.verifying import compare_logits
 from mamba_sft.exporting.gguf.writing import lay_out_file
 from mamba_sft.exporting.logits import logits_of
 from mamba_sft.exporting.request import GGUFOptions
+from mamba_sft.llama_cpp import installed
+from mamba_sft.llama_cpp import library as llama_cpp
 from mamba_sft.merging.merge_run import merge
 from mamba_sft.model.tensor_files import StoredTensors
 from mamba_sft.model.tensor_headers import TensorEntry
@@ -503,7 +505,7 @@ def test_greedy_answers_are_compared_up_to_the_first_difference(tmp_path: Path) 
 LOADING = """
 import sys
 from pathlib import Path
-from mamba_sft.exporting.gguf import llama_cpp
+from mamba_sft.llama_cpp import library as llama_cpp
 if sys.argv[2] == "copied":
     llama_cpp._keep_weights_mapped = lambda library: None
 library = llama_cpp.load()

@@ -12,13 +12,18 @@ from typing import Any
 import pytest
 
 from mamba_sft.errors import UsageError
+from mamba_sft.inference.answer import Answer
 from mamba_sft.inference.answer_file import AnswerFile
 from mamba_sft.inference.answering import generate
 from mamba_sft.inference.chat_model import ChatModel
-from mamba_sft.inference.generation import Answer
+from mamba_sft.inference.prompt_rows import PromptRow
 from tests.inference.conftest import SHORT
 
 PROMPTS = ["one", "two", "three"]
+
+
+def begun(path: Path, times: int = 1) -> AnswerFile:
+    return AnswerFile(path).start([PromptRow("here", prompt) for prompt in PROMPTS * times], {})
 
 
 def answer(text: str) -> Answer:
@@ -32,7 +37,7 @@ def rows(path: Path) -> list[str]:
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
 def test_each_answer_is_there_at_once_and_the_file_at_the_end(tmp_path: Path, order: tuple[int, ...]) -> None:
     path = tmp_path / "deep" / "out.jsonl"
-    with AnswerFile(path, PROMPTS) as file:
+    with begun(path) as file:
         for given, number in enumerate(order, start=1):
             file.add(number, answer(PROMPTS[number]))
             assert rows(path.with_name("out.unfinished.jsonl")) == [PROMPTS[n] for n in order[:given]]
@@ -64,7 +69,7 @@ def test_what_was_answered_stays_when_the_work_ends_early(
 
 
 def test_nothing_is_left_where_nothing_was_answered(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), AnswerFile(tmp_path / "out.jsonl", PROMPTS):
+    with pytest.raises(RuntimeError), begun(tmp_path / "out.jsonl"):
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
 
@@ -73,7 +78,7 @@ LONG = "x" * 20_000
 
 
 def fill(path: Path, order: Iterable[int]) -> None:
-    with AnswerFile(path, PROMPTS * 2) as file:
+    with begun(path, 2) as file:
         for number in order:
             file.add(number, answer(LONG))
 
@@ -98,7 +103,7 @@ def test_a_full_disk_keeps_what_it_took_and_names_what_is_needed(
 def test_a_disk_that_has_room_again_gets_all(small_disk: Callable[[str], Path]) -> None:
     disk = small_disk("size=64k")
     (disk / "film").write_bytes(b"x" * 40_000)
-    with AnswerFile(disk / "out.jsonl", PROMPTS) as file:
+    with begun(disk / "out.jsonl") as file:
         file.add(0, answer(LONG))
         file.add(1, answer(LONG))
         (disk / "film").unlink()
@@ -113,4 +118,4 @@ def test_no_room_to_put_them_in_order(small_disk: Callable[[str], Path]) -> None
     unfinished = path.with_name("out.unfinished.jsonl")
     assert found.value.hint == f"all answers are in `{unfinished}`, in the order they came"
     assert rows(unfinished) == [LONG, LONG]
-    assert sorted(os.listdir(path.parent)) == [unfinished.name]
+    assert sorted(os.listdir(path.parent)) == [unfinished.name, f"{unfinished.name}.record"]

@@ -32,7 +32,8 @@ def test_generate_answers_texts_chats_and_files_alike(chat_model, run, tmp_path)
     assert sorted(seen) == [0, 1, 2]
     written = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
     assert [row["answer"] for row in written] == expected
-    assert written[0] == {"prompt": "hello", "answer": expected[0], "finish_reason": "length", "tokens": 12}
+    answer = {"answer": expected[0], "finish_reason": "length", "tokens": 12}
+    assert written[0] == {"prompt": "hello", "id": 1} | answer
     assert written[2]["messages"] == chats[2]
     assert list(output.parent.iterdir()) == [output]
     other = generate(chat_model, texts[0], sampling=SHORT, system="quite another")

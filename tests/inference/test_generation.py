@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from mamba_sft.errors import UsageError
+from mamba_sft.inference.answer_text import TextStream
 from mamba_sft.inference.generation import (
     PREFILL_CHUNK,
     State,
-    TextStream,
     answers,
     finish_reason,
     prefill,

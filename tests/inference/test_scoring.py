@@ -9,7 +9,7 @@ import torch
 
 from mamba_sft.errors import DataError
 from mamba_sft.inference import scoring
-from mamba_sft.inference.scoring import heldout_loss
+from mamba_sft.inference.scoring import heldout_loss, score_rows
 from mamba_sft.kernels.falcon_mamba import install
 from mamba_sft.model.adapter import attach_adapter
 from mamba_sft.recipe.fields import AdapterSection
@@ -83,6 +83,30 @@ def test_the_model_is_left_as_it_was(tiny_model: Any) -> None:
     with pytest.raises(KeyError):
         heldout_loss(model, [{}], collate, 1)
     assert [module.training for module in model.modules()] == modes
+
+
+@pytest.mark.parametrize("positions", [3, 1024])
+def test_each_row_has_a_score_of_its_own(
+    tiny_model: Any, monkeypatch: pytest.MonkeyPatch, positions: int
+) -> None:
+    monkeypatch.setattr(scoring, "_POSITIONS", positions)
+    model, rows = install(tiny_model), make_rows()
+    rows[2] = {"input_ids": rows[2]["input_ids"], "labels": [-100] * 4}
+    rows[0]["labels"][1:] = _likeliest(model, rows[0]["input_ids"])
+    found = list(score_rows(model, rows, collate, 2))
+    assert [one.tokens for one in found] == [8, 28, 0, 15, 19]
+    assert found[0].right == 8
+    assert found[2] == (0.0, 0, 0)
+    for one, row in zip(found, rows, strict=True):
+        if one.tokens:
+            assert one.loss / one.tokens == pytest.approx(plain_loss(model, [row]), rel=1e-5)
+            assert 0 <= one.right <= one.tokens
+
+
+def _likeliest(model: Any, ids: list[int]) -> list[int]:
+    with torch.no_grad():
+        found: list[int] = model(input_ids=torch.tensor([ids])).logits[0, :-1].argmax(-1).tolist()
+    return found
 
 
 def test_nothing_to_score(tiny_model: Any) -> None:

@@ -13,7 +13,6 @@ from typing import Any
 from mamba_sft.disk import disk_errors_explained, require_space
 from mamba_sft.errors import ExportError
 from mamba_sft.exporting.full_model import FullModel
-from mamba_sft.exporting.gguf import llama_cpp
 from mamba_sft.exporting.gguf.importance import importance_matrix
 from mamba_sft.exporting.gguf.metadata import Vocabulary, read_vocabulary
 from mamba_sft.exporting.gguf.tensors import ExportTensor, epsilon_scale, export_tensors
@@ -22,6 +21,7 @@ from mamba_sft.exporting.gguf.verifying import Verifier
 from mamba_sft.exporting.gguf.writing import FileLayout, GGUFFiles, Importance, lay_out_file, write_header
 from mamba_sft.exporting.request import GGUFFile, GGUFOptions, Progress, Quality
 from mamba_sft.exporting.texts import calibration_text
+from mamba_sft.llama_cpp import library as llama_cpp
 from mamba_sft.run import QUALITY, own_partial, write_atomically
 from mamba_sft.run_reading import read_quality
 from mamba_sft.wording import size_text

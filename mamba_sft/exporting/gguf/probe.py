@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from mamba_sft.errors import ExportError, MambaSFTError
-from mamba_sft.exporting.gguf import llama_cpp
+from mamba_sft.llama_cpp import library as llama_cpp
 
 Tokens = list[int]
 

@@ -10,10 +10,10 @@ from itertools import islice
 import torch
 from gguf import GGMLQuantizationType
 
-from mamba_sft.exporting.gguf import llama_cpp
 from mamba_sft.exporting.gguf.files import PreparedFiles
 from mamba_sft.exporting.gguf.types import block_size
 from mamba_sft.exporting.gguf.verifying import HELDOUT_TOKENS
+from mamba_sft.llama_cpp import library as llama_cpp
 from mamba_sft.model.tensor_files import one_thread
 
 _SAMPLED_BLOCKS = 8

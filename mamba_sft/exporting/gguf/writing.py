@@ -20,10 +20,10 @@ from gguf import GGMLQuantizationType, GGUFWriter
 
 from mamba_sft.errors import ModelError
 from mamba_sft.exporting.full_model import FullModel
-from mamba_sft.exporting.gguf import llama_cpp
 from mamba_sft.exporting.gguf.metadata import Vocabulary, add_metadata
 from mamba_sft.exporting.gguf.tensors import ExportTensor
 from mamba_sft.exporting.gguf.types import BF16, F16, F32, Method, padded, stored_bytes
+from mamba_sft.llama_cpp import library as llama_cpp
 from mamba_sft.model.tensor_files import as_bytes, one_thread
 
 Importance = Mapping[str, llama_cpp.Floats]

@@ -1,10 +1,10 @@
 """llama.cpp's own code, as the xllamacpp wheel carries it: nothing to compile, nothing copied.
 
-The wheel's Python API serves chats. The two things needed here, quantizing rows and reading raw logits, are
-functions of llama.cpp's C interface, which the wheel's library exports. Every structure that crosses that
-interface is either opaque or left as the library made it, with one exception, `llama_batch`, whose seven
-fields are declared below. So no other layout is assumed, and none can change unnoticed: `load` tries the
-library on known values first.
+The wheel's Python API serves chats. The things needed here, quantizing rows, reading raw logits and keeping
+states, are functions of llama.cpp's C interface, which the wheel's library exports. Every structure that
+crosses that interface is either opaque or left as the library made it, with one exception, `llama_batch`,
+whose seven fields are declared below. So no other layout is assumed, and none can change unnoticed: `load`
+tries the library on known values first.
 
 This module imports no torch: the process that loads a finished file runs on it alone.
 """
@@ -24,7 +24,7 @@ from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 
 from mamba_sft.errors import MambaSFTError
-from mamba_sft.exporting.gguf.installed import INSTALL_HINT, require_gguf
+from mamba_sft.llama_cpp.installed import INSTALL_HINT, require_gguf
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
@@ -64,8 +64,11 @@ _KEEP_LOG = _LOG_CALLBACK(_keep_log)
 
 
 @cache
-def load() -> ctypes.CDLL:
+def load(*, mapped: bool = True) -> ctypes.CDLL:
     """Returns the library, checked on a row whose quantized form is known.
+
+    Args:
+        mapped: Use 4-bit weights as they lie in the file. False lets llama.cpp rearrange a copy: faster.
 
     Raises:
         MambaSFTError: xllamacpp is not installed, or its library is not what this code was written for.
@@ -83,7 +86,8 @@ def load() -> ctypes.CDLL:
         ) from error
     library.llama_log_set(_KEEP_LOG, None)
     library.llama_backend_init()
-    _keep_weights_mapped(library)
+    if mapped:
+        _keep_weights_mapped(library)
     rows = np.linspace(-1, 1, 64, dtype=np.float32).reshape(1, 64)
     packed = _quantize(library, GGMLQuantizationType.Q8_0, rows, None)
     if packed.nbytes != 68 or np.abs(dequantize(packed, GGMLQuantizationType.Q8_0) - rows).max() > 0.005:
@@ -131,6 +135,9 @@ def _declare(library: ctypes.CDLL) -> None:
         "llama_set_n_threads": (None, [pointer, i32, i32]),
         "llama_get_memory": (pointer, [pointer]),
         "llama_memory_clear": (None, [pointer, ctypes.c_bool]),
+        "llama_state_seq_get_size": (size, [pointer, i32]),
+        "llama_state_seq_get_data": (size, [pointer, pointer, size, i32]),
+        "llama_state_seq_set_data": (size, [pointer, pointer, size, i32]),
         "llama_batch_init": (_Batch, [i32, i32, i32]),
         "llama_batch_free": (None, [_Batch]),
         "llama_decode": (i32, [pointer, _Batch]),
@@ -232,12 +239,12 @@ class LoadedModel:
 
     def logits(self, ids: Sequence[int]) -> Floats:
         """Returns the logits after every token of a fresh sequence, (L, vocabulary)."""
-        self.library.llama_memory_clear(self.library.llama_get_memory(self.context), True)
+        self.clear()
         return self._decode(ids, 0, every=True)
 
     def greedy(self, prompt: Sequence[int], limit: int) -> list[int]:
         """Returns the likeliest continuation of a prompt: to its stop token, or `limit` tokens."""
-        self.library.llama_memory_clear(self.library.llama_get_memory(self.context), True)
+        self.clear()
         answer: list[int] = []
         logits, at = self._decode(prompt, 0, every=False), len(prompt)
         while len(answer) < min(limit, self.n_ctx - len(prompt)):
@@ -247,6 +254,42 @@ class LoadedModel:
                 break
             logits, at = self._decode([token], at, every=False), at + 1
         return answer
+
+    def read(self, ids: Sequence[int], start: int) -> Floats:
+        """Reads tokens on top of the state, chunk by chunk; returns the scores of the next, (vocabulary,).
+
+        Args:
+            ids: At least one.
+            start: How many tokens the state has read.
+        """
+        for at in range(0, len(ids), self.n_ctx):
+            scores = self._decode(ids[at : at + self.n_ctx], start + at, every=False)
+        return np.array(scores[-1])
+
+    def clear(self) -> None:
+        """Forgets what was read."""
+        self.library.llama_memory_clear(self.library.llama_get_memory(self.context), True)
+
+    def state(self) -> Bytes:
+        """Returns a copy of the state, as `restore` takes it."""
+        kept = np.empty(self.library.llama_state_seq_get_size(self.context, 0), np.uint8)
+        written = self.library.llama_state_seq_get_data(self.context, kept.ctypes.data, kept.nbytes, 0)
+        return kept[:written]
+
+    def restore(self, kept: Bytes) -> None:
+        """Goes back to a state.
+
+        Raises:
+            MambaSFTError: llama.cpp does not take it.
+        """
+        self.clear()
+        if not self.library.llama_state_seq_set_data(self.context, kept.ctypes.data, kept.nbytes, 0):
+            raise MambaSFTError(f"llama.cpp does not take a state of {kept.nbytes:,} bytes: {''.join(_LOG)}")
+
+    def end_tokens(self) -> list[int]:
+        """Returns the tokens that end an answer."""
+        is_end = self.library.llama_vocab_is_eog
+        return [token for token in range(self.n_tokens) if is_end(self.vocabulary, token)]
 
     def _decode(self, ids: Sequence[int], start: int, *, every: bool) -> Floats:
         wanted = range(len(ids)) if every else [len(ids) - 1]

@@ -1,0 +1,358 @@
+"""The verb `eval`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mamba_sft.cli import completing
+from mamba_sft.cli.console import (
+    Json,
+    err,
+    loading,
+    model_or_newest,
+    out,
+    quiet_loading,
+    write_json,
+)
+from mamba_sft.errors import MambaSFTError, UsageError
+
+if TYPE_CHECKING:
+    from mamba_sft.evaluation.measuring import Subject, Work
+    from mamba_sft.evaluation.results import Results
+    from mamba_sft.evaluation.settings import Settings
+    from mamba_sft.evaluation.suites import Problem, Suite
+    from mamba_sft.evaluation.table import Table
+    from mamba_sft.inference.model_places import ModelPlace
+    from mamba_sft.run import Run
+
+
+def evaluate(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[RUN|MODEL]",
+            help="A run, model directory or hub id; default: the newest.",
+            autocompletion=completing.models,
+        ),
+    ] = None,
+    suite: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,...",
+            help="What to score on; several with commas.",
+            autocompletion=completing.suites,
+        ),
+    ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(metavar="A,B:5,...", help="Tasks of lm-eval, YAML files; `:5` gives shots.")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Score this one too and compare; `auto`: the base.")
+    ] = None,
+    against: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Compare with the results in this file.")
+    ] = None,
+    chat_template: Annotated[
+        str, typer.Option(metavar="HOW", help="`on` asks in chats, `off` in plain text.")
+    ] = "auto",
+    max_length: Annotated[int, typer.Option(metavar="N", help="Prompt and answer, in tokens.")] = 2048,
+    batch_size: Annotated[int, typer.Option(metavar="N", help="Requests at a time.", hidden=True)] = 8,
+    limit: Annotated[
+        int | None, typer.Option(metavar="N", help="Only so many documents of each task.")
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DTYPE", help="What to compute in.", hidden=True, autocompletion=completing.dtypes
+        ),
+    ] = None,
+    quantization: Annotated[
+        str | None, typer.Option(metavar="HOW", help="none, nf4 or int8; default: as it was trained.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="FILE", help="For heldout and instructions: rows, prompts.")
+    ] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where data sets are, as DIR/owner/name.")
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Files of tasks of your own.", hidden=True)
+    ] = None,
+    math_metric: Annotated[
+        str, typer.Option(metavar="original|verify", help="How answers of MATH are compared.", hidden=True)
+    ] = "original",
+    output: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where results go; default: the run's `eval/`.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on after the last finished task.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace results.", hidden=True)] = False,
+    check: Annotated[bool, typer.Option("--check", help="Only say what would stand in the way.")] = False,
+    save_samples: Annotated[
+        bool, typer.Option("--save-samples", help="Keep what was asked and answered.", hidden=True)
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Score a model on leaderboards and tasks, beside its base.
+
+    Example: mamba-sft eval runs/quickstart --suite leaderboard-v2 --base auto
+    Also: --overwrite, --save-samples, --dtype DTYPE, --math-metric original|verify,
+    --batch-size N, --include-path DIR of tasks.
+    """
+    os.environ.setdefault(
+        "TQDM_DISABLE", "1"
+    )  # before tqdm is imported: lm-eval draws a bar a task over ours
+    settings = _settings(
+        chat_template, max_length, batch_size, limit, math_metric, data, data_dir, include_path, save_samples
+    )
+    suites = _suites(suite, tasks)
+    _refuse_unread(data, suites)
+    _refuse_together(base, against, resume, overwrite)
+    chosen = model_or_newest(model)
+    from mamba_sft.run import evaluation_place
+
+    place_of_results = output if output is not None else evaluation_place(chosen)
+    subjects, problems = _subjects(chosen, base, dtype, quantization)
+    earlier = _read_against(against)
+    works = _prepare(suites, subjects, problems, settings, place_of_results, check, resume, overwrite)
+    if works is None:
+        out.print("nothing stands in the way")
+        return
+    _measure(works, subjects, settings, quantization)
+    _compare(works, earlier)
+    _tell_the_report(chosen, output)
+    if as_json:
+        write_json([_as_json(work) for work in works])
+    else:
+        _show(works)
+
+
+def _settings(
+    chat_template: str,
+    max_length: int,
+    batch_size: int,
+    limit: int | None,
+    math_metric: str,
+    rows: str | None,
+    data_dir: Path | None,
+    include_path: Path | None,
+    samples: bool,
+) -> Settings:
+    from mamba_sft.evaluation.settings import Settings
+
+    template = _one_of("--chat-template", chat_template, ("auto", "on", "off"))
+    metric = _one_of("--math-metric", math_metric, ("original", "verify"))
+    for name, value in (("--max-length", max_length), ("--batch-size", batch_size), ("--limit", limit)):
+        if value is not None and value < 1:
+            raise UsageError(f"`{name} {value}` is not 1 or more")
+    return Settings(
+        chat_template=template,
+        max_length=max_length,
+        batch_size=batch_size,
+        limit=limit,
+        math_metric=metric,
+        data_dir=_absolute(data_dir),
+        include_path=_absolute(include_path),
+        samples=samples,
+        rows=rows,
+    )
+
+
+def _absolute(path: Path | None) -> Path | None:
+    return None if path is None else path.expanduser().absolute()
+
+
+def _one_of(option: str, value: str, choices: Sequence[str]) -> Any:
+    if value not in choices:
+        raise UsageError(f"`{option} {value}`: there is {', '.join(f'`{one}`' for one in choices)}")
+    return value
+
+
+def _suites(names: str | None, tasks: str | None) -> list[Suite]:
+    from mamba_sft.evaluation.suite_names import find_suite, find_tasks
+    from mamba_sft.run import SUITES
+
+    if names is None and tasks is None:
+        raise UsageError(
+            "say what to score on with `--suite` or `--tasks`",
+            hint=f"suites are {', '.join(SUITES)}; for example `--suite {SUITES[0]}`",
+        )
+    words = [word.strip() for word in (names or "").split(",") if word.strip()]
+    found = [find_suite(word) for word in dict.fromkeys(words)]
+    if tasks is not None:
+        found.append(find_tasks(tasks))
+    return found
+
+
+def _refuse_unread(data: str | None, suites: Sequence[Suite]) -> None:
+    if data is not None and not any(suite.name in ("heldout", "instructions") for suite in suites):
+        raise UsageError(
+            f"nothing reads `--data {data}`: that is for the suites `heldout` and `instructions`",
+            hint="data sets of leaderboards and tasks lie under `--data-dir`",
+        )
+
+
+def _refuse_together(base: str | None, against: Path | None, resume: bool, overwrite: bool) -> None:
+    if base is not None and against is not None:
+        raise UsageError("`--base` scores another model, `--against` reads its results", hint="give one")
+    if resume and overwrite:
+        raise UsageError("`--resume` goes on with results, `--overwrite` replaces them", hint="give one")
+
+
+def _subjects(
+    chosen: str | Run, base: str | None, dtype: str | None, quantization: str | None
+) -> tuple[list[Subject], list[Problem]]:
+    """The models to score; where one is not to be found, that is a problem to be told with all others."""
+    from mamba_sft.cli.completing import dtypes
+    from mamba_sft.evaluation.measuring import subjects_of
+    from mamba_sft.evaluation.suites import Problem
+    from mamba_sft.inference.model_places import find_place, no_adapter
+
+    if dtype is not None:
+        _one_of("--dtype", dtype, dtypes())
+    if quantization is not None:
+        _one_of("--quantization", quantization, ("none", "nf4", "int8"))
+
+    def find(where: str | Run) -> ModelPlace:
+        found = find_place(where)
+        held = {"dtype": dtype, "quantization": quantization}
+        changes = {name: value for name, value in held.items() if value is not None}
+        return replace(found, section=found.section.model_copy(update=changes))
+
+    problems: list[Problem] = []
+
+    def found(where: str | Run) -> ModelPlace | None:
+        try:
+            return find(where)
+        except MambaSFTError as error:
+            problems.append(Problem(error.message, error.hint))
+            return None
+
+    place = found(chosen)
+    below = base == "auto" and place is not None and place.adapter is not None
+    other = None
+    if base is not None and base != "auto":
+        other = found(base)
+    elif base == "auto" and place is not None and not below:
+        if place.recipe is None:
+            error = no_adapter(place.name)
+            problems.append(Problem(error.message, "name the base: `--base MODEL`"))
+        else:
+            other = found(place.recipe.model.base)
+    return ([] if place is None else subjects_of(place, other, base_below=below)), problems
+
+
+def _read_against(file: Path | None) -> Results | None:
+    from mamba_sft.evaluation.results import Results
+
+    return None if file is None else Results.read(file)
+
+
+def _prepare(
+    suites: Sequence[Suite],
+    subjects: Sequence[Subject],
+    problems: list[Problem],
+    settings: Settings,
+    output: Path,
+    check: bool,
+    resume: bool,
+    overwrite: bool,
+) -> list[Work] | None:
+    """Looks for all problems, then reads what is asked; returns what is to be done, None for a check."""
+    from mamba_sft.evaluation.measuring import start
+    from mamba_sft.evaluation.preflight import problems_of, refuse
+
+    with loading("lm-eval and its tasks"):
+        problems += problems_of(suites, [one.place for one in subjects], settings, output)
+    refuse(problems)
+    from mamba_sft.cli.progress import StageBar  # which loads transformers
+
+    works = []
+    with StageBar(err) as bar:
+        for number, suite in enumerate(suites):
+            bar.update("reading tasks", number, len(suites))
+            tasks = suite.prepare(subjects[-1].place, settings)
+            if not check:
+                works.append(
+                    start(suite, tasks, subjects, settings, output, resume=resume, overwrite=overwrite)
+                )
+        bar.update("reading tasks", len(suites), len(suites))
+    return None if check else works
+
+
+def _measure(
+    works: Sequence[Work], subjects: Sequence[Subject], settings: Settings, quantization: Any
+) -> None:
+    with loading("torch, transformers and peft"):
+        from mamba_sft.cli.progress import StageBar, TaskBar
+        from mamba_sft.evaluation.measuring import measure
+
+        quiet_loading()
+    with StageBar(err) as drawn:
+        bar = TaskBar(drawn, sum(len(work.todo(one.role)) for work in works for one in subjects))
+        measure(works, subjects, settings, quantization=quantization, progress=bar.update)
+        bar.end()
+
+
+def _compare(works: Sequence[Work], earlier: Results | None) -> None:
+    from mamba_sft.evaluation.measuring import compare
+
+    for work in works:
+        if earlier is not None and earlier.suite != work.suite.name:
+            err.print(
+                f"`--against` has results of {earlier.suite}: nothing to compare {work.suite.name} with"
+            )
+            compare(work)
+        else:
+            compare(work, earlier)
+
+
+def _tell_the_report(chosen: str | Run, output: Path | None) -> None:
+    """The report of a run shows what was measured of it, once it has been measured."""
+    from mamba_sft.evaluation.report import write_report
+    from mamba_sft.run import Run
+
+    run = chosen if isinstance(chosen, Run) else Run(Path(chosen))
+    if output is None and run.report.is_file():
+        write_report(run)
+
+
+def _as_json(work: Work) -> dict[str, Any]:
+    return {role: one.to_json(documents=False) for role, one in work.results.items()}
+
+
+def _show(works: Sequence[Work]) -> None:
+    from mamba_sft.evaluation.table import differences_table, notes, scores_table, settings_text
+    from mamba_sft.wording import path_text
+
+    for work in works:
+        rows = list(work.results.values())
+        if work.against is not None and "base" not in work.results:
+            work.against.fill(work.suite.columns())
+            rows.insert(0, work.against)
+        out.print(settings_text(work.results["tuned"]))
+        _print_table(scores_table(rows, work.suite.published))
+        if work.against is not None:
+            out.print()
+            names = work.against.model["name"], work.results["tuned"].model["name"]
+            _print_table(differences_table(*names, work.differences))
+        for note in notes(rows, work.differences):
+            err.print(note, soft_wrap=True)
+        for file in work.files.values():
+            out.print(f"results: {path_text(file)}")
+
+
+def _print_table(table: Table) -> None:
+    widths = [max(len(row[i]) for row in (table.titles, *table.rows)) for i in range(len(table.titles))]
+    texts = {0} | {i for i, title in enumerate(table.titles) if title == "metric"}
+    for row in (table.titles, *table.rows):
+        cells = [
+            cell.ljust(width) if i in texts else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        out.print("  ".join(cells).rstrip(), crop=False)

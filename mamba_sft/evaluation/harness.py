@@ -1,0 +1,533 @@
+"""Suites that lm-eval runs: its prompts, filters and metrics; our model and our sums.
+
+lm-eval (0.4.13, read 2026-11-27) is asked for as little as can be: tasks by name, from the directories that
+have them, each built once and seeded, and `evaluate` of one task at a time, so that a finished one can be
+written. Its ways of loading a model, an adapter or four bits, its group `openllm`, overrides given as a
+dictionary, and the figures it adds up for groups are not used: each is wrong or broken in some case.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import chdir, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from importlib.metadata import version
+from math import isclose
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mamba_sft.errors import DataError, UsageError
+from mamba_sft.evaluation.leaderboards import TASK_FILES, Leaderboard, columns_of
+from mamba_sft.evaluation.normalisation import Column, Pool
+from mamba_sft.evaluation.scores import Scores, TaskScores
+from mamba_sft.evaluation.settings import Settings
+from mamba_sft.evaluation.suites import Problem, Progress
+
+if TYPE_CHECKING:
+    from mamba_sft.inference.chat_model import ChatModel
+    from mamba_sft.inference.model_places import ModelPlace
+
+SEED = 0
+"""Some tasks draw the order of their answers when they are built; all are built from this seed."""
+_BOOTSTRAP = 1000
+"""Draws for standard errors that have no formula. 0 would leave out those that have one."""
+_DEFAULT_ANSWER = 256
+"""Tokens that are generated where a task does not say how many."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One entry of `--tasks`: the name of a task, group or tag, or the path of a YAML file, and shots."""
+
+    name: str
+    shots: int | None = None
+
+    @property
+    def title(self) -> str:
+        """What it is called in tables."""
+        return Path(self.name).stem if _is_file(self.name) else self.name
+
+
+class Harness:
+    """A suite of tasks of lm-eval.
+
+    Args:
+        name: What it is called, and its results.
+        asked: What is asked for.
+        board: The leaderboard, where it is one.
+    """
+
+    def __init__(self, name: str, asked: Sequence[Asked], board: Leaderboard | None = None):
+        self.name = name
+        self.asked = tuple(asked)
+        self.board = board
+        self._manager: Any = None
+        self._tasks: dict[str, Any] = {}
+        self._columns: list[Column] = []
+
+    @property
+    def published(self) -> Mapping[str, Sequence[float]]:
+        """The rows of a leaderboard's card."""
+        return self.board.published if self.board is not None else {}
+
+    def uses_template(self, settings: Settings, has_template: bool) -> bool:
+        """Whether prompts go through the chat template of a model that has one or not."""
+        if settings.chat_template == "auto":
+            return has_template and (self.board is None or self.board.template)
+        return settings.chat_template == "on"
+
+    def problems(self, place: ModelPlace | None, settings: Settings) -> list[Problem]:
+        """Looks for tasks that are not there, data sets out of reach, answers longer than `max_length`."""
+        found = list(self._name_problems(settings))
+        if found:
+            return found
+        leaves = self._leaves(settings)
+        return [
+            *_data_problems(leaves, settings),
+            *_length_problems(leaves, settings),
+            *_sentence_problems(leaves),
+        ]
+
+    def prepare(self, place: ModelPlace, settings: Settings) -> list[str]:
+        """Builds every task with its documents, once, from one seed.
+
+        Raises:
+            DataError: Documents of a task cannot be read, or a task cannot be run here; all are told at once.
+        """
+        manager = self._index(settings)
+        failures: list[str] = []
+        groups: dict[str, list[str]] = {}
+        with _quiet(), _data_from(settings.data_dir), _nothing_remembered():
+            for one in self.asked:
+                random.seed(SEED)  # for each, so that what else is asked for changes nothing
+                try:
+                    built = manager.load([one.name])["tasks"]
+                except Exception as error:  # tasks are code of many authors
+                    failures.append(f"`{one.name}`: {type(error).__name__}: {_first_line(error)}")
+                    continue
+                for name, task in built.items():
+                    failures += _refused(name, task)
+                    _settle(task, one.shots)
+                    self._tasks[name] = task
+                groups[one.title] = list(built)
+        if failures:
+            raise DataError(
+                "tasks cannot be prepared:\n" + "\n".join(f"  - {text}" for text in failures),
+                hint="the file of a task, or its data set, is not what lm-eval takes",
+            )
+        self._columns = (
+            columns_of(self.board, settings.math_metric, list(self._tasks))
+            if self.board is not None
+            else [column for name, leaves in groups.items() for column in self._columns_of(name, leaves)]
+        )
+        return list(self._tasks)
+
+    def facts(self) -> dict[str, Any]:
+        """Returns the shots and the version of each task, and lm-eval's version."""
+        shots = {name: task.config.num_fewshot for name, task in self._tasks.items()}
+        versions = {name: str(task.VERSION) for name, task in self._tasks.items()}
+        return {"lm_eval": version("lm-eval"), "seed": SEED, "shots": shots, "task_versions": versions}
+
+    def columns(self) -> Sequence[Column]:
+        """Returns a leaderboard's columns, or one for each metric of what `--tasks` asks for."""
+        return self._columns
+
+    def measure(
+        self, chat_model: ChatModel, tasks: Sequence[str], settings: Settings, progress: Progress
+    ) -> Iterator[TaskScores]:
+        """Scores a model on prepared tasks, one after the other."""
+        from lm_eval.evaluator import evaluate
+
+        template = self.uses_template(settings, bool(chat_model.tokenizer.chat_template))
+        counter = _Counter(progress)
+        with _quiet():
+            model = make_model(chat_model, settings, counter.count)
+        for name in tasks:
+            begun = time.monotonic()
+            counter.begin(name, self._tasks[name])
+            random.seed(SEED)
+            with _quiet():
+                found = evaluate(
+                    model,
+                    {"tasks": {name: self._tasks[name]}, "groups": {}, "group_map": {}},
+                    limit=settings.limit,
+                    bootstrap_iters=_BOOTSTRAP,
+                    apply_chat_template=template,
+                    fewshot_as_multiturn=template,
+                )
+            scores = _scores(name, self._tasks[name], found, time.monotonic() - begun)
+            yield replace(scores, samples=_samples(found["samples"][name])) if settings.samples else scores
+
+    def _index(self, settings: Settings) -> Any:
+        if self._manager is None:
+            from lm_eval import tasks
+
+            root = Path(tasks.__file__).parent
+            own = [settings.include_path] if settings.include_path is not None else []
+            with _quiet():
+                if self.board is not None:
+                    places = [*(root / name for name in self.board.directories), TASK_FILES]
+                else:
+                    places = [*_likely_places(root, self.asked), *own]
+                self._manager = tasks.TaskManager(include_path=places, include_defaults=False)
+                if self.board is None and not self._is_complete():
+                    self._manager = tasks.TaskManager(include_path=own)  # ten seconds
+        return self._manager
+
+    def _is_complete(self) -> bool:
+        """Whether all that is asked for is in the index, with all of its parts.
+
+        Of a tag one cannot tell: any directory may have more tasks with it.
+        """
+        index = self._manager.task_index
+
+        def there(name: str) -> bool:
+            entry = index.get(name)
+            if entry is None or entry.kind.name == "TAG":
+                return False
+            return entry.kind.name != "GROUP" or all(map(there, _members(entry)))
+
+        return all(_is_file(one.name) or there(one.name) for one in self.asked)
+
+    def _name_problems(self, settings: Settings) -> Iterator[Problem]:
+        absent = [one.name for one in self.asked if _ends_as_file(one.name) and not _is_file(one.name)]
+        if absent:  # before lm-eval looks for names, which takes seconds
+            for name in absent:
+                yield Problem(f"no file `{name}`", "tasks are their names in lm-eval, or YAML files")
+            return
+        known = set(self._index(settings).all_tasks)
+        for one in self.asked:
+            if one.name not in known and not _is_file(one.name):
+                yield Problem(f"no task `{one.name}`", _similar(one.name, known))
+
+    def _leaves(self, settings: Settings) -> dict[str, Mapping[str, Any]]:
+        """The configurations of all tasks asked for, from their files alone."""
+        index = self._index(settings).task_index
+        found: dict[str, Mapping[str, Any]] = {}
+
+        def walk(name: str) -> None:
+            entry = index.get(name)
+            if entry is None:
+                return
+            if entry.kind.name not in ("TAG", "GROUP"):
+                found[name] = entry.cfg or {}
+                return
+            for child in _members(entry):
+                walk(child)
+
+        for one in self.asked:
+            if one.name in index:
+                walk(one.name)
+            else:
+                found[one.name] = _read_task_file(one.name)
+        return found
+
+    def _columns_of(self, name: str, leaves: Sequence[str]) -> Iterator[Column]:
+        """A column for each metric that all tasks of a group have, over all their documents."""
+        shared: list[str] | None = None
+        for leaf in leaves:
+            task = self._tasks[leaf]
+            metrics = [f"{metric},{key}" for key in _filters(task) for metric in task.aggregation()]
+            shared = metrics if shared is None else [one for one in shared if one in metrics]
+        for metric in shared or ():
+            better = self._tasks[leaves[0]].higher_is_better().get(metric.partition(",")[0], True)
+            yield Column(
+                f"{name} {metric.removesuffix(',none')}",
+                (Pool(tuple(leaves), metric),),
+                kind="number",
+                averaged=False,
+                falls=better is False,
+            )
+
+
+def make_model(chat_model: ChatModel, settings: Settings, on_request: Callable[[], None]) -> Any:
+    """Returns a loaded model as lm-eval asks it.
+
+    Args:
+        chat_model: The model.
+        settings: How long a text may be, and how many are read at a time.
+        on_request: Called as each request is answered.
+    """
+    from mamba_sft.evaluation.harness_model import HarnessModel
+
+    return HarnessModel(
+        chat_model,
+        max_length=settings.max_length,
+        batch_size=settings.batch_size,
+        on_request=on_request,
+    )
+
+
+def _scores(name: str, task: Any, found: Any, seconds: float) -> TaskScores:
+    """What `evaluate` says of one task, a document at a time."""
+    results, samples = found["results"][name], found["samples"][name]
+    documents: dict[int, tuple[str, str]] = {}
+    values: dict[str, dict[int, Any]] = {}
+    for sample in samples:
+        at = sample["doc_id"]
+        documents[at] = sample["doc_hash"], sample["prompt_hash"]
+        for metric in sample["metrics"]:
+            values.setdefault(f"{metric},{sample['filter']}", {})[at] = sample[metric]
+    order = sorted(documents)
+    metrics, whole = {}, {}
+    for key, value in results.items():
+        if "," not in key or "_stderr," in key or not isinstance(value, int | float):
+            continue
+        given = values.get(key, {})
+        scored = _by_document([given[at] for at in order]) if set(given) == set(order) else None
+        if scored is not None and isclose(scored.mean, value, rel_tol=1e-6, abs_tol=1e-9):
+            metrics[key] = scored
+        else:
+            error = results.get("{}_stderr,{}".format(*key.split(",", 1)))
+            whole[key] = float(value), float(error) if isinstance(error, int | float) else None
+    return TaskScores(
+        task=name,
+        shots=int(task.config.num_fewshot or 0),
+        documents=tuple(_told_apart([_short(documents[at][0]) for at in order])),
+        prompts=tuple(_short(documents[at][1]) for at in order),
+        metrics=metrics,
+        whole=whole,
+        seconds=seconds,
+    )
+
+
+def _samples(found: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], ...]:
+    """What was asked and answered, a document and filter each."""
+    return tuple(
+        {
+            "document": _short(sample["doc_hash"]),
+            "filter": sample["filter"],
+            "prompt": sample["arguments"][0][0],
+            "choices": [given[1] for given in sample["arguments"] if isinstance(given[1], str)],
+            "answers": [_plain(answer) for answer in sample["resps"]],
+            "taken": [_plain(answer) for answer in sample["filtered_resps"]],
+            "target": str(sample["target"]),
+            "metrics": {metric: _plain(sample[metric]) for metric in sample["metrics"]},
+        }
+        for sample in found
+    )
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON holds it."""
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if isinstance(value, str | bool | int | float) or value is None:
+        return value
+    return value.item() if hasattr(value, "item") else str(value)
+
+
+def _by_document(values: Sequence[Any]) -> Scores | None:
+    """Scores of documents that have a number each, or several marks; None where they have something else."""
+    if all(isinstance(value, int | float) or hasattr(value, "item") for value in values):
+        return Scores.of([float(value) for value in values])
+    if all(isinstance(value, list) and value for value in values):  # IFEval: a mark for each instruction
+        with_marks = all(isinstance(mark, bool) for value in values for mark in value)
+        return Scores(tuple(map(sum, values)), tuple(map(float, map(len, values)))) if with_marks else None
+    return None
+
+
+def _told_apart(keys: Sequence[str]) -> Iterator[str]:
+    """The same document may occur twice in a task."""
+    seen: dict[str, int] = {}
+    for key in keys:
+        seen[key] = seen.get(key, 0) + 1
+        yield key if seen[key] == 1 else f"{key}#{seen[key]}"
+
+
+def _short(digest: str) -> str:
+    return blake2b(digest.encode(), digest_size=8).hexdigest()
+
+
+class _Counter:
+    """Counts the requests of a task that have been answered.
+
+    Args:
+        progress: Told of each.
+    """
+
+    def __init__(self, progress: Progress):
+        self.progress = progress
+        self.name, self.task, self.done = "", None, 0
+
+    def begin(self, name: str, task: Any) -> None:
+        """A task begins."""
+        self.name, self.task, self.done = name, task, 0
+        self.progress(name, 0, 1)
+
+    def count(self) -> None:
+        """A request is answered; by then all of the task's are known."""
+        self.done += 1
+        total = len(self.task.instances) if self.task is not None else 1
+        self.progress(self.name, min(self.done, total), total)
+
+
+def _settle(task: Any, shots: int | None) -> None:
+    if shots is not None:
+        task.set_config(key="num_fewshot", value=shots)
+    elif task.get_config("num_fewshot") is None:
+        task.set_config(key="num_fewshot", value=0)
+    task.set_fewshot_seed(seed=1234)  # as lm-eval's own command does
+
+
+def _refused(name: str, task: Any) -> Iterator[str]:
+    if getattr(task, "UNSAFE_CODE", False):
+        yield f"`{name}` runs code that the model writes, which is not done here"
+    if getattr(task, "MULTIMODAL", False):
+        yield f"`{name}` shows pictures, which this model does not see"
+
+
+def _filters(task: Any) -> list[str]:
+    return [one.name for one in getattr(task, "_filters", ())] or ["none"]
+
+
+def _members(entry: Any) -> list[str]:
+    """What a group or a tag of lm-eval's index consists of."""
+    if entry.kind.name == "TAG":
+        return sorted(entry.tags)
+    members = (entry.cfg or {}).get("task") or []
+    return [
+        each if isinstance(each, str) else str(each.get("group") or each.get("task"))
+        for each in (members if isinstance(members, list) else [members])
+    ]
+
+
+def _likely_places(root: Path, asked: Sequence[Asked]) -> list[Path]:
+    """The directories that tasks of these names are in as a rule: reading all takes ten seconds."""
+    names = [path.name for path in root.iterdir() if path.is_dir()]
+    found = []
+    for one in asked:
+        begin = [name for name in names if one.name == name or one.name.startswith(f"{name}_")]
+        found += [root / max(begin, key=len)] if begin else []
+    return list(dict.fromkeys(found))
+
+
+def _ends_as_file(name: str) -> bool:
+    return name.endswith((".yaml", ".yml"))
+
+
+def _is_file(name: str) -> bool:
+    return _ends_as_file(name) and Path(name).is_file()
+
+
+def _read_task_file(name: str) -> Mapping[str, Any]:
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    try:
+        return dict(load_yaml(Path(name), resolve_func=False))
+    except Exception as error:  # any YAML, by anybody
+        raise UsageError(f"`{name}` cannot be read as a task: {_first_line(error)}") from error
+
+
+def _similar(name: str, known: set[str]) -> str:
+    import difflib
+
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.7)
+    if near:
+        return f"did you mean {' or '.join(f'`{each}`' for each in near)}?"
+    return "`lm-eval ls tasks` lists them; a YAML file is named with its path"
+
+
+def _data_problems(leaves: Mapping[str, Mapping[str, Any]], settings: Settings) -> Iterator[Problem]:
+    """One for each data set that is neither here nor to be had."""
+    from datasets import load_dataset_builder
+
+    first: dict[str, tuple[str, Mapping[str, Any]]] = {}
+    for name, config in leaves.items():
+        if isinstance(config.get("dataset_path"), str):
+            first.setdefault(config["dataset_path"], (name, config))
+    for path, (name, config) in first.items():
+        extra = config.get("dataset_kwargs") or {}
+        try:
+            with _quiet(), _data_from(settings.data_dir):
+                load_dataset_builder(path, config.get("dataset_name"), **extra)
+        except Exception as error:  # what cannot be reached has as many errors as there are ways to it
+            yield _unreachable(path, name, error, settings)
+
+
+def _unreachable(path: str, task: str, error: Exception, settings: Settings) -> Problem:
+    if "gated" in str(error):
+        return Problem(
+            f"the data set `{path}` of `{task}` is gated",
+            f"accept its terms at https://huggingface.co/datasets/{path}, then `hf auth login`",
+        )
+    where = f"in `{settings.data_dir}`, in the cache" if settings.data_dir is not None else "in the cache"
+    return Problem(
+        f"the data set `{path}` of `{task}` is neither {where} nor to be had: {_first_line(error)}",
+        f"where there is a network: `hf download {path} --repo-type dataset --local-dir DIR/{path}`;"
+        " then `--data-dir DIR`",
+    )
+
+
+def _length_problems(leaves: Mapping[str, Mapping[str, Any]], settings: Settings) -> Iterator[Problem]:
+    longest, which = 0, ""
+    for name, config in leaves.items():
+        if config.get("output_type") == "generate_until":
+            asked = config.get("generation_kwargs") or {}
+            tokens = next((asked[key] for key in ("max_gen_toks", "max_new_tokens") if key in asked), None)
+            tokens = _DEFAULT_ANSWER if not isinstance(tokens, int) else tokens
+            if tokens > longest:
+                longest, which = tokens, name
+    if settings.max_length <= longest:
+        yield Problem(
+            f"`--max-length {settings.max_length}` leaves no room for a prompt: answers of `{which}` have up"
+            f" to {longest:,} tokens",
+            f"`--max-length 2048`, or more than {longest:,}",
+        )
+
+
+def _sentence_problems(leaves: Mapping[str, Mapping[str, Any]]) -> Iterator[Problem]:
+    """IFEval counts sentences with data that is no package; without them it fails after all is generated."""
+    which = next((name for name in leaves if "ifeval" in name), None)
+    if which is None:
+        return
+    import nltk
+
+    try:
+        nltk.data.find("tokenizers/punkt_tab")
+    except LookupError:
+        yield Problem(
+            f"`{which}` counts sentences with nltk's `punkt_tab`, which is not on this machine",
+            "`python -m nltk.downloader punkt_tab`, or copy it below a directory that NLTK_DATA names",
+        )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """lm-eval tells what it does in hundreds of lines; what matters of it is told here."""
+    logger = logging.getLogger("lm_eval")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def _data_from(directory: Path | None) -> Any:
+    """`datasets` takes `owner/name` from below the working directory before it asks the hub."""
+    return chdir(directory) if directory is not None and directory.is_dir() else nullcontext()
+
+
+@contextmanager
+def _nothing_remembered() -> Iterator[None]:
+    """Documents that are shuffled when they are read come from the seed, and not from an earlier reading."""
+    import datasets
+
+    if not datasets.is_caching_enabled():
+        yield
+        return
+    datasets.disable_caching()
+    try:
+        yield
+    finally:
+        datasets.enable_caching()
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

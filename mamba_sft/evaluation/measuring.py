@@ -1,0 +1,253 @@
+"""The flow of `eval` after its checks: models are loaded, scored task by task, written, and compared."""
+
+from __future__ import annotations
+
+import gc
+import json
+import platform
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from mamba_sft import __version__
+from mamba_sft.errors import MambaSFTError
+from mamba_sft.evaluation.normalisation import Column
+from mamba_sft.evaluation.paired import Difference, difference
+from mamba_sft.evaluation.preflight import has_template
+from mamba_sft.evaluation.results import Results, begin, differing, digest
+from mamba_sft.evaluation.scores import TaskScores
+from mamba_sft.evaluation.settings import Settings
+from mamba_sft.evaluation.suites import Progress, Suite
+from mamba_sft.inference.model_places import ModelPlace
+from mamba_sft.model.checkpoint import base_fingerprint, resolve_base
+from mamba_sft.run import ADAPTER_WEIGHTS, result_file, samples_file, write_atomically
+
+if TYPE_CHECKING:
+    from mamba_sft.inference.chat_model import ChatModel
+
+Role = Literal["tuned", "base"]
+_TEMPLATE_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One of the models that are scored.
+
+    Args:
+        role: The one that is asked about, or what it is compared with.
+        place: Where it is.
+        under_adapter: It is the base below the adapter at `place`, with that one's tokenizer and template.
+    """
+
+    role: Role
+    place: ModelPlace
+    under_adapter: bool = False
+
+    @property
+    def name(self) -> str:
+        """What it is called in tables."""
+        return self.place.section.base if self.under_adapter else self.place.name
+
+
+@dataclass
+class Work:
+    """One suite on all models: what is to be done, and what comes of it.
+
+    Args:
+        suite: The suite, prepared.
+        tasks: Its tasks.
+        results: By role; those of a resumed file at the start.
+        files: Where they are written, by role.
+        differences: Each column with how the models differ in it; none without a second model.
+        against: The results of that one.
+    """
+
+    suite: Suite
+    tasks: list[str]
+    results: dict[Role, Results]
+    files: dict[Role, Path]
+    differences: list[tuple[Column, Difference | None]] = field(default_factory=list)
+    against: Results | None = None
+
+    def todo(self, role: Role) -> list[str]:
+        """Returns the tasks that one of the models has not been scored on yet."""
+        return [task for task in self.tasks if task not in self.results[role].scored]
+
+
+def subjects_of(place: ModelPlace, base: ModelPlace | None, *, base_below: bool) -> list[Subject]:
+    """Returns the models to be scored, the base first.
+
+    Args:
+        place: The model that is asked about.
+        base: Another to compare it with.
+        base_below: Compare it with the base under its adapter.
+    """
+    tuned = Subject("tuned", place)
+    if base_below:
+        return [Subject("base", place, under_adapter=True), tuned]
+    return [tuned] if base is None else [Subject("base", base), tuned]
+
+
+def start(
+    suite: Suite,
+    tasks: list[str],
+    subjects: Sequence[Subject],
+    settings: Settings,
+    output: Path,
+    *,
+    resume: bool,
+    overwrite: bool,
+) -> Work:
+    """Returns what is to be done of a suite that was prepared; before weights are read into memory.
+
+    Raises:
+        UsageError: Results are there already that are not gone on with.
+    """
+    work = Work(suite, tasks, {}, {})
+    for subject in subjects:
+        file = result_file(output, suite.name, limit=settings.limit, is_base=subject.role == "base")
+        wanted = Results(
+            suite.name,
+            {"name": subject.name, "role": subject.role, "fingerprint": fingerprint(subject)},
+            _settings_facts(suite, subject, settings),
+            made_with=_made_with(),
+        )
+        work.results[subject.role] = begin(file, wanted, resume=resume, overwrite=overwrite)
+        work.files[subject.role] = file
+    return work
+
+
+def measure(
+    works: Sequence[Work],
+    subjects: Sequence[Subject],
+    settings: Settings,
+    *,
+    quantization: Any = None,
+    progress: Progress,
+) -> None:
+    """Scores every model on every suite; each task is written as it ends.
+
+    Args:
+        works: From `start`.
+        subjects: The models, from `subjects_of`.
+        settings: How.
+        quantization: How to hold weights in memory; None: as each was trained.
+        progress: Told what goes on.
+    """
+    shared: ChatModel | None = None
+    for subject in subjects:
+        if any(work.todo(subject.role) for work in works):
+            chat_model = shared or _load(subject, quantization)
+            if subjects[0].under_adapter:  # base and tuned are one model in memory
+                shared = chat_model
+                chat_model = _side(shared, subject)
+            for work in works:
+                _measure_one(work, subject.role, chat_model, settings, progress)
+            del chat_model  # else one model at a time
+            gc.collect()
+        for work in works:
+            work.results[subject.role].fill(work.suite.columns())
+            work.results[subject.role].write(work.files[subject.role])
+
+
+def compare(work: Work, against: Results | None = None) -> None:
+    """Finds how the tuned model differs from the base, or from another's results, and writes that too.
+
+    Args:
+        work: A suite that was measured.
+        against: Results from a file.
+    """
+    tuned = work.results["tuned"]
+    work.against = against if against is not None else work.results.get("base")
+    if work.against is None:
+        return
+    before = work.against.scored
+    work.differences = [(column, difference(column, before, tuned.scored)) for column in work.suite.columns()]
+    tuned.compared = {
+        "with": work.against.model,
+        "settings_that_differ": list(differing(work.against.settings, tuned.settings)),
+        "columns": [
+            {"title": column.title} | ({} if one is None else vars(one)) for column, one in work.differences
+        ],
+    }
+    tuned.write(work.files["tuned"])
+
+
+def fingerprint(subject: Subject) -> str:
+    """Returns a digest of a model's weights, by samples of them, and of its tokenizer and template."""
+    place = subject.place
+    base = resolve_base(place.section.base, place.section.revision)
+    parts: list[bytes | str] = [base_fingerprint(base)]
+    if place.adapter is not None and not subject.under_adapter:
+        parts.append((place.adapter / ADAPTER_WEIGHTS).read_bytes())
+    texts = place.adapter or base
+    parts += [file.read_bytes() for name in _TEMPLATE_FILES if (file := texts / name).is_file()]
+    return digest(*parts)
+
+
+def uses_template(suite: Suite, place: ModelPlace, settings: Settings) -> bool | None:
+    """Whether a suite asks a model through its chat template; None where it settles that itself."""
+    settle = getattr(suite, "uses_template", None)
+    return None if settle is None else bool(settle(settings, has_template(place)))
+
+
+def _settings_facts(suite: Suite, subject: Subject, settings: Settings) -> dict[str, Any]:
+    section = subject.place.section
+    held = {"dtype": section.dtype, "quantization": section.quantization}
+    template = {"chat_template": uses_template(suite, subject.place, settings)}
+    return template | held | settings.facts() | {"suite": suite.facts()}
+
+
+def _made_with() -> dict[str, Any]:
+    packages = {name: version(name) for name in ("torch", "transformers")}
+    return {
+        "mamba_sft": __version__,
+        "python": platform.python_version(),
+        **packages,
+        "begun": datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),
+    }
+
+
+def _load(subject: Subject, quantization: Any) -> ChatModel:
+    from mamba_sft.inference.chat_model import load_chat_model
+
+    return load_chat_model(subject.place, quantization=quantization, needs_template=False)
+
+
+def _side(both: ChatModel, subject: Subject) -> ChatModel:
+    from mamba_sft.inference.chat_model import split_chat_model
+
+    base, tuned = split_chat_model(both)
+    return replace(base if subject.under_adapter else tuned, name=subject.name)
+
+
+def _measure_one(
+    work: Work, role: Role, chat_model: ChatModel, settings: Settings, progress: Progress
+) -> None:
+    results, file, tasks = work.results[role], work.files[role], work.todo(role)
+    if not tasks:
+        return
+    results.made_with |= {"device": str(chat_model.model.device), "computed_in": str(chat_model.model.dtype)}
+    for scores in _told_if_too_large(work.suite.measure(chat_model, tasks, settings, progress), settings):
+        if settings.samples:
+            rows = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in scores.samples]
+            text = "".join(rows).encode(errors="backslashreplace").decode()
+            write_atomically(samples_file(file, scores.task), text)
+        results.scored[scores.task] = replace(scores, samples=())
+        results.write(file)
+
+
+def _told_if_too_large(measured: Iterator[TaskScores], settings: Settings) -> Iterator[TaskScores]:
+    """What does not fit the memory of the GPU is the user's to mend; what was measured by then is written."""
+    import torch
+
+    try:
+        yield from measured
+    except torch.OutOfMemoryError as error:
+        raise MambaSFTError(
+            f"out of memory with `--batch-size {settings.batch_size}`; the tasks that ended are kept",
+            hint="a smaller `--batch-size`, or `--quantization nf4`, and `--resume`",
+        ) from error
