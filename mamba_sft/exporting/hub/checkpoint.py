@@ -16,6 +16,7 @@ from mamba_sft.exporting.logits import logits_of
 from mamba_sft.exporting.texts import prompt_of
 from mamba_sft.merging.preparing import PreparedMerge
 from mamba_sft.merging.summed import MergedTensors, write_companions
+from mamba_sft.model.portable import settle_checkpoint
 from mamba_sft.model.tensor_files import one_thread, write_shard
 from mamba_sft.run import (
     MERGE_REPORT,
@@ -79,6 +80,7 @@ def _copy(source: Path, directory: Path, progress: Callable[[int, int], None]) -
             shutil.copyfile(path, directory / path.name)
         done += path.stat().st_size
         progress(done, total)
+    settle_checkpoint(directory)
 
 
 def _link(source: Path, target: Path) -> None:
