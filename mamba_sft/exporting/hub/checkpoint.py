@@ -12,6 +12,7 @@ import torch
 from mamba_sft.disk import disk_errors_explained, require_space
 from mamba_sft.errors import ExportError
 from mamba_sft.exporting.full_model import FullModel, find_model
+from mamba_sft.exporting.hub.push import MARK
 from mamba_sft.exporting.logits import logits_of
 from mamba_sft.exporting.texts import prompt_of
 from mamba_sft.merging.preparing import PreparedMerge
@@ -28,9 +29,6 @@ from mamba_sft.run import (
 )
 from mamba_sft.run_contents import refuse_strangers
 from mamba_sft.wording import size_text
-
-MARK = "mamba-sft"
-"""A tag in the card's metadata; it also tells an earlier export from somebody else's directory."""
 
 
 def write_checkpoint(
