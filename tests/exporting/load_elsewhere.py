@@ -1,4 +1,4 @@
-"""Loads a checkpoint with whatever transformers is found, and keeps what it computes. Imports nothing of ours.
+"""Loads a checkpoint with whatever transformers is found, and keeps what it computes; nothing of ours.
 
 It is run as a program, in other environments: `python load_elsewhere.py CHECKPOINT RESULT [ADAPTER]`.
 """

@@ -17,7 +17,6 @@ from jinja2 import Template
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from mamba_sft.cli.app import app
 from mamba_sft.errors import ExportError, UsageError
 from mamba_sft.evaluation.prompts import Prompt, Sample, write_samples
 from mamba_sft.exporting.export_run import export
@@ -287,87 +286,29 @@ def test_a_question_is_quoted_in_the_snippets(tmp_path: Path) -> None:
         compile(code, "card", "exec")
 
 
-class FakeHub:
-    """Stands where `HfApi` stands, and keeps what it is told."""
-
-    calls: list[tuple[str, dict[str, Any]]]
-    failure: Exception | None = None
-
-    def __init__(self, token: str):
-        self.token = token
-        FakeHub.calls = [("login", {"token": token})]
-
-    def create_repo(self, repo: str, **wanted: Any) -> str:
-        FakeHub.calls.append(("create_repo", {"repo": repo} | wanted))
-        return f"https://huggingface.co/{repo}"
-
-    def upload_folder(self, **wanted: Any) -> None:
-        if FakeHub.failure:
-            raise FakeHub.failure
-        files = sorted(path.name for path in Path(wanted["folder_path"]).iterdir())
-        FakeHub.calls.append(("upload_folder", wanted | {"files": files}))
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> type[FakeHub]:
-    monkeypatch.setattr("huggingface_hub.HfApi", FakeHub)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    FakeHub.calls, FakeHub.failure = [], None
-    return FakeHub
-
-
-def test_pushing_takes_the_token_from_the_environment_and_tells_nobody(
-    tmp_path: Path, hub: type[FakeHub], caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from typer.testing import CliRunner
-
-    made = make_run(tmp_path)
-    arguments = ["export", str(made.run.path), "--format", "hf", "--push-to-hub", "me/model", "--private"]
-    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
-    assert result.exit_code == 0
-    assert "https://huggingface.co/me/model" in result.output
-    (_, login), (_, created), (_, uploaded) = hub.calls
-    assert login == {"token": TOKEN}
-    assert created == {"repo": "me/model", "private": True, "exist_ok": True}
-    assert uploaded["repo_id"] == "me/model"
-    assert {"README.md", "config.json", "tokenizer.json"} <= set(uploaded["files"])
-    assert 'from_pretrained("me/model"' in read_card(made.run.export / "hf")[1]
-    captured = capsys.readouterr()
-    assert TOKEN not in result.output + caplog.text + captured.out + captured.err
-    for path in made.run.path.rglob("*"):
-        assert not path.is_file() or TOKEN.encode() not in path.read_bytes(), path
-
-
 def test_a_push_that_cannot_work_is_refused_before_anything_is_written(
-    tmp_path: Path, hub: type[FakeHub], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = make_run(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
     for repo, message in (("model", "has no owner"), ("a/b/c", "not a repository"), ("me/..x", "not a repo")):
         with pytest.raises(UsageError, match=message):
             export(made.run, format="hf", options=HubOptions(push_to_hub=repo))
     monkeypatch.delenv("HF_TOKEN")
-    with pytest.raises(UsageError, match="needs a token in HF_TOKEN"):
+    with pytest.raises(UsageError, match="this machine is not logged in"):
         export(made.run, format="hf", options=HubOptions(push_to_hub="me/model"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UsageError, match="HF_HUB_OFFLINE"):
         export(made.run, format="hf", options=HubOptions(push_to_hub="me/model"))
-    with pytest.raises(UsageError, match="only a checkpoint"):
+    with pytest.raises(UsageError, match="not described by `HubOptions`"):
         export(made.run, options=HubOptions(push_to_hub="me/model"))
+    with pytest.raises(UsageError, match="an adapter alone is not pushed"):
+        export(made.run, adapter_only=True, options=GGUFOptions(hub=HubOptions(push_to_hub="me/model")))
     with pytest.raises(UsageError, match="are GGUF files"):
         export(made.run, format="hf", quantization="Q8_0")
     assert not made.run.export.exists()
-    assert not hub.calls
-
-
-def test_a_hub_that_refuses_leaves_the_export_and_no_token(tmp_path: Path, hub: type[FakeHub]) -> None:
-    made = make_run(tmp_path)
-    hub.failure = OSError("connection reset")
-    with pytest.raises(ExportError, match="was exported, but not pushed") as caught:
-        export(made.run, format="hf", options=HubOptions(push_to_hub="me/model"))
-    assert caught.value.__cause__ is None
-    assert TOKEN not in str(caught.value)
-    assert (made.run.export / "hf" / "README.md").is_file()
 
 
 def test_a_file_is_no_dataset_of_the_card(tmp_path: Path) -> None:

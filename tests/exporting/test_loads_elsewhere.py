@@ -34,8 +34,9 @@ CONFIG_KEYS = {
     "state_size", "conv_kernel", "time_step_rank", "use_conv_bias", "use_bias", "hidden_act",
     "layer_norm_epsilon", "mixer_rms_eps", "tie_word_embeddings", "eos_token_id", "pad_token_id",
 }  # fmt: skip
-# Names in the files; vLLM maps `.A_log` to `.A`, SGLang `backbone.` to `model.`, `embeddings` to `embed_tokens`
-# and `norm_f` to `norm`. Letters: V rows of the vocabulary, D width, I inner width, N state, R rank, K kernel.
+# Names in the files; vLLM maps `.A_log` to `.A`, SGLang `backbone.` to `model.`, `embeddings` to
+# `embed_tokens` and `norm_f` to `norm`. V: rows of the vocabulary, D: width, I: inner width, N: state,
+# R: rank of the time step, K: kernel.
 TENSORS = {"backbone.embeddings.weight": "VD", "backbone.norm_f.weight": "D", "lm_head.weight": "VD"}
 LAYER_TENSORS = {
     "norm.weight": "D", "mixer.A_log": "IN", "mixer.D": "I", "mixer.conv1d.weight": "I1K",
@@ -44,7 +45,7 @@ LAYER_TENSORS = {
 }  # fmt: skip
 
 OLD = "MAMBA_SFT_TRANSFORMERS_4"
-"""A directory that holds transformers 4 and what it needs older than here, as `pip install --target` makes it."""
+"""A directory with transformers 4 and what it needs older than here, as `pip install --target` makes it."""
 OLD_PACKAGES = ("transformers==4.57.*", "huggingface_hub<1", "tokenizers<0.23")
 
 
@@ -70,7 +71,7 @@ def test_vllm_and_sglang_find_every_key_and_tensor_they_ask_for(tmp_path: Path) 
 
 
 def test_a_tied_head_is_not_asked_for(tmp_path: Path) -> None:
-    """Both tie the head to the embedding where the config says so, and SGLang only warns of one that is there."""
+    """Both tie the head to the embedding where the config says so; SGLang only warns of one that is there."""
     made = make_run(tmp_path, config={"tie_word_embeddings": True})
     path = merge(made.run).path
     assert json.loads((path / "config.json").read_text())["tie_word_embeddings"] is True
@@ -104,10 +105,8 @@ def test_a_plain_checkpoint_is_exported_for_others_too(tmp_path: Path) -> None:
     before = json.loads((made.base / "tokenizer_config.json").read_text())
     assert before["tokenizer_class"] == "TokenizersBackend"
     path = export(made.base, format="hf", output=tmp_path / "plain").directory
-    assert (
-        json.loads((path / "tokenizer_config.json").read_text())["tokenizer_class"]
-        == "PreTrainedTokenizerFast"
-    )
+    after = json.loads((path / "tokenizer_config.json").read_text())
+    assert after["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert json.loads((made.base / "tokenizer_config.json").read_text()) == before  # copied, not linked
 
 
