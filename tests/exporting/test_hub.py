@@ -93,6 +93,25 @@ def test_exporting_again_replaces_only_its_own(tmp_path: Path) -> None:
         export(made.run, format="hf", output=made.run.adapter)
 
 
+@pytest.mark.parametrize("name", [".DS_Store", "Thumbs.db", "desktop.ini"])
+def test_a_directory_with_what_a_system_put_there_counts_as_empty(tmp_path: Path, name: str) -> None:
+    made = make_run(tmp_path)
+    for verb in ("merge", "export"):
+        place = tmp_path / verb
+        place.mkdir()
+        (place / name).write_text("x")
+        if verb == "merge":
+            merge(made.run, output=place)
+        else:
+            export(made.run, format="hf", output=place)
+        assert (place / "config.json").is_file()
+    (tmp_path / "mine").mkdir()
+    for other in (name, "mine.txt"):
+        (tmp_path / "mine" / other).write_text("x")
+    with pytest.raises(UsageError, match="not empty"):
+        export(made.run, format="hf", output=tmp_path / "mine")
+
+
 def test_a_merge_older_than_the_adapter_is_not_published(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -19,6 +19,7 @@ import torch
 from transformers import AutoTokenizer
 
 from mamba_sft.exporting.export_run import export
+from mamba_sft.exporting.request import GGUFOptions
 from mamba_sft.merging.merge_run import merge
 from mamba_sft.model.checkpoint import read_tensors
 from mamba_sft.run import ADAPTER_CONFIG
@@ -181,3 +182,42 @@ def test_plain_peft_loads_an_adapter_on_what_it_allows_and_refuses_out_proj(tmp_
     refused = elsewhere(tmp_path, other.base, other.run.adapter)["refused"]
     assert "'out_proj' is incompatible with Mamba-based models" in refused
     assert json.loads((other.run.adapter / ADAPTER_CONFIG).read_text())["base_model_name_or_path"]
+
+
+SERVING = """
+import json, sys, urllib.request
+import xllamacpp
+params = xllamacpp.CommonParams()
+params.model.path, params.n_ctx, params.n_parallel = sys.argv[1], 256, 1
+params.port, params.use_jinja = 0, True
+server = xllamacpp.Server(params)
+def ask(path, **body):
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(server.listening_address + path, json.dumps(body).encode(), headers)
+    return json.load(urllib.request.urlopen(request))
+chat = json.loads(sys.argv[2])
+answer = ask("/v1/chat/completions", messages=chat, max_tokens=4, temperature=0)
+found = {"prompt": ask("/apply-template", messages=chat)["prompt"], "tokens": answer["usage"]}
+print("found " + json.dumps(found), flush=True)
+import os
+os._exit(0)
+"""
+
+
+def test_llama_cpps_server_answers_with_our_template(tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp")
+    made = make_run(tmp_path)
+    (file,) = export(made.run, quantization="Q8_0", options=GGUFOptions(verify=False)).files
+    chat = [
+        *load_elsewhere.QUESTION,
+        {"role": "assistant", "content": " a "},
+        {"role": "user", "content": "b"},
+    ]
+    command = [sys.executable, "-c", SERVING, str(file.path), json.dumps(chat)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("found"))[6:])
+    tokenizer = AutoTokenizer.from_pretrained(made.run.adapter)
+    wanted = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    assert found["prompt"] == wanted
+    assert found["tokens"]["prompt_tokens"] == len(tokenizer(wanted).input_ids)
+    assert found["tokens"]["completion_tokens"] > 0

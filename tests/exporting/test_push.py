@@ -118,6 +118,22 @@ def test_gguf_files_go_with_a_card_that_says_how_to_run_them(made: Made, hub: Lo
     assert 'from_pretrained("me/model"' in card  # the checkpoint is still in it
 
 
+def test_gguf_files_that_are_made_and_not_pushed_are_said_to_be_there(made: Made, hub: LocalHub) -> None:
+    pytest.importorskip("xllamacpp")
+
+    def break_off(stage: str, done: int, total: int) -> None:
+        hub.refuse = {"GET /api/models/me/model": 403}
+
+    with pytest.raises(ExportError, match=r"`.*export` was exported, but not all of it pushed to `me/model`"):
+        export(
+            made.run,
+            quantization="Q8_0",
+            options=GGUFOptions(verify=False, hub=TO_ME),
+            progress=break_off,
+        )
+    assert (made.run.export / "run.Q8_0.gguf").is_file()
+
+
 def test_private_is_private_and_a_public_one_is_not_pushed_to_as_private(made: Made, hub: LocalHub) -> None:
     push_checkpoint(made, HubOptions(push_to_hub="me/secret", private=True))
     assert hub.repositories["me/secret"].private

@@ -25,9 +25,8 @@ from mamba_sft.run import (
     MODEL_FACTS,
     atomic_directory,
     check_output,
-    check_replaceable,
 )
-from mamba_sft.run_contents import refuse_strangers
+from mamba_sft.run_contents import check_replaceable, refuse_strangers
 from mamba_sft.wording import size_text
 
 

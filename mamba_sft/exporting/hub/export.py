@@ -9,7 +9,7 @@ from pathlib import Path
 from mamba_sft.exporting.full_model import FullModel, find_model
 from mamba_sft.exporting.hub.card import Published, write_card
 from mamba_sft.exporting.hub.checkpoint import write_checkpoint
-from mamba_sft.exporting.hub.push import check_hub, push
+from mamba_sft.exporting.hub.push import check_hub, exported, push
 from mamba_sft.exporting.request import Exported, ExportRequest, Pushed, output_of
 from mamba_sft.run import HUB_CHECKPOINT
 
@@ -49,7 +49,7 @@ def push_gguf(
     """
     if request.hub.push_to_hub is None:
         return None
-    remote = check_hub(request.hub)
+    remote = check_hub(request.hub, exported(files[0].parent))
     gguf = sorted({*remote.gguf_files, *(path.name for path in files)})
     with tempfile.TemporaryDirectory() as directory:
         published = Published(checkpoint=remote.has_checkpoint, gguf_files=gguf)

@@ -77,8 +77,12 @@ def check_push(options: HubOptions) -> str | None:
     return token
 
 
-def check_hub(options: HubOptions) -> Remote:
+def check_hub(options: HubOptions, already: str = "") -> Remote:
     """Asks the hub for all that can be told before there are files, and returns what the repository holds.
+
+    Args:
+        options: Where to push to, if anywhere.
+        already: What is done whatever the hub says, to begin a message with.
 
     Raises:
         UsageError: The name is somebody else's, or holds something else, or is public and should not be.
@@ -91,7 +95,7 @@ def check_hub(options: HubOptions) -> Remote:
     from huggingface_hub.errors import RepositoryNotFoundError
 
     api = HfApi(token=token)
-    with hub_errors_explained(repo, token):
+    with hub_errors_explained(repo, token, already):
         _check_owner(api.whoami(cache=True), repo)
         try:
             found = api.repo_info(repo, files_metadata=True)
@@ -114,7 +118,8 @@ def push(files: Sequence[Path], options: HubOptions, progress: Progress) -> Push
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
-    remote, token, repo = check_hub(options), check_push(options), options.push_to_hub
+    already = exported(files[0].parent)
+    remote, token, repo = check_hub(options, already), check_push(options), options.push_to_hub
     if token is None or repo is None:
         raise ValueError("there is nowhere to push to")
     api = HfApi(token=token)
@@ -125,7 +130,7 @@ def push(files: Sequence[Path], options: HubOptions, progress: Progress) -> Push
     total, done = sum(sizes.values()), sum(size for path, size in sizes.items() if path not in new)
     small = [path for path in new if sizes[path] < _SMALL]
     parts = [*([small] if small else []), *([path] for path in new if path not in small)]
-    with hub_errors_explained(repo, token, f"`{files[0].parent}` was exported, but not all of it pushed to "):
+    with hub_errors_explained(repo, token, already):
         url = api.create_repo(repo, private=options.private, exist_ok=True)
         for part in parts:
             progress("pushing", done, total)
@@ -139,6 +144,11 @@ def push(files: Sequence[Path], options: HubOptions, progress: Progress) -> Push
     progress("pushing", done, total)
     sent = [path.name for path in new]
     return Pushed(str(url), sent, [path.name for path in ordered if path.name not in sent], stale)
+
+
+def exported(directory: Path) -> str:
+    """Returns how a message begins that is of a push alone."""
+    return f"`{directory}` was exported, but not all of it pushed to "
 
 
 def _check_owner(known: dict[str, Any], repo: str) -> None:
