@@ -32,6 +32,7 @@ from peft.utils.other import TrainableTokensWrapper
 
 from mamba_sft.errors import AdapterError
 from mamba_sft.kernels.falcon_mamba import FalconMambaMixer
+from mamba_sft.model.adapter_card import write_adapter_card
 from mamba_sft.model.adapter_config import HONOURED, OTHERS, read_adapter_config, used
 from mamba_sft.model.base_facts import BaseFacts
 from mamba_sft.model.checkpoint import base_fingerprint, resolve_base
@@ -193,6 +194,7 @@ def save_adapter(
     config = copy(model.peft_config[_ADAPTER])
     config.target_modules = sorted(config.target_modules)  # PEFT makes a set of them, saved in any order
     config.save_pretrained(directory, inference_mode=True)
+    write_adapter_card(directory, section.base, config.target_modules)
     save_tokenizer(setup.tokenizer, directory)
     model.generation_config.save_pretrained(directory)
     base = resolve_base(section.base, section.revision)

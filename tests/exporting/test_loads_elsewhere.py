@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,9 +23,8 @@ from mamba_sft.exporting.export_run import export
 from mamba_sft.exporting.request import GGUFOptions
 from mamba_sft.merging.merge_run import merge
 from mamba_sft.model.checkpoint import read_tensors
-from mamba_sft.run import ADAPTER_CONFIG
 from tests.exporting import load_elsewhere
-from tests.merging.test_merge_run import Made, make_run
+from tests.merging.test_merge_run import PROMPT, Made, make_run
 
 # vLLM 0.33.0 and SGLang 0.5.23, their wheels on PyPI, read 2026-11-27:
 # vllm/model_executor/models/mamba.py with layers/mamba/mamba_mixer.py and models/registry.py;
@@ -170,7 +170,7 @@ def test_transformers_4_and_5_load_the_same_model(
 
 
 @pytest.mark.slow
-def test_plain_peft_loads_an_adapter_on_what_it_allows_and_refuses_out_proj(tmp_path: Path) -> None:
+def test_plain_peft_loads_an_adapter_on_what_it_allows_and_the_card_says_so(tmp_path: Path) -> None:
     allowed = make_run(tmp_path / "a", target_modules=["in_proj", "x_proj"])
     found = elsewhere(tmp_path, allowed.base, allowed.run.adapter)
     assert "refused" not in found
@@ -178,10 +178,32 @@ def test_plain_peft_loads_an_adapter_on_what_it_allows_and_refuses_out_proj(tmp_
     with torch.no_grad():
         expected = allowed.model(torch.tensor(found["ids"])).logits[0, -1]
     torch.testing.assert_close(torch.tensor(found["logits"]), expected, rtol=1e-3, atol=1e-3)
+    assert "With PEFT and transformers alone:" in (allowed.run.adapter / "README.md").read_text()
     other = make_run(tmp_path / "b", target_modules=["in_proj", "out_proj"])
     refused = elsewhere(tmp_path, other.base, other.run.adapter)["refused"]
     assert "'out_proj' is incompatible with Mamba-based models" in refused
-    assert json.loads((other.run.adapter / ADAPTER_CONFIG).read_text())["base_model_name_or_path"]
+    assert "PEFT refuses `out_proj` on this architecture" in (other.run.adapter / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_stock_transformers_leaves_an_adapter_on_dt_proj_out_and_the_card_says_so(tmp_path: Path) -> None:
+    made = make_run(tmp_path, target_modules=["dt_proj"])
+    found = elsewhere(tmp_path, made.base, made.run.adapter)
+    with torch.no_grad():
+        expected = made.model(torch.tensor(found["ids"])).logits[0, -1]
+    assert not torch.allclose(torch.tensor(found["logits"]), expected, rtol=1e-2, atol=1e-2)
+    assert "reads the weight of `dt_proj` directly" in (made.run.adapter / "README.md").read_text()
+
+
+@pytest.mark.parametrize("targets", [["in_proj", "x_proj"], ["in_proj", "out_proj", "dt_proj"]])
+def test_the_adapters_card_is_a_program_that_loads_it(tmp_path: Path, targets: list[str]) -> None:
+    made = make_run(tmp_path, target_modules=targets)
+    text = (made.run.adapter / "README.md").read_text()
+    assert "base_model:" not in text  # a directory is no model on the hub
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code.replace("DIRECTORY", str(made.run.adapter)), names)  # it is the test that the text is a program
+    torch.testing.assert_close(names["model"](PROMPT).logits, made.logits(), rtol=1e-3, atol=1e-3)
 
 
 SERVING = """
