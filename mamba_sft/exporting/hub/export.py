@@ -9,7 +9,7 @@ from pathlib import Path
 from mamba_sft.exporting.full_model import FullModel, find_model
 from mamba_sft.exporting.hub.card import Published, write_card
 from mamba_sft.exporting.hub.checkpoint import write_checkpoint
-from mamba_sft.exporting.hub.push import check_hub, exported, push
+from mamba_sft.exporting.hub.push import check_hub, exported, push_files
 from mamba_sft.exporting.request import Exported, ExportRequest, Pushed, output_of
 from mamba_sft.run import HUB_CHECKPOINT
 
@@ -29,7 +29,9 @@ def export_checkpoint(request: ExportRequest) -> Exported:
     )
     pushed = None
     if request.hub.push_to_hub is not None:
-        pushed = push([path for path in directory.iterdir() if path.is_file()], request.hub, request.progress)
+        pushed = push_files(
+            [path for path in directory.iterdir() if path.is_file()], request.hub, request.progress
+        )
     return Exported(directory, others=[directory], pushed=pushed)
 
 
@@ -54,4 +56,4 @@ def push_gguf(
     with tempfile.TemporaryDirectory() as directory:
         published = Published(checkpoint=remote.has_checkpoint, gguf_files=gguf)
         write_card(model, Path(directory), name, request.hub, published)
-        return push([*files, *others, *Path(directory).iterdir()], request.hub, request.progress)
+        return push_files([*files, *others, *Path(directory).iterdir()], request.hub, request.progress)

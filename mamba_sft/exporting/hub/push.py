@@ -104,7 +104,7 @@ def check_hub(options: HubOptions, already: str = "") -> Remote:
     return _known(found, repo, private=options.private)
 
 
-def push(files: Sequence[Path], options: HubOptions, progress: Progress) -> Pushed:
+def push_files(files: Sequence[Path], options: HubOptions, progress: Progress) -> Pushed:
     """Uploads files that are not there yet and returns what was sent.
 
     Args:
