@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from typing import TYPE_CHECKING, Annotated
 
@@ -207,9 +208,13 @@ def _show_next(done: Exported, where: str | Run, format: str) -> None:
     """Prints what to do with what was written, as commands that can be copied."""
     lines = []
     if format == "ollama":
+        file = done.files[0]
+        model = file.path.name.removesuffix(f".{file.method}.gguf").removesuffix(".base")
         for path in done.others:
-            name = done.files[0].path.name.split(".")[0] + path.suffix.lower().replace(".", ":")
+            name = re.sub(r"[^\w.-]", "-", model, flags=re.ASCII) + path.suffix.lower().replace(".", ":")
             lines.append(f"next:   ollama create {shlex.quote(name)} -f {shlex.quote(str(path))}")
+    if format == "gguf" and done.files and done.files[-1].method != "LoRA":
+        lines.append(f"serve:  llama-server -m {shlex.quote(str(done.files[0].path))} --jinja")
     if format == "hf":
         lines.append(f'load:   AutoModelForCausalLM.from_pretrained("{done.directory}")')
         if done.pushed is None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mamba_sft.errors import UsageError
+from mamba_sft.model.checkpoint import read_config
 from mamba_sft.run import Run
 from mamba_sft.run_lock import hold_output
 
@@ -94,6 +95,7 @@ def check_request(
 
     Raises:
         UsageError: There is no such run, format or quantization, or something belongs to another format.
+        ModelError: It is a checkpoint of another kind.
         ExportError: What GGUF files need is not installed.
     """
     from mamba_sft.exporting.gguf.names import refuse_unknown
@@ -103,7 +105,9 @@ def check_request(
     if format not in FORMATS:
         raise UsageError(f"no format `{format}`", hint=f"there are {', '.join(FORMATS)}")
     refuse_unknown(quantization)
-    if isinstance(run, Run) or adapter_only or not (Path(run) / "config.json").is_file():
+    if not isinstance(run, Run) and not adapter_only and (Path(run) / "config.json").is_file():
+        read_config(Path(run))  # a model of another kind is told before anything is loaded
+    else:
         opened = Run.open(run)
         if adapter_only and opened.model.is_dir():
             raise UsageError(

@@ -349,3 +349,30 @@ def test_the_format_hf_needs_no_gguf_extra(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setitem(sys.modules, "xllamacpp", None)
     done = export(made.run, format="hf")
     assert weights(done.directory)
+
+
+def test_what_to_do_next_is_printed_as_commands(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from mamba_sft.cli.app import app
+
+    pytest.importorskip("xllamacpp")
+    made = make_run(tmp_path)
+    run = str(made.run.path)
+
+    def told(*arguments: str) -> list[str]:
+        words = ["export", run, *arguments]
+        return CliRunner().invoke(app, words, catch_exceptions=False).stderr.splitlines()
+
+    assert told("--format", "hf")[-2:] == [
+        f'load:   AutoModelForCausalLM.from_pretrained("{run}/export/hf")',
+        f"push:   mamba-sft export {run} --format hf --push-to-hub owner/name",
+    ]
+    assert told("--no-verify")[-1] == f"serve:  llama-server -m {run}/export/run.Q4_K_M.gguf --jinja"
+    one = told("--format", "ollama", "-q", "Q8_0", "--no-verify")
+    assert one[-1] == f"next:   ollama create run -f {run}/export/Modelfile"
+    two = told("--format", "ollama", "-q", "Q8_0", "-q", "Q4_0", "--no-verify")
+    assert two[-2:] == [
+        f"next:   ollama create run:q4_0 -f {run}/export/Modelfile.Q4_0",
+        f"next:   ollama create run:q8_0 -f {run}/export/Modelfile.Q8_0",
+    ]

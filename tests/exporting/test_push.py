@@ -231,10 +231,21 @@ def test_the_command_line_says_what_was_sent(made: Made, hub: LocalHub) -> None:
     assert hub.token not in first.output + second.output
 
 
+WITHOUT_TORCH = """
+import sys
+from mamba_sft.cli.app import main
+try:
+    main()
+finally:
+    assert "torch" not in sys.modules
+"""
+
+
 def command(tmp_path: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs the command line in a process of its own, which ends with a traceback if it loads torch."""
     settings = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "HF_TOKEN")}
     return subprocess.run(
-        [sys.executable, "-m", "mamba_sft", *arguments],
+        [sys.executable, "-c", WITHOUT_TORCH, *arguments],
         env=settings | {"HF_HOME": str(tmp_path / "hf-home")} | environment,
         capture_output=True,
         text=True,
@@ -252,9 +263,16 @@ def test_offline_is_one_line_and_torch_is_not_loaded_for_it(made: Made, tmp_path
     assert done.stdout == ""
     assert "the hub cannot be reached" in done.stderr
     assert "Traceback" not in done.stderr
-    assert "loading torch" not in done.stderr
     assert WRONG not in done.stderr
     assert len(done.stderr.splitlines()) <= 3, done.stderr
+
+
+def test_a_model_of_another_kind_is_told_before_torch_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    done = command(tmp_path, "export", str(tmp_path), "--format", "hf", "--output", str(tmp_path / "out"))
+    assert done.returncode == 1
+    assert "is a `llama` model" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_kind_of_error_that_nobody_knows_is_told_without_its_secrets(hub: LocalHub) -> None:
