@@ -35,6 +35,8 @@ class LocalHub:
 
     token: str = "hf_RightRightRightRight"
     role: str = "write"
+    permissions: list[str] = field(default_factory=lambda: ["repo.content.read", "repo.write"])
+    """Of a fine-grained token."""
     name: str = "me"
     orgs: list[str] = field(default_factory=lambda: ["team"])
     url: str = ""
@@ -106,7 +108,10 @@ class _Handler(BaseHTTPRequestHandler):
         hub, parts = self.hub, path.strip("/").split("/")
         if path == "/api/whoami-v2":
             orgs = [{"name": name} for name in hub.orgs]
-            access = {"accessToken": {"role": hub.role, "displayName": "test"}}
+            access: dict[str, Any] = {"accessToken": {"role": hub.role, "displayName": "test"}}
+            if hub.role == "fineGrained":
+                scope = {"entity": {"type": "user", "name": hub.name}, "permissions": hub.permissions}
+                access["accessToken"]["fineGrained"] = {"global": [], "scoped": [scope]}
             self.answer(200, {"type": "user", "name": hub.name, "orgs": orgs, "auth": access})
         elif path == "/api/validate-yaml":
             self.answer(200, {"errors": [], "warnings": []})

@@ -159,6 +159,10 @@ Case = tuple[dict[str, Any], str]
 REFUSALS: dict[str, Case] = {
     "wrong token": ({"token": "hf_AnotherAnotherAnother"}, "the hub does not take the token"),
     "reads only": ({"role": "read"}, "may read and not write"),
+    "reads only, finely": (
+        {"role": "fineGrained", "permissions": ["repo.content.read"]},
+        "may read and not write",
+    ),
     "of another": ({"name": "you", "orgs": []}, "`me/model` is not yours: the token is of `you`"),
     "down": ({"refuse": {"GET /api/models": 503}}, "the hub answers 503"),
     "too often": ({"refuse": {"GET /api/whoami": 429}}, "wants fewer requests"),
@@ -213,6 +217,11 @@ def assert_silent(error: BaseException, token: str) -> None:
     assert token not in str(getattr(shown, "hint", ""))
     assert error.__cause__ is None
     assert error.__suppress_context__ or error.__context__ is None
+
+
+def test_of_a_fine_grained_token_the_hub_decides_whose_the_name_is(made: Made, hub: LocalHub) -> None:
+    hub.role = "fineGrained"
+    assert push_checkpoint(made, HubOptions(push_to_hub="elsewhere/model")).sent
 
 
 def test_an_organisation_of_the_owner_is_pushed_to(made: Made, hub: LocalHub) -> None:

@@ -8,6 +8,7 @@ that is broken off leaves a repository that is known again, and one that follows
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -155,7 +156,7 @@ def _check_owner(known: dict[str, Any], repo: str) -> None:
     """Refuses another's name, and a token that only reads; of a fine-grained one the hub itself decides."""
     owner = repo.split("/", maxsplit=1)[0]
     access = (known.get("auth") or {}).get("accessToken") or {}
-    if access.get("role") == "read":
+    if access.get("role") == "read" or "write" not in json.dumps(access.get("fineGrained", "write")):
         raise UsageError("the token may read and not write", hint="make one with write access on the hub")
     names = [known.get("name"), *(each.get("name") for each in known.get("orgs") or [])]
     if access.get("role") == "write" and owner.lower() not in [str(name).lower() for name in names]:
