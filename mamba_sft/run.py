@@ -298,25 +298,6 @@ def check_output(output: Path, sources: Iterable[Path | None], doing: str) -> No
         raise UsageError(f"`{output}` is what would be {doing}; the result needs a directory of its own")
 
 
-def check_replaceable(output: Path, ours: bool, made_by: str, reason: str) -> None:
-    """Refuses to replace a directory that was not written by the same verb before.
-
-    Args:
-        output: Where the result is to go.
-        ours: Whether what is there carries the mark of that verb.
-        made_by: What would have written it: `an earlier merge`.
-        reason: How one can tell that it was not.
-
-    Raises:
-        UsageError: It holds something else.
-    """
-    if output.is_dir() and any(output.iterdir()) and not ours:
-        raise UsageError(
-            f"`{output}` is not empty and not {made_by}: {reason}",
-            hint="give another directory with `--output`, or empty this one",
-        )
-
-
 def final_name(name: str) -> str:
     """Returns the name that a file or directory will have once it is whole; any other name as it is."""
     return _HALF.sub("", name)

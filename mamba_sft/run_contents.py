@@ -75,6 +75,26 @@ def strangers(run: Run) -> list[str]:
     return [_below(run.path, entry) for entry in _entries(run) if not entry.ours]
 
 
+def check_replaceable(output: Path, ours: bool, made_by: str, reason: str) -> None:
+    """Refuses to replace a directory that was not written by the same verb before.
+
+    Args:
+        output: Where the result is to go.
+        ours: Whether what is there carries the mark of that verb.
+        made_by: What would have written it: `an earlier merge`.
+        reason: How one can tell that it was not.
+
+    Raises:
+        UsageError: It holds something else.
+    """
+    found = (path.name for path in output.iterdir()) if output.is_dir() else ()
+    if not ours and not all(map(is_by_system, found)):
+        raise UsageError(
+            f"`{output}` is not empty and not {made_by}: {reason}",
+            hint="give another directory with `--output`, or empty this one",
+        )
+
+
 def refuse_strangers(output: Path, also: Collection[str]) -> None:
     """Refuses to replace a checkpoint's directory that holds what belongs to none, or that is a link.
 

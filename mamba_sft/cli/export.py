@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,7 +15,7 @@ from mamba_sft.errors import UsageError
 from mamba_sft.wording import size_text, time_text
 
 if TYPE_CHECKING:
-    from mamba_sft.exporting.request import Exported
+    from mamba_sft.exporting.request import Exported, Pushed
     from mamba_sft.run import Run
 
 Exportable = Annotated[
@@ -51,7 +53,10 @@ Imatrix = Annotated[bool, typer.Option("--imatrix", help="Round by an importance
 EpsilonFix = Annotated[bool, typer.Option(help="Leave ssm_x as llama.cpp's converter does.")]
 Verify = Annotated[bool, typer.Option(help="Do not load and compare each file in llama.cpp.")]
 Repository = Annotated[
-    str | None, typer.Option(metavar="REPO", help="Push the checkpoint, by the token HF_TOKEN.")
+    str | None,
+    typer.Option(
+        "--push-to-hub", "--push", metavar="REPO", help="Push files and model card to `owner/name`."
+    ),
 ]
 Private = Annotated[bool, typer.Option("--private", help="Make that repository private.")]
 Language = Annotated[
@@ -83,15 +88,19 @@ def export(
     """
     from mamba_sft.exporting.export_run import check_request
     from mamba_sft.exporting.export_run import export as export_run
+    from mamba_sft.exporting.hub.push import check_hub
     from mamba_sft.exporting.request import GGUFOptions, HubOptions
 
-    options: GGUFOptions | HubOptions = GGUFOptions(epsilon_fix, verify, imatrix)
-    if format == "hf" or push_to_hub is not None:
-        options = HubOptions(tuple(language or ["en"]), push_to_hub, private)
+    hub = HubOptions(tuple(language or ["en"]), push_to_hub, private)
+    options = hub if format == "hf" else GGUFOptions(epsilon_fix, verify, imatrix, hub=hub)
+    if language and format != "hf" and push_to_hub is None:
+        raise UsageError("`--language` is of a model card: of `--format hf`, or of a push")
     where = run if run is not None else run_or_newest(None)
     if dry_run and (format == "hf" or adapter_only):
         raise UsageError("`--dry-run` plans a model's GGUF files; a checkpoint is as large as its base")
     check_request(where, format, quantization or [], adapter_only, options)
+    if not dry_run:
+        check_hub(hub)
     with loading("torch and transformers"):
         import mamba_sft.exporting.full_model  # noqa: F401  # what every format needs
         from mamba_sft.cli.progress import StageBar
@@ -111,7 +120,13 @@ def export(
             options=options,
             progress=bar.update,
         )
-    _show_files(done, as_json)
+    if as_json:
+        _write_json(done)
+        return
+    _show_files(done)
+    if done.pushed is not None:
+        _show_push(done.pushed)
+    _show_next(done, where, format)
 
 
 def _show_plan(
@@ -144,18 +159,21 @@ def _show_plan(
     out.print(f"about {time_text(seconds)} to write{check} on this machine")
 
 
-def _show_files(done: Exported, as_json: bool) -> None:
+def _write_json(done: Exported) -> None:
     from dataclasses import asdict
 
-    files = done.files
-    if as_json:
-        content: dict[str, object] = {
-            "files": [asdict(file) | {"path": str(file.path)} for file in files],
+    write_json(
+        {
+            "files": [asdict(file) | {"path": str(file.path)} for file in done.files],
             "others": [str(path) for path in done.others],
             "url": done.url,
+            "pushed": asdict(done.pushed) if done.pushed is not None else None,
         }
-        write_json(content)
-        return
+    )
+
+
+def _show_files(done: Exported) -> None:
+    files = done.files
     table = Table(box=None)
     for title in ("file", "size", "KL", "top-1", "answer as the model"):
         table.add_column(title, justify="left" if title == "file" else "right")
@@ -173,5 +191,34 @@ def _show_files(done: Exported, as_json: bool) -> None:
             err.print(f"{file.method} answers: {answer}")
     for path in done.paths:
         out.print(str(path))
-    if done.url is not None:
-        out.print(done.url)
+
+
+def _show_push(pushed: Pushed) -> None:
+    for what, names in (
+        ("sent", pushed.sent),
+        ("there already", pushed.kept),
+        ("removed, of an earlier export", pushed.removed),
+    ):
+        if names:
+            err.print(f"{what}: {', '.join(names)}", highlight=False, soft_wrap=True)
+    out.print(pushed.url)
+
+
+def _show_next(done: Exported, where: str | Run, format: str) -> None:
+    """Prints what to do with what was written, as commands that can be copied."""
+    lines = []
+    if format == "ollama":
+        file = done.files[0]
+        model = file.path.name.removesuffix(f".{file.method}.gguf").removesuffix(".base")
+        for path in done.others:
+            name = re.sub(r"[^\w.-]", "-", model, flags=re.ASCII) + path.suffix.lower().replace(".", ":")
+            lines.append(f"next:   ollama create {shlex.quote(name)} -f {shlex.quote(str(path))}")
+    if format == "gguf" and done.files and done.files[-1].method != "LoRA":
+        lines.append(f"serve:  llama-server -m {shlex.quote(str(done.files[0].path))} --jinja")
+    if format == "hf":
+        lines.append(f'load:   AutoModelForCausalLM.from_pretrained("{done.directory}")')
+        if done.pushed is None:
+            run = shlex.quote(str(getattr(where, "path", where)))
+            lines.append(f"push:   mamba-sft export {run} --format hf --push-to-hub owner/name")
+    for line in lines:
+        err.print(line, highlight=False, soft_wrap=True, markup=False)

@@ -41,6 +41,7 @@ _CONVERTED = {
     ".arrow": "python -c \"import datasets; datasets.Dataset.from_file('{path}').to_json('data.jsonl')\"",
 }
 """Other kinds of files, and the command that makes one of ours of them."""
+_OF_THE_HUB = "; a data set of the hub is `owner/name`"
 
 
 def read_source(source: SourceSection) -> Iterator[Row]:
@@ -112,8 +113,8 @@ def _places(source: SourceSection) -> list[Path] | None:
         return _matches(source.path, found)
     if found.is_file() or found.is_dir():
         return [found]
-    if is_hub_dataset(source.path):
-        return None
+    if is_hub_dataset(source.path) and "/" in source.path and _close_to(found) is None:
+        return None  # the hub would be asked for a misspelt name too, half a minute where it is out of reach
     raise _missing(found)
 
 
@@ -170,13 +171,13 @@ def _missing(path: Path) -> DataError:
     if not path.parent.is_dir():
         return DataError(f"no file `{path}`: there is no directory `{path.parent}`")
     if close := _close_to(path):
-        return DataError(f"no file `{path}`", hint=f"did you mean `{close}`?")
+        return DataError(f"no file `{path}`", hint=f"did you mean `{close}`?{_OF_THE_HUB}")
     names = [entry.name for entry in path.parent.iterdir()]
     readable = sorted(name for name in names if kind_of_file(Path(name)) in KINDS)[:8]
     listing = (
         f"`{path.parent}` has {', '.join(readable)}" if readable else "paths start from the working directory"
     )
-    return DataError(f"no file `{path}`", hint=listing)
+    return DataError(f"no file `{path}`", hint=listing + _OF_THE_HUB)
 
 
 def _close_to(path: Path) -> Path | None:
@@ -308,11 +309,9 @@ def _hub_errors(path: str) -> Iterator[None]:
     except DataError:
         raise
     except Exception as error:  # datasets, huggingface_hub, fsspec and httpx each raise their own kinds
-        close = _close_to(find_path(path))
-        meant = f"did you mean the file `{close}`? Otherwise " if close and not Path(path).exists() else ""
         cause = error.__cause__ or error  # "an error occurred while generating the dataset" says nothing
         raise DataError(
             f"cannot load the dataset `{path}`: {type(cause).__name__}: {str(cause).strip()}",
-            hint=f"{meant}`path` is a hub id, a file or a glob; `name` picks a configuration, `split` a "
-            "split; private datasets need `hf auth login`",
+            hint="`path` is a hub id, a file or a glob; `name` picks a configuration, `split` a split; "
+            "private datasets need `hf auth login`",
         ) from error

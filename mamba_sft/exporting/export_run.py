@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mamba_sft.errors import UsageError
+from mamba_sft.model.checkpoint import read_config
 from mamba_sft.run import Run
 from mamba_sft.run_lock import hold_output
 
@@ -41,7 +42,7 @@ def export(
         output: Where to; by default the run's `export/`, for a checkpoint `export/hf/`.
         name: What the files are called; by default what the run is called.
         adapter_only: Write the adapter as a GGUF LoRA; with a quantization, also its base to load it on.
-        options: `GGUFOptions` for GGUF files, `HubOptions` for a checkpoint.
+        options: `GGUFOptions` for GGUF files, `HubOptions` for a checkpoint; either says where to push it.
         progress: Told how far it is.
 
     Returns:
@@ -50,15 +51,17 @@ def export(
     Raises:
         MambaSFTError: It cannot be exported, a file failed its check, or another process is writing there.
     """
+    from mamba_sft.exporting.hub.push import check_hub
     from mamba_sft.exporting.request import ExportRequest, GGUFOptions, HubOptions
 
     names = [quantization] if isinstance(quantization, str) else list(quantization or [])
     check_request(run, format, names, adapter_only, options)
     request = ExportRequest(run, names, output, name, progress or (lambda stage, done, total: None))
     if isinstance(options, GGUFOptions):
-        request = replace(request, gguf=options)
+        request = replace(request, gguf=options, hub=options.hub)
     elif isinstance(options, HubOptions):
         request = replace(request, hub=options)
+    check_hub(request.hub)
     with _sole_writer(run, output, format):
         if format == "hf":
             from mamba_sft.exporting.hub.export import export_checkpoint
@@ -92,15 +95,19 @@ def check_request(
 
     Raises:
         UsageError: There is no such run, format or quantization, or something belongs to another format.
+        ModelError: It is a checkpoint of another kind.
         ExportError: What GGUF files need is not installed.
     """
     from mamba_sft.exporting.gguf.names import refuse_unknown
+    from mamba_sft.exporting.hub.push import check_push
     from mamba_sft.exporting.request import GGUFOptions, HubOptions
 
     if format not in FORMATS:
         raise UsageError(f"no format `{format}`", hint=f"there are {', '.join(FORMATS)}")
     refuse_unknown(quantization)
-    if isinstance(run, Run) or adapter_only or not (Path(run) / "config.json").is_file():
+    if not isinstance(run, Run) and not adapter_only and (Path(run) / "config.json").is_file():
+        read_config(Path(run))  # a model of another kind is told before anything is loaded
+    else:
         opened = Run.open(run)
         if adapter_only and opened.model.is_dir():
             raise UsageError(
@@ -109,7 +116,12 @@ def check_request(
     if format == "hf" and (quantization or adapter_only or isinstance(options, GGUFOptions)):
         raise UsageError("quantizations and adapters alone are GGUF files", hint="leave `--format hf` out")
     if format != "hf" and isinstance(options, HubOptions):
-        raise UsageError("only a checkpoint is pushed to the hub", hint="say `--format hf`")
+        raise UsageError("GGUF files are not described by `HubOptions`", hint="give `GGUFOptions(hub=...)`")
+    hub = options.hub if isinstance(options, GGUFOptions) else options
+    if hub is not None:
+        if adapter_only and hub.push_to_hub is not None:
+            raise UsageError("an adapter alone is not pushed", hint="leave `--adapter-only` out")
+        check_push(hub)
     if format != "hf":
         from mamba_sft.llama_cpp.installed import require_gguf
 

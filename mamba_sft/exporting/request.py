@@ -22,26 +22,8 @@ Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
-class GGUFOptions:
-    """How GGUF files are made.
-
-    Args:
-        fix_epsilon: Scale `ssm_x` so that llama.cpp's norms of dt, B and C are the model's; see
-            `gguf_tensors`.
-        verify: Load every file through llama.cpp and hold it against the model.
-        imatrix: Weigh rounding errors by an importance matrix.
-        imatrix_tokens: How much text the matrix is made from.
-    """
-
-    fix_epsilon: bool = True
-    verify: bool = True
-    imatrix: bool = False
-    imatrix_tokens: int = 4096
-
-
-@dataclass(frozen=True)
 class HubOptions:
-    """How a checkpoint is described and published.
+    """How what is exported is described and published.
 
     Args:
         languages: Codes of the languages it speaks, for the model card.
@@ -55,6 +37,26 @@ class HubOptions:
 
 
 @dataclass(frozen=True)
+class GGUFOptions:
+    """How GGUF files are made.
+
+    Args:
+        fix_epsilon: Scale `ssm_x` so that llama.cpp's norms of dt, B and C are the model's; see
+            `gguf_tensors`.
+        verify: Load every file through llama.cpp and hold it against the model.
+        imatrix: Weigh rounding errors by an importance matrix.
+        imatrix_tokens: How much text the matrix is made from.
+        hub: How they are described and published.
+    """
+
+    fix_epsilon: bool = True
+    verify: bool = True
+    imatrix: bool = False
+    imatrix_tokens: int = 4096
+    hub: HubOptions = HubOptions()
+
+
+@dataclass(frozen=True)
 class ExportRequest:
     """What was asked for.
 
@@ -65,7 +67,7 @@ class ExportRequest:
         name: What the files are called, or None for the run's name.
         progress: Told how far it is.
         gguf: How GGUF files are made.
-        hub: How a checkpoint is described and published.
+        hub: How what is exported is described and published.
 
     Raises:
         UsageError: `name` is no name of a file.
@@ -128,6 +130,23 @@ class GGUFFile:
 
 
 @dataclass(frozen=True)
+class Pushed:
+    """What a push did.
+
+    Args:
+        url: The address of the repository.
+        sent: The files that were sent, by name.
+        kept: Those that were there already.
+        removed: Weights of an earlier export that were taken away.
+    """
+
+    url: str
+    sent: list[str]
+    kept: list[str]
+    removed: list[str]
+
+
+@dataclass(frozen=True)
 class Exported:
     """What an export wrote.
 
@@ -135,13 +154,18 @@ class Exported:
         directory: Where to.
         files: The GGUF files, with what was measured of them.
         others: Everything else: Modelfiles, the checkpoint's directory.
-        url: Where it was pushed to, or None.
+        pushed: What was pushed, or None.
     """
 
     directory: Path
     files: list[GGUFFile] = field(default_factory=list)
     others: list[Path] = field(default_factory=list)
-    url: str | None = None
+    pushed: Pushed | None = None
+
+    @property
+    def url(self) -> str | None:
+        """Where it was pushed to, or None."""
+        return self.pushed.url if self.pushed is not None else None
 
     @property
     def paths(self) -> list[Path]:

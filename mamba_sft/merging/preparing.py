@@ -27,9 +27,8 @@ from mamba_sft.run import (
     MERGE_REPORT,
     Run,
     check_output,
-    check_replaceable,
 )
-from mamba_sft.run_contents import refuse_strangers
+from mamba_sft.run_contents import check_replaceable, refuse_strangers
 
 VOCABULARY = (EMBEDDINGS, HEAD)
 

@@ -13,6 +13,7 @@ import torch
 from mamba_sft.merging.preparing import PreparedMerge
 from mamba_sft.model.checkpoint import INDEX_NAME
 from mamba_sft.model.checksums import new_digest
+from mamba_sft.model.portable import settle_checkpoint
 from mamba_sft.model.tensor_files import DTYPES, Layout, StoredTensors, as_bytes
 from mamba_sft.run import MERGE_REPORT
 
@@ -102,6 +103,7 @@ def write_companions(prepared: PreparedMerge, directory: Path) -> None:
             metadata["total_parameters"] = sum(prod(layout.shape) for layout in prepared.layouts)
         index = {"metadata": metadata, "weight_map": dict(sorted(files.items()))}
         (directory / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    settle_checkpoint(directory)
 
 
 def _is_companion(path: Path) -> bool:

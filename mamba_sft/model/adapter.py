@@ -11,7 +11,6 @@ Adapter weights are float32 whatever the base is: the steps of training are too 
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from copy import copy
@@ -33,10 +32,12 @@ from peft.utils.other import TrainableTokensWrapper
 
 from mamba_sft.errors import AdapterError
 from mamba_sft.kernels.falcon_mamba import FalconMambaMixer
+from mamba_sft.model.adapter_card import write_adapter_card
 from mamba_sft.model.adapter_config import HONOURED, OTHERS, read_adapter_config, used
 from mamba_sft.model.base_facts import BaseFacts
 from mamba_sft.model.checkpoint import base_fingerprint, resolve_base
 from mamba_sft.model.checksums import file_checksum, new_digest, tensor_checksums
+from mamba_sft.model.portable import settle_tokenizer_config
 from mamba_sft.model.shards import part_of, whole
 from mamba_sft.model.trained_rows import keep_rows_on_device
 from mamba_sft.run import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -193,6 +194,7 @@ def save_adapter(
     config = copy(model.peft_config[_ADAPTER])
     config.target_modules = sorted(config.target_modules)  # PEFT makes a set of them, saved in any order
     config.save_pretrained(directory, inference_mode=True)
+    write_adapter_card(directory, section.base, config.target_modules)
     save_tokenizer(setup.tokenizer, directory)
     model.generation_config.save_pretrained(directory)
     base = resolve_base(section.base, section.revision)
@@ -213,13 +215,7 @@ def save_adapter(
 def save_tokenizer(tokenizer: Any, directory: Path) -> None:
     """Writes a tokenizer so that transformers 4 reads it too, and without the flags of how it was loaded."""
     tokenizer.save_pretrained(directory)
-    path = directory / "tokenizer_config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    if config.get("tokenizer_class") == "TokenizersBackend":  # the name of transformers 5 for the same class
-        config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    for flag in ("is_local", "local_files_only"):
-        config.pop(flag, None)
-    path.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    settle_tokenizer_config(directory)
 
 
 def adapter_tensors(model: Any) -> dict[str, torch.nn.Parameter]:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from mamba_sft.errors import DataError
 from mamba_sft.model.literal_text import Marked, Marks, choose_marks, encode_as_text, spellings_of, unescaped
+from mamba_sft.model.portable import marked_template
 from mamba_sft.model.special_tokens import is_single, rename_tokens, settle_pad, unused_slots
 from mamba_sft.model.template_process import (
     LONGEST_TEMPLATE,
@@ -447,7 +448,7 @@ def _checked(name: str, template: Any) -> str:
         check_template(template)
     except RefusedError as error:
         raise DataError(f"the chat template `{shown(name)}` cannot be used: {error}") from error
-    return str(template)
+    return marked_template(str(template))
 
 
 def find_stop_token(tokenizer: Any, template: str) -> str:

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 
 from mamba_sft.errors import DataError
 from mamba_sft.model import template_rendering
+from mamba_sft.model.portable import marked_template
 from mamba_sft.model.template_rendering import SECONDS, Marks, RefusedError, rendered
 from mamba_sft.wording import shown
 
@@ -163,6 +164,7 @@ def render_template(template: Any, conversations: Sequence[dict[str, Any]]) -> l
         EndlessTemplateError: It takes too long.
     """
     check_template(template)
+    template = marked_template(template)
     if template == built_in_template():
         return [_rendered_here(template, variables) for variables in conversations]
     key = os.getpid(), template  # a process that was forked off needs its own

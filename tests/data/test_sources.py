@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mamba_sft.data.sources import is_hub_dataset, read_source
+from mamba_sft.data.sources import check_source, identity, is_hub_dataset, read_source
 from mamba_sft.errors import DataError
 from mamba_sft.json_lines import Row
 from mamba_sft.recipe.fields import SourceSection
@@ -231,12 +231,21 @@ def test_a_hub_failure_names_the_dataset_and_the_ways_out() -> None:
     assert "hub id, a file or a glob" in str(error.value.hint)
 
 
-def test_a_file_whose_name_was_nearly_written_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("written", ["chats.jsonlx", "data/chat.jsn", "squad", "data/chats.jso"])
+def test_a_misspelt_file_is_refused_without_asking_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: str
 ) -> None:
-    """What has no ending that we read may be a data set of the hub, so the hub is asked first."""
+    """It could be a data set of the hub, which would be asked in vain for half a minute."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "chats.jsonl").write_text("{}\n")
-    with pytest.raises(DataError, match="cannot load the dataset") as caught:
-        list(read_source(SourceSection(path="chats.jsonlx")))
-    assert "did you mean the file `chats.jsonl`?" in (caught.value.hint or "")
+    for place in (tmp_path, tmp_path / "data"):
+        place.mkdir(exist_ok=True)
+        (place / "chats.jsonl").write_text("{}\n")
+    import datasets
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: pytest.fail("the hub was asked"))
+    source = SourceSection(path=written)
+    for ask in (check_source, identity, lambda source: list(read_source(source))):
+        with pytest.raises(DataError, match=f"no file `.*{written}`") as caught:
+            ask(source)
+        assert "chats.jsonl" in (caught.value.hint or "")
+        assert "a data set of the hub is `owner/name`" in (caught.value.hint or "")

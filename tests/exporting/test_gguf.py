@@ -32,7 +32,7 @@ from mamba_sft.exporting.full_model import FullModel, find_model
 from mamba_sft.exporting.gguf import files, metadata, verifying
 from mamba_sft.exporting.gguf.files import prepare_files
 from mamba_sft.exporting.gguf.importance import importance_matrix
-from mamba_sft.exporting.gguf.metadata import plain_template, read_vocabulary
+from mamba_sft.exporting.gguf.metadata import read_vocabulary
 from mamba_sft.exporting.gguf.probe import Job, run_probe
 from mamba_sft.exporting.gguf.tensors import epsilon_scale, export_tensors
 from mamba_sft.exporting.gguf.timing import writing_seconds
@@ -44,6 +44,7 @@ from mamba_sft.exporting.request import GGUFOptions
 from mamba_sft.llama_cpp import installed
 from mamba_sft.llama_cpp import library as llama_cpp
 from mamba_sft.merging.merge_run import merge
+from mamba_sft.model.portable import plain_template
 from mamba_sft.model.tensor_files import StoredTensors
 from mamba_sft.model.tensor_headers import TensorEntry
 from tests.conftest import SHARED_FALCON, build_model, build_tokenizer

@@ -17,7 +17,6 @@ from jinja2 import Template
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from mamba_sft.cli.app import app
 from mamba_sft.errors import ExportError, UsageError
 from mamba_sft.evaluation.normalisation import Column, Pool
 from mamba_sft.evaluation.prompts import Prompt, Sample, write_samples
@@ -96,6 +95,25 @@ def test_exporting_again_replaces_only_its_own(tmp_path: Path) -> None:
     assert (foreign / "README.md").read_text() == "my notes on mamba-sft"
     with pytest.raises(UsageError, match="what would be exported"):
         export(made.run, format="hf", output=made.run.adapter)
+
+
+@pytest.mark.parametrize("name", [".DS_Store", "Thumbs.db", "desktop.ini"])
+def test_a_directory_with_what_a_system_put_there_counts_as_empty(tmp_path: Path, name: str) -> None:
+    made = make_run(tmp_path)
+    for verb in ("merge", "export"):
+        place = tmp_path / verb
+        place.mkdir()
+        (place / name).write_text("x")
+        if verb == "merge":
+            merge(made.run, output=place)
+        else:
+            export(made.run, format="hf", output=place)
+        assert (place / "config.json").is_file()
+    (tmp_path / "mine").mkdir()
+    for other in (name, "mine.txt"):
+        (tmp_path / "mine" / other).write_text("x")
+    with pytest.raises(UsageError, match="not empty"):
+        export(made.run, format="hf", output=tmp_path / "mine")
 
 
 def test_a_merge_older_than_the_adapter_is_not_published(
@@ -314,87 +332,29 @@ def test_a_question_is_quoted_in_the_snippets(tmp_path: Path) -> None:
         compile(code, "card", "exec")
 
 
-class FakeHub:
-    """Stands where `HfApi` stands, and keeps what it is told."""
-
-    calls: list[tuple[str, dict[str, Any]]]
-    failure: Exception | None = None
-
-    def __init__(self, token: str):
-        self.token = token
-        FakeHub.calls = [("login", {"token": token})]
-
-    def create_repo(self, repo: str, **wanted: Any) -> str:
-        FakeHub.calls.append(("create_repo", {"repo": repo} | wanted))
-        return f"https://huggingface.co/{repo}"
-
-    def upload_folder(self, **wanted: Any) -> None:
-        if FakeHub.failure:
-            raise FakeHub.failure
-        files = sorted(path.name for path in Path(wanted["folder_path"]).iterdir())
-        FakeHub.calls.append(("upload_folder", wanted | {"files": files}))
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> type[FakeHub]:
-    monkeypatch.setattr("huggingface_hub.HfApi", FakeHub)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    FakeHub.calls, FakeHub.failure = [], None
-    return FakeHub
-
-
-def test_pushing_takes_the_token_from_the_environment_and_tells_nobody(
-    tmp_path: Path, hub: type[FakeHub], caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from typer.testing import CliRunner
-
-    made = make_run(tmp_path)
-    arguments = ["export", str(made.run.path), "--format", "hf", "--push-to-hub", "me/model", "--private"]
-    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
-    assert result.exit_code == 0
-    assert "https://huggingface.co/me/model" in result.output
-    (_, login), (_, created), (_, uploaded) = hub.calls
-    assert login == {"token": TOKEN}
-    assert created == {"repo": "me/model", "private": True, "exist_ok": True}
-    assert uploaded["repo_id"] == "me/model"
-    assert {"README.md", "config.json", "tokenizer.json"} <= set(uploaded["files"])
-    assert 'from_pretrained("me/model"' in read_card(made.run.export / "hf")[1]
-    captured = capsys.readouterr()
-    assert TOKEN not in result.output + caplog.text + captured.out + captured.err
-    for path in made.run.path.rglob("*"):
-        assert not path.is_file() or TOKEN.encode() not in path.read_bytes(), path
-
-
 def test_a_push_that_cannot_work_is_refused_before_anything_is_written(
-    tmp_path: Path, hub: type[FakeHub], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = make_run(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
     for repo, message in (("model", "has no owner"), ("a/b/c", "not a repository"), ("me/..x", "not a repo")):
         with pytest.raises(UsageError, match=message):
             export(made.run, format="hf", options=HubOptions(push_to_hub=repo))
     monkeypatch.delenv("HF_TOKEN")
-    with pytest.raises(UsageError, match="needs a token in HF_TOKEN"):
+    with pytest.raises(UsageError, match="this machine is not logged in"):
         export(made.run, format="hf", options=HubOptions(push_to_hub="me/model"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UsageError, match="HF_HUB_OFFLINE"):
         export(made.run, format="hf", options=HubOptions(push_to_hub="me/model"))
-    with pytest.raises(UsageError, match="only a checkpoint"):
+    with pytest.raises(UsageError, match="not described by `HubOptions`"):
         export(made.run, options=HubOptions(push_to_hub="me/model"))
+    with pytest.raises(UsageError, match="an adapter alone is not pushed"):
+        export(made.run, adapter_only=True, options=GGUFOptions(hub=HubOptions(push_to_hub="me/model")))
     with pytest.raises(UsageError, match="are GGUF files"):
         export(made.run, format="hf", quantization="Q8_0")
     assert not made.run.export.exists()
-    assert not hub.calls
-
-
-def test_a_hub_that_refuses_leaves_the_export_and_no_token(tmp_path: Path, hub: type[FakeHub]) -> None:
-    made = make_run(tmp_path)
-    hub.failure = OSError("connection reset")
-    with pytest.raises(ExportError, match="was exported, but not pushed") as caught:
-        export(made.run, format="hf", options=HubOptions(push_to_hub="me/model"))
-    assert caught.value.__cause__ is None
-    assert TOKEN not in str(caught.value)
-    assert (made.run.export / "hf" / "README.md").is_file()
 
 
 def test_a_file_is_no_dataset_of_the_card(tmp_path: Path) -> None:
@@ -416,3 +376,30 @@ def test_the_format_hf_needs_no_gguf_extra(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setitem(sys.modules, "xllamacpp", None)
     done = export(made.run, format="hf")
     assert weights(done.directory)
+
+
+def test_what_to_do_next_is_printed_as_commands(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from mamba_sft.cli.app import app
+
+    pytest.importorskip("xllamacpp")
+    made = make_run(tmp_path)
+    run = str(made.run.path)
+
+    def told(*arguments: str) -> list[str]:
+        words = ["export", run, *arguments]
+        return CliRunner().invoke(app, words, catch_exceptions=False).stderr.splitlines()
+
+    assert told("--format", "hf")[-2:] == [
+        f'load:   AutoModelForCausalLM.from_pretrained("{run}/export/hf")',
+        f"push:   mamba-sft export {run} --format hf --push-to-hub owner/name",
+    ]
+    assert told("--no-verify")[-1] == f"serve:  llama-server -m {run}/export/run.Q4_K_M.gguf --jinja"
+    one = told("--format", "ollama", "-q", "Q8_0", "--no-verify")
+    assert one[-1] == f"next:   ollama create run -f {run}/export/Modelfile"
+    two = told("--format", "ollama", "-q", "Q8_0", "-q", "Q4_0", "--no-verify")
+    assert two[-2:] == [
+        f"next:   ollama create run:q4_0 -f {run}/export/Modelfile.Q4_0",
+        f"next:   ollama create run:q8_0 -f {run}/export/Modelfile.Q8_0",
+    ]

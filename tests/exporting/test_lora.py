@@ -22,12 +22,12 @@ from mamba_sft.errors import ExportError, UsageError
 from mamba_sft.exporting.export_run import export
 from mamba_sft.exporting.full_model import find_model
 from mamba_sft.exporting.gguf import lora
-from mamba_sft.exporting.gguf.metadata import plain_template
 from mamba_sft.exporting.gguf.probe import Job, run_probe
 from mamba_sft.exporting.ollama.go_template import _CHATS, learn_turns, to_go_template
 from mamba_sft.exporting.ollama.modelfile import modelfile_text, stop_strings
 from mamba_sft.exporting.request import GGUFOptions
 from mamba_sft.merging.merge_run import merge
+from mamba_sft.model.portable import plain_template
 from mamba_sft.recipe.recipe import Recipe
 from tests.exporting.go_templates import render_go
 from tests.merging.test_merge_run import ALL, PROMPT, Made, make_run

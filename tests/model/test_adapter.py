@@ -200,6 +200,7 @@ def test_what_is_saved(tiny_base: Path, tmp_path: Path) -> None:
     assert {
         ADAPTER_WEIGHTS,
         BASE_FACTS,
+        "README.md",
         "adapter_config.json",
         "tokenizer.json",
         "generation_config.json",

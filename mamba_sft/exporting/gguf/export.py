@@ -20,6 +20,7 @@ from mamba_sft.exporting.gguf.files import (
 )
 from mamba_sft.exporting.gguf.lora import write_adapter
 from mamba_sft.exporting.gguf.types import choose_methods
+from mamba_sft.exporting.hub.export import push_gguf
 from mamba_sft.exporting.ollama.modelfile import modelfile_text, what_ollama_lacks
 from mamba_sft.exporting.request import Exported, ExportRequest, GGUFFile, output_of
 from mamba_sft.merging.preparing import match_adapter
@@ -51,7 +52,10 @@ def export_model(request: ExportRequest, *, ollama: bool) -> Exported:
     with disk_errors_explained(prepared.output, "what belongs to the files does not fit", ExportError):
         files = write_gguf(prepared, request.gguf, request.progress)
         _refresh_report(prepared)
-        return Exported(prepared.output, files, _write_modelfiles(prepared.output, files, texts))
+        others = _write_modelfiles(prepared.output, files, texts)
+    paths, name = [file.path for file in files], request.name or prepared.model.name
+    pushed = push_gguf(prepared.model, name, paths, others, request)
+    return Exported(prepared.output, files, others, pushed)
 
 
 def export_adapter(request: ExportRequest, *, ollama: bool) -> Exported:

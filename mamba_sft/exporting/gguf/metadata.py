@@ -8,7 +8,6 @@ the embedding has rows, or it does not load.
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,9 @@ from mamba_sft.exporting.gguf.tensors import DEFAULT_NORM_EPS, ExportTensor, lay
 from mamba_sft.exporting.gguf.types import Method
 from mamba_sft.merging.saved_adapter import EMBEDDINGS
 from mamba_sft.model.loading import first_id
+from mamba_sft.model.portable import plain_template
 
 CONTEXT_LENGTH = 2**20  # by llama.cpp's convention: a recurrent model has no limit of its own
-_GENERATION_MARK = re.compile(r"\{%(-?)\s*(?:end)?generation\s*(-?)%\}")
 # The pre-tokenizers, as `tokenizer.json` describes them, that llama.cpp knows by these names.
 _FALCON = [("Punctuation", "Contiguous"), ("ByteLevel",), ("Digits", False), ("Split", "[0-9][0-9][0-9]")]
 
@@ -85,17 +84,6 @@ def read_vocabulary(model: FullModel) -> Vocabulary:
             "eos": tokenizer.eos_token_id is not None and alone[-1] == tokenizer.eos_token_id,
         },
     )
-
-
-def plain_template(template: Any) -> str | None:
-    """Returns a chat template without the marks that only training reads.
-
-    `{% generation %}` is an extension of `transformers`; other renderers refuse it. A comment in its place
-    strips the same white space and writes nothing.
-    """
-    if not isinstance(template, str):
-        return None
-    return _GENERATION_MARK.sub(lambda match: f"{{#{match[1]} {match[2]}#}}", template)
 
 
 def add_metadata(

@@ -1,5 +1,5 @@
-"""A checkpoint for the hub, or a directory: weights, model card, upload.
+"""What is published on the Hugging Face hub: a checkpoint with its model card, and GGUF files with theirs.
 
-Read `export` (the flow), `checkpoint` (files as `transformers` loads them), `card` (what the model card
-says), `push` (the upload).
+Read `export` (the flow), `checkpoint` (files), `card` (facts for `card.md.jinja`), `push` (what is sent and
+what is there) and `hub_errors` (what the hub refuses, in a sentence).
 """

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from mamba_sft.evaluation.svg_plot import svg_text
 from mamba_sft.evaluation.table import scores_table, settings_text
 from mamba_sft.exporting.full_model import FullModel
 from mamba_sft.exporting.gguf.tensors import layers
-from mamba_sft.exporting.hub.checkpoint import MARK
+from mamba_sft.exporting.hub.push import MARK
 from mamba_sft.exporting.request import HubOptions
 from mamba_sft.exporting.texts import prompt_of
 from mamba_sft.merging.saved_adapter import EMBEDDINGS
@@ -57,14 +57,30 @@ _LICENSES = {"tiiuae/falcon-mamba": _FALCON_MAMBA, "tiiuae/Falcon3-Mamba": _FALC
 _NOT_SHOWN = {"report_to", "trainer_arguments", "logging_steps", "save_steps", "save_total_limit"}
 
 
-def write_card(model: FullModel, directory: Path, name: str, options: HubOptions) -> None:
+@dataclass(frozen=True)
+class Published:
+    """What the card is of.
+
+    Args:
+        checkpoint: Whether there is a checkpoint, for `transformers`.
+        gguf_files: The GGUF files in the repository, by name.
+    """
+
+    checkpoint: bool = True
+    gguf_files: Sequence[str] = ()
+
+
+def write_card(
+    model: FullModel, directory: Path, name: str, options: HubOptions, published: Published = Published()
+) -> None:
     """Writes README.md, and the loss plot where there were steps, into `directory`.
 
     Args:
         model: The model.
-        directory: The checkpoint's directory.
+        directory: Where to.
         name: What the model is called.
         options: What else the card says.
+        published: What lies beside the card.
     """
     from huggingface_hub import ModelCard
 
@@ -75,7 +91,10 @@ def write_card(model: FullModel, directory: Path, name: str, options: HubOptions
         (directory / plot).write_text(drawn + "\n", encoding="utf-8")
     recipe = Recipe.load(str(model.run.recipe)) if model.run else None
     facts = _facts(model, name, options) | _training_facts(recipe) | _evaluation_facts(model.run)
+    facts |= {"checkpoint": published.checkpoint, "gguf_files": list(published.gguf_files)}
     data = _metadata(model, recipe, name, options, facts["results"])
+    if not published.checkpoint:
+        data.library_name = "gguf"
     card = ModelCard.from_template(data, str(TEMPLATE), recipe=recipe, plot=plot, **facts)
     (directory / MODEL_CARD).write_text(card.content.rstrip() + "\n", encoding="utf-8")
 

@@ -12,10 +12,12 @@ import torch
 from mamba_sft.disk import disk_errors_explained, require_space
 from mamba_sft.errors import ExportError
 from mamba_sft.exporting.full_model import FullModel, find_model
+from mamba_sft.exporting.hub.push import MARK
 from mamba_sft.exporting.logits import logits_of
 from mamba_sft.exporting.texts import prompt_of
 from mamba_sft.merging.preparing import PreparedMerge
 from mamba_sft.merging.summed import MergedTensors, write_companions
+from mamba_sft.model.portable import settle_checkpoint
 from mamba_sft.model.tensor_files import one_thread, write_shard
 from mamba_sft.run import (
     MERGE_REPORT,
@@ -23,13 +25,9 @@ from mamba_sft.run import (
     MODEL_FACTS,
     atomic_directory,
     check_output,
-    check_replaceable,
 )
-from mamba_sft.run_contents import refuse_strangers
+from mamba_sft.run_contents import check_replaceable, refuse_strangers
 from mamba_sft.wording import size_text
-
-MARK = "mamba-sft"
-"""A tag in the card's metadata; it also tells an earlier export from somebody else's directory."""
 
 
 def write_checkpoint(
@@ -79,6 +77,7 @@ def _copy(source: Path, directory: Path, progress: Callable[[int, int], None]) -
             shutil.copyfile(path, directory / path.name)
         done += path.stat().st_size
         progress(done, total)
+    settle_checkpoint(directory)
 
 
 def _link(source: Path, target: Path) -> None:
