@@ -11,6 +11,7 @@ from mamba_sft.disk import check_writable
 from mamba_sft.errors import ExportError, UsageError
 from mamba_sft.model.checkpoint import is_file_name
 from mamba_sft.run import check_output
+from mamba_sft.showing import Showing
 
 if TYPE_CHECKING:
     from mamba_sft.exporting.full_model import FullModel
@@ -129,7 +130,7 @@ class GGUFFile:
 
 
 @dataclass(frozen=True)
-class Exported:
+class Exported(Showing):
     """What an export wrote.
 
     Args:

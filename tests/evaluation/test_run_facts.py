@@ -34,9 +34,9 @@ def run(tmp_path: Path) -> Run:
     run.export.mkdir(parents=True)
     run.recipe.write_bytes(builtin_recipes()["quickstart"].read_bytes())
     run.environment.write_text(json.dumps(ENVIRONMENT))
-    run.metrics.write_text(json.dumps(GOOD) + "\n")
+    run.metrics_file.write_text(json.dumps(GOOD) + "\n")
     run.data.write_text(json.dumps(DATA))
-    run.samples.write_text(json.dumps(SAMPLE) + "\n")
+    run.samples_file.write_text(json.dumps(SAMPLE) + "\n")
     run.step_samples.write_text(json.dumps(STEP_SAMPLE) + "\n")
     run.quality.write_text(json.dumps(QUALITY))
     return run
@@ -106,7 +106,7 @@ def test_a_bad_line_is_named_and_the_good_ones_are_kept(run: Run, name: str, lin
 def test_numbers_that_are_none_do_not_end_it(run: Run) -> None:
     odd = ['{"step": 3, "loss": NaN}', '{"step": 4, "loss": Infinity, "num_tokens": Infinity}',
            '{"step": 5, "loss": 1e308, "eval_loss": NaN, "epoch": null}']  # fmt: skip
-    run.metrics.write_text("\n".join(odd) + "\n")
+    run.metrics_file.write_text("\n".join(odd) + "\n")
     assert write_report(run) == []
 
 
@@ -127,7 +127,7 @@ def test_whatever_the_files_hold_there_is_a_report(run: Run, seed: int) -> None:
     chance = random.Random(seed)
     files = {
         run.environment: ENVIRONMENT, run.data: DATA, run.quality: QUALITY,
-        run.metrics: GOOD, run.samples: SAMPLE, run.step_samples: STEP_SAMPLE,
+        run.metrics_file: GOOD, run.samples_file: SAMPLE, run.step_samples: STEP_SAMPLE,
     }  # fmt: skip
     for path, value in files.items():
         path.write_text(json.dumps(mutated(value, chance)) + "\n")
