@@ -6,7 +6,7 @@ else that is raised is a bug and keeps its traceback.
 
 from __future__ import annotations
 
-from mamba_sft.error_box import error_box
+from mamba_sft.framing import error_box
 
 
 class MambaSFTError(Exception):

@@ -17,9 +17,13 @@ class Showing:
         """HTML for the output of a cell: escaped, readable in light and dark, nothing from the net."""
         return str(notebook_room("views").view_of(self).html())
 
-    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
-        """The same as text."""
-        printer.text(repr(self) if cycle else notebook_room("views").view_of(self).text())
+    def __str__(self) -> str:
+        """The same as lines of text, for `print`."""
+        return str(notebook_room("views").view_of(self).text())
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
+        """Both, or the text beside the HTML would be what `repr` gives, one long line."""
+        return {"text/html": self._repr_html_(), "text/plain": str(self)}
 
 
 def notebook_room(file: str) -> Any:

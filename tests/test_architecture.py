@@ -19,7 +19,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 GROUND = {
     "errors", "wording", "credentials", "packed_files", "json_lines", "noise", "disk",
-    "processes", "run", "run_contents", "run_lock", "run_reading", "error_box", "showing",
+    "processes", "run", "run_contents", "run_lock", "run_reading", "framing", "showing",
 }  # fmt: skip
 """Single files that every room but the kernels may import."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from typing import Any
 from uuid import uuid4
@@ -32,6 +33,7 @@ def speak_here() -> None:
         logger.addHandler(_CellHandler())
         logger.setLevel(logging.INFO)
         logger.propagate = False
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does, and as early
     quiet_libraries()
 
 

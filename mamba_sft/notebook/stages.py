@@ -36,9 +36,18 @@ class StageBar:
         if not new and done < total and time.monotonic() - self._drawn < EVERY:
             return
         self._drawn = time.monotonic()
-        spent = time_text(self._drawn - self._begun)
-        line = f"{stage}: {100 * done / max(1, total):.0f} % of stage {len(self._stages)}   {spent}"
-        shown = View(self.title, [bar(done / max(1, total)), Text(line)])
+        self._show(done / max(1, total), stage)
+
+    def __enter__(self) -> StageBar:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if kind is None and self._stages:
+            self._show(1.0, "done")
+
+    def _show(self, share: float, stage: str) -> None:
+        line = f"{stage}, {100 * share:.0f} %   {time_text(time.monotonic() - self._begun)}"
+        shown = View(self.title, [bar(share), Text(line)])
         self.output.show(shown.html(), shown.text())
 
     def count(self, number: int, answer: Any) -> None:

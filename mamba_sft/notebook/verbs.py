@@ -201,9 +201,10 @@ def merge(
     from mamba_sft.notebook.stages import StageBar
 
     quiet_loading()
-    shown = progress or StageBar("merge").update
     try:
-        return merge_run(run, output=output, dtype=dtype, onto=onto, progress=shown)
+        with StageBar("merge") as bar:
+            shown = progress or bar.update
+            return merge_run(run, output=output, dtype=dtype, onto=onto, progress=shown)
     finally:
         _let_go()
 
@@ -250,12 +251,12 @@ def export(
     from mamba_sft.notebook.stages import StageBar
 
     quiet_loading()
-    shown = progress or StageBar("export").update
     try:
-        return export_run(
-            run, format=format, quantization=quantization, output=output, name=name,
-            adapter_only=adapter_only, options=options, progress=shown,
-        )  # fmt: skip
+        with StageBar("export") as bar:
+            return export_run(
+                run, format=format, quantization=quantization, output=output, name=name,
+                adapter_only=adapter_only, options=options, progress=progress or bar.update,
+            )  # fmt: skip
     finally:
         _let_go()
 
@@ -308,22 +309,24 @@ def generate(
 
     rows = read_prompts(prompts)
     quiet_loading()
-    bar = StageBar("answering", len(rows))
     name = "base" if isinstance(place, Recipe) else place.name
 
-    def count(number: int, answer: Answer) -> None:
-        bar.count(number, answer)
-        if on_answer is not None:
-            on_answer(number, answer)
+    def give() -> list[Answer]:  # when it returns, nothing holds the model any more
+        with StageBar("answering", len(rows)) as bar:
+
+            def count(number: int, answer: Answer) -> None:
+                bar.count(number, answer)
+                if on_answer is not None:
+                    on_answer(number, answer)
+
+            return answer_prompts(
+                load_base(place) if isinstance(place, Recipe) else place, rows, output=output,
+                sampling=sampling, system=system, raw=raw, batch_size=batch_size, on_answer=count,
+            )  # fmt: skip
 
     try:
-        asked = load_base(place) if isinstance(place, Recipe) else place
-        given = answer_prompts(
-            asked, rows, output=output, sampling=sampling, system=system, raw=raw, batch_size=batch_size,
-            on_answer=count,
-        )  # fmt: skip
+        given = give()
     finally:
-        asked = None  # type: ignore[assignment]  # else the model stays while memory is let go
         _let_go()
     return Answers(given, [_shown(prompt) for _, prompt in rows], name)
 

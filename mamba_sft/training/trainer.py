@@ -17,13 +17,12 @@ from accelerate.utils import AutocastKwargs, gather_object
 from transformers import (
     EarlyStoppingCallback,
     PrinterCallback,
-    ProgressCallback,
     TrainerCallback,
     TrainerControl,
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_callback import ExportableState
 from trl import SFTTrainer
 
@@ -114,7 +113,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
             self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
         self.remove_callback(PrinterCallback)
         if any(getattr(callback, "shows_progress", False) for callback in callbacks):
-            self.remove_callback(ProgressCallback)
+            self.remove_callback(DEFAULT_PROGRESS_CALLBACK)  # in a notebook it is another one
         keep_float32(self.model)
         self.tally = Tally(self.accelerator, sources)
         self._largest = 0.0
