@@ -65,16 +65,16 @@ measured on a T4 yet.""",
         changes=('"train.max_steps=60"',),
         prompts=QUESTIONS,
         quantization="Q4_K_M",
-        kaggle="""**Kaggle:** choose the accelerator *GPU T4 x2* and switch *Internet* on. A notebook trains on
-the first of the two. Both train with `!mamba-sft train instruct-t4 --processes 2`, each of them with a
+        kaggle="""**Kaggle:** choose the accelerator *GPU T4 x2* and switch *Internet* on. A notebook trains
+on the first of the two. Both train with `!mamba-sft train instruct-t4 --processes 2`, each of them with a
 whole 4-bit base.""",
     ),
     Kind(
         file="falcon_mamba_instruct_gpu",
         title="Falcon-Mamba-7B to an instruct model on an A100 or H100",
         about="""bfloat16 base, LoRA: about 35 GiB by plan, so a GPU with 40 GB or more; the `plan` cell says
-how much is left. *Runtime → Change runtime type → A100 or H100*, then *Runtime → Run all*. This is a short run of
-200 steps; with `CHANGES = []` it is the whole recipe, a night on an H100 by estimate.""",
+how much is left. *Runtime → Change runtime type → A100 or H100*, then *Runtime → Run all*. This is a short
+run of 200 steps; with `CHANGES = []` it is the whole recipe, a night on an H100 by estimate.""",
         recipe="instruct",
         changes=('"train.max_steps=200"', '"data.sources.0.limit=20000"', '"data.validation=200"'),
         prompts=QUESTIONS,
@@ -84,8 +84,8 @@ how much is left. *Runtime → Change runtime type → A100 or H100*, then *Runt
     Kind(
         file="quickstart_cpu",
         title="The whole way in a few minutes, on any CPU",
-        about="""A tiny Mamba of 1.6 million parameters, which comes with the package, becomes one that answers.
-No GPU and no download: the same functions and files as for the 7B, to look at before you pay for a GPU.""",
+        about="""A tiny Mamba of 1.6 million parameters, which comes with the package, becomes one that
+answers. No GPU and no download: the same functions and files as for the 7B, to look at before you pay for a GPU.""",
         recipe="quickstart",
         changes=(),
         prompts=(
@@ -178,8 +178,8 @@ GGUF = """from mamba_sft import export
 files = export(run, quantization=QUANTIZATION)
 files"""
 TAKE_WORDS = """## Take it with you
-On Colab this downloads the GGUF file. With a repository's name in `PUSH_TO` the checkpoint goes to the Hugging
-Face hub, by the secret `HF_TOKEN` (the key in Colab's left bar)."""
+On Colab this downloads the GGUF file. With a repository's name in `PUSH_TO` the checkpoint goes to the
+Hugging Face hub, by the secret `HF_TOKEN` (the key in Colab's left bar)."""
 TAKE = """import os
 
 from mamba_sft import HubOptions
@@ -222,7 +222,7 @@ def _sample_cells() -> list[Any]:
 def tiny_settings(kind: Kind, place: Path) -> str:
     """Returns the cell that tests put in the place of `settings`: the tiny base, a few short steps.
 
-    Everything else of the notebook runs as it stands. Whoever wants to try a notebook without a GPU pastes it.
+    Everything else of the notebook runs as it stands. To try a notebook without a GPU, paste what it returns.
 
     Args:
         kind: Which notebook.
@@ -231,8 +231,9 @@ def tiny_settings(kind: Kind, place: Path) -> str:
     changes = [
         "model.base=data/tiny-base", "model.dtype=float32", "model.quantization=none",
         "data.sources=[{path: data/quickstart.jsonl, format: messages, limit: 200}]",
-        "data.validation=8", "data.max_length=128", "train.max_steps=3", "train.gradient_accumulation_steps=1",
-        "train.per_device_train_batch_size=2", "train.warmup_steps=1", "train.optim=adamw_torch",
+        "data.validation=8", "data.max_length=128",
+        "train.max_steps=3", "train.gradient_accumulation_steps=1",
+        "train.per_device_train_batch_size=2", "train.warmup_steps=1", "train.optim=adamw_torch_fused",
         "train.logging_steps=1", "eval.eval_steps=2", f"output_dir={place}",
     ]  # fmt: skip
     if kind.recipe == "quickstart":
