@@ -11,7 +11,6 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import nbformat
@@ -85,7 +84,8 @@ run of 200 steps; with `CHANGES = []` it is the whole recipe, a night on an H100
         file="quickstart_cpu",
         title="The whole way in a few minutes, on any CPU",
         about="""A tiny Mamba of 1.6 million parameters, which comes with the package, becomes one that
-answers. No GPU and no download: the same functions and files as for the 7B, to look at before you pay for a GPU.""",
+answers. No GPU and no download: the same functions and files as for the 7B, to look at before you pay for
+one.""",
         recipe="quickstart",
         changes=(),
         prompts=(
@@ -119,11 +119,11 @@ def cells_of(kind: Kind) -> list[Any]:
         _code("before", BEFORE),
         _words("train-words", TRAIN_WORDS),
         _code("memory-before", "from mamba_sft import memory\n\nmemory()"),
-        _code("train", "from mamba_sft import train\n\nrun = train(recipe, overwrite=True)\nrun"),
-        _words("course-words", "## What it took\nMemory and time after training, and the loss."),
+        _code("train", "from mamba_sft import train\n\nrun = train(recipe, overwrite=True)"),
+        _words("course-words", "## What it took\nTime and memory, and the loss."),
+        _code("run", "run"),
         _code("memory-after", "memory()"),
         _code("metrics", METRICS),
-        _code("plot", "run.plot()"),
         _words("after-words", "## Answers side by side\nThe same prompts, before and after."),
         _code("after", AFTER),
         *(_sample_cells() if kind.recipe == "quickstart" else ()),
@@ -297,6 +297,15 @@ def executed(notebook: Any, place: Path) -> Any:
     return notebook
 
 
+def without_places(notebook: Any) -> Any:
+    """Returns an executed notebook without the places and clock times of the machine that ran it."""
+    checkout, home = f"{HERE.parent}{os.sep}", str(Path.home())
+    for cell in notebook.cells:
+        cell.metadata.pop("execution", None)
+    text = nbformat.writes(notebook).replace(checkout, "").replace(home, "~")
+    return nbformat.reads(text, as_version=4)
+
+
 def main() -> None:
     """Writes the notebooks; with `--run` executes the quickstart first."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -305,12 +314,9 @@ def main() -> None:
     for kind in KINDS:
         made, path = notebook_of(kind), HERE / f"{kind.file}.ipynb"
         if kind.recipe == "quickstart" and asked.run:
-            with TemporaryDirectory() as place:
-                made = executed(made, Path(place))
+            made = without_places(executed(made, HERE.parent))
         elif kind.recipe == "quickstart" and path.exists():
             made = with_outputs(made, nbformat.read(path, as_version=4))
-        for cell in made.cells:
-            cell.metadata.pop("execution", None)  # clock times of the run
         path.write_text(nbformat.writes(made) + "\n", encoding="utf-8")
         sys.stdout.write(f"{path.relative_to(HERE.parent)}\n")
 

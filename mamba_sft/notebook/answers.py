@@ -49,7 +49,7 @@ class Answers(Showing, list[Answer]):
 
     def view(self) -> View:
         """A row for each prompt."""
-        rows = [(prompt, answer.text) for prompt, answer in zip(self.prompts, self, strict=True)]
+        rows = [(prompt, answer.text.strip()) for prompt, answer in zip(self.prompts, self, strict=True)]
         return View(f"answers of {self.name}", [Table(["prompt", "answer"], rows), *_cut_off(self)])
 
 
@@ -63,7 +63,7 @@ class Beside(Showing):
     def view(self) -> View:
         """A row for each prompt, a column for each model."""
         rows = [
-            (prompt, one.text, other.text)
+            (prompt, one.text.strip(), other.text.strip())
             for prompt, one, other in zip(self.left.prompts, self.left, self.right, strict=True)
         ]
         table = Table(["prompt", self.left.name, self.right.name], rows)
@@ -109,7 +109,7 @@ class Samples(Showing, list[Sample]):
         rows: list[list[Any]] = []
         for shown in wrong_first(self, self.titles)[first:last]:
             expected = [shown.prompt.answer or ""] if known else []
-            marked = [Cell(text, is_right(shown.prompt, text)) for _, text, _ in shown.answers]
+            marked = [Cell(text.strip(), is_right(shown.prompt, text)) for _, text, _ in shown.answers]
             rows.append([shown.prompt.prompt, *expected, *marked])
         return Table(titles, rows)
 

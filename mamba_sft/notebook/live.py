@@ -79,7 +79,7 @@ class LiveTraining(TrainerCallback):
     def view(self, state: TrainerState) -> View:
         """What is shown of a state of the trainer."""
         step, steps = state.global_step, max(1, state.max_steps)
-        line = "   ".join([f"step {step:,} of {steps:,}", *self._figures(step, steps)])
+        line = " · ".join([f"step {step:,} of {steps:,}", *self._figures(step, steps)])
         facts = RunFacts(self.run, metrics=[one for one in state.log_history if "step" in one])
         blocks: list[Block] = [Text(warning, "note") for warning in self.warnings]
         blocks += [

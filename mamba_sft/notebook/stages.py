@@ -46,7 +46,7 @@ class StageBar:
             self._show(1.0, "done")
 
     def _show(self, share: float, stage: str) -> None:
-        line = f"{stage}, {100 * share:.0f} %   {time_text(time.monotonic() - self._begun)}"
+        line = f"{stage} · {100 * share:.0f} % · {time_text(time.monotonic() - self._begun)}"
         shown = View(self.title, [bar(share), Text(line)])
         self.output.show(shown.html(), shown.text())
 

@@ -83,25 +83,35 @@ def _diagnosis(found: Diagnosis) -> View:
             kind = "problem" if finding.status == "problem" else "note"
             fix = f"\n-> {finding.fix}" if finding.fix else ""
             blocks.append(Text(f"{kind}, {finding.name}: {finding.text}{fix}", "note"))
-    rows = [(one.section, one.name, Cell(one.text, marks[one.status])) for one in found.findings]
+    sections = [""] + [finding.section for finding in found.findings]
+    rows = [
+        ("" if one.section == before else one.section, one.name, Cell(one.text, marks[one.status]))
+        for before, one in zip(sections, found.findings, strict=False)
+    ]
     title = "ready to train" if not problems else f"{problems} of the findings make training impossible"
     return View(f"doctor: {title}", [*blocks, Table(["", "", "found"], rows)])
 
 
 def _memory(now: MemoryNow) -> View:
-    bars, whole = [], float(now.gpu_total or now.host_total)
-    if now.gpu_total is not None and now.gpu_used is not None:
-        bars += [
-            (now.device, now.gpu_used, f"{size_text(now.gpu_used)} of {size_text(now.gpu_total)} in use")
-        ]
-        bars += [("tensors here", now.gpu_tensors or 0, size_text(now.gpu_tensors or 0))]
-        bars += [("at most so far", now.gpu_peak or 0, size_text(now.gpu_peak or 0))]
-    host: list[tuple[str, object]] = [
-        ("this process", f"{size_text(now.process)}, at most so far {size_text(now.process_peak)}"),
-        ("host", f"{size_text(now.host_available)} of {size_text(now.host_total)} available"),
+    host: list[tuple[str, float, str]] = [
+        ("this process", now.process, size_text(now.process)),
+        ("at most so far", now.process_peak, size_text(now.process_peak)),
+        (
+            "in use by all",
+            now.host_total - now.host_available,
+            f"{size_text(now.host_total - now.host_available)} of {size_text(now.host_total)}",
+        ),
     ]
-    blocks: list[Block] = [Bars(bars, whole)] if bars else [Bars([("this process", now.process, "")], whole)]
-    return View(f"memory now: {now.device}", [*blocks, Pairs(host)])
+    blocks: list[Block] = [Text("host", "heading"), Bars(host, now.host_total)]
+    if now.gpu_total is not None:
+        used, tensors, peak = now.gpu_used or 0, now.gpu_tensors or 0, now.gpu_peak or 0
+        gpu: list[tuple[str, float, str]] = [
+            ("tensors of this process", tensors, size_text(tensors)),
+            ("at most so far", peak, size_text(peak)),
+            ("in use by all", used, f"{size_text(used)} of {size_text(now.gpu_total)}"),
+        ]
+        blocks = [Text("GPU", "heading"), Bars(gpu, now.gpu_total), *blocks]
+    return View(f"memory now: {now.device}", blocks)
 
 
 def _run(run: Run) -> View:
