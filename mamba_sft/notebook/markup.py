@@ -6,54 +6,28 @@ transparent greys on top, so that the same output reads in light and dark withou
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from html import escape
+from pathlib import Path
 from typing import Literal, Protocol
 
 from mamba_sft.credentials import without_secrets
 from mamba_sft.wording import printable
 
-STYLE = """
-.msft.msft.msft{font:14px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;color:inherit;
-max-width:62rem;border:1px solid rgba(128,128,128,.35);border-radius:8px;padding:.7em 1em;margin:.4em 0;
-overflow-wrap:anywhere;overflow-x:auto}
-.msft.msft.msft h4{font-size:1.05em;margin:0 0 .4em;font-weight:650;color:inherit}
-.msft.msft.msft h5{font-size:.95em;margin:.9em 0 .2em;font-weight:600;opacity:.75;color:inherit}
-.msft.msft.msft table{border-collapse:collapse;width:100%;margin:.2em 0;font-size:.95em;color:inherit;
-border:0;table-layout:auto}
-.msft.msft.msft tr,.msft.msft.msft tr:nth-child(even),.msft.msft.msft tr:hover{background:none}
-.msft.msft.msft th,.msft.msft.msft td{text-align:left;vertical-align:top;padding:.22em .8em .22em 0;
-border:0;border-bottom:1px solid rgba(128,128,128,.18);white-space:pre-wrap;overflow-wrap:break-word;background:none;color:inherit}
-.msft.msft.msft tr:last-child>td{border-bottom:0}
-.msft.msft.msft th{font-weight:600;opacity:.7;font-size:.92em}
-.msft.msft.msft td.name{opacity:.7;white-space:nowrap;width:1%}
-.msft.msft.msft code,.msft.msft.msft pre{font:.92em/1.5 ui-monospace,Menlo,Consolas,monospace;
-background:rgba(128,128,128,.14);color:inherit;border-radius:4px;padding:.05em .3em}
-.msft.msft.msft pre{padding:.5em .7em;white-space:pre-wrap;margin:.3em 0}
-.msft.msft.msft .good{border-left:3px solid #2f9e44;padding-left:.5em}
-.msft.msft.msft .bad{border-left:3px solid #e03131;padding-left:.5em}
-.msft.msft.msft .note{background:rgba(230,170,20,.16);border-left:3px solid #e6a700;border-radius:4px;
-padding:.3em .7em;margin:.4em 0;white-space:pre-wrap}
-.msft.msft.msft .track{background:rgba(128,128,128,.2);border-radius:4px;height:.65em;min-width:6em;
-overflow:hidden}
-.msft.msft.msft .fill{background:#1c7ed6;height:100%}
-.msft.msft.msft .fill.over{background:#e03131}
-.msft.msft.msft summary{cursor:pointer;opacity:.8;margin:.4em 0}
-.msft.msft.msft .tokens{white-space:pre-wrap;font:.92em/1.75 ui-monospace,Menlo,Consolas,monospace;
-margin:.2em 0 .6em}
-.msft.msft.msft .t0,.msft.msft.msft .t1,.msft.msft.msft .ts{border-bottom:2px solid #2f9e44;
-border-radius:2px}
-.msft.msft.msft .t0{background:rgba(47,158,68,.24)}
-.msft.msft.msft .t1{background:rgba(47,158,68,.36)}
-.msft.msft.msft .ts{background:rgba(230,170,20,.4);font-weight:600}
-.msft.msft.msft .s{opacity:.6;font-style:italic}
-.msft.msft.msft svg{display:block;width:100%;max-width:52rem;height:auto}
-.msft.msft.msft svg .back{fill:none}
-.msft.msft.msft svg text{fill:currentColor}
-""".strip().replace("\n", "")
-"""Of every output of ours, and of nothing else in the page: rules begin with our class, three times, since
-notebooks have rules for tables that would win over one."""
+_FILE = Path(__file__).with_name("style.css")
+
+
+@cache
+def style() -> str:
+    """Returns the rules of every output of ours, and of nothing else in the page.
+
+    Each names our class three times: notebooks have rules for tables that would win over one.
+    """
+    rules = re.sub(r"/\*.*?\*/|\n *", "", _FILE.read_text(encoding="utf-8"))
+    return rules.replace(".msft", ".msft.msft.msft")
 
 
 class Block(Protocol):
@@ -76,7 +50,7 @@ class View:
     def html(self) -> str:
         """As HTML that stands by itself."""
         inner = "".join(block.html() for block in self.blocks)
-        return f'<style>{STYLE}</style><div class="msft"><h4>{clean(self.title)}</h4>{inner}</div>'
+        return f'<style>{style()}</style><div class="msft"><h4>{clean(self.title)}</h4>{inner}</div>'
 
     def text(self) -> str:
         """As lines of text."""

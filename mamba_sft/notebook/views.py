@@ -93,14 +93,11 @@ def _diagnosis(found: Diagnosis) -> View:
 
 
 def _memory(now: MemoryNow) -> View:
+    others = now.host_total - now.host_available
     host: list[tuple[str, float, str]] = [
         ("this process", now.process, size_text(now.process)),
         ("at most so far", now.process_peak, size_text(now.process_peak)),
-        (
-            "in use by all",
-            now.host_total - now.host_available,
-            f"{size_text(now.host_total - now.host_available)} of {size_text(now.host_total)}",
-        ),
+        ("in use by all", others, f"{size_text(others)} of {size_text(now.host_total)}"),
     ]
     blocks: list[Block] = [Text("host", "heading"), Bars(host, now.host_total)]
     if now.gpu_total is not None:
