@@ -25,6 +25,10 @@ class Showing:
         """Both, or the text beside the HTML would be what `repr` gives, one long line."""
         return {"text/html": self._repr_html_(), "text/plain": str(self)}
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """The text once more: IPython has a way of its own with lists, which some of these are."""
+        printer.text(str(self))
+
 
 def notebook_room(file: str) -> Any:
     """Returns a module of the `notebook` room.

@@ -185,7 +185,8 @@ TAKE = """import os
 from mamba_sft import HubOptions
 
 try:
-    from google.colab import files as browser, userdata
+    from google.colab import files as browser
+    from google.colab import userdata
 except ImportError:
     browser = None
 if browser and not PUSH_TO:
@@ -302,6 +303,9 @@ def without_places(notebook: Any) -> Any:
     checkout, home = f"{HERE.parent}{os.sep}", str(Path.home())
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
+        for output in cell.get("outputs", ()):
+            if "application/vnd.jupyter.widget-view+json" in output.get("data", {}):
+                output["data"]["text/plain"] = "(a widget, where the notebook runs)"
     text = nbformat.writes(notebook).replace(checkout, "").replace(home, "~")
     return nbformat.reads(text, as_version=4)
 

@@ -87,8 +87,17 @@ class Samples(Showing, list[Sample]):
         super().__init__(samples)
         self.titles = titles
 
-    def view(self) -> View:
-        """The wrong ones first, right and wrong marked where that is known."""
+    @property
+    def heading(self) -> str:
+        """How many of them are in sight."""
+        return samples_heading(min(_SHOWN, len(self)), len(self))
+
+    def view(self, *, whole: bool = True) -> View:
+        """The wrong ones first, right and wrong marked where that is known.
+
+        Args:
+            whole: Whether those that are not in sight are behind a fold, or left out.
+        """
         if not self:
             return View(
                 "sample answers", [Text("none: the recipe has no `eval.prompts`, or training goes on")]
@@ -97,10 +106,8 @@ class Samples(Showing, list[Sample]):
         counts = right_counts(shown)
         blocks: list[Block] = [Text(counts)] if counts else []
         blocks += [self._table(0, _SHOWN)]
-        if len(self) > _SHOWN:
-            blocks += [
-                Fold(f"{samples_heading(_SHOWN, len(self))}: all of them", [self._table(_SHOWN, len(self))])
-            ]
+        if whole and len(self) > _SHOWN:
+            blocks += [Fold(f"{self.heading}: all of them", [self._table(_SHOWN, len(self))])]
         return View("sample answers", blocks)
 
     def _table(self, first: int, last: int) -> Table:

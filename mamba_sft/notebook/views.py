@@ -126,8 +126,8 @@ def _run(run: Run) -> View:
     blocks += [Pairs(list(figures.key_figures(facts)))]
     blocks += [loss_drawing(figures.loss_curves(facts), "loss over steps")]
     if facts.samples:
-        heading = figures.samples_heading(len(facts.samples), len(facts.samples))
-        blocks += [Fold(f"sample answers, {heading}", samples_of(run).view().blocks)]
+        samples = samples_of(run)
+        blocks += [Fold(f"sample answers, {samples.heading}", samples.view(whole=False).blocks)]
     state = figures.state_text(facts, None)
     commands = [(what, command) for what, command in figures.next_commands(facts, None)]
     return View(f"run {path_text(run.path)}: {state}", [*blocks, Fold("what to do next", [Pairs(commands)])])

@@ -30,6 +30,12 @@ def shown(result: Any) -> tuple[str, str]:
     return bundle["text/html"], bundle["text/plain"]
 
 
+def test_ipython_shows_the_text_and_no_dump(tiny_run: Run) -> None:
+    format_of = pytest.importorskip("IPython.core.formatters").DisplayFormatter().format
+    for result in (tiny_run, tiny_run.samples(), Answers([Answer("in", "stop", 1)], ["p"], "tuned")):
+        assert format_of(result)[0]["text/plain"] == str(result)
+
+
 def test_a_recipe(tiny_recipe: Recipe) -> None:
     html, text = shown(tiny_recipe)
     assert "LoRA r 4 on in_proj, x_proj, out_proj" in text
