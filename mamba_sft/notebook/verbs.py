@@ -94,7 +94,7 @@ def preview(recipe: Recipe | str | Path, *, rows: int = 3) -> Preview:
 
     Example:
         >>> preview("quickstart").data.summary.train_rows
-        2940
+        2922
 
     Args:
         recipe: A recipe, the name of a built-in one, or a file.
@@ -224,7 +224,7 @@ def export(
 
     Example:
         >>> export("runs/quickstart", quantization="Q8_0").paths  # doctest: +SKIP
-        [PosixPath('runs/quickstart/export/quickstart-Q8_0.gguf')]
+        [PosixPath('runs/quickstart/export/quickstart.Q8_0.gguf')]
 
     Args:
         run: A run, or the directory of a checkpoint.
