@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 
 from mamba_sft.credentials import without_secrets
@@ -10,6 +11,9 @@ from mamba_sft.wording import printable
 _WIDTH = 96
 _COLORS = {"error": "31", "hint": "36"}
 _OTHER = "33"
+_OPTION = re.compile(r"`--([a-z][a-z-]*)(?: ([^`]+))?`")
+_TAKE_VALUES = {"output", "name", "dtype", "onto", "format", "quantization", "system"}
+"""Options of the commands that are no switches, and arguments of the functions."""
 
 
 def error_box(heading: str, message: str, hint: str | None) -> list[str]:
@@ -22,6 +26,7 @@ def error_box(heading: str, message: str, hint: str | None) -> list[str]:
     """
     color = _COLORS.get(heading, _OTHER)
     bar = _colored("│", color)
+    message, hint = _in_python(message), _in_python(hint or "")
     lines = [_colored(f"╭─ {heading} " + "─" * (_WIDTH - len(heading)), color)]
     lines += [f"{bar} {line}" for line in _wrapped(message.removeprefix("stopped "))]
     if hint:
@@ -29,6 +34,18 @@ def error_box(heading: str, message: str, hint: str | None) -> list[str]:
         lines += [bar, f"{bar} {_colored('hint:', _COLORS['hint'])} {first}"]
         lines += [f"{bar}       {line}" for line in more]
     return [*lines, _colored("╰" + "─" * (_WIDTH + 3), color)]
+
+
+def _in_python(text: str) -> str:
+    """`--overwrite` is `overwrite=True` to those who call a function; a whole command stays one."""
+    return _OPTION.sub(_argument, text)
+
+
+def _argument(match: re.Match[str]) -> str:
+    name, value = match[1].replace("-", "_"), match[2]
+    if value is not None:
+        return f'`{name}="{value}"`'
+    return f"`{name}=...`" if name in _TAKE_VALUES else f"`{name}=True`"
 
 
 def _wrapped(text: str, taken: int = 0) -> list[str]:

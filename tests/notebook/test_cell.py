@@ -63,6 +63,14 @@ def test_an_error_is_one_box_with_message_and_hint() -> None:
     assert "hint" not in stopped
 
 
+def test_options_are_arguments_in_python() -> None:
+    hint = "`--overwrite`, `--dtype bfloat16`, another `--output`, or `mamba-sft train a.yaml --resume`"
+    text = "\n".join(UsageError("`--onto` is wrong", hint=hint)._render_traceback_())
+    assert "│\x1b[0m `onto=...` is wrong" in text
+    assert '`overwrite=True`, `dtype="bfloat16"`, another `output=...`, or `mamba-sft train' in text
+    assert "--resume`" in text
+
+
 def test_a_long_word_of_an_error_stays_whole() -> None:
     path = "runs/" + "x" * 120
     assert any(path in line for line in MambaSFTError(f"no file `{path}`")._render_traceback_())
