@@ -11,6 +11,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import nbformat
@@ -137,7 +138,8 @@ def cells_of(kind: Kind) -> list[Any]:
         ),
         _code("gguf", GGUF),
         _words("take-words", TAKE_WORDS),
-        _code("take", TAKE),
+        _code("download", DOWNLOAD),
+        _code("push", PUSH),
         _words(
             "report-words",
             "## The report\nAll of it on one page: `report.html` of the run.",
@@ -180,23 +182,24 @@ files"""
 TAKE_WORDS = """## Take it with you
 On Colab this downloads the GGUF file. With a repository's name in `PUSH_TO` the checkpoint goes to the
 Hugging Face hub, by the secret `HF_TOKEN` (the key in Colab's left bar)."""
-TAKE = """import os
+DOWNLOAD = """try:
+    from google.colab import files as browser
+except ImportError:
+    print("here it is:", files.paths[0])
+else:
+    browser.download(str(files.paths[0]))"""
+PUSH = """import os
 
 from mamba_sft import HubOptions
 
-try:
-    from google.colab import files as browser
-    from google.colab import userdata
-except ImportError:
-    browser = None
-if browser and not PUSH_TO:
-    browser.download(str(files.paths[0]))
-elif PUSH_TO:
-    if browser:
+if PUSH_TO:
+    try:
+        from google.colab import userdata
+    except ImportError:
+        pass  # the token is in the environment
+    else:
         os.environ["HF_TOKEN"] = userdata.get("HF_TOKEN")
-    print(export(run, format="hf", options=HubOptions(push_to_hub=PUSH_TO)).url)
-else:
-    print("here it is:", files.paths[0])"""
+    print(export(run, format="hf", options=HubOptions(push_to_hub=PUSH_TO)).url)"""
 
 
 def _settings(kind: Kind) -> str:
@@ -298,16 +301,23 @@ def executed(notebook: Any, place: Path) -> Any:
     return notebook
 
 
-def without_places(notebook: Any) -> Any:
-    """Returns an executed notebook without the places and clock times of the machine that ran it."""
-    checkout, home = f"{HERE.parent}{os.sep}", str(Path.home())
+def without_places(notebook: Any, place: Path) -> Any:
+    """Returns an executed notebook without the places and clock times of the machine that ran it.
+
+    Args:
+        notebook: From `executed`.
+        place: Where that was.
+    """
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
         for output in cell.get("outputs", ()):
             if "application/vnd.jupyter.widget-view+json" in output.get("data", {}):
                 output["data"]["text/plain"] = "(a widget, where the notebook runs)"
-    text = nbformat.writes(notebook).replace(checkout, "").replace(home, "~")
-    return nbformat.reads(text, as_version=4)
+    notebook.metadata["language_info"] = {"name": "python"}
+    text = nbformat.writes(notebook)
+    for directory in (HERE.parent, place):
+        text = text.replace(f"{directory}{os.sep}", "").replace(str(directory), ".")
+    return nbformat.reads(text.replace(str(Path.home()), "~"), as_version=4)
 
 
 def main() -> None:
@@ -318,7 +328,8 @@ def main() -> None:
     for kind in KINDS:
         made, path = notebook_of(kind), HERE / f"{kind.file}.ipynb"
         if kind.recipe == "quickstart" and asked.run:
-            made = without_places(executed(made, HERE.parent))
+            with TemporaryDirectory() as place:
+                made = without_places(executed(made, Path(place)), Path(place))
         elif kind.recipe == "quickstart" and path.exists():
             made = with_outputs(made, nbformat.read(path, as_version=4))
         path.write_text(nbformat.writes(made) + "\n", encoding="utf-8")

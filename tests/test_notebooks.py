@@ -85,7 +85,7 @@ def test_cells_are_short_and_import_only_public_names(maker: Any) -> None:
 def test_the_quickstart_has_the_outputs_of_a_whole_run(maker: Any) -> None:
     cells = by_id(stored(next(kind for kind in maker.KINDS if kind.recipe == "quickstart")))
     for name, cell in cells.items():
-        if cell.cell_type == "code" and name not in {"install", "settings", "train", "take"}:
+        if cell.cell_type == "code" and name not in {"install", "settings", "download", "push"}:
             kinds = {kind for one in cell.outputs for kind in one.get("data", {})}
             assert kinds & {"text/html", "application/vnd.jupyter.widget-view+json"}, name
     text = json.dumps([cell.get("outputs", []) for cell in cells.values()], ensure_ascii=False)
@@ -141,7 +141,7 @@ def test_the_quickstart_runs_from_start_to_end(
     assert "finished" in cells["run"].outputs[-1]["data"]["text/plain"]
     assert "What is the opposite of hot?" in cells["after"].outputs[-1]["data"]["text/html"]
     assert "srcdoc" in cells["report"].outputs[-1]["data"]["text/html"]
-    assert "here it is: runs/tiny/export" in cells["take"].outputs[-1]["text"]
+    assert "here it is: runs/tiny/export" in cells["download"].outputs[-1]["text"]
     assert (tmp_path / "runs/tiny/merged/config.json").is_file()
     assert list((tmp_path / "runs/tiny/export").glob("*Q8_0.gguf"))
 
