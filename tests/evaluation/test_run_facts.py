@@ -48,7 +48,7 @@ def test_a_whole_run_has_nothing_to_tell(run: Run) -> None:
     assert "Could not be read" not in run.report_text.read_text()
 
 
-LINES = ["metrics", "samples", "step_samples"]
+LINES = ["metrics_file", "samples_file", "step_samples"]
 OBJECTS = ["environment", "data", "quality"]
 
 
@@ -64,7 +64,7 @@ def test_a_damaged_file_is_named_and_the_rest_is_there(run: Run, name: str, cont
     assert "Could not be read" in page
     assert path.name in page
     assert path.name in run.report_text.read_text()
-    assert ("nats per token" in page) is (name != "metrics")
+    assert ("nats per token" in page) is (name != "metrics_file")
     assert ("x.jsonl" in page) is (name != "data")
 
 
@@ -79,14 +79,14 @@ def test_a_directory_in_its_place_is_named_too(run: Run, name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "line"),
     [
-        ("metrics", '{"step": "2", "loss": 1.0}'), ("metrics", '{"loss": 1.0}'),
-        ("metrics", '{"step": true}'),
-        ("metrics", '{"step": 3, "loss": [1]}'), ("metrics", '{"step": 3, "loss": "1"}'),
-        ("metrics", '{"step": -1}'), ("metrics", '{"step": 1' + "0" * 400 + "}"),
-        ("metrics", '{"step": 3, "loss": 1' + "0" * 400 + "}"), ("metrics", '{"step": 3, "lo'),
-        ("samples", '{"prompt": "a"}'), ("samples", '{"prompt": 7, "before": "", "after": ""}'),
-        ("samples", '{"prompt": "a", "answer": [], "before": "", "after": ""}'),
-        ("samples", '{"prompt": "a", "before": null, "after": ""}'),
+        ("metrics_file", '{"step": "2", "loss": 1.0}'), ("metrics_file", '{"loss": 1.0}'),
+        ("metrics_file", '{"step": true}'),
+        ("metrics_file", '{"step": 3, "loss": [1]}'), ("metrics_file", '{"step": 3, "loss": "1"}'),
+        ("metrics_file", '{"step": -1}'), ("metrics_file", '{"step": 1' + "0" * 400 + "}"),
+        ("metrics_file", '{"step": 3, "loss": 1' + "0" * 400 + "}"), ("metrics_file", '{"step": 3, "lo'),
+        ("samples_file", '{"prompt": "a"}'), ("samples_file", '{"prompt": 7, "before": "", "after": ""}'),
+        ("samples_file", '{"prompt": "a", "answer": [], "before": "", "after": ""}'),
+        ("samples_file", '{"prompt": "a", "before": null, "after": ""}'),
         ("step_samples", '{"step": 1.5, "prompt": "a", "given": "b"}'), ("step_samples", '{"step": 1}'),
     ],
 )  # fmt: skip
