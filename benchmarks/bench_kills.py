@@ -129,7 +129,7 @@ def differences_of(whole: Run, run: Run) -> list[str]:
     found += [f"{name}: {facts[0][name]}, {facts[1][name]}" for name in ("tokens", "steps")
               if facts[0][name] != facts[1][name]]  # fmt: skip
     found += [f"left over: {path}" for path in run.path.rglob("*.partial")]
-    if whole.samples.read_bytes() != run.samples.read_bytes():
+    if whole.samples_file.read_bytes() != run.samples_file.read_bytes():
         found.append("the sample answers are others")
     return found
 

@@ -6,6 +6,8 @@ else that is raised is a bug and keeps its traceback.
 
 from __future__ import annotations
 
+from mamba_sft.framing import error_box
+
 
 class MambaSFTError(Exception):
     """An expected failure: what went wrong, where, and how to mend it.
@@ -22,6 +24,14 @@ class MambaSFTError(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint
+
+    def __str__(self) -> str:
+        """The message, and the hint on a line of its own: what a traceback of Python ends with."""
+        return f"{self.message}\nhint: {self.hint}" if self.hint else self.message
+
+    def _render_traceback_(self) -> list[str]:
+        """What IPython and Jupyter show in place of a traceback: one box, with the message and the hint."""
+        return error_box(self.heading, self.message, self.hint)
 
 
 class UsageError(MambaSFTError):

@@ -6,6 +6,7 @@ Each is named by its own words: anything else that these libraries have to say i
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 
 DROPPED = {
@@ -24,6 +25,20 @@ def drop_noise() -> None:
     for name in DROPPED:
         logging.getLogger(name).addFilter(_is_wanted)
     warnings.filterwarnings("ignore", message=ALIASES, category=FutureWarning)
+
+
+def quiet_libraries() -> None:
+    """Leaves out what the libraries say at their own level of talk, for a command line or a cell of ours."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    libraries = "(torch|transformers|trl|peft|accelerate|bitsandbytes|datasets).*"
+    warnings.filterwarnings("ignore", module=libraries)
+
+
+def quiet_loading() -> None:
+    """Turns off transformers' bar over tensors, which says little and draws over ours."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
 
 
 def _is_wanted(record: logging.LogRecord) -> bool:

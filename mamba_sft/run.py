@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mamba_sft.credentials import without_secrets
 from mamba_sft.disk import sync, sync_path, sync_tree
@@ -23,6 +23,10 @@ from mamba_sft.errors import UsageError
 from mamba_sft.json_lines import read_json_lines
 from mamba_sft.processes import NAME, Process
 from mamba_sft.run_reading import is_data_record, read_object
+from mamba_sft.showing import Showing, notebook_room
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +56,10 @@ _HALF = re.compile(rf"\.({NAME})\.(partial|old)$")
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(Showing):
     """A run directory, by its parts.
+
+    Example: `Run.open("runs/quickstart").metrics`, or `Run.newest()` as the last line of a cell.
 
     Args:
         path: The directory, e.g. `runs/quickstart`.
@@ -102,18 +108,33 @@ class Run:
         return self.path / "checkpoints"
 
     @property
-    def metrics(self) -> Path:
+    def metrics_file(self) -> Path:
         """One JSON object per logged step."""
         return self.path / "metrics.jsonl"
 
+    @property
+    def metrics(self) -> DataFrame:
+        """What was logged, as a table of pandas: a row for each step, a column for each figure.
+
+        Example: `run.metrics["loss"].min()`, or `run.metrics.to_csv("metrics.csv")`.
+        """
+        import pandas
+
+        rows: dict[int, dict[str, Any]] = {}
+        for line in self.read_metrics():
+            if isinstance(line.get("step"), int):
+                rows.setdefault(line["step"], {}).update(line)
+        table = pandas.DataFrame(list(rows.values()), columns=None if rows else ["step"])
+        return table.set_index("step")
+
     def read_metrics(self) -> list[dict[str, Any]]:
         """Returns the logged lines of the run, in order; none before the first step."""
-        if not self.metrics.exists():
+        if not self.metrics_file.exists():
             return []
-        lines = list(read_json_lines(self.metrics))
+        lines = list(read_json_lines(self.metrics_file))
         good = [line.value for line in lines if line.problem is None and isinstance(line.value, dict)]
         if len(good) < len(lines):
-            logger.warning("%d damaged lines of `%s` are left out", len(lines) - len(good), self.metrics)
+            logger.warning("%d damaged lines of `%s` are left out", len(lines) - len(good), self.metrics_file)
         return good
 
     @property
@@ -130,9 +151,23 @@ class Run:
         return {}
 
     @property
-    def samples(self) -> Path:
+    def samples_file(self) -> Path:
         """Answers to the sample prompts, before and after training, one JSON object per prompt."""
         return self.path / "samples.jsonl"
+
+    def samples(self) -> Any:
+        """Returns the sample prompts with the answers before and after training, a list that shows itself.
+
+        Example: `run.samples()[0].after`.
+        """
+        return notebook_room("answers").samples_of(self)
+
+    def plot(self) -> Any:
+        """Returns the curves of training and validation loss, which a notebook draws.
+
+        Example: `run.plot()` as the last line of a cell, or `run.plot().save("loss.svg")`.
+        """
+        return notebook_room("plots").loss_plot(self)
 
     @property
     def answers_before(self) -> Path:

@@ -156,7 +156,7 @@ def _written(run: Run) -> list[tuple[str, ...]]:
     points = run.checkpoints / "checkpoint-*"
     models = (run.adapter, run.model, run.merged, run.export / HUB_CHECKPOINT)
     paths = [
-        run.mark, run.recipe, run.environment, run.data, run.metrics, run.samples, run.step_samples,
+        run.mark, run.recipe, run.environment, run.data, run.metrics_file, run.samples_file, run.step_samples,
         run.answers_before, run.spikes, run.rejected, run.report, run.report_text, run.nan_batch("*"),
         run.path / f"{PROBE}*", run.checkpoints / MODEL_CARD,
         run.checkpoints / "runs" / "*" / "events.*", run.quality, run.export / "Modelfile",

@@ -19,7 +19,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 GROUND = {
     "errors", "wording", "credentials", "packed_files", "json_lines", "noise", "disk",
-    "processes", "run", "run_contents", "run_lock", "run_reading",
+    "processes", "run", "run_contents", "run_lock", "run_reading", "framing", "showing",
 }  # fmt: skip
 """Single files that every room but the kernels may import."""
 
@@ -36,22 +36,29 @@ MAY_IMPORT = {
     "training": {"planning", "evaluation", "inference", "data", "model", "kernels", "recipe"},
     "exporting": {"llama_cpp", "merging", "planning", "evaluation", "data", "model", "recipe"},
     "diagnostics": {"planning", "inference", "kernels", "recipe"},
-}
+    "notebook": {
+        "diagnostics", "exporting", "training", "merging", "evaluation", "planning", "inference", "data",
+        "model", "recipe",
+    },
+}  # fmt: skip
 """The rooms, lowest first, and what each may import besides the ground. `cli` may import all of them."""
 
 LIVES_IN = {
     "accelerate": {"training"},
     "bitsandbytes": {"model", "merging"},
+    "IPython": {"notebook"},
     "datasets": {"data", "evaluation", "merging", "training"},
     "deepspeed": {"training"},
     "gguf": {"llama_cpp", "exporting"},
     "huggingface_hub": {"model", "exporting", "diagnostics"},
+    "ipywidgets": {"notebook"},
     "jinja2": {"model", "evaluation"},
     "llvmlite": {"kernels"},
     "lm_eval": {"evaluation"},
     "nltk": {"evaluation"},
     "numba": {"kernels", "diagnostics"},
     "packaging": {"diagnostics"},
+    "pandas": {"run"},
     "peft": {"model", "merging"},
     "psutil": {"processes", "merging", "diagnostics"},
     "pyarrow": {"packed_files", "data"},
@@ -154,10 +161,10 @@ def test_each_outside_library_lives_in_its_rooms() -> None:
     assert not wrong, "\n".join(wrong)
 
 
-def test_only_the_command_line_prints_asks_or_exits() -> None:
+def test_only_the_command_line_and_notebooks_print_ask_or_exit() -> None:
     wrong = []
     for path in FILES:
-        if room_of(path) == "cli":
+        if room_of(path) in {"cli", "notebook"}:
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call):
@@ -165,6 +172,18 @@ def test_only_the_command_line_prints_asks_or_exits() -> None:
                 if name in {"print", "input", "exit", "sys.exit", "sys.stdout.write", "sys.stderr.write"}:
                     wrong.append(f"{path.relative_to(PACKAGE)}:{node.lineno} calls {name}")
     assert not wrong, "\n".join(wrong)
+
+
+def test_one_file_below_reaches_up_into_the_notebook_room() -> None:
+    """Results show themselves through it; any other module named in a text would go round the table."""
+    reaching = [
+        path
+        for path in FILES
+        if re.search(r"mamba_sft\.\{|\"mamba_sft\.\w", path.read_text(encoding="utf-8"))
+    ]
+    assert {path.name for path in reaching if "import_module" in path.read_text(encoding="utf-8")} == {
+        "__init__.py", "showing.py",
+    }  # fmt: skip
 
 
 def test_names_say_what_is_inside() -> None:

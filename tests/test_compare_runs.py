@@ -41,7 +41,7 @@ def runs(tmp_path: Path) -> tuple[Run, Run]:
             {"step": 1, "loss": 2.5, "grad_norm": float("nan")},
             {"step": 2, "loss": 2.25, "train_runtime": seconds, "note": "text"},
         ]
-        run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        run.metrics_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
         save_file({"w": torch.arange(4.0)}, run.adapter / ADAPTER_WEIGHTS)
     return made  # type: ignore[return-value]
 
@@ -60,7 +60,7 @@ def test_a_changed_bit_and_a_missing_line_are_seen(compare: Any, runs: tuple[Run
     code, text = compare(*runs)
     assert code == 1
     assert "w: differs by at most 2.38e-07" in text
-    runs[1].metrics.write_text('{"step": 1, "loss": 2.5000000000000004, "grad_norm": NaN}\n')
+    runs[1].metrics_file.write_text('{"step": 1, "loss": 2.5000000000000004, "grad_norm": NaN}\n')
     text = compare(*runs)[1]
     assert "loss: 1 of 2 values differ, first at step 1" in text
     assert "loss: only one of them logged it at step 2" in text

@@ -166,3 +166,53 @@ def test_skypilot_takes_it() -> None:
     sky = pytest.importorskip("sky", reason="SkyPilot is not installed")
     task = sky.Task.from_yaml(str(SKYPILOT))
     assert task.num_nodes == 1
+
+
+SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
+
+
+def script(name: str, *words: str, place: Path) -> str:
+    """Runs an example as a user does, in an empty directory, and returns what it printed."""
+    env = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, str(ROOT / "examples" / name), *words]
+    done = subprocess.run(
+        command, cwd=place, env=env, capture_output=True, text=True, check=False, timeout=500
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_scripts_are_short_and_import_what_is_public() -> None:
+    import mamba_sft
+
+    assert len(SCRIPTS) == 4
+    for path in SCRIPTS:
+        text = path.read_text(encoding="utf-8")
+        assert len([line for line in text.splitlines() if line.strip()]) <= 20, path.name
+        (names,) = re.findall(r"^from mamba_sft import (.+)$", text, re.MULTILINE)
+        assert set(names.split(", ")) <= set(mamba_sft.__all__)
+        assert f"python examples/{path.name}" in text
+
+
+def test_train_ask_merge_and_export(tmp_path: Path) -> None:
+    answered = script("train_and_ask.py", "2", place=tmp_path)
+    assert "prompt | base | runs/example" in answered
+    assert "tokens_per_second" in answered
+    written = script("merge_and_export.py", "runs/example", place=tmp_path)
+    assert "merged\n" in written
+    assert "Q8_0" in written
+    assert "report: runs/example/report.html" in written
+    assert (tmp_path / "runs/example/export/example.Q8_0.gguf").is_file()
+
+
+def test_own_data_is_looked_at_and_planned(tmp_path: Path) -> None:
+    told = script("own_data.py", place=tmp_path)
+    assert "180 to train on, 20 to validate on" in told
+    assert "is 0.<|im_end|>" in told
+    assert "fits, " in told
+
+
+def test_cards_by_plan(tmp_path: Path) -> None:
+    lines = script("which_card.py", "instruct-qlora", place=tmp_path).splitlines()
+    assert [line.split()[0] for line in lines] == ["t4", "4090", "a100-40", "a100-80", "h100"]
+    assert "fits" in lines[1]

@@ -30,7 +30,7 @@ sys.meta_path.insert(0, Watch())
 @pytest.mark.parametrize(
     "code",
     [
-        "from mamba_sft import train, merge, generate, export",
+        "import mamba_sft.training.fine_tuning, mamba_sft.merging.merge_run",
         "import mamba_sft.inference.chat_model",
         "import mamba_sft.model.quantization as q; q.bitsandbytes_config; import bitsandbytes",
         "import mamba_sft.training.trainer",

@@ -29,6 +29,12 @@ SIGNATURES: dict[str, tuple[Any, str]] = {
         mamba_sft.generate,
         "model, prompts, *, output=None, sampling=None, system=None, raw=False, batch_size=8, on_answer=None",
     ),
+    "doctor": (mamba_sft.doctor, ""),
+    "memory": (mamba_sft.memory, ""),
+    "plan": (mamba_sft.plan, "recipe, *, card=None"),
+    "preview": (mamba_sft.preview, "recipe, *, rows=3"),
+    "chat": (mamba_sft.chat, "model, *, compare=False, merged=False, sampling=None, system=None"),
+    "report": (mamba_sft.report, "*runs, output=None"),
     "Recipe.load": (Recipe.load, "path, overrides=()"),
     "Recipe.from_text": (Recipe.from_text, "text, name='recipe', overrides=()"),
     "Recipe.build": (Recipe.build, "**values"),
@@ -53,7 +59,9 @@ SIGNATURES: dict[str, tuple[Any, str]] = {
 
 def test_the_public_names() -> None:
     assert set(mamba_sft.__all__) == {
-        "MambaSFTError", "Recipe", "Run", "export", "generate", "merge", "train",
+        "GGUFOptions", "HubOptions", "MambaSFTError", "Recipe", "Run", "Sampling", "chat", "doctor", "export",
+        "generate", "memory", "merge", "plan",
+        "preview", "report", "train",
     }  # fmt: skip
     for name in mamba_sft.__all__:
         assert getattr(mamba_sft, name).__doc__
@@ -73,7 +81,7 @@ def test_the_parts_of_a_run_directory() -> None:
     run = Run(Path("runs/x"))
     names = {
         "recipe": "recipe.yaml", "environment": "environment.json", "adapter": "adapter",
-        "checkpoints": "checkpoints", "metrics": "metrics.jsonl", "samples": "samples.jsonl",
+        "checkpoints": "checkpoints", "metrics_file": "metrics.jsonl", "samples_file": "samples.jsonl",
         "rejected": "rejected.jsonl", "report": "report.html", "merged": "merged", "export": "export",
         "quality": "export/quality.json", "eval": "eval", "report_text": "report.md",
         "step_samples": "step-samples.jsonl",

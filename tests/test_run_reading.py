@@ -39,13 +39,20 @@ def run(tmp_path: Path) -> Run:
 @pytest.mark.parametrize("content", DAMAGED)
 def test_damaged_files_are_ignored(run: Run, content: str) -> None:
     run.eval.mkdir()
-    for path in (run.quality, run.environment, run.data, run.metrics, run.samples, run.eval / "results.json"):
+    for path in (
+        run.quality,
+        run.environment,
+        run.data,
+        run.metrics_file,
+        run.samples_file,
+        run.eval / "results.json",
+    ):
         path.write_text(content)
     assert read_quality(run.quality) == {}
     assert list(_quantizations(run)) == list(_results(run)) == []
     assert "steps" not in _environment(run)
     assert not _is_finished(run)
-    assert read_samples(run.samples) == read_step_samples(run.samples) == []
+    assert read_samples(run.samples_file) == read_step_samples(run.samples_file) == []
     assert "sources" not in run.read_data()
     assert all("step" not in line for line in run.read_metrics())
     record_quality(run.quality, [], {})
@@ -57,9 +64,9 @@ def test_damage_is_told(run: Run, caplog: pytest.LogCaptureFixture) -> None:
     run.quality.write_text("{")
     assert read_object(run.quality) == {}
     assert f"`{run.quality}` is damaged and ignored: Expecting" in caplog.text
-    run.metrics.write_text('{"step": 1}\n{"step"\n{"step": 3}\n')
+    run.metrics_file.write_text('{"step": 1}\n{"step"\n{"step": 3}\n')
     assert run.read_metrics() == [{"step": 1}, {"step": 3}]
-    assert f"1 damaged lines of `{run.metrics}`" in caplog.text
+    assert f"1 damaged lines of `{run.metrics_file}`" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -109,8 +116,8 @@ def test_an_odd_lock_is_nobodys(run: Run, change: dict[str, Any]) -> None:
 def test_samples_whose_texts_are_none(run: Run) -> None:
     good = {"prompt": "p", "answer": None, "system": None, "before": "b", "after": "a"}
     odd = [good | {"prompt": 1}, good | {"answer": []}, good | {"after": None}, {}]
-    run.samples.write_text("".join(json.dumps(row) + "\n" for row in (*odd, good)))
-    assert [sample.after for sample in read_samples(run.samples)] == ["a"]
+    run.samples_file.write_text("".join(json.dumps(row) + "\n" for row in (*odd, good)))
+    assert [sample.after for sample in read_samples(run.samples_file)] == ["a"]
 
 
 def test_a_manifest_does_not_lead_out_of_its_checkpoint(run: Run) -> None:

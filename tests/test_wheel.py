@@ -34,7 +34,8 @@ def test_a_built_wheel_trains_in_an_empty_directory(tmp_path: Path) -> None:
         names = archive.namelist()
         archive.extractall(tmp_path / "installed")
     for needed in ("model/chatml.jinja", "exporting/hub/card.md.jinja", "evaluation/report.html.jinja",
-                   "exporting/passage.txt", "py.typed", "bundled/recipes/quickstart.yaml"):  # fmt: skip
+                   "exporting/passage.txt", "notebook/style.css", "py.typed",
+                   "bundled/recipes/quickstart.yaml"):  # fmt: skip
         assert f"mamba_sft/{needed}" in names
     assert not [name for name in names if name.startswith("mamba_sft/bundled/data") and name.endswith(".py")]
     words = ["train", "quickstart", "train.max_steps=2", "eval.prompts=null", "data.validation=0"]

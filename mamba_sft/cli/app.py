@@ -37,6 +37,7 @@ from mamba_sft.cli.launched import leave_report
 from mamba_sft.cli.printable import PrintableFormatter, printable
 from mamba_sft.disk import FULL, reason
 from mamba_sft.errors import MambaSFTError
+from mamba_sft.noise import quiet_libraries
 from mamba_sft.processes import is_first
 
 app = typer.Typer(
@@ -131,12 +132,7 @@ def options(
     # other programs about, it made a step of the quickstart five times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if not verbose:
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        import warnings
-
-        warnings.filterwarnings(
-            "ignore", module="(torch|transformers|trl|peft|accelerate|bitsandbytes|datasets).*"
-        )
+        quiet_libraries()
 
 
 app.command(cls=Verb)(train.train)

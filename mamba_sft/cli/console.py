@@ -18,6 +18,7 @@ from rich.segment import ControlType
 
 from mamba_sft.cli import completing
 from mamba_sft.cli.printable import PrintableConsole
+from mamba_sft.noise import quiet_loading as quiet_loading  # noqa: PLC0414  # for the verbs
 
 if TYPE_CHECKING:
     from mamba_sft.run import Run
@@ -149,13 +150,6 @@ def loading(libraries: str) -> Iterator[None]:
     finally:
         if err.is_terminal:
             err.control(Control((ControlType.ERASE_IN_LINE, 2)))
-
-
-def quiet_loading() -> None:
-    """Turns off transformers' bar over tensors, which says little and draws over ours."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
 
 
 def run_or_newest(run: str | None) -> Run:

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from mamba_sft.cli import completing
 from mamba_sft.cli.console import Json, Overrides, RecipeArgument, err, out
-from mamba_sft.wording import GIB, size_text, time_text
+from mamba_sft.wording import GIB, size_text
 
 if TYPE_CHECKING:
     from mamba_sft.planning.curves import Curves
@@ -24,21 +24,6 @@ if TYPE_CHECKING:
 
 INDENT, LABEL, FIGURE = 11, 28, 8
 WIDEST_BAR = 40
-NAMES = {
-    "weights": "base weights",
-    "adapter": "adapter, float32",
-    "gradients": "its gradients",
-    "optimizer": "its optimizer state",
-    "states": "states of the recurrence",
-    "kept": "kept for the backward",
-    "block": "one block in backward",
-    "dequantized": "a weight, unpacked",
-    "loss": "loss, in chunks",
-    "rows": "gradient of the embeddings",
-    "overhead": "CUDA and allocator",
-}
-FULL_NAMES = {"weights": "weights, float32", "gradients": "gradients", "optimizer": "optimizer state"}
-"""What is otherwise named where all weights are trained."""
 
 
 def plan(
@@ -84,6 +69,7 @@ def plan(
 
     if plot_file is not None:
         plan_plot.check_plot_file(plot_file)
+    from mamba_sft.planning import in_words
     from mamba_sft.planning.plan import make_plan
 
     with err.status("planning"):
@@ -97,7 +83,9 @@ def plan(
         more |= {"curves": curves.to_dict()} if curves is not None and plot else {}
         sys.stdout.write(json.dumps(made.to_dict() | more, indent=None if "curves" in more else 2) + "\n")
         return
-    for line in (*_model(made), *_memory(made), *_room(made), *_time(made), *_disk(made)):
+    for line in (*_lines(in_words.model(made)), *_memory(made), *_room(made)):
+        out.print(line)
+    for line in (*_lines(in_words.time(made)), *_lines(in_words.disk(made))):
         out.print(line)
     for head, text in many_lines(many) if many else ():
         out.print(_line(head, text))
@@ -121,38 +109,16 @@ def _line(head: str, text: str, style: str = "") -> Text:
     return line.append(text, style=style or "not bold")
 
 
-def _model(made: Plan) -> Iterator[Text]:
-    from mamba_sft.model.quantization import misfits
-
-    shape, work = made.work.shape, made.work
-    share = work.trained / shape.parameters
-    yield _line("model", f"{made.base[0]} (sizes from {made.base[1]})")
-    yield _line("", f"{_count(shape.parameters)} parameters, {_count(work.trained)} trained ({share:.2%})")
-    micro = f"{work.rows} x {work.length:,} tokens at once"
-    if work.streams:
-        micro = f"{work.rows} x {work.length:,} tokens, {work.chunk:,} at a time"
-    bits = "32-bit" if work.itemsize == 4 else "16-bit"
-    if work.is_full and work.mixed:
-        bits = "32-bit weights, products in 16-bit"
-    numbers = bits if work.quantization == "none" else f"{work.quantization} and {bits}"
-    yield _line("step", f"{micro}, checkpointing {work.policy}, {numbers}")
-    for name, reason in misfits(shape, work.quantization).items():
-        yield _line("", f"`{name}` stays {bits}: {reason}")
+def _lines(told: Iterator[tuple[str, str]]) -> Iterator[Text]:
+    return (_line(head, text) for head, text in told)
 
 
 def _memory(made: Plan) -> Iterator[Text]:
-    parts, usable = made.parts, made.accelerator.usable_bytes
-    ends = {
-        "block": parts["block"] + parts["dequantized"] >= parts["loss"],
-        "loss": parts["block"] + parts["dequantized"] < parts["loss"],
-    }
+    from mamba_sft.planning.in_words import memory_parts
+
+    usable = made.accelerator.usable_bytes
     yield _line("memory", "planned, not measured; GiB (in brackets: not at the time of the peak)")
-    names = NAMES | (FULL_NAMES if made.work.is_full else {})
-    for name, size in parts.items():
-        if round(size / GIB, 2) == 0:
-            continue
-        counted = ends.get("block" if name == "dequantized" else name, name != "rows")
-        label = names[name] if name != "overhead" or made.accelerator.type == "cuda" else "libraries"
+    for label, size, counted in memory_parts(made):
         yield _bar(label, size, usable, counted)
     yield _bar("at once, at most", made.peak, usable, counted=True, total=True)
 
@@ -172,60 +138,14 @@ def _bar(label: str, size: int, usable: int, counted: bool, total: bool = False)
 
 
 def _room(made: Plan) -> Iterator[Text]:
-    device, work = made.accelerator, made.work
-    usable = f"{size_text(device.usable_bytes)} usable"
-    left = device.usable_bytes - made.peak
-    verdict = f"fits, {size_text(left)} left" if made.fits else f"does not fit: {size_text(-left)} too much"
-    line = _line("device", f"{device.name_with_memory}, {usable}: ")
+    from mamba_sft.planning import in_words
+
+    device, verdict = in_words.device(made)
+    line = _line("device", device)
     yield line.append(verdict, style="bold green" if made.fits else "bold red")
-    if made.wants_bfloat16 and not device.bfloat16:
-        yield _line("", "it has no bfloat16, so the run would take float16", "yellow")
-    rows = f"a batch of {made.largest_rows:,}" if made.largest_rows else "no batch"
-    yield _line("largest", f"{rows} at {work.length:,} tokens")
-    yield _line("", f"{_longest(made)} at a batch of {work.rows:,}")
-    if work.boundaries and device.type == "cuda":
-        yield _line("", f"states of the chunks wait in host memory: {size_text(work.boundaries)}")
-
-
-def _longest(made: Plan) -> str:
-    if made.largest_length >= 1 << 20:
-        return "rows of any length"
-    return f"rows of {made.largest_length:,} tokens" if made.largest_length else "no row"
-
-
-def _time(made: Plan) -> Iterator[Text]:
-    steps = "steps: known when the data is here" if made.steps is None else f"{made.steps:,} steps"
-    growing = "up to " if made.accumulation is None else ""  # by `train.batch_ramp`
-    yield _line("tokens", f"{growing}{made.tokens_per_step:,} a step on one device; {steps}")
-    if made.length is not None and made.length.chosen:
-        yield _line("", f"gradient_accumulation_steps left out, so {made.accumulation}")
-    if made.most_tokens is not None:
-        known = "about" if made.steps is not None else "at most"
-        yield _line("", f"{known} {_count(made.most_tokens)} in all")
-    if made.rate is None:
-        yield _line("time", "unknown: there is no run here to go by, and the device is not in the table")
-        return
-    source = made.rate.source
-    how = "estimated by counting operations" if source == "estimated" else f"measured in {source}"
-    yield _line("time", f"{made.rate.tokens_per_second:,.0f} tokens/s, {how}")
-    if made.seconds is not None:
-        bound = "" if made.steps is not None else "at most "
-        yield _line("", f"{bound}{time_text(made.seconds)} of training")
-    else:
-        yield _line("", f"{time_text(1e6 / made.rate.tokens_per_second)} for a million tokens")
-
-
-def _disk(made: Plan) -> Iterator[Text]:
-    disk, result = made.disk, "model" if made.work.is_full else "adapter"
-    yield _line(
-        "disk",
-        f"download {size_text(disk['download'])}, {result} {size_text(disk[result])}, "
-        f"checkpoints {size_text(disk['checkpoints'])}",
-    )
-    merged = "" if made.work.is_full else f"merged {size_text(disk['merged'])}, "
-    yield _line(
-        "", f"{merged}GGUF F16 {size_text(disk['gguf_f16'])}, Q4_K_M {size_text(disk['gguf_q4_k_m'])}"
-    )
+    if in_words.falls_back(made):
+        yield _line("", in_words.FALLS_BACK, "yellow")
+    yield from _lines(in_words.largest(made))
 
 
 def _fixes(made: Plan, recipe: str, overrides: list[str]) -> Iterator[Text]:
@@ -262,10 +182,3 @@ def _warnings(made: Plan) -> Iterator[Text]:
         for number, line in enumerate(lines):
             yield _line("look" if number == 0 else "", line, "yellow")
         yield _line("", f"  {fields}", "cyan")
-
-
-def _count(number: int) -> str:
-    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.3g}{unit}"
-    return str(number)

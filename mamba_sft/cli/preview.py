@@ -6,7 +6,7 @@ stands between brackets, so that it reads the same under `NO_COLOR`, in a pipe, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -20,7 +20,7 @@ from mamba_sft.cli.printable import printable
 from mamba_sft.data.packing import Packed
 from mamba_sft.data.preparing import PreparedData
 from mamba_sft.data.rows import IGNORED
-from mamba_sft.data.shown import length_histogram, shown_rows
+from mamba_sft.data.shown import length_histogram, shown_rows, shown_tokens
 from mamba_sft.data.summary import DataSummary
 from mamba_sft.evaluation.run_figures import stage_text
 from mamba_sft.planning.extent import RunLength
@@ -102,7 +102,7 @@ def token_text(
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     pieces: list[tuple[str, str]] = []
     shade, inside = 0, False
-    for ids, trained in _units(tokenizer, *_shortened(input_ids, labels, limit)):
+    for ids, trained in shown_tokens(tokenizer, input_ids, labels, limit):
         if trained != inside:
             pieces.append((OPENING if trained else CLOSING, "bold"))
             inside = trained
@@ -115,35 +115,6 @@ def token_text(
     if inside:
         pieces.append((CLOSING, "bold"))
     return _visible(pieces)
-
-
-def _shortened(
-    input_ids: Sequence[int], labels: Sequence[int], limit: int
-) -> tuple[list[int | None], list[bool]]:
-    """Ids and whether they are trained; None stands for the middle of a long row."""
-    ids: list[int | None] = list(input_ids)
-    trained = [label != IGNORED for label in labels]
-    if len(ids) <= limit:
-        return ids, trained
-    head = limit * 2 // 3
-    tail = limit - head
-    return [*ids[:head], None, *ids[-tail:]], [*trained[:head], False, *trained[-tail:]]
-
-
-def _units(
-    tokenizer: Any, ids: Sequence[int | None], trained: Sequence[bool]
-) -> Iterator[tuple[list[int], bool]]:
-    """Tokens, those joined that only together make a character; an empty list for the middle left out."""
-    held: list[int] = []
-    for index, (token, is_trained) in enumerate(zip(ids, trained, strict=True)):
-        if token is None:
-            yield [], False
-            continue
-        held.append(token)
-        last = index + 1 == len(ids) or ids[index + 1] is None or trained[index + 1] != is_trained
-        if last or len(held) == 4 or "\ufffd" not in tokenizer.decode(held):
-            yield held, is_trained
-            held = []
 
 
 def _visible(pieces: Sequence[tuple[str, str]]) -> Text:

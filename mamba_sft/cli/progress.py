@@ -30,6 +30,9 @@ class TrainingBar(TrainerCallback):
     checkpoints do not lower tokens/s.
     """
 
+    shows_progress = True
+    """To the trainer: its own bar is not needed."""
+
     def __init__(self, console: Console):
         self.console = console
         self.bar = Progress(

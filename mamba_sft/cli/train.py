@@ -152,7 +152,7 @@ def _show_samples(run: Run, fits_no_chat: bool, rows: int = 6) -> None:
     from mamba_sft.evaluation.prompts import exact_match, read_samples
     from mamba_sft.evaluation.run_figures import sample_titles, samples_heading, wrong_first
 
-    samples = read_samples(run.samples)
+    samples = read_samples(run.samples_file)
     if not samples:
         return
     titles = sample_titles(run.read_data())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -51,3 +52,46 @@ def length_histogram(lengths: np.ndarray) -> dict[str, Any]:
         "percentile_95": int(np.percentile(values, 95)),
         "longest": int(values.max()),
     }
+
+
+def shown_tokens(
+    tokenizer: Any, input_ids: Sequence[int], labels: Sequence[int], limit: int
+) -> Iterator[tuple[list[int], bool]]:
+    """Yields tokens and whether they are trained; those that only together make a character are one.
+
+    Args:
+        tokenizer: Decodes the ids.
+        input_ids: (L,)
+        labels: (L,) -100 where a token is not trained.
+        limit: Tokens shown; of a longer row the middle is left out, and an empty list stands for it.
+    """
+    return _units(tokenizer, *_shortened(input_ids, labels, limit))
+
+
+def _shortened(
+    input_ids: Sequence[int], labels: Sequence[int], limit: int
+) -> tuple[list[int | None], list[bool]]:
+    """Ids and whether they are trained; None stands for the middle of a long row."""
+    ids: list[int | None] = list(input_ids)
+    trained = [label != IGNORED for label in labels]
+    if len(ids) <= limit:
+        return ids, trained
+    head = limit * 2 // 3
+    tail = limit - head
+    return [*ids[:head], None, *ids[-tail:]], [*trained[:head], False, *trained[-tail:]]
+
+
+def _units(
+    tokenizer: Any, ids: Sequence[int | None], trained: Sequence[bool]
+) -> Iterator[tuple[list[int], bool]]:
+    """Tokens, those joined that only together make a character; an empty list for the middle left out."""
+    held: list[int] = []
+    for index, (token, is_trained) in enumerate(zip(ids, trained, strict=True)):
+        if token is None:
+            yield [], False
+            continue
+        held.append(token)
+        last = index + 1 == len(ids) or ids[index + 1] is None or trained[index + 1] != is_trained
+        if last or len(held) == 4 or "\ufffd" not in tokenizer.decode(held):
+            yield held, is_trained
+            held = []

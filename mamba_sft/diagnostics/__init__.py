@@ -1,6 +1,7 @@
 """This machine: what will be used here, and how fast it is.
 
 Read `diagnosis` (all findings of `doctor`), `software` (versions; no torch), `hardware` (device, kernels);
-`kernel_benchmark` (`bench kernels`), `bench_cpu`, `bench_gpu`, and `gpu_limits` (what a GPU allows).
+`kernel_benchmark` (`bench kernels`), `bench_cpu`, `bench_gpu`, and `gpu_limits` (what a GPU allows);
+`memory_in_use` (now).
 The benchmark is in the package because a wheel has no `benchmarks/`.
 """

@@ -12,6 +12,7 @@ from mamba_sft.diagnostics.software import Finding, Status, software_findings, s
 from mamba_sft.errors import MambaSFTError
 from mamba_sft.planning.environment import describe_environment
 from mamba_sft.recipe.builtin import builtin_recipes
+from mamba_sft.showing import Showing
 from mamba_sft.wording import size_text
 
 ADVICE = (
@@ -23,7 +24,7 @@ ADVICE = (
 
 
 @dataclass(frozen=True)
-class Diagnosis:
+class Diagnosis(Showing):
     """All findings, in the order in which they are shown.
 
     Args:

@@ -98,8 +98,8 @@ def read_facts(run: Run) -> RunFacts:
     facts.environment = _json_object(facts, run.environment, needed=True)
     facts.data = _json_object(facts, run.data)
     facts.files = _json_object(facts, run.quality).get("files") or {}
-    facts.metrics = list(_lines(facts, run.metrics, _metrics_line))
-    facts.samples = list(_lines(facts, run.samples, _sample))
+    facts.metrics = list(_lines(facts, run.metrics_file, _metrics_line))
+    facts.samples = list(_lines(facts, run.samples_file, _sample))
     facts.step_samples = list(_lines(facts, run.step_samples, _step_sample))
     facts.evaluations = finished(run.eval, facts.problems)
     return facts

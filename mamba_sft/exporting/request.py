@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from mamba_sft.disk import check_writable, is_file_name
 from mamba_sft.errors import ExportError, UsageError
 from mamba_sft.run import check_output
+from mamba_sft.showing import Showing
 
 if TYPE_CHECKING:
     from mamba_sft.exporting.full_model import FullModel
@@ -147,7 +148,7 @@ class Pushed:
 
 
 @dataclass(frozen=True)
-class Exported:
+class Exported(Showing):
     """What an export wrote.
 
     Args:

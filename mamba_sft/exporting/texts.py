@@ -46,7 +46,7 @@ def calibration_text(model: FullModel, tokens: int) -> Text:
 def prompt_of(model: FullModel) -> tuple[str, list[int]]:
     """Returns a question and the tokens that ask it: the run's first sample prompt, or a plain one."""
     question = _QUESTION
-    if model.run is not None and (samples := read_samples(model.run.samples)):
+    if model.run is not None and (samples := read_samples(model.run.samples_file)):
         question = samples[0].prompt.prompt
     if model.tokenizer.chat_template is None:
         return question, model.tokenizer(question, add_special_tokens=False).input_ids[:WINDOW]

@@ -18,6 +18,7 @@ from mamba_sft.model.checkpoint import base_fingerprint
 from mamba_sft.model.compiling import compile_step
 from mamba_sft.model.loading import apply_setup, load_model, load_setup, load_tokenizer, resolve_base
 from mamba_sft.model.warming_up import warm_up
+from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.run import Run
 
 
@@ -130,6 +131,23 @@ def _stop_ids(model: Any, tokenizer: Any, name: str) -> frozenset[int]:
     if tokenizer.chat_template:
         stops |= {tokenizer.convert_tokens_to_ids(find_stop_token(tokenizer, name))}
     return stops
+
+
+def load_base(recipe: Recipe) -> ChatModel:
+    """Loads the model that a recipe starts from, with the recipe's template: what answers before training.
+
+    Args:
+        recipe: Of a run that need not have begun.
+
+    Raises:
+        MambaSFTError: The base, its tokenizer or the template cannot be used.
+    """
+    setup = load_setup(recipe.model, recipe.chat)
+    model = load_model(recipe.model)
+    apply_setup(model, setup)
+    warm_up(model)
+    stops = stop_token_ids(model, setup.tokenizer)
+    return ChatModel(recipe.model.base, model.eval(), setup.tokenizer, stops, recipe.chat.system)
 
 
 def require_template(name: str, tokenizer: Any) -> None:

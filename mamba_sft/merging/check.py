@@ -23,6 +23,7 @@ from mamba_sft.errors import MergeError
 from mamba_sft.kernels.falcon_mamba import install
 from mamba_sft.merging.saved_adapter import EMBEDDINGS, HEAD, SavedAdapter
 from mamba_sft.model.tensor_files import DTYPES, StoredTensors, read_rows
+from mamba_sft.showing import Showing
 
 # Largest relative difference of the logits that rounding the merged weights to a dtype explains.
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -53,7 +54,7 @@ class CheckResult:
 
 
 @dataclass(frozen=True)
-class MergeResult:
+class MergeResult(Showing):
     """What a merge did and what its check found; stored in `merge.json`.
 
     Args:

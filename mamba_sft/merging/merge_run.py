@@ -256,7 +256,7 @@ def _heldout_losses(
                 model.get_parameter(layout.name).data.copy_(torch.cat(list(tensors.blocks(layout))))
         losses[other] = heldout_loss(model, rows, collator, batch_size)
     except (MambaSFTError, torch.OutOfMemoryError) as error:  # the merge is good without them
-        return {}, str(error)
+        return {}, error.message if isinstance(error, MambaSFTError) else str(error)
     return losses, None
 
 

@@ -19,6 +19,7 @@ from mamba_sft.planning.speed import Rate, estimate, flops, measured
 from mamba_sft.planning.storage import checkpoint_sizes, result_bytes
 from mamba_sft.recipe.builtin import find_path
 from mamba_sft.recipe.recipe import Recipe
+from mamba_sft.showing import Showing
 
 TEMPLATE_TOKENS = 2
 """Rows of the vocabulary that the chat templates need and a base does not have: turn start and turn end."""
@@ -27,7 +28,7 @@ Q4_K_M_BYTES = 0.578
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Showing):
     """What a recipe will take.
 
     Args:

@@ -27,6 +27,7 @@ from mamba_sft.recipe.fields import (
     Section,
     TrainSection,
 )
+from mamba_sft.showing import Showing
 from mamba_sft.wording import path_text, shown
 
 
@@ -39,8 +40,11 @@ def _without_home(path: str) -> str:
         raise ValueError(f"must not begin with `{shown(user)}`: there is no user of that name here") from None
 
 
-class Recipe(Section):
-    """Every setting of a training run."""
+class Recipe(Showing, Section):
+    """Every setting of a training run.
+
+    Example: `Recipe.load("quickstart", ["train.max_steps=20"])`, which a notebook shows as a table.
+    """
 
     output_dir: Annotated[FileName, AfterValidator(_without_home)]
     """The run directory: adapter (or model), checkpoints, metrics and report go there."""

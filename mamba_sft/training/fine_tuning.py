@@ -384,7 +384,7 @@ def _build_trainer(
     recipe, run = preparation.recipe, preparation.run
     engine = recipe.train.parallel == "zero2" and preparation.arguments.world_size > 1
     watch = AdapterWatch(full_gradient) if engine else AdapterWatch()
-    watchers: list[TrainerCallback] = [MetricsLog(run.metrics), watch, *callbacks]
+    watchers: list[TrainerCallback] = [MetricsLog(run.metrics_file), watch, *callbacks]
     if recipe.eval.early_stopping_patience and preparation.data.validation_rows is not None:
         watchers.append(EarlyStoppingCallback(recipe.eval.early_stopping_patience))
     return Trainer(
@@ -424,7 +424,7 @@ def _refuse_unchanged(trainer: Trainer, start: str, trained: str) -> None:
     raise TrainingError(
         f"nothing was learned: after {steps} the {trained} is what it was at the start, to the last bit",
         hint=f"the learning rate reached {rate:.3g} and the norm of the gradient {norm:.3g}, see "
-        f"`{trainer.run.metrics}`; raise `train.learning_rate`, and start anew with `--overwrite`",
+        f"`{trainer.run.metrics_file}`; raise `train.learning_rate`, and start anew with `--overwrite`",
     )
 
 
@@ -553,8 +553,8 @@ def _save(preparation: Preparation, trainer: Trainer, result: Result, ask: Ask |
     place = run.path / recipe.trains
     saved = save_surely(write, run, nbytes, ask, what=recipe.trains)
     if result.before:
-        with left_out_if_refused(run.samples):
-            write_samples(run.samples, pair(preparation.prompts, result.before, result.after))
+        with left_out_if_refused(run.samples_file):
+            write_samples(run.samples_file, pair(preparation.prompts, result.before, result.after))
     facts = _describe(preparation) | {
         "seconds": round(sum(session.seconds for session in sessions), 1),
         "steps": trainer.state.global_step,

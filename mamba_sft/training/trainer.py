@@ -17,13 +17,12 @@ from accelerate.utils import AutocastKwargs, gather_object
 from transformers import (
     EarlyStoppingCallback,
     PrinterCallback,
-    ProgressCallback,
     TrainerCallback,
     TrainerControl,
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_callback import ExportableState
 from trl import SFTTrainer
 
@@ -81,7 +80,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         sources: What the sources are called whose losses are told apart; none where there is one alone.
         counts: Takes this session's time and tokens.
         interruption: Says when the user wants it to stop; then a step that takes too long is given up.
-        callbacks: As the trainer's; one that shows progress (has a `console`) replaces the trainer's bar.
+        callbacks: As the trainer's; one with `shows_progress = True` replaces the trainer's bar.
         **arguments: Everything else `SFTTrainer` takes.
     """
 
@@ -114,8 +113,8 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         if not hasattr(self.model, "peft_config"):  # each weight is cast once: a cache only takes room
             self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
         self.remove_callback(PrinterCallback)
-        if any(hasattr(callback, "console") for callback in callbacks):
-            self.remove_callback(ProgressCallback)
+        if any(getattr(callback, "shows_progress", False) for callback in callbacks):
+            self.remove_callback(DEFAULT_PROGRESS_CALLBACK)  # in a notebook it is another one
         keep_float32(self.model)
         self.tally = Tally(self.accelerator, sources)
         self._largest = 0.0

@@ -159,7 +159,7 @@ def test_words_of_the_command_line(
 def test_prompts_and_answers_in_the_table_of_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run(tmp_path)
     text = ODD.replace("\udcff", "")
-    write_samples(run.samples, [Sample(Prompt(text, "x", None), text, text)])
+    write_samples(run.samples_file, [Sample(Prompt(text, "x", None), text, text)])
     file = io.StringIO()
     console = PrintableConsole(file=file, width=200, force_terminal=True, color_system=None)
     monkeypatch.setattr(train_module, "err", console)

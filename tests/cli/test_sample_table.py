@@ -15,7 +15,7 @@ from mamba_sft.run import Run
 
 def shown(run: Run, samples: list[Sample], monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The lines of the table that hold words, without its frame."""
-    write_samples(run.samples, samples)
+    write_samples(run.samples_file, samples)
     file = io.StringIO()
     monkeypatch.setattr(train_module, "err", PrintableConsole(file=file, width=120, color_system=None))
     train_module._show_samples(run, fits_no_chat=False)

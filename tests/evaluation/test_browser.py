@@ -41,9 +41,9 @@ def run(tmp_path: Path) -> Run:
     run.environment.write_text(json.dumps({"seconds": 3725, "steps": 40, "command": LONG}))
     names = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_memory")
     lines = [{"step": i} | dict.fromkeys(names, float(i)) for i in range(1, 40)]
-    run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run.metrics_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     prompts = [Prompt(LONG, LONG, LONG), *(Prompt(f"q{i}", "yes") for i in range(30))]
-    write_samples(run.samples, pair(prompts, [LONG] * 31, ["yes"] * 31))
+    write_samples(run.samples_file, pair(prompts, [LONG] * 31, ["yes"] * 31))
     write_step_samples(run.step_samples, [StepSample(3, Prompt(LONG, LONG), LONG)])
     run.data.write_text(json.dumps(DATA | {"warnings": [LONG]}))
     return run

@@ -24,10 +24,10 @@ def runs(tmp_path: Path) -> list[Run]:
         run.recipe.write_text(recipe.to_yaml())
         run.environment.write_text(json.dumps({"steps": 9, "seconds": 60}))
         lines = [{"step": i, "loss": rate * i, "eval_loss": 1.0} for i in range(1, 10)]
-        run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        run.metrics_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
         prompts = [Prompt(f"same {i}", "yes") for i in range(13)] + [Prompt("apart", "yes")]
         after = ["yes"] * 13 + ["yes" if name == "a" else "no"]
-        write_samples(run.samples, pair(prompts, ["no"] * 14, after))
+        write_samples(run.samples_file, pair(prompts, ["no"] * 14, after))
         made.append(run)
     return made
 
@@ -85,7 +85,7 @@ def test_what_makes_no_sense_is_refused(
 def test_a_damaged_run_is_compared_too(
     runs: list[Run], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    runs[1].metrics.write_text("{")
+    runs[1].metrics_file.write_text("{")
     runs[1].recipe.write_text("[")
     assert call(monkeypatch, *(run.path for run in runs)) == 0
     assert "metrics.jsonl" in capsys.readouterr().err

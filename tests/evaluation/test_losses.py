@@ -40,6 +40,6 @@ def test_the_report_says_so(tmp_path: Path) -> None:
     run.recipe.write_text("output_dir: x\n")
     run.environment.write_text(json.dumps({"packages": {"mamba-sft": "1"}}))
     for losses, told in (([2.0, 9.0], True), ([9.0, 2.0], False)):
-        run.metrics.write_text("".join(json.dumps(line) + "\n" for line in log(losses)))
+        run.metrics_file.write_text("".join(json.dumps(line) + "\n" for line in log(losses)))
         write_report(run)
         assert ("the training loss ended at 9" in run.report.read_text()) is told

@@ -29,8 +29,8 @@ def run(tmp_path: Path) -> Run:
         {"step": i + 1, "loss": 3 / (i + 1), "learning_rate": 1e-3, "num_tokens": 100 * i} for i in range(40)
     ]
     lines.insert(20, {"step": 20, "eval_loss": 1.25})
-    run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    write_samples(run.samples, pair([Prompt("<script>", "yes")], ["no"], ["yes"]))
+    run.metrics_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_samples(run.samples_file, pair([Prompt("<script>", "yes")], ["no"], ["yes"]))
     return run
 
 
@@ -66,14 +66,14 @@ def test_the_report_holds_everything_and_nothing_from_outside(run: Run) -> None:
 def test_text_of_a_run_is_text_on_the_page(run: Run) -> None:
     """Names, answers, recipes and file names come from anywhere; nothing of them may become markup."""
     hostile = "<img src=x onerror=alert(1)>\"'&</pre>{{ 7*7 }}"
-    write_samples(run.samples, pair([Prompt(hostile, hostile)], [hostile], [hostile]))
+    write_samples(run.samples_file, pair([Prompt(hostile, hostile)], [hostile], [hostile]))
     write_step_samples(run.step_samples, [StepSample(1, Prompt(hostile, hostile), hostile)])
     run.recipe.write_text(hostile)
     facts = {"packages": {"mamba-sft": hostile}, "device": {"name": hostile}, "command": hostile}
     run.environment.write_text(json.dumps(facts))
     run.export.mkdir()
     run.quality.write_text(json.dumps({"files": {hostile: {"nbytes": 1, "method": "Q8_0"}}}))
-    run.metrics.write_text(json.dumps({"step": 1, "loss": 1.0, hostile: 1.0}) + "\n")
+    run.metrics_file.write_text(json.dumps({"step": 1, "loss": 1.0, hostile: 1.0}) + "\n")
     write_report(run)
     page = run.report.read_text()
     tags = tags_of(page)
@@ -88,7 +88,7 @@ def test_text_of_a_run_is_text_on_the_page(run: Run) -> None:
 
 def test_control_characters_are_written_out(run: Run) -> None:
     steering = "a\x1b[2Jb\r\x07\u202ec\u2028"
-    write_samples(run.samples, pair([Prompt(steering)], ["\ud800"], [steering + "\nlast"]))
+    write_samples(run.samples_file, pair([Prompt(steering)], ["\ud800"], [steering + "\nlast"]))
     write_report(run)
     for path in (run.report, run.report_text):
         page = path.read_text(encoding="utf-8").split("</style>")[-1]
@@ -102,7 +102,7 @@ def test_control_characters_are_written_out(run: Run) -> None:
 def test_wrong_answers_come_first_and_all_of_them_are_there(run: Run) -> None:
     prompts = [Prompt(f"question {i}", "yes") for i in range(30)]
     after = ["no" if i in (20, 25) else "yes" for i in range(30)]
-    write_samples(run.samples, pair(prompts, ["no"] * 30, after))
+    write_samples(run.samples_file, pair(prompts, ["no"] * 30, after))
     write_report(run)
     page = run.report.read_text()
     assert "12 of 30 shown; right of 30: 0 base, 28 tuned" in page
@@ -119,7 +119,7 @@ def test_wrong_answers_come_first_and_all_of_them_are_there(run: Run) -> None:
 
 
 def test_prompts_without_a_right_answer_are_not_marked(run: Run) -> None:
-    write_samples(run.samples, pair([Prompt("say something")], ["no"], ["yes"]))
+    write_samples(run.samples_file, pair([Prompt("say something")], ["no"], ["yes"]))
     write_report(run)
     page = run.report.read_text()
     assert "✗" not in page
@@ -128,7 +128,7 @@ def test_prompts_without_a_right_answer_are_not_marked(run: Run) -> None:
 
 def test_answers_while_it_learned(run: Run) -> None:
     prompt = Prompt("say yes", "yes")
-    write_samples(run.samples, pair([prompt], ["no"], ["yes"]))
+    write_samples(run.samples_file, pair([prompt], ["no"], ["yes"]))
     write_step_samples(run.step_samples, [StepSample(20, prompt, "perhaps"), StepSample(0, prompt, "no")])
     write_report(run)
     part = run.report.read_text().split("Answers while it learned")[1]
@@ -166,14 +166,16 @@ def test_a_finished_run_says_what_to_do_next(run: Run) -> None:
 def test_every_logged_name_is_drawn(run: Run) -> None:
     names = ["learning_rate", "grad_norm", "mean_token_accuracy", "tokens_per_second", "seconds_per_step",
              "peak_memory", "rows_per_step", "tokens_per_step", "entropy", "something_new"]  # fmt: skip
-    run.metrics.write_text("".join(json.dumps({"step": i} | dict.fromkeys(names, i)) + "\n" for i in (1, 2)))
+    run.metrics_file.write_text(
+        "".join(json.dumps({"step": i} | dict.fromkeys(names, i)) + "\n" for i in (1, 2))
+    )
     write_report(run)
     assert tags_of(run.report.read_text()).seen.count("svg") == len(names)
 
 
 def test_a_run_without_samples_or_metrics_still_has_a_report(run: Run) -> None:
-    run.samples.unlink()
-    run.metrics.unlink()
+    run.samples_file.unlink()
+    run.metrics_file.unlink()
     assert run.read_metrics() == []
     write_report(run)
     assert "<h2>Loss" not in run.report.read_text()

@@ -34,9 +34,9 @@ def run(tmp_path: Path) -> Run:
     run.export.mkdir(parents=True)
     run.recipe.write_bytes(builtin_recipes()["quickstart"].read_bytes())
     run.environment.write_text(json.dumps(ENVIRONMENT))
-    run.metrics.write_text(json.dumps(GOOD) + "\n")
+    run.metrics_file.write_text(json.dumps(GOOD) + "\n")
     run.data.write_text(json.dumps(DATA))
-    run.samples.write_text(json.dumps(SAMPLE) + "\n")
+    run.samples_file.write_text(json.dumps(SAMPLE) + "\n")
     run.step_samples.write_text(json.dumps(STEP_SAMPLE) + "\n")
     run.quality.write_text(json.dumps(QUALITY))
     return run
@@ -48,7 +48,7 @@ def test_a_whole_run_has_nothing_to_tell(run: Run) -> None:
     assert "Could not be read" not in run.report_text.read_text()
 
 
-LINES = ["metrics", "samples", "step_samples"]
+LINES = ["metrics_file", "samples_file", "step_samples"]
 OBJECTS = ["environment", "data", "quality"]
 
 
@@ -64,7 +64,7 @@ def test_a_damaged_file_is_named_and_the_rest_is_there(run: Run, name: str, cont
     assert "Could not be read" in page
     assert path.name in page
     assert path.name in run.report_text.read_text()
-    assert ("nats per token" in page) is (name != "metrics")
+    assert ("nats per token" in page) is (name != "metrics_file")
     assert ("x.jsonl" in page) is (name != "data")
 
 
@@ -79,14 +79,14 @@ def test_a_directory_in_its_place_is_named_too(run: Run, name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "line"),
     [
-        ("metrics", '{"step": "2", "loss": 1.0}'), ("metrics", '{"loss": 1.0}'),
-        ("metrics", '{"step": true}'),
-        ("metrics", '{"step": 3, "loss": [1]}'), ("metrics", '{"step": 3, "loss": "1"}'),
-        ("metrics", '{"step": -1}'), ("metrics", '{"step": 1' + "0" * 400 + "}"),
-        ("metrics", '{"step": 3, "loss": 1' + "0" * 400 + "}"), ("metrics", '{"step": 3, "lo'),
-        ("samples", '{"prompt": "a"}'), ("samples", '{"prompt": 7, "before": "", "after": ""}'),
-        ("samples", '{"prompt": "a", "answer": [], "before": "", "after": ""}'),
-        ("samples", '{"prompt": "a", "before": null, "after": ""}'),
+        ("metrics_file", '{"step": "2", "loss": 1.0}'), ("metrics_file", '{"loss": 1.0}'),
+        ("metrics_file", '{"step": true}'),
+        ("metrics_file", '{"step": 3, "loss": [1]}'), ("metrics_file", '{"step": 3, "loss": "1"}'),
+        ("metrics_file", '{"step": -1}'), ("metrics_file", '{"step": 1' + "0" * 400 + "}"),
+        ("metrics_file", '{"step": 3, "loss": 1' + "0" * 400 + "}"), ("metrics_file", '{"step": 3, "lo'),
+        ("samples_file", '{"prompt": "a"}'), ("samples_file", '{"prompt": 7, "before": "", "after": ""}'),
+        ("samples_file", '{"prompt": "a", "answer": [], "before": "", "after": ""}'),
+        ("samples_file", '{"prompt": "a", "before": null, "after": ""}'),
         ("step_samples", '{"step": 1.5, "prompt": "a", "given": "b"}'), ("step_samples", '{"step": 1}'),
     ],
 )  # fmt: skip
@@ -106,7 +106,7 @@ def test_a_bad_line_is_named_and_the_good_ones_are_kept(run: Run, name: str, lin
 def test_numbers_that_are_none_do_not_end_it(run: Run) -> None:
     odd = ['{"step": 3, "loss": NaN}', '{"step": 4, "loss": Infinity, "num_tokens": Infinity}',
            '{"step": 5, "loss": 1e308, "eval_loss": NaN, "epoch": null}']  # fmt: skip
-    run.metrics.write_text("\n".join(odd) + "\n")
+    run.metrics_file.write_text("\n".join(odd) + "\n")
     assert write_report(run) == []
 
 
@@ -127,7 +127,7 @@ def test_whatever_the_files_hold_there_is_a_report(run: Run, seed: int) -> None:
     chance = random.Random(seed)
     files = {
         run.environment: ENVIRONMENT, run.data: DATA, run.quality: QUALITY,
-        run.metrics: GOOD, run.samples: SAMPLE, run.step_samples: STEP_SAMPLE,
+        run.metrics_file: GOOD, run.samples_file: SAMPLE, run.step_samples: STEP_SAMPLE,
     }  # fmt: skip
     for path, value in files.items():
         path.write_text(json.dumps(mutated(value, chance)) + "\n")

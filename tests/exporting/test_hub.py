@@ -51,8 +51,8 @@ def with_records(made: Made) -> Made:
         {"step": 2, "loss": 1.5, "learning_rate": 1e-4},
         {"step": 2, "eval_loss": 1.25},
     ]
-    made.run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    write_samples(made.run.samples, [Sample(Prompt('Say "hi" \\ twice.', "hi"), "no", "hi")])
+    made.run.metrics_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_samples(made.run.samples_file, [Sample(Prompt('Say "hi" \\ twice.', "hi"), "no", "hi")])
     return made
 
 
@@ -325,7 +325,7 @@ def test_a_base_without_its_adapter_is_not_written_as_the_run(tmp_path: Path) ->
 
 def test_a_question_is_quoted_in_the_snippets(tmp_path: Path) -> None:
     made = make_run(tmp_path)
-    write_samples(made.run.samples, [Sample(Prompt('Say "hi" \\ twice.\nNow.', "hi"), "no", "hi")])
+    write_samples(made.run.samples_file, [Sample(Prompt('Say "hi" \\ twice.\nNow.', "hi"), "no", "hi")])
     _, text = read_card(export(made.run, format="hf").directory)
     assert '"content": "Say \\"hi\\" \\\\ twice.\\nNow."' in text
     for code in snippets(text).values():

@@ -201,7 +201,7 @@ def test_the_rate_of_several_processes_is_not_that_of_one(recipe: Any, tmp_path:
     settings, run = recipe(name="new"), Run(tmp_path / "old")
     run.path.mkdir()
     run.recipe.write_text(settings.to_yaml())
-    run.metrics.write_text(json.dumps({"step": 2, "num_tokens": 1000, "train_runtime": 4.0}) + "\n")
+    run.metrics_file.write_text(json.dumps({"step": 2, "num_tokens": 1000, "train_runtime": 4.0}) + "\n")
     for processes, known in ((1, True), (2, False)):
         run.environment.write_text(json.dumps({"device": {"name": "this one"}, "processes": processes}))
         assert (measured(settings, "this one") is not None) is known

@@ -121,7 +121,7 @@ def test_an_earlier_run_here_gives_the_rate(recipe: Any) -> None:
     run.recipe.write_text(settings.to_yaml())
     run.environment.write_text(json.dumps({"device": {"name": "this one"}}))
     lines = [{"step": 1, "num_tokens": 500}, {"step": 2, "num_tokens": 1000, "train_runtime": 4.0}]
-    run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run.metrics_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     rate = measured(settings, "this one")
     assert rate is not None
     assert rate.tokens_per_second == 250
@@ -138,7 +138,7 @@ def test_the_sessions_of_a_run_give_the_rate_of_their_own_device(recipe: Any) ->
     took = (("slow", 300, 3.0), ("fast", 1000, 2.0), ("slow", 500, 5.0), ("slow", 0, 0.1))
     sessions = [dict(zip(("device", "tokens", "train_seconds"), values, strict=True)) for values in took]
     run.environment.write_text(json.dumps({"device": {"name": "fast"}, "sessions": sessions}))
-    run.metrics.write_text(json.dumps({"step": 9, "num_tokens": 1800, "train_runtime": 10.0}) + "\n")
+    run.metrics_file.write_text(json.dumps({"step": 9, "num_tokens": 1800, "train_runtime": 10.0}) + "\n")
     rates = {device: measured(settings, device) for device in ("slow", "fast", "another")}
     assert {device: rate and round(rate.tokens_per_second) for device, rate in rates.items()} == {
         "slow": 100, "fast": 500, "another": None,

@@ -22,7 +22,9 @@ from mamba_sft.training.trainer import Trainer
 
 def losses(run: Run) -> list[float]:
     """The training loss of every step."""
-    return [line["loss"] for line in map(json.loads, run.metrics.read_text().splitlines()) if "loss" in line]
+    return [
+        line["loss"] for line in map(json.loads, run.metrics_file.read_text().splitlines()) if "loss" in line
+    ]
 
 
 def adapter(run: Run) -> dict[str, torch.Tensor]:
@@ -55,15 +57,15 @@ def test_a_run_learns_and_writes_everything(recipe: Any, tmp_path: Path) -> None
     for path in (
         run.recipe,
         run.environment,
-        run.metrics,
-        run.samples,
+        run.metrics_file,
+        run.samples_file,
         run.report,
         run.adapter / "base.json",
     ):
         assert path.is_file(), path
     assert Recipe.load(run.recipe).train.max_steps == 8
-    assert any("eval_loss" in line for line in run.metrics.read_text().splitlines())
-    assert [json.loads(line)["prompt"] for line in run.samples.read_text().splitlines()] == [
+    assert any("eval_loss" in line for line in run.metrics_file.read_text().splitlines())
+    assert [json.loads(line)["prompt"] for line in run.samples_file.read_text().splitlines()] == [
         "hello 3",
         "hello",
     ]
@@ -137,7 +139,7 @@ def test_packed_equals_unpacked(recipe: Any) -> None:
     packed = train(recipe(*whole, "data.packing=true", name="packed"))
     plain = train(recipe(*whole, "data.packing=false", name="plain"))
     assert losses(packed) == pytest.approx(losses(plain), rel=1e-5)
-    one, other = (json.loads(run.metrics.read_text().splitlines()[0]) for run in (packed, plain))
+    one, other = (json.loads(run.metrics_file.read_text().splitlines()[0]) for run in (packed, plain))
     assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
 
 
@@ -330,7 +332,7 @@ def test_early_stopping_and_the_best_checkpoint(recipe: Any) -> None:
             "eval.early_stopping_patience=2", "train.save_steps=1",
         )
     )  # fmt: skip
-    lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    lines = [json.loads(line) for line in run.metrics_file.read_text().splitlines()]
     held_out = [line["eval_loss"] for line in lines if "eval_loss" in line]
     assert len(held_out) < 40
     assert json.loads(run.environment.read_text())["best_validation_loss"] == pytest.approx(min(held_out))
@@ -379,7 +381,7 @@ def test_schedules(recipe: Any, schedule: str) -> None:
     run = train(recipe(f"train.lr_scheduler_type={schedule}", "train.max_steps=5", "train.warmup_steps=1"))
     rates = [
         line["learning_rate"]
-        for line in map(json.loads, run.metrics.read_text().splitlines())
+        for line in map(json.loads, run.metrics_file.read_text().splitlines())
         if "loss" in line
     ]
     assert rates[:2] == pytest.approx([0.5e-2, 1e-2])

@@ -37,7 +37,7 @@ def test_an_adapter_that_is_what_it_was_is_an_error(recipe: Any, tmp_path: Path)
     run = Run(tmp_path / "run")
     assert not run.adapter.exists()
     assert "ended early: nothing was learned" in run.report.read_text()  # and not as if it were finished
-    assert run.metrics.is_file()
+    assert run.metrics_file.is_file()
     assert list(run.checkpoints.glob("checkpoint-*/adapter_model.safetensors")), "files to look at"
 
 

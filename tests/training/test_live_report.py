@@ -103,7 +103,7 @@ def test_answers_in_between_are_kept_and_change_no_number(recipe: Any, tmp_path:
     assert [(row["step"], row["prompt"]) for row in rows] == [
         (step, prompt) for step in (0, 2, 4) for prompt in ("hello 3", "hello")
     ]
-    before = [json.loads(line)["before"] for line in with_them.samples.read_text().splitlines()]
+    before = [json.loads(line)["before"] for line in with_them.samples_file.read_text().splitlines()]
     assert [row["given"] for row in rows[:2]] == before
     assert "Answers while it learned" in with_them.report.read_text()
     assert not without.step_samples.exists()

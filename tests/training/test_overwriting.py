@@ -182,7 +182,7 @@ def test_what_is_read_is_not_what_goes(recipe: Any, chats: Path) -> None:
     link.symlink_to(run.rejected)
     for field, value in (
         ("data.sources.0.path", run.rejected), ("data.sources.0.path", run.path / "*.jsonl"),
-        ("data.sources.0.path", link), ("model.base", run.merged), ("eval.prompts", run.samples),
+        ("data.sources.0.path", link), ("model.base", run.merged), ("eval.prompts", run.samples_file),
         ("chat.template", run.adapter / "chat_template.jinja"),
     ):  # fmt: skip
         if not value.exists() and "*" not in value.name:

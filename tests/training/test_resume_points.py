@@ -234,7 +234,7 @@ def test_a_run_that_died_after_its_last_step_takes_no_step_more(
     assert "going on from step 6 of 6: training is done" in caplog.text
     assert saved == sorted(path.name for path in run.checkpoints.iterdir())
     assert_same(whole, run)
-    assert run.samples.read_text() == whole.samples.read_text()
+    assert run.samples_file.read_text() == whole.samples_file.read_text()
     assert not run.answers_before.exists()
 
 
@@ -254,7 +254,7 @@ def test_a_run_that_died_between_its_last_files_is_not_finished(
             train(recipe(*options))
     assert run.adapter.is_dir()
     assert_same(whole, train(recipe(*options), resume=True))
-    assert run.samples.read_text() == whole.samples.read_text()
+    assert run.samples_file.read_text() == whole.samples_file.read_text()
     assert run.report.is_file()
 
 
@@ -285,7 +285,7 @@ def test_a_start_that_was_killed_begins_again(recipe: Any, tmp_path: Path) -> No
     kept = json.loads(run.answers_before.read_text())
     run.answers_before.write_text(json.dumps(kept | {"answers": ["kept"]}))
     assert_same(whole, train(recipe(*options), resume=True))
-    assert json.loads(run.samples.read_text())["before"] == "kept"
+    assert json.loads(run.samples_file.read_text())["before"] == "kept"
 
 
 def test_kept_answers_that_are_damaged_are_asked_again(recipe: Any, tmp_path: Path) -> None:
@@ -296,7 +296,7 @@ def test_kept_answers_that_are_damaged_are_asked_again(recipe: Any, tmp_path: Pa
         train_prepared(prepare(recipe(*options)), callbacks=[DieAt(3)])
     truncate(Run(tmp_path / "run").answers_before)
     run = train(recipe(*options), resume=True)
-    assert run.samples.read_text() == whole.samples.read_text()
+    assert run.samples_file.read_text() == whole.samples_file.read_text()
 
 
 def test_a_run_that_was_moved_goes_on(

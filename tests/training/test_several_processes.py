@@ -43,14 +43,14 @@ def with_prompts(tmp_path: Path) -> str:
 
 
 def lines(run: Run, name: str) -> list[float]:
-    return [line[name] for line in map(json.loads, run.metrics.read_text().splitlines()) if name in line]
+    return [line[name] for line in map(json.loads, run.metrics_file.read_text().splitlines()) if name in line]
 
 
 def assert_same_run(ours: Run, theirs: Run) -> None:
     for name in ("loss", "eval_loss", "grad_norm", "num_tokens", "epoch"):
         assert lines(ours, name) == pytest.approx(lines(theirs, name), rel=EXACT), name
     assert_same_adapter(ours, theirs, EXACT)
-    assert ours.samples.read_text() == theirs.samples.read_text()
+    assert ours.samples_file.read_text() == theirs.samples_file.read_text()
 
 
 def in_the_middle(run: Run, place: Path, step: int) -> Run:
@@ -177,7 +177,7 @@ def test_quantized_weights_are_in_parts_too(recipe: Any, tmp_path: Path) -> None
     ours = Run(Path(of_two.output_dir))
     assert lines(ours, "loss") == pytest.approx(lines(theirs, "loss"), rel=1e-3)
     assert_same_adapter(ours, theirs, 1e-3)
-    assert ours.samples.read_text() == theirs.samples.read_text()
+    assert ours.samples_file.read_text() == theirs.samples_file.read_text()
     assert ours.step_samples.read_text() == theirs.step_samples.read_text()
     for rank in seen:
         assert len(rank["sharded"]) == rank["parameters"]

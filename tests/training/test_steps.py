@@ -27,7 +27,7 @@ METRICS = ("loss", "grad_norm", "entropy", "mean_token_accuracy", "num_tokens", 
 
 
 def metrics(run: Run) -> list[dict[str, float]]:
-    lines = map(json.loads, run.metrics.read_text().splitlines())
+    lines = map(json.loads, run.metrics_file.read_text().splitlines())
     return [{name: line[name] for name in METRICS if name in line} for line in lines]
 
 

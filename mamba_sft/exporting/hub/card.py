@@ -241,7 +241,7 @@ def _evaluation_facts(run: Run | None) -> dict[str, Any]:
 
 
 def _exact_matches(run: Run) -> dict[str, Any] | None:
-    samples = read_samples(run.samples)
+    samples = read_samples(run.samples_file)
     prompts = [sample.prompt for sample in samples]
     before = exact_match(prompts, [sample.before for sample in samples])
     after = exact_match(prompts, [sample.after for sample in samples])

@@ -1,0 +1,116 @@
+"""The functions of the package: examples are true, mistakes are told before torch, models are let go."""
+
+from __future__ import annotations
+
+import doctest
+import gc
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import mamba_sft
+from mamba_sft import Recipe, Run, Sampling, generate, train
+from mamba_sft.errors import TrainingError, UsageError
+from mamba_sft.notebook import verbs
+from tests.notebook.conftest import Kernel
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_each_has_an_example_and_those_that_are_cheap_are_true() -> None:
+    functions = [name for name in mamba_sft.__all__ if name.islower()]
+    for name in functions:
+        text = getattr(mamba_sft, name).__doc__
+        assert "Example:" in text, name
+        assert f">>> {name}(" in text or f"= {name}(" in text, name
+    found = doctest.testmod(verbs, extraglobs={name: getattr(mamba_sft, name) for name in mamba_sft.__all__})
+    assert found.attempted >= 3
+    assert found.failed == 0
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ('train("nonsuch")', "no recipe `nonsuch`"),
+        ('plan("nonsuch")', "no recipe `nonsuch`"),
+        ('preview("quickstart.yml")', "no recipe"),
+        ('merge("runs/none")', "no run at"),
+        ('export("runs/none")', "no run at"),
+        ('export("runs/none", quantization="Q9")', "Q9"),
+        ('report("runs/none")', "no run at"),
+        ('generate("runs/none", "hello", output=".")', "is a directory"),
+        ('chat("data/tiny-base", compare=True)', "no adapter"),
+        ('Recipe.load("quickstart", ["train.learning_rte=1"])', "did you mean `learning_rate`"),
+    ],
+)
+def test_a_mistake_is_told_before_torch_is_loaded(call: str, message: str) -> None:
+    code = f"""
+import sys
+from mamba_sft import *
+try:
+    {call}
+except MambaSFTError as error:
+    print("torch" in sys.modules, error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT, timeout=120
+    )
+    assert done.stdout.startswith("False ")
+    assert message in done.stdout
+
+
+def test_a_recipe_answers_as_its_base_does(tiny_recipe: Recipe, tiny_run: Run) -> None:
+    short = Sampling(max_new_tokens=2)
+    prompts = [sample.prompt.prompt for sample in tiny_run.samples()]
+    before, after = (generate(model, prompts, sampling=short) for model in (tiny_recipe, tiny_run))
+    assert [answer.text for answer in before] == [sample.before for sample in tiny_run.samples()]
+    assert [answer.text for answer in after] == [sample.after for sample in tiny_run.samples()]
+    assert before.name == "base"
+
+
+def models_held() -> int:
+    from transformers import FalconMambaForCausalLM
+
+    gc.collect()
+    return sum(type(one) is FalconMambaForCausalLM for one in gc.get_objects())
+
+
+def test_nothing_holds_a_model_when_a_verb_is_done(
+    tiny_recipe: Recipe, tiny_run: Run, tmp_path: Path
+) -> None:
+    """The next cell may need the memory: a 7B does not fit a T4 twice."""
+    before = models_held()
+    answers = generate(tiny_run, "hello", sampling=Sampling(max_new_tokens=2))
+    assert models_held() <= before
+    run = train(tiny_recipe.model_copy(update={"output_dir": str(tmp_path / "run")}))
+    assert models_held() <= before
+    assert len(answers) == 1
+    assert run.adapter.is_dir()
+
+
+def test_training_twice_needs_a_word(tiny_recipe: Recipe, tiny_run: Run) -> None:
+    with pytest.raises(TrainingError, match="holds a finished run"):
+        train(tiny_recipe)
+
+
+def test_in_a_notebook_the_trainers_own_bar_is_gone(
+    tiny_recipe: Recipe, kernel: Kernel, monkeypatch: pytest.MonkeyPatch, capfd: Any, tmp_path: Path
+) -> None:
+    recipe = tiny_recipe.model_copy(update={"output_dir": str(tmp_path / "run")})
+    train(recipe)
+    captured = capfd.readouterr()
+    assert "it/s" not in captured.err
+    assert "loading `" in captured.out
+    assert "too few to learn much" in kernel.shown[-1][2]
+    assert len({number for number, _, _ in kernel.shown}) == 1
+
+
+def test_the_names_of_the_package_are_listed() -> None:
+    assert set(mamba_sft.__all__) <= set(dir(mamba_sft))
+    with pytest.raises(AttributeError, match="no attribute 'nonsuch'"):
+        _ = mamba_sft.nonsuch
+    with pytest.raises(UsageError):
+        mamba_sft.report("runs/none")
