@@ -35,9 +35,7 @@ def prompts(tmp_path: Path) -> Path:
     return path
 
 
-def stopped(
-    chat_model: ChatModel, prompts: Path, output: Path, after: int, sampling: Sampling = SAMPLED
-) -> None:
+def stopped(chat_model: ChatModel, prompts: Path, output: Path, after: int) -> None:
     """Answers until so many answers are there."""
     given = 0
 
