@@ -1,4 +1,4 @@
-"""The step of one token for a compiler is the model's, and where no compiler makes it, one message says so."""
+"""The step of one token for a compiler is the model's; where no compiler makes it, one message says so."""
 
 from __future__ import annotations
 
