@@ -3,7 +3,8 @@
 Read `sampling` (how the next token is chosen), `generation` (prompts to answers, state carried) with
 `next_token` (the step of one, recorded on a GPU), `scoring` (loss on held-out rows) and `evaluating` (dropout
 off meanwhile); `request` and `model_places` (what is asked for, and of which model), `chat_model` (a model
-with all that talking needs, from such a place), `sessions` (conversations with one model, or base and tuned
-side by side), `answering` (what the verbs `generate` and `chat` do) and `answer_file` (where answers go, as
-they come).
+with all that talking needs, from such a place), `sessions` (conversations with one model, or with tuned and
+base) with `unread` (what of one is still to be read), `repetition` (answers that go round in a circle) and
+`saved_chats` (a conversation in a file), `answering` (what the verbs `generate` and `chat` do) and
+`answer_file` (where answers go, as they come).
 """

@@ -12,7 +12,8 @@ from mamba_sft.inference.answering import open_session
 from mamba_sft.inference.chat_model import split_chat_model
 from mamba_sft.inference.generation import State, prefill, stream
 from mamba_sft.inference.sampling import Sampling
-from mamba_sft.inference.sessions import UNDO_DEPTH, ChatSession, CompareSession, continuation
+from mamba_sft.inference.sessions import UNDO_DEPTH, ChatSession, CompareSession
+from mamba_sft.inference.unread import continuation
 from mamba_sft.model.chat_template import render
 from tests.inference.conftest import SHORT, say, state_of
 
@@ -219,7 +220,7 @@ def test_two_sides_answer_as_they_would_alone(chat_model):
     for side in split_chat_model(chat_model):
         alone = ChatSession(side, sampling=Sampling(21))
         texts = [say(alone, "hello"), say(alone, "and now")]
-        twin = compared.sides[0] if side.name == "base" else compared.sides[1]
+        twin = compared.sides[1] if side.name == "base" else compared.sides[0]
         assert [m["content"] for m in twin.messages if m["role"] == "assistant"] == texts
     assert compared.undo() == "and now"
     assert [len(side.messages) for side in compared.sides] == [3, 3]
