@@ -11,15 +11,15 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mamba_sft.errors import UsageError
 from mamba_sft.inference.sampling import Sampling
-from mamba_sft.inference.sessions import ChatSession, CompareSession
 from mamba_sft.recipe.builtin import expanded
 from mamba_sft.wording import count_text, shown
 
-Session = ChatSession | CompareSession
+if TYPE_CHECKING:
+    from mamba_sft.inference.sessions import ChatSession, CompareSession
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def command_in(line: str) -> Typed | None:
     return Typed(name, rest)
 
 
-def obey(session: Session, typed: Typed) -> str:
+def obey(session: ChatSession | CompareSession, typed: Typed) -> str:
     """Does what a command says to the conversation.
 
     Returns:
@@ -135,7 +135,7 @@ def _paths(begun: str) -> list[str]:
     return [typed + path[len(start) :] + (os.sep if os.path.isdir(path) else "") for path in found]
 
 
-def _system(session: Session, text: str) -> str:
+def _system(session: ChatSession | CompareSession, text: str) -> str:
     before = session.system
     if text:
         session.system = None if text == "none" else text
@@ -150,7 +150,7 @@ def _settings() -> dict[str, str]:
     return {field.name: str(field.type) for field in fields(Sampling) if str(field.type) in types}
 
 
-def _set(session: Session, text: str) -> str:
+def _set(session: ChatSession | CompareSession, text: str) -> str:
     known = _settings()
     name, _, value = text.replace("=", " ", 1).partition(" ")
     name, value = name.replace("-", "_"), value.strip()
@@ -166,9 +166,9 @@ def _set(session: Session, text: str) -> str:
 
 def _meant(word: str, known: Iterable[str] = (*COMMANDS, *_OTHER_NAMES)) -> str:
     """The question whether something like a word was meant, where there is such."""
-    if word.startswith("/") and (settings := get_close_matches(word[1:], _settings(), n=1)):
+    if word.startswith("/") and (settings := get_close_matches(word[1:], _settings(), n=1, cutoff=0.7)):
         return f"; did you mean `/set {settings[0]}`?"
-    close = get_close_matches(word, known, n=1)
+    close = get_close_matches(word, known, n=1, cutoff=0.7)
     return f"; did you mean `{close[0]}`?" if close else ""
 
 

@@ -14,12 +14,14 @@ from rich.segment import ControlType
 from rich.table import Table
 from rich.text import Text
 
-from mamba_sft.cli.chat_commands import COMMANDS, Session, Typed, command_in, obey
+from mamba_sft.cli.chat_commands import COMMANDS, Typed, command_in, obey
 from mamba_sft.cli.columns import LONG, Columns, reading_text
 from mamba_sft.cli.printable import printable
 from mamba_sft.errors import MambaSFTError
 from mamba_sft.inference.sessions import ChatSession, CompareSession, Turn
 from mamba_sft.wording import size_text
+
+Session = ChatSession | CompareSession
 
 BLOCK = '"""'
 """Stands alone on the line before and the line after a message of several lines."""
@@ -110,6 +112,7 @@ class _Chat:
     def __init__(self, session: Session, console: Console, talks: bool, history: str | None):
         self.talks = talks
         self._session, self._console, self._history = session, console, history
+        self._begun = True  # has an answer shown something?
         self._is_reading = False  # which a line says that goes again
 
     def take(self, text: str, *, is_block: bool) -> bool:
@@ -165,7 +168,8 @@ class _Chat:
     def _stream(self, side: ChatSession, answer: Iterator[str]) -> None:
         """Writes an answer as it comes."""
         side.on_read = self._say_reading if self.talks else None
-        self._drain(_without_blank_lines(answer) if self.talks else answer, self._write)
+        self._begun = not self.talks
+        self._drain(answer, self._write_answer)
         self._forget_reading()
         if side.last_turn is not None and side.last_turn.finish_reason == "repetition":
             self._write(f" {_STOPPED}")
@@ -193,6 +197,12 @@ class _Chat:
                 raise
         finally:
             answer.close()  # type: ignore[attr-defined]
+
+    def _write_answer(self, piece: str) -> None:
+        """Writes a piece; to a person from the first line that is not empty."""
+        shown = piece if self._begun else piece.lstrip("\n")
+        self._begun = self._begun or bool(shown)
+        self._write(shown)
 
     def _write(self, text: str) -> None:
         """Writes text as it comes; a terminal gets its printable form: no character waits for others."""
@@ -224,24 +234,15 @@ class _Chat:
             self._console.print()
 
 
-def _without_blank_lines(answer: Iterator[str]) -> Iterator[str]:
-    """The pieces of an answer from its first line that is not empty."""
-    begun = False
-    for piece in answer:
-        shown = piece if begun else piece.lstrip("\n")
-        begun = begun or bool(shown)
-        if shown:
-            yield shown
-
-
 def _describe(turn: Turn | None) -> str:
     if turn is None:
         return "interrupted before the first token; the message is taken back"
     parts = [f"{turn.tokens} tokens"]
     if turn.tokens_per_second is not None:
         parts.append(f"{turn.tokens_per_second:.1f} tokens/s")
-    parts.append(f"{turn.read:,} read for it")
-    parts.append(f"{turn.seen:,} tokens seen")
+    parts.append(f"{turn.read:,} read")
+    if turn.seen:
+        parts.append(f"{turn.seen:,} in all")
     if turn.finish_reason == "length":
         parts.append("cut off at `max_new_tokens`")
     elif turn.finish_reason == "interrupted":

@@ -21,6 +21,9 @@ from mamba_sft.run import own_partial
 KEPT = 1000
 """Messages that come back with the arrow keys; the file is cut to so many when it has twice as many."""
 
+LONGEST = 10_000
+"""Characters of a message that is kept: a longer one was hardly typed."""
+
 
 def history_file() -> Path:
     """Returns where typed messages are kept: beside the prepared rows."""
@@ -65,8 +68,8 @@ class TypedLines:
         return line.rstrip("\n")
 
     def remember(self, text: str) -> None:
-        """Keeps a message or command, unless it begins with a blank or is the last one again."""
-        if not text.strip() or text[:1].isspace() or text == self._last:
+        """Keeps a message or command, unless it begins with a blank, is very long, or the last one again."""
+        if text[:1].isspace() or len(text) > LONGEST or text == self._last:
             return
         self._offer(text)
         if self.history is None:
@@ -88,8 +91,8 @@ class TypedLines:
         if self.history is None:
             return
         try:
-            lines = self.history.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
-            if len(lines) > 2 * KEPT:
+            *lines, rest = self.history.read_text(encoding="utf-8", errors="replace").split("\n")
+            if rest or len(lines) > 2 * KEPT:  # a process was killed while it wrote, or there are many
                 lines = lines[-KEPT:]
                 partial = own_partial(self.history)
                 _write(partial, "".join(f"{line}\n" for line in lines), os.O_TRUNC)
@@ -111,7 +114,7 @@ class TypedLines:
 def _text_in(line: str) -> str | None:
     try:
         text = json.loads(line)
-    except ValueError:  # a process was killed while it wrote it
+    except ValueError:  # somebody edited it
         return None
     return text if isinstance(text, str) else None
 

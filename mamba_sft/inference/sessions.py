@@ -45,7 +45,8 @@ class Turn:
         tokens_per_second: Speed of writing, reading the prompt not counted; None for fewer than two tokens.
         finish_reason: `stop` at a stop token, `length` at `max_new_tokens`, `interrupted` by the user,
             `repetition` where the answer went round in a circle and the session stops those.
-        seen: Tokens that the state has read since the conversation began.
+        seen: Tokens that the state has read since the conversation began; 0 where it was interrupted while it
+            read one, and goes back to where the turn began.
         read: Tokens that were read for this answer before its first one.
         reread: Whether the conversation had to be read again from the start.
         repeats: Whether the answer ended in a circle (`repetition` says what that is), stopped or not.
