@@ -317,9 +317,10 @@ class CompareSession:
         answers = [side.send(text) for side in self.sides]
         try:
             for number, answer in enumerate(answers):
+                before = len(self.sides[number].messages)
                 yield number, answer
                 answer.close()  # type: ignore[attr-defined]
-                if self.sides[number].last_turn is None:
+                if len(self.sides[number].messages) == before:
                     return
         finally:
             self._stop(answers)
