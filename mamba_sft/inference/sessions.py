@@ -239,14 +239,15 @@ class ChatSession:
 
     def _opening(self, rendered: list[int]) -> list[int]:
         """Returns what stands before the first message, unless a state has read it: then that is taken."""
-        start = self._start.read
-        if start and rendered[: len(start)] == start:
+        tokenizer, first = self.chat_model.tokenizer, with_system(self._turns[:1], self.system)
+        opening = common_beginning(tokenizer, first, Rendering(tokenizer).ids(first))
+        if rendered[: len(opening)] != opening:  # a template that begins another way when more was said
+            opening = []
+        if opening and self._start.read == opening:
             self._state = self._start.copy()
             return []
         self._state = State()
-        tokenizer, first = self.chat_model.tokenizer, with_system(self._turns[:1], self.system)
-        opening = common_beginning(tokenizer, first, Rendering(tokenizer).ids(first))
-        return opening if rendered[: len(opening)] == opening else []
+        return opening
 
     def _read(self, unread: _Unread) -> None:
         """Reads a message, and what of the conversation has to be read before it."""

@@ -319,11 +319,13 @@ def test_a_system_message_is_read_once(chat_model, monkeypatch):
         session.undo()
     assert fed.by(lambda: say(session, "hello")) < 40  # further back than states of turns are kept
     assert session.messages[-1] == answer
-    session.system = "another"
-    say(session, "hello")
+    session.system = ""
     session.reset()
+    say(session, "hello")
     session.system = system
     assert fed.by(lambda: say(session, "hello")) > 100
+    session.reset()  # read once where it was set in the middle of a conversation, too
+    assert fed.by(lambda: say(session, "hello")) < 40
     assert session.messages[-1] == answer
 
 
