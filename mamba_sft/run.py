@@ -195,7 +195,11 @@ class Run:
         if not run.path.is_dir():
             names = [one.path.name for one in cls.all_under(run.path.parent)]
             close = get_close_matches(run.path.name, names, n=1)
-            hint = f"did you mean `{run.path.with_name(close[0])}`?" if close else "`mamba-sft train RECIPE` makes one"
+            hint = (
+                f"did you mean `{run.path.with_name(close[0])}`?"
+                if close
+                else "`mamba-sft train RECIPE` makes one"
+            )
             raise UsageError(f"no run at `{run.path}`", hint=hint)
         if not run.recipe.is_file():
             raise UsageError(

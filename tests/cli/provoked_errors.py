@@ -98,7 +98,7 @@ def prepare(place: Path, run: Run, base: Path) -> None:
         (place / f"{name}.yaml").write_text(text)
     for name, text in (ROWS | PROMPTS).items():
         (place / name).write_text(text)
-    (place / "utf16.jsonl").write_bytes("{}".encode("utf-16"))
+    (place / "utf16.jsonl").write_bytes(json.dumps(CHAT).encode("utf-16"))
     (place / "latin.jsonl").write_bytes(json.dumps(CHAT).replace("hello", "caf\xe9").encode("latin-1"))
     (place / "picture.png").write_bytes(b"\x89PNG")
     (place / "x.gguf").write_bytes(b"GGUF")
@@ -116,7 +116,7 @@ def _runs(place: Path, run: Run) -> None:
         own = Run(place / "runs" / name)
         shutil.copytree(run.path, own.path)
         text = own.recipe.read_text().replace(str(run.path), f"runs/{name}")
-        own.recipe.write_text(text)
+        own.recipe.write_text(text.replace("rows.jsonl", "chats.jsonl"))
         mark(own)
     runs = place / "runs"
     shutil.rmtree(runs / "no-adapter" / "adapter")
@@ -169,7 +169,7 @@ ERRORS = {
     "a word for a number": Provoked(
         "generate runs/tiny -p hi --top-k many",
         2,
-        "Invalid value for '--top-k': Input should be a valid integer, unable to parse",
+        "Invalid value for '--top-k': Input should be a valid integer, unable to parse string as an",
     ),
     "no recipe named": Provoked(
         "train",
@@ -197,13 +197,13 @@ ERRORS = {
     "recipe: nearly a built-in name": Provoked(
         "train quickstar",
         2,
-        "no recipe `quickstar`: neither a file nor a built-in recipe; did you mean",
+        "no recipe `quickstar`: neither a file nor a built-in recipe; did you mean `quickstart`?",
         "built-in recipes: continue-pretraining, falcon-mamba-procedure,",
     ),
     "recipe: nearly a file": Provoked(
         "train recipe.yml",
         2,
-        "no recipe `recipe.yml`: neither a file nor a built-in recipe; did you mean",
+        "no recipe `recipe.yml`: neither a file nor a built-in recipe; did you mean `recipe.yaml`?",
         "built-in recipes: continue-pretraining, falcon-mamba-procedure,",
     ),
     "recipe: a directory": Provoked(
@@ -222,7 +222,7 @@ ERRORS = {
         "train chats.jsonl",
         2,
         "`chats.jsonl` is a file of data, not a recipe",
-        "name it in a recipe, for example: mamba-sft train instruct-qlora 'data.sources=[{path: chats.jsonl}]'",
+        "for example: mamba-sft train instruct-qlora 'data.sources=[{path: chats.jsonl}]'",
     ),
     "recipe: a model": Provoked(
         "train x.gguf",
@@ -295,7 +295,7 @@ ERRORS = {
     "recipe: no such quantization": Provoked(
         "train quantized.yaml",
         2,
-        "quantized.yaml:2: `model.quantization` must be one of `none`, `nf4`, `int8`, got",
+        "quantized.yaml:2: `model.quantization` must be one of `none`, `nf4`, `int8`, got `q4`; did you",
     ),
     "recipe: another tool's": Provoked(
         "train axolotl.yaml",
@@ -305,7 +305,7 @@ ERRORS = {
     "recipe: two problems": Provoked(
         "train two-problems.yaml",
         2,
-        "two-problems.yaml:4: unknown field `train.learning_rat`; did you mean",
+        "two-problems.yaml:4: unknown field `train.learning_rat`; did you mean `learning_rate`?",
     ),
     "override: misspelt": Provoked(
         "train recipe.yaml train.learning_rte=1",
@@ -325,17 +325,17 @@ ERRORS = {
     "override: no value that fits": Provoked(
         "train recipe.yaml train.max_steps=lots",
         2,
-        "override `train.max_steps=lots`: `train.max_steps` must be a whole number, got the",
+        "override `train.max_steps=lots`: `train.max_steps` must be a whole number, got the text `lots`",
     ),
     "override: a bracket left open": Provoked(
         "train recipe.yaml adapter.target_modules=[q_proj",
         2,
-        "override `adapter.target_modules=[q_proj`: not valid YAML: expected ',' or ']', but",
+        "override `adapter.target_modules=[q_proj`: not valid YAML: expected ',' or ']', but got",
     ),
     "override: a star without quotes": Provoked(
         "data recipe.yaml 'data.sources.0.path=*.tsv'",
         2,
-        "override `data.sources.0.path=*.tsv`: not valid YAML: a text that begins with `*`",
+        "override `data.sources.0.path=*.tsv`: not valid YAML: a text that begins with `*` needs quotes",
     ),
     "recipes: none of that name": Provoked(
         "recipes show nosuch",
@@ -395,7 +395,7 @@ ERRORS = {
         "train recipe.yaml --resume output_dir=runs/tiny",
         2,
         "`chat.system` was 'be brief', now None",
-        "to train on, start a new run from its adapter: `model.adapter=runs/tiny output_dir=runs/NAME`; or `mamba-sft merge runs/tiny`, then `model.base=runs/tiny/merged output_dir=runs/NAME`",
+        "`mamba-sft merge runs/tiny`",
     ),
     "train: a file in the way": Provoked(
         "train recipe.yaml output_dir=file",
@@ -418,7 +418,7 @@ ERRORS = {
     "train: no such base": Provoked(
         "train recipe.yaml model.base=tiny-bas",
         1,
-        "`tiny-bas` is not a directory here, not in the hub cache, and the hub cannot be",
+        "`tiny-bas` is not a directory here, not in the hub cache, and the hub cannot be reached",
         "did you mean `tiny-base`? go online once (and unset HF_HUB_OFFLINE),",
     ),
     "train: a base that is no model": Provoked(
@@ -436,7 +436,7 @@ ERRORS = {
     "train: a base in GGUF": Provoked(
         "train recipe.yaml model.base=x.gguf",
         2,
-        "`x.gguf` is a GGUF file, for llama.cpp; here a run is needed, or a checkpoint in",
+        "`x.gguf` is a GGUF file, for llama.cpp; here a run is needed, or a checkpoint in safetensors",
         "give the run or checkpoint that it was made from; `llama-cli -m",
     ),
     "train: a base without tensors": Provoked(
@@ -448,7 +448,7 @@ ERRORS = {
     "train: a base cut short": Provoked(
         "train recipe.yaml model.base=cut-tensors",
         1,
-        "`cut-tensors/model.safetensors` is truncated: it has 525,328 bytes, its header",
+        "`cut-tensors/model.safetensors` is truncated: it has 525,328 bytes, its header promises 526,328",
         "an interrupted download leaves this; fetch it again",
     ),
     "train: a base without tokenizer": Provoked(
@@ -460,13 +460,13 @@ ERRORS = {
     "train: a base with a broken config": Provoked(
         "train recipe.yaml model.base=bad-config",
         1,
-        "`bad-config/config.json` is not valid JSON: Expecting property name enclosed in",
+        "`bad-config/config.json` is not valid JSON: Expecting property name enclosed in double quotes:",
         "download it again",
     ),
     "train: no adapter to start from": Provoked(
         "train recipe.yaml model.adapter=folder",
         1,
-        "`model.adapter: folder` is neither a run nor an adapter: `folder` has no",
+        "`model.adapter: folder` is neither a run nor an adapter: `folder` has no `adapter_config.json`",
         "give the directory of a run, or its `adapter/`",
     ),
     "train: no such template": Provoked(
@@ -490,7 +490,7 @@ ERRORS = {
     "train: a prompt that is a number": Provoked(
         "train recipe.yaml eval.prompts=number.jsonl",
         1,
-        "number.jsonl:2: a sample prompt needs `prompt` and may have `answer` and `system`,",
+        "number.jsonl:2: a sample prompt needs `prompt` and may have `answer` and `system`, all strings",
         'for example {"prompt": "What is the capital of France?", "answer":',
     ),
     "train: processes of none": Provoked(
@@ -544,7 +544,7 @@ ERRORS = {
     "data: cut.jsonl": Provoked(
         "data recipe.yaml data.sources.0.path=cut.jsonl",
         1,
-        "none of the first 1 rows can be read: cut.jsonl:1: not JSON: Expecting ','",
+        "none of the first 1 rows can be read: cut.jsonl:1: not JSON: Expecting ',' delimiter, column 30",
     ),
     "data: no-rows.jsonl": Provoked(
         "data recipe.yaml data.sources.0.path=no-rows.jsonl",
@@ -571,13 +571,13 @@ ERRORS = {
     "data: roles.jsonl": Provoked(
         "data recipe.yaml data.sources.0.path=roles.jsonl",
         1,
-        "roles.jsonl:1: turn 1: unknown role 'narrator'; say who it is: `roles: {narrator:",
+        "roles.jsonl:1: turn 1: unknown role 'narrator'; say who it is: `roles: {narrator: user}` on the",
         "mend them, or set `data.on_bad_row: skip` to leave them out (listed",
     ),
     "data: chosen.jsonl": Provoked(
         "data recipe.yaml data.sources.0.path=chosen.jsonl",
         1,
-        "`chosen.jsonl` is preference data: 1 of the 1 rows looked at have `chosen` and",
+        "`chosen.jsonl` is preference data: 1 of the 1 rows looked at have `chosen` and `rejected`, so",
         "`preference: chosen` under `data.sources` trains on `chosen` and",
     ),
     "data: picture.jsonl": Provoked(
@@ -595,7 +595,7 @@ ERRORS = {
     "data: text.jsonl": Provoked(
         "data recipe.yaml data.sources.0.path=text.jsonl",
         1,
-        "none of the first 1 rows can be read: text.jsonl:1: not JSON: Expecting value,",
+        "none of the first 1 rows can be read: text.jsonl:1: not JSON: Expecting value, column 1",
         "if its lines are texts: mv text.jsonl text.txt",
     ),
     "data: array.json": Provoked(
@@ -623,7 +623,7 @@ ERRORS = {
     "data: broken.parquet": Provoked(
         "data recipe.yaml data.sources.0.path=broken.parquet",
         1,
-        "`broken.parquet` is not a readable parquet file: Parquet file size is 4 bytes,",
+        "`broken.parquet` is not a readable parquet file: Parquet file size is 4 bytes, smaller than the",
     ),
     "data: broken.jsonl.gz": Provoked(
         "data recipe.yaml data.sources.0.path=broken.jsonl.gz",
@@ -639,12 +639,12 @@ ERRORS = {
     "data: no such column": Provoked(
         "data recipe.yaml 'data.sources.0.columns={prompt: task}'",
         1,
-        "looked at the first 24 rows of `chats.jsonl`: columns `messages`; `columns` names",
+        "looked at the first 24 rows of `chats.jsonl`: columns `messages`; `columns` names `task`, which",
     ),
     "data: no such format": Provoked(
         "data recipe.yaml data.sources.0.format=openai",
         2,
-        "override `data.sources.0.format=openai`: `data.sources.0.format` must be one of",
+        "override `data.sources.0.format=openai`: `data.sources.0.format` must be one of `auto`,",
     ),
     "data: too short for any row": Provoked(
         "data recipe.yaml data.max_length=2",
@@ -732,7 +732,7 @@ ERRORS = {
     "merge: a GGUF file": Provoked(
         "merge x.gguf",
         2,
-        "`x.gguf` is a GGUF file, for llama.cpp; here a run is needed, or a checkpoint in",
+        "`x.gguf` is a GGUF file, for llama.cpp; here a run is needed, or a checkpoint in safetensors",
         "give the run or checkpoint that it was made from; `llama-cli -m",
     ),
     "merge: no such dtype": Provoked(
@@ -756,30 +756,30 @@ ERRORS = {
         "merge runs/no-adapter",
         1,
         "no adapter in `runs/no-adapter/adapter`: it has no `adapter_config.json`",
-        "training writes it when it ends; a stopped run goes on with `mamba-sft train runs/no-adapter/recipe.yaml --resume`",
+        "`mamba-sft train runs/no-adapter/recipe.yaml --resume`",
     ),
     "merge: no weights": Provoked(
         "merge runs/no-weights",
         1,
         "no adapter in `runs/no-weights/adapter`: it has no `adapter_model.safetensors`",
-        "training writes it when it ends; a stopped run goes on with `mamba-sft train runs/no-weights/recipe.yaml --resume`",
+        "`mamba-sft train runs/no-weights/recipe.yaml --resume`",
     ),
     "merge: weights cut short": Provoked(
         "merge runs/cut-weights",
         1,
-        "`runs/cut-weights/adapter/adapter_model.safetensors` is truncated: it has 24,348",
+        "`runs/cut-weights/adapter/adapter_model.safetensors` is truncated: it has 24,348 bytes, its",
         "an interrupted download leaves this; fetch it again",
     ),
     "merge: no config": Provoked(
         "merge runs/no-config",
         1,
         "no adapter in `runs/no-config/adapter`: it has no `adapter_config.json`",
-        "training writes it when it ends; a stopped run goes on with `mamba-sft train runs/no-config/recipe.yaml --resume`",
+        "`mamba-sft train runs/no-config/recipe.yaml --resume`",
     ),
     "merge: a broken config": Provoked(
         "merge runs/bad-config",
         1,
-        "`runs/bad-config/adapter/adapter_config.json` is not JSON: Expecting property name",
+        "`runs/bad-config/adapter/adapter_config.json` is not JSON: Expecting property name enclosed in",
         "copy it again",
     ),
     "merge: into a file": Provoked(
@@ -852,7 +852,7 @@ ERRORS = {
         "export runs/no-adapter",
         1,
         "no adapter in `runs/no-adapter/adapter`: it has no `adapter_config.json`",
-        "training writes it when it ends; a stopped run goes on with `mamba-sft train runs/no-adapter/recipe.yaml --resume`",
+        "`mamba-sft train runs/no-adapter/recipe.yaml --resume`",
     ),
     "report: no run": Provoked(
         "report runs/tin",
@@ -901,7 +901,7 @@ ERRORS = {
         "chat tiny-base",
         1,
         "`tiny-base` has no chat template: it is a base model that continues text",
-        "train it first, or let it continue plain text: `mamba-sft generate tiny-base --raw --prompt 'Once upon a time'`",
+        "`mamba-sft generate tiny-base --raw --prompt 'Once upon a time'`",
     ),
     "chat: compare a base": Provoked(
         "chat tiny-base --compare",
@@ -925,7 +925,7 @@ ERRORS = {
         "chat runs/no-adapter",
         2,
         "`runs/no-adapter` has no adapter yet: its training has not finished",
-        "finish it with `mamba-sft train runs/no-adapter/recipe.yaml --resume`, or give one of its checkpoints",
+        "`mamba-sft train runs/no-adapter/recipe.yaml --resume`",
     ),
     "chat: a broken recipe": Provoked(
         "chat runs/bad-recipe",
@@ -935,7 +935,7 @@ ERRORS = {
     "chat: a broken adapter config": Provoked(
         "chat runs/bad-config",
         1,
-        "`runs/bad-config/adapter/adapter_config.json` is not JSON: Expecting property name",
+        "`runs/bad-config/adapter/adapter_config.json` is not JSON: Expecting property name enclosed in",
         "copy it again",
     ),
     "chat: no weights": Provoked(
@@ -1056,7 +1056,7 @@ ERRORS = {
         "generate tiny-base -p hi",
         1,
         "`tiny-base` has no chat template: it is a base model that continues text",
-        "train it first, or let it continue plain text: `mamba-sft generate tiny-base --raw --prompt 'Once upon a time'`",
+        "`mamba-sft generate tiny-base --raw --prompt 'Once upon a time'`",
     ),
     "generate: messages as text": Provoked(
         "generate runs/tiny --raw --input own-word.jsonl",
@@ -1084,5 +1084,90 @@ ERRORS = {
     ),
 }
 
-MENDED: dict[str, tuple[str, str]] = {}
-SHELL: dict[str, tuple[str, str, str]] = {}
+MENDED = {
+    "a field as an option": (
+        "train recipe.yaml train.learning_rate=1e-4 --dry-run",
+        "train.learning_rate=1e-4",
+    ),
+    "no such verb": ("train recipe.yaml --dry-run", "train"),
+    "data: no recipe named": ("data recipe.yaml", "mamba-sft data RECIPE"),
+    "recipe: nearly a built-in name": ("recipes show quickstart", "quickstart"),
+    "recipe: nearly a file": ("train recipe.yaml --dry-run", "recipe.yaml"),
+    "recipe: no such quantization": ("plan recipe.yaml model.quantization=nf4 --card t4", "nf4"),
+    "override: misspelt": ("train recipe.yaml train.learning_rate=1e-4 --dry-run", "learning_rate"),
+    "override: no section": ("train recipe.yaml train.learning_rate=1 --dry-run", "goes under `train`"),
+    "override: a star without quotes": (
+        "data recipe.yaml \"data.sources.0.path='chat*.jsonl'\"",
+        "quotes of its own",
+    ),
+    "recipes: nearly a name": ("recipes show quickstart", "did you mean `quickstart`?"),
+    "recipes: no such word": ("recipes show quickstart", "Did you mean 'show'?"),
+    "train: a finished run in the way": (
+        "train recipe.yaml output_dir=runs/mine --dry-run",
+        "output_dir=runs/NAME",
+    ),
+    "train: somebody's directory": (
+        "train recipe.yaml output_dir=runs/mine --dry-run",
+        "output_dir=runs/NAME",
+    ),
+    "train: no such base": (
+        "train recipe.yaml model.base=tiny-base --dry-run",
+        "did you mean `tiny-base`?",
+    ),
+    "train: the base has no template": (
+        "train recipe.yaml chat.template=chatml --dry-run",
+        "chat.template: chatml",
+    ),
+    "data: no such file": (
+        "data recipe.yaml data.sources.0.path=chats.jsonl",
+        "did you mean `chats.jsonl`?",
+    ),
+    "data: no such format": (
+        "data recipe.yaml data.sources.0.format=messages",
+        "did you mean `messages`?",
+    ),
+    "data: no-answer.jsonl": (
+        "data recipe.yaml 'data.sources=[{path: chats.jsonl},{path: no-answer.jsonl}]' data.on_bad_row=skip",
+        "data.on_bad_row: skip",
+    ),
+    "data: unknown.jsonl": (
+        "data recipe.yaml 'data.sources=[{path: unknown.jsonl, columns: {prompt: foo, response: bar}}]'",
+        "under `data.sources` what they are",
+    ),
+    "data: chosen.jsonl": (
+        "data recipe.yaml data.sources.0.path=chosen.jsonl data.sources.0.preference=chosen",
+        "preference: chosen",
+    ),
+    "data: roles.jsonl": (
+        "data recipe.yaml data.sources.0.path=roles.jsonl 'data.sources.0.roles={narrator: user}'",
+        "roles: {narrator: user}",
+    ),
+    "plan: two cards of that name": ("plan recipe.yaml --card a100-80", "a100-80"),
+    "plan: processes without a card": ("plan recipe.yaml --processes 2 --card h100", "--card h100"),
+    "merge: no run": ("report runs/tiny", "did you mean `runs/tiny`?"),
+    "merge: never quantized": ("merge runs/tiny", "leave `--onto` out"),
+    "chat: no such model": ("chat runs/tiny", "did you mean `runs/tiny`?"),
+    "chat: merged of no run": (
+        "generate tiny-base --raw -p hi --max-new-tokens 2",
+        "leave `--merged` out",
+    ),
+    "generate: nothing asked": (
+        "generate runs/tiny -p 'What is a haiku?' --max-new-tokens 2",
+        "--prompt",
+    ),
+    "generate: a file as a prompt": (
+        "generate runs/tiny --input prompts.jsonl --max-new-tokens 2",
+        "--input prompts.jsonl",
+    ),
+    "generate: lines twice": ("generate runs/tiny -p hi --json --max-new-tokens 2", "leave out"),
+}
+"""What follows the hint of a mistake, and works; with the words of the message that say so."""
+
+SHELL = {
+    "data: UTF-16": ("iconv", "converted.jsonl", "data recipe.yaml data.sources.0.path={}"),
+    "data: latin-1": ("iconv", "utf8-latin.jsonl", "data recipe.yaml data.sources.0.path={}"),
+    "data: text.jsonl": ("mv", "text.txt", "data recipe.yaml data.sources.0.path={}"),
+    "data: semicolons.csv": ("python", "semicolons.jsonl", "data recipe.yaml data.sources.0.path={}"),
+    "generate: asked.md": ("mv", "asked.txt", "generate tiny-base --raw --input {} --max-new-tokens 2"),
+}
+"""Hints that are a command of the shell: how it begins, the file it makes, and what takes that file."""

@@ -58,10 +58,6 @@ def test_it_is_told(
     error = ERRORS[name]
     before = everything(place)
     code, said = typed(error.command, monkeypatch, capsys)
-    import os
-    if os.environ.get("PROV"):
-        open("/tmp/prov2.txt","a").write(repr((name,error.command,error.code,code,said))+"\n")
-        return
     message, _, hint = said.partition("hint: ")
     assert code == error.code, said
     assert error.says in " ".join(message.split())
@@ -79,14 +75,15 @@ def test_there_are_a_hundred_and_each_says_something() -> None:
     assert len({error.command for error in ERRORS.values()}) == len(ERRORS)
     assert all(error.says for error in ERRORS.values())
     verbs = {error.command.split()[0] for error in ERRORS.values()}
-    assert {"train", "data", "plan", "merge", "export", "chat", "generate", "report", "recipes", "bench"} <= verbs
+    assert {"train", "data", "plan", "merge", "export", "chat", "generate", "report", "recipes"} <= verbs
 
 
 def commands_in(hint: str) -> Iterator[str]:
     """The commands of ours that a hint has, to be pasted as they are."""
     for command in re.findall(r"`mamba-sft ([^`]+)`|for example: mamba-sft (.*)", hint):
         words = "".join(command)
-        if not re.search(r"\b[A-Z]{3,}\b", words):  # RECIPE, NAME: for the reader to fill in
+        to_fill_in = re.search(r"\b[A-Z]{3,}\b", words)  # RECIPE, NAME
+        if not to_fill_in and words not in ("train", "doctor"):  # a verb's name; what has tests of its own
             yield words
 
 
@@ -100,7 +97,7 @@ def test_a_command_of_a_hint_is_taken(
     rehearsed = f"{command} --dry-run" if command.startswith(("train", "export")) else command
     code, said = typed(rehearsed, monkeypatch, capsys)
     away = "needs the hub" if "instruct-qlora" in command else ""
-    assert code == 0 or away and code == 1 and "hint: " in said, said
+    assert code == 0 or (away and code == 1 and "hint: " in said), said
     shutil.rmtree(place / "runs" / "tiny" / "merged", ignore_errors=True)
 
 
@@ -109,14 +106,18 @@ def test_what_a_hint_says_mends_it(
     name: str, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command, quoted = MENDED[name]
-    assert quoted in f"{ERRORS[name].says} {ERRORS[name].hint}", "it is the hint that says so"
+    assert quoted in typed(ERRORS[name].command, monkeypatch, capsys).said, "it is the message that says so"
     code, said = typed(command, monkeypatch, capsys)
     assert code == 0, said
 
 
 @pytest.mark.parametrize("name", SHELL)
 def test_a_shell_takes_what_a_hint_says(
-    name: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str,
+    place: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     command, written, verb = SHELL[name]
     _, said = typed(ERRORS[name].command, monkeypatch, capsys)
