@@ -100,7 +100,8 @@ def _comparison(result: dict[str, Any]) -> Iterator[str]:
         memory = f", in {result['peak_of_peer']:.2f} of its memory" if result["peak_of_peer"] else ""
         yield f"{result['times_peer']:.1f} times as fast as {peer['of']}{memory}"
     if result["times_peer_in_cpu_time"] and "cpu" in result["machine"]:
-        yield f"{result['times_peer_in_cpu_time']:.1f} times in processor time, which other programs change less"
+        times = result["times_peer_in_cpu_time"]
+        yield f"{times:.1f} times in processor time, which other programs change less"
     if peer["ended"]:
         done = "no step was done" if not peer["steps"] else f"{peer['steps']} of its steps count"
         partly = (

@@ -1,4 +1,4 @@
-"""A measurement in a process of its own: its memory is its own, and it can be stopped when it takes too long."""
+"""A measurement in a process of its own: its memory is its own, and it can be stopped."""
 
 from __future__ import annotations
 

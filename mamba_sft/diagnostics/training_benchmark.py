@@ -22,7 +22,7 @@ from mamba_sft.wording import count_text, time_text
 logger = logging.getLogger(__name__)
 
 WARM_UP, PEER_WARM_UP = 2, 1
-"""Steps that are not counted: the first compiles kernels, and allocators grow. Stock has nothing to compile."""
+"""Steps that are not counted: the first compiles kernels, and allocators grow. Stock compiles nothing."""
 PEER = "transformers + PEFT"
 
 
@@ -41,7 +41,7 @@ def measure_training(
         peer_seconds: When they are stopped, counted from the begin of their first step.
 
     Returns:
-        JSON-safe: `benchmark`, `machine`, `settings`, `rows`, `ours`, `peer` (None where it was not measured),
+        JSON-safe: `benchmark`, `machine`, `settings`, `rows`, `ours`, `peer` (None: not measured),
         `times_peer`, `times_peer_in_cpu_time` and `peak_of_peer` (None where either is not known), `plan`.
 
     Raises:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -41,6 +41,7 @@ from mamba_sft.training.pace import peak_memory
 from mamba_sft.training.starting import find_start
 
 if TYPE_CHECKING:
+    from mamba_sft.data.preparing import PreparedData
     from mamba_sft.diagnostics.measured_process import Tell
     from mamba_sft.model.chat_template import TemplateSetup
     from mamba_sft.planning.extent import RunLength
@@ -134,7 +135,7 @@ def _cut(course: Course, count: int) -> Course:
     return Course(course.order[: starts[-1]], starts, course.tokens[:count], course.epochs[:count])
 
 
-# --- ours -----------------------------------------------------------------------------------------------------
+# --- ours ---------------------------------------------------------------------------------------------------
 
 
 def take_our_steps(tell: Tell, recipe: Recipe, count: int, place: str) -> None:
@@ -151,7 +152,7 @@ def take_our_steps(tell: Tell, recipe: Recipe, count: int, place: str) -> None:
     arguments = trainer_arguments(steps.recipe, run, steps=steps.course.steps, has_validation=False)
     arguments.set_save("no")
     preparation = Preparation(
-        recipe=steps.recipe, run=run, setup=steps.setup, data=_OnlyRows(steps.rows), arguments=arguments,
+        recipe=steps.recipe, run=run, setup=steps.setup, data=cast("PreparedData", _OnlyRows(steps.rows)), arguments=arguments,
         course=steps.course, prompts=[], length=replace(steps.length, steps=steps.course.steps),
         start=find_start(recipe), resumed=False, resume_point=None, record={}, trained=0, seen=frozenset(),
     )  # fmt: skip
@@ -225,7 +226,7 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-# --- stock transformers and PEFT --------------------------------------------------------------------------------
+# --- stock transformers and PEFT ----------------------------------------------------------------------------
 
 
 def take_stock_steps(tell: Tell, recipe: Recipe, count: int) -> None:
