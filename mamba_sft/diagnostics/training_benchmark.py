@@ -178,5 +178,6 @@ def _planned(recipe: Recipe, rate: float | None) -> dict[str, Any] | None:
         return None
     of_measured = planned.tokens_per_second / rate if rate else None
     return {
-        "tokens_per_second": planned.tokens_per_second, "source": planned.source, "of_measured": of_measured,
+        "tokens_per_second": planned.tokens_per_second, "source": planned.source,
+        "processor": planned.processor, "of_measured": of_measured,
     }  # fmt: skip

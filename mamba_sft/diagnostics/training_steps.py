@@ -152,7 +152,8 @@ def take_our_steps(tell: Tell, recipe: Recipe, count: int, place: str) -> None:
     arguments = trainer_arguments(steps.recipe, run, steps=steps.course.steps, has_validation=False)
     arguments.set_save("no")
     preparation = Preparation(
-        recipe=steps.recipe, run=run, setup=steps.setup, data=cast("PreparedData", _OnlyRows(steps.rows)), arguments=arguments,
+        recipe=steps.recipe, run=run, setup=steps.setup,
+        data=cast("PreparedData", _OnlyRows(steps.rows)), arguments=arguments,
         course=steps.course, prompts=[], length=replace(steps.length, steps=steps.course.steps),
         start=find_start(recipe), resumed=False, resume_point=None, record={}, trained=0, seen=frozenset(),
     )  # fmt: skip
