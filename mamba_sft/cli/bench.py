@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from mamba_sft.cli import bench_train, completing
+from mamba_sft.cli import bench_generate, bench_train, completing
 from mamba_sft.cli.console import Json, out
 from mamba_sft.cli.help import Verb, Verbs
 
@@ -26,6 +26,7 @@ bench_app = typer.Typer(
     """,
 )
 bench_app.command("train", cls=Verb)(bench_train.bench_train)
+bench_app.command("generate", cls=Verb)(bench_generate.bench_generate)
 
 
 @bench_app.command("kernels", cls=Verb)

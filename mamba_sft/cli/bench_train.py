@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -11,12 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from mamba_sft.cli.console import Json, Overrides, RecipeArgument, out, write_json
-from mamba_sft.cli.measured import check_output_file, machine_line, write_result
+from mamba_sft.cli.measured import OutputFile, check_output_file, machine_line, write_result
 from mamba_sft.wording import size_text, time_text
-
-OutputFile = Annotated[
-    Path | None, typer.Option("--output", metavar="FILE.json", help="Write the result into a JSON file.")
-]
 
 
 def bench_train(

@@ -5,9 +5,15 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from mamba_sft.errors import UsageError
+
+OutputFile = Annotated[
+    Path | None, typer.Option("--output", metavar="FILE.json", help="Write the result into a JSON file.")
+]
 
 BUSY = 0.3
 """Load for each core, before a measurement, above which others take part of the machine."""

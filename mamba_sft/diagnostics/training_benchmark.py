@@ -48,7 +48,7 @@ def measure_training(
         MambaSFTError: Anything in recipe, base or data that would make training fail.
     """
     check_recipe(recipe)
-    load = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
+    load = current_load()
     here = is_data_here(recipe)
     if not here:
         missing = next(one.path for one in recipe.data.sources if not find_path(one.path).exists())
@@ -57,7 +57,7 @@ def measure_training(
     stock = _measure_peer(recipe, steps, peer_seconds) if peer else None
     return {
         "benchmark": "train",
-        "machine": _machine(load),
+        "machine": machine_facts(load),
         "settings": {
             "steps": steps,
             "warm_up": WARM_UP,
@@ -159,8 +159,17 @@ def _ratio(ours: dict[str, Any], stock: dict[str, Any] | None, name: str) -> flo
     return float(ours[name] / stock[name])
 
 
-def _machine(load: float | None) -> dict[str, Any]:
-    """The machine, with the load that others had put on it before."""
+def current_load() -> float | None:
+    """Returns the load that others put on the machine; None where the system does not say."""
+    return round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
+
+
+def machine_facts(load: float | None) -> dict[str, Any]:
+    """Returns what a number must be quoted with.
+
+    Args:
+        load: Of the machine before it was measured.
+    """
     import torch
 
     from mamba_sft.diagnostics.kernel_benchmark import machine
