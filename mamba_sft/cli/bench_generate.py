@@ -105,7 +105,9 @@ def rendered(result: dict[str, Any]) -> Iterator[Table | Text | str]:
     yield ""
     for one in result["flat"]:
         if one["from"] < one["to"]:
-            yield _flat(one)
+            yield _flat(one, "second")
+            if "cpu" in result["machine"]:
+                yield _flat(one, "cpu_second") + " (in processor time, which other programs change less)"
     if result["peer_ended"]:
         yield f"transformers: {result['peer_ended']}"
     if result["peer_is_base"]:
@@ -126,9 +128,9 @@ def _table(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
-def _flat(one: dict[str, Any]) -> str:
+def _flat(one: dict[str, Any], unit: str) -> str:
     return (
         f"batch {one['batch_size']}, from {one['from']:,} to {one['to']:,} tokens: "
-        f"prefill {one['prefill_tokens_per_second']:.2f} times as fast, "
-        f"decoding {one['decode_tokens_per_second']:.2f} times, memory {one['peak_bytes']:.2f} times"
+        f"prefill {one[f'prefill_tokens_per_{unit}']:.2f} times as fast, "
+        f"decoding {one[f'decode_tokens_per_{unit}']:.2f} times, memory {one['peak_bytes']:.2f} times"
     )

@@ -96,6 +96,8 @@ def with_rates(fact: Fact, new_tokens: int) -> Fact:
     return fact | {
         "prefill_tokens_per_second": size * fact["length"] / fact["prefill_seconds"],
         "decode_tokens_per_second": size * new_tokens / fact["decode_seconds"],
+        "prefill_tokens_per_cpu_second": size * fact["length"] / max(fact["prefill_cpu_seconds"], 1e-9),
+        "decode_tokens_per_cpu_second": size * new_tokens / max(fact["decode_cpu_seconds"], 1e-9),
     }
 
 
@@ -103,6 +105,6 @@ def _flatness(rows: Sequence[Fact], size: int) -> dict[str, Any]:
     """The longest prompt against the shortest: 1 is flat."""
     of_size = [row for row in rows if row["batch_size"] == size]
     first, last = of_size[0], of_size[-1]
-    names = ("prefill_tokens_per_second", "decode_tokens_per_second", "peak_bytes")
+    names = [name for name in first if name.startswith(("prefill_tok", "decode_tok", "peak"))]
     ratios = {name: last[name] / first[name] for name in names}
     return {"batch_size": size, "from": first["length"], "to": last["length"]} | ratios

@@ -1,4 +1,4 @@
-"""What `bench generate` times: reading a prompt and going on from it, with our mixer and with stock transformers.
+"""What `bench generate` times: reading a prompt and going on from it, ours and stock transformers.
 
 Each runs in a process of its own and tells one fact for each batch size and length, shorter ones first.
 """
@@ -9,11 +9,12 @@ import contextlib
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from mamba_sft.diagnostics.measured_process import Moment
 from mamba_sft.inference.chat_model import load_chat_model
 from mamba_sft.inference.evaluating import evaluation_mode
 from mamba_sft.inference.generation import PREFILL_CHUNK
@@ -34,6 +35,23 @@ SPARED = 0.8
 """Of the free memory, what the peer may take: a machine that has none left ends other programs."""
 
 
+class Answer(NamedTuple):
+    """Seconds that a prompt was read and an answer written, by the clock and in processor time."""
+
+    read: float
+    written: float
+    read_cpu: float
+    written_cpu: float
+
+    @classmethod
+    def between(cls, begun: Moment, read: Moment, written: Moment) -> Answer:
+        """Returns what lies between three moments."""
+        return cls(
+            read.wall - begun.wall, written.wall - read.wall,
+            read.processor - begun.processor, written.processor - read.processor,
+        )  # fmt: skip
+
+
 def time_ours(tell: Tell, model: str, sizes: Sequence[int], lengths: Sequence[int], new_tokens: int) -> None:
     """Times our own loop.
 
@@ -48,16 +66,16 @@ def time_ours(tell: Tell, model: str, sizes: Sequence[int], lengths: Sequence[in
     loaded = load_chat_model(model, needs_template=False).model
     tell({"dtype": str(loaded.dtype).removeprefix("torch.")})
 
-    def answer(ids: Tensor) -> tuple[float, float]:
-        begun, cache, logits = time.perf_counter(), None, None
+    def answer(ids: Tensor) -> Answer:
+        begun, cache, logits = Moment.now(), None, None
         for start in range(0, ids.shape[1], PREFILL_CHUNK):
             logits, cache = forward(loaded, ids[:, start : start + PREFILL_CHUNK], cache)
         _wait(ids)
-        read, next_token = time.perf_counter(), NextToken(loaded, cache)
+        read, next_token = Moment.now(), NextToken(loaded, cache)
         for _ in range(new_tokens):
             logits = next_token(logits.argmax(-1, keepdim=True))  # type: ignore[union-attr]
         _wait(ids)
-        return read - begun, time.perf_counter() - read
+        return Answer.between(begun, read, Moment.now())
 
     with evaluation_mode(loaded):
         answer(_prompt(loaded, 1, WARM_UP))
@@ -94,20 +112,20 @@ def time_stock(
         """Takes the time after each token, and stops nothing."""
 
         def __init__(self) -> None:
-            self.times: list[float] = []
+            self.times: list[Moment] = []
 
         def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
             _wait(input_ids)
-            self.times.append(time.perf_counter())
+            self.times.append(Moment.now())
             return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
-    def answer(ids: Tensor) -> tuple[float, float]:
-        clock, begun, count = Clock(), time.perf_counter(), new_tokens + 1
+    def answer(ids: Tensor) -> Answer:
+        clock, begun, count = Clock(), Moment.now(), new_tokens + 1
         loaded.generate(
             ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=count,
             min_new_tokens=count, stopping_criteria=StoppingCriteriaList([clock]),
         )  # fmt: skip
-        return clock.times[0] - begun, clock.times[-1] - clock.times[0]
+        return Answer.between(begun, clock.times[0], clock.times[-1])
 
     with torch.no_grad():
         answer(_prompt(loaded, 1, WARM_UP))
@@ -128,18 +146,19 @@ def _prompt(model: Any, size: int, length: int) -> Tensor:
     return ids.to(model.device)
 
 
-def _timed(
-    answer: Callable[[Tensor], tuple[float, float]], ids: Tensor, repeats: int = MOST_REPEATS
-) -> dict[str, Any]:
+def _timed(answer: Callable[[Tensor], Answer], ids: Tensor, repeats: int = MOST_REPEATS) -> dict[str, Any]:
     before = _forget_peak(ids.device)
-    found: list[tuple[float, float]] = []
-    while not found or (len(found) < repeats and sum(map(sum, found)) < REPEATED_SECONDS):
+    found: list[Answer] = []
+    begun = time.perf_counter()
+    while not found or (len(found) < repeats and time.perf_counter() - begun < REPEATED_SECONDS):
         found.append(answer(ids))
     return {
         "batch_size": ids.shape[0],
         "length": ids.shape[1],
-        "prefill_seconds": min(read for read, _ in found),
-        "decode_seconds": min(written for _, written in found),
+        "prefill_seconds": min(one.read for one in found),
+        "decode_seconds": min(one.written for one in found),
+        "prefill_cpu_seconds": min(one.read_cpu for one in found),
+        "decode_cpu_seconds": min(one.written_cpu for one in found),
         "peak_bytes": int(peak_memory(ids.device)),
         "grown_bytes": max(0, int(peak_memory(ids.device)) - before),
     }
@@ -165,7 +184,8 @@ def _too_large(taken: dict[str, Any], length: int, device: torch.device) -> str 
     free = psutil.virtual_memory().available
     if needed <= SPARED * free:
         return None
-    return f"at {count_text(length, 'token')} it would take some {size_text(needed)}, and {size_text(free)} are free"
+    tokens = count_text(length, "token")
+    return f"at {tokens} it would take some {size_text(needed)}, and {size_text(free)} are free"
 
 
 def _wait(ids: Tensor) -> None:

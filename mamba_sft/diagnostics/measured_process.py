@@ -11,13 +11,38 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, NamedTuple
 
 from mamba_sft.errors import MambaSFTError
 
 Fact = dict[str, Any]
 Tell = Callable[[Fact], None]
 """Sends what was measured to the process that waits for it."""
+
+
+class Moment(NamedTuple):
+    """When something began: by the clock, and in processor time of this process."""
+
+    wall: float
+    processor: float
+
+    @classmethod
+    def now(cls) -> Moment:
+        """Returns this moment."""
+        return cls(time.perf_counter(), time.process_time())
+
+    def facts(self, tokens: int, peak: float) -> Fact:
+        """Returns what a step that began then took until now.
+
+        Args:
+            tokens: That it read.
+            peak: The most bytes in use so far.
+        """
+        now = Moment.now()
+        return {
+            "seconds": now.wall - self.wall, "cpu_seconds": now.processor - self.processor,
+            "tokens": tokens, "peak_bytes": int(peak),
+        }  # fmt: skip
 
 
 class MeasurementError(MambaSFTError):

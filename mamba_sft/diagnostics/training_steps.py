@@ -7,11 +7,10 @@ optimizer. Each runs in a process of its own and tells seconds, tokens, memory a
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -21,6 +20,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from mamba_sft.data.packing import PADDING, Collator
 from mamba_sft.data.preparing import read_corpus
 from mamba_sft.diagnostics.benched_recipe import is_data_here, peer_targets
+from mamba_sft.diagnostics.measured_process import Moment
 from mamba_sft.model.adapter import lora_config
 from mamba_sft.model.checkpoint import resolve_base
 from mamba_sft.model.full_weights import in_float32
@@ -181,20 +181,20 @@ class _Clock(TrainerCallback):
     def __init__(self, tell: Tell, course: Course):
         self.tell = tell
         self.course = course
-        self.started = _Moment.now()
+        self.started = Moment.now()
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         _wait(args.device)
-        self.started = _Moment.now()
+        self.started = Moment.now()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         _wait(args.device)
         tokens = int(self.course.tokens[state.global_step - 1])
-        self.tell({"step": state.global_step} | self.started.facts(tokens, args.device))
+        self.tell({"step": state.global_step} | self.started.facts(tokens, peak_memory(args.device)))
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -202,24 +202,6 @@ class _Clock(TrainerCallback):
         logs = kwargs.get("logs") or {}
         if "loss" in logs:
             self.tell({"step": state.global_step, "loss": float(logs["loss"])})
-
-
-class _Moment(NamedTuple):
-    """When something began: by the clock, and in processor time of this process."""
-
-    wall: float
-    processor: float
-
-    @classmethod
-    def now(cls) -> _Moment:
-        return cls(time.perf_counter(), time.process_time())
-
-    def facts(self, tokens: int, device: torch.device) -> dict[str, Any]:
-        """What has been since then."""
-        return {
-            "seconds": time.perf_counter() - self.wall, "cpu_seconds": time.process_time() - self.processor,
-            "tokens": tokens, "peak_bytes": int(peak_memory(device)),
-        }  # fmt: skip
 
 
 def _wait(device: torch.device) -> None:
@@ -253,18 +235,18 @@ def take_stock_steps(tell: Tell, recipe: Recipe, count: int) -> None:
         batches = [_on_device(batch, device) for batch in _stock_batches(steps, step - 1, collate)]
         labels = sum(int((batch["labels"] != -100).sum()) for batch in batches)
         _wait(device)
-        started, loss = _Moment.now(), torch.zeros((), device=device)
+        started, loss = Moment.now(), torch.zeros((), device=device)
         tell({"step": step})
         for number, batch in enumerate(batches):
             loss += _backward(model, batch, dtype, labels)
             _wait(device)
             tokens = int(batch["attention_mask"].sum())
-            tell({"step": step, "batch": number} | started.facts(tokens, device))
+            tell({"step": step, "batch": number} | started.facts(tokens, peak_memory(device)))
         torch.nn.utils.clip_grad_norm_(trained, steps.recipe.train.max_grad_norm or float("inf"))
         optimizer.step()
         optimizer.zero_grad()
         _wait(device)
-        tell({"step": step} | started.facts(int(steps.course.tokens[step - 1]), device))
+        tell({"step": step} | started.facts(int(steps.course.tokens[step - 1]), peak_memory(device)))
         tell({"step": step, "loss": float(loss)})
 
 
