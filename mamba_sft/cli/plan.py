@@ -78,9 +78,12 @@ def plan(
     Example: mamba-sft plan instruct-qlora --card 4090
     """
     from mamba_sft.cli import plan_plot
+    from mamba_sft.planning.gpu_names import known_gpu
     from mamba_sft.recipe.recipe import Recipe
 
     loaded = Recipe.load(recipe, overrides=overrides or [])
+    if gpu is not None:
+        known_gpu(gpu)  # before torch is loaded
     from mamba_sft.cli.plan_many import many_lines, plan_asked
 
     if plot_file is not None:
