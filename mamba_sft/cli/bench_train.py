@@ -111,4 +111,7 @@ def _plan(result: dict[str, Any]) -> Iterator[str]:
     planned = result["plan"]
     if planned is not None:
         share = f", {planned['of_measured']:.2f} of what was measured" if planned["of_measured"] else ""
-        yield f"`plan` says {planned['tokens_per_second']:,.0f} tokens/s ({planned['source']}){share}"
+        if planned["of_measured_in_cpu_time"]:
+            share += f" ({planned['of_measured_in_cpu_time']:.2f} in processor time)"
+        source = planned["source"] if planned["source"] == "estimated" else f"measured in {planned['source']}"
+        yield f"`plan` says {planned['tokens_per_second']:,.0f} tokens/s, {source}{share}"

@@ -126,17 +126,13 @@ def _be_quiet() -> None:
 
     warnings.simplefilter("ignore")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
+    os.environ["TQDM_DISABLE"] = "1"
     logging.getLogger("mamba_sft").setLevel(logging.ERROR)
 
 
 def _is_about_memory(error: Exception) -> bool:
-    import torch
-
-    short = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    return short or "allocate memory" in str(error)
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return bool(names & {"OutOfMemoryError", "MemoryError"}) or "allocate memory" in str(error)
 
 
 def _unexpected(error: Exception) -> MeasurementError:

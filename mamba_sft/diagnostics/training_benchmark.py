@@ -75,7 +75,7 @@ def measure_training(
         "times_peer": _ratio(ours, stock, "tokens_per_second"),
         "times_peer_in_cpu_time": _ratio(stock or ours, stock and ours, "cpu_seconds_per_token"),
         "peak_of_peer": _ratio(ours, stock, "peak_bytes"),
-        "plan": _planned(recipe, ours["tokens_per_second"]),
+        "plan": _planned(recipe, ours),
     }
 
 
@@ -178,15 +178,17 @@ def machine_facts(load: float | None) -> dict[str, Any]:
     return facts | ({"load": load} if "load" in facts else {})
 
 
-def _planned(recipe: Recipe, rate: float | None) -> dict[str, Any] | None:
-    """What `plan` says of the same recipe, beside it."""
+def _planned(recipe: Recipe, ours: dict[str, Any]) -> dict[str, Any] | None:
+    """What `plan` says of the same recipe: how far its speed is off, and on a CPU its processor time."""
     from mamba_sft.planning.plan import make_plan
 
     planned = make_plan(recipe).rate
     if planned is None:
         return None
+    rate, spent = ours["tokens_per_second"], ours["cpu_seconds_per_token"]
     of_measured = planned.tokens_per_second / rate if rate else None
+    in_cpu_time = spent / planned.cpu_seconds if spent and planned.cpu_seconds else None
     return {
         "tokens_per_second": planned.tokens_per_second, "source": planned.source,
-        "processor": planned.processor, "of_measured": of_measured,
+        "processor": planned.processor, "of_measured": of_measured, "of_measured_in_cpu_time": in_cpu_time,
     }  # fmt: skip

@@ -89,7 +89,7 @@ def this_processor(dtype: str) -> Processor:
     import torch
 
     threads = torch.get_num_threads()
-    path = _place(threads, dtype)
+    path = place_of(threads, dtype)
     kept = _kept(path)
     if kept is not None and not (kept.busy and is_alone()):
         return kept
@@ -103,7 +103,8 @@ def this_processor(dtype: str) -> Processor:
     return found
 
 
-def _place(threads: int, dtype: str) -> Path:
+def place_of(threads: int, dtype: str) -> Path:
+    """Returns the file that a measurement of this machine is kept in."""
     versions = package_versions()
     parts = {
         "format": FORMAT, "processor": processor_name(), "threads": threads, "dtype": dtype,

@@ -17,7 +17,7 @@ as they are trained (`Rows`): padding takes time and is no token, and only train
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +57,13 @@ class Rate:
         tokens_per_second: Read tokens, over all of a run.
         source: `estimated`, or the run that it was measured in.
         processor: Of an estimate for a CPU, how its processor was measured.
+        cpu_seconds: Of the same, processor seconds of all threads for a token.
     """
 
     tokens_per_second: float
     source: str
     processor: str | None = None
+    cpu_seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,8 @@ def estimate(work: Work, accelerator: Accelerator, rows: Rows | None = None) -> 
         processor = this_processor("bfloat16" if work.mixed else "float32")
         rows = rows or Rows(work.tokens)
         seconds = cpu_seconds(work, processor, rows)
-        return Rate(rows.filled / seconds, "estimated", processor.described)
+        alone = cpu_seconds(work, replace(processor, threads=1), rows)
+        return Rate(rows.filled / seconds, "estimated", processor.described, alone / rows.filled)
     if not accelerator.flops:
         return None
     shape, e = work.shape, work.itemsize
