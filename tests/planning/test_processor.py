@@ -54,7 +54,7 @@ def test_a_step_is_its_layers_channels_products_and_logits() -> None:
     layers = flops(work) - head
     trained = 0.9 * 0.5
     shared = 4 * 384 * 1e-7 + (layers + trained * head) / 1e11 + trained * 1536 * 1e-8
-    expected = (5 * 0.004 / 2000 + shared / 2) / CPU_EFFICIENCY
+    expected = ((4 + 3) * 0.004 / 2000 + shared / 2) / CPU_EFFICIENCY
     assert cpu_seconds(work, KNOWN, rows) == pytest.approx(expected)
 
 
