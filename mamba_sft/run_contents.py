@@ -31,6 +31,7 @@ from mamba_sft.run import (
     final_name,
     write_atomically,
 )
+from mamba_sft.run_reading import read_object
 
 MODEL_FILES = (
     "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json",
@@ -68,6 +69,17 @@ def is_marked(run: Run) -> bool:
     packages = _read_json(run.environment).get("packages")
     known = isinstance(packages, dict) and {"mamba-sft", "torch"} <= packages.keys()
     return known and run.recipe.is_file()
+
+
+def is_finished(run: Run, environment: dict[str, Any] | None = None) -> bool:
+    """Whether training ended: what it trained was saved, and after it the figures of the whole run.
+
+    Args:
+        run: The run.
+        environment: Its `environment.json`, where that was read already.
+    """
+    facts = read_object(run.environment) if environment is None else environment
+    return run.result is not None and "steps" in facts
 
 
 def strangers(run: Run) -> list[str]:

@@ -131,6 +131,25 @@ def messages_go_where_they_went() -> Iterator[None]:
     logger.setLevel(level)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _measured_processor() -> None:
+    """Keeps figures of a processor, so that no plan of a test measures this one first: that takes seconds."""
+    import json
+    from dataclasses import asdict
+
+    from mamba_sft.planning import processor
+
+    for threads in {1, torch.get_num_threads()}:
+        for dtype in ("float32", "bfloat16"):
+            known = processor.Processor(
+                name="a processor", threads=threads, dtype=dtype, date="2026-01-01", busy=False, layer=0.003,
+                channel=6e-8, forward=0.4, products=1.5e11, logit=1e-8,
+            )  # fmt: skip
+            path = processor.place_of(threads, dtype)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(asdict(known)))
+
+
 @pytest.fixture
 def chats(tmp_path: Path) -> Path:
     """48 short chats of different lengths."""

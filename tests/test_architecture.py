@@ -35,7 +35,9 @@ MAY_IMPORT = {
     "merging": {"inference", "data", "model", "kernels", "recipe"},
     "training": {"planning", "evaluation", "inference", "data", "model", "kernels", "recipe"},
     "exporting": {"llama_cpp", "merging", "planning", "evaluation", "data", "model", "recipe"},
-    "diagnostics": {"planning", "inference", "kernels", "recipe"},
+    "diagnostics": {
+        "training", "evaluation", "planning", "inference", "data", "model", "kernels", "recipe",
+    },
     "notebook": {
         "diagnostics", "exporting", "training", "merging", "evaluation", "planning", "inference", "data",
         "model", "recipe",
@@ -47,7 +49,7 @@ LIVES_IN = {
     "accelerate": {"training"},
     "bitsandbytes": {"model", "merging"},
     "IPython": {"notebook"},
-    "datasets": {"data", "evaluation", "merging", "training"},
+    "datasets": {"data", "evaluation", "merging", "training", "diagnostics"},
     "deepspeed": {"training"},
     "gguf": {"llama_cpp", "exporting"},
     "huggingface_hub": {"model", "exporting", "diagnostics"},
@@ -59,7 +61,7 @@ LIVES_IN = {
     "numba": {"kernels", "diagnostics"},
     "packaging": {"diagnostics"},
     "pandas": {"run"},
-    "peft": {"model", "merging"},
+    "peft": {"model", "merging", "diagnostics"},
     "psutil": {"processes", "merging", "diagnostics"},
     "pyarrow": {"packed_files", "data"},
     "pydantic": {"recipe"},

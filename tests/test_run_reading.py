@@ -15,11 +15,10 @@ from mamba_sft.exporting.gguf.files import record_quality
 from mamba_sft.exporting.hub.card import _environment, _quantizations, _results
 from mamba_sft.planning.speed import measured
 from mamba_sft.run import Run, write_atomically
-from mamba_sft.run_contents import mark, strangers
+from mamba_sft.run_contents import is_finished, mark, strangers
 from mamba_sft.run_lock import Holder
 from mamba_sft.run_reading import read_object, read_quality
 from mamba_sft.training.resume_points import MANIFEST, STATE, fault_of
-from mamba_sft.training.resuming import _is_finished
 
 DAMAGED = (
     *("", "[" * 100_000, "[]", "3", "null", "{", "\0" * 9),
@@ -51,7 +50,7 @@ def test_damaged_files_are_ignored(run: Run, content: str) -> None:
     assert read_quality(run.quality) == {}
     assert list(_quantizations(run)) == list(_results(run)) == []
     assert "steps" not in _environment(run)
-    assert not _is_finished(run)
+    assert not is_finished(run)
     assert read_samples(run.samples_file) == read_step_samples(run.samples_file) == []
     assert "sources" not in run.read_data()
     assert all("step" not in line for line in run.read_metrics())

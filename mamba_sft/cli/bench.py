@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from mamba_sft.cli import completing
+from mamba_sft.cli import bench_generate, bench_train, completing
 from mamba_sft.cli.console import Json, out
 from mamba_sft.cli.help import Verb, Verbs
 
@@ -20,11 +20,13 @@ PIPE_WIDTH = 160
 bench_app = typer.Typer(
     no_args_is_help=True,
     cls=Verbs,
-    help="""Measure the kernels on this machine.
+    help="""Measure this machine: training, generation, kernels.
 
-    Example: mamba-sft bench kernels --quick
+    Example: mamba-sft bench train quickstart
     """,
 )
+bench_app.command("train", cls=Verb)(bench_train.bench_train)
+bench_app.command("generate", cls=Verb)(bench_generate.bench_generate)
 
 
 @bench_app.command("kernels", cls=Verb)

@@ -62,14 +62,16 @@ def plan(
     Example: mamba-sft plan instruct-qlora --card 4090
     """
     from mamba_sft.cli import plan_plot
+    from mamba_sft.planning.gpu_names import known_gpu
     from mamba_sft.recipe.recipe import Recipe
 
     loaded = Recipe.load(recipe, overrides=overrides or [])
+    if gpu is not None:
+        known_gpu(gpu)  # before torch is loaded
     from mamba_sft.cli.plan_many import many_lines, plan_asked
 
     if plot_file is not None:
         plan_plot.check_plot_file(plot_file)
-    from mamba_sft.planning import in_words
     from mamba_sft.planning.plan import make_plan
 
     with err.status("planning"):
@@ -83,19 +85,21 @@ def plan(
         more |= {"curves": curves.to_dict()} if curves is not None and plot else {}
         sys.stdout.write(json.dumps(made.to_dict() | more, indent=None if "curves" in more else 2) + "\n")
         return
-    for line in (*_lines(in_words.model(made)), *_memory(made), *_room(made)):
-        out.print(line)
-    for line in (*_lines(in_words.time(made)), *_lines(in_words.disk(made))):
-        out.print(line)
-    for head, text in many_lines(many) if many else ():
-        out.print(_line(head, text))
-    for line in (*_fixes(made, recipe, overrides or []), *_warnings(made)):
+    shared = [_line(head, text) for head, text in many_lines(many)] if many else []
+    for line in (*_all_of(made), *shared, *_fixes(made, recipe, overrides or []), *_warnings(made)):
         out.print(line)
     if curves is not None and plot:
         out.print()
         out.print("\n".join(plan_plot.terminal_plot(curves)))
     if plot_file is not None:
         out.print(_line("plot", f"written to {plot_file}"))
+
+
+def _all_of(made: Plan) -> Iterator[Text]:
+    from mamba_sft.planning import in_words
+
+    yield from (*_lines(in_words.model(made)), *_memory(made), *_room(made))
+    yield from (*_lines(in_words.time(made)), *_lines(in_words.disk(made)))
 
 
 def _curves(recipe: Recipe, made: Plan) -> Curves:

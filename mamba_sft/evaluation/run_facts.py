@@ -17,6 +17,7 @@ from mamba_sft.evaluation.results import Results, finished
 from mamba_sft.json_lines import Row, read_json_lines
 from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.run import Run
+from mamba_sft.run_contents import is_finished
 
 _MOST_STEPS = 2**53
 
@@ -58,8 +59,8 @@ class RunFacts:
 
     @property
     def is_finished(self) -> bool:
-        """Whether training ended and what it trained was saved."""
-        return self.run.result is not None
+        """Whether training ended and all that it leaves was saved."""
+        return is_finished(self.run, self.environment)
 
     @property
     def last_step(self) -> int:

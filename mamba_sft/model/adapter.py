@@ -102,7 +102,18 @@ def attach_adapter(
     outside = [token for token in trained_token_ids if not 0 <= token < size]
     if outside:
         raise AdapterError(f"tokens {outside} have no row in the embeddings, which have {size}")
-    config = LoraConfig(
+    return _wrap(model, lora_config(model, section, trained_token_ids=trained_token_ids))
+
+
+def lora_config(model: Any, section: AdapterSection, *, trained_token_ids: Sequence[int] = ()) -> LoraConfig:
+    """Returns the recipe's adapter as PEFT has it.
+
+    Args:
+        model: The language model that it is for.
+        section: Rank, scale, targets, variants.
+        trained_token_ids: As `attach_adapter` takes them.
+    """
+    return LoraConfig(
         task_type="CAUSAL_LM",
         r=section.r,
         lora_alpha=section.lora_alpha,
@@ -112,7 +123,6 @@ def attach_adapter(
         use_dora=section.use_dora,
         trainable_token_indices=_trained_rows(model, trained_token_ids),
     )
-    return _wrap(model, config)
 
 
 def load_adapter(model: Any, path: str | Path, *, trainable: bool = False) -> PeftModel:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 
+from mamba_sft.errors import UsageError
+from mamba_sft.wording import shown
+
 GB = {
     "t4": 16, "v100-16": 16, "v100-32": 32, "l4": 24, "a10g": 24, "a10": 24, "3090": 24, "4090": 24,
     "5090": 32, "a6000": 48, "l40s": 48, "a100-40": 40, "a100-80": 80, "h100": 80, "h200": 141, "b200": 192,
@@ -21,6 +24,20 @@ def gpu_name(text: str) -> str | None:
         return name if memory in (None, GB[name]) else None
     full = f"{name}-{memory}"
     return full if full in GB else None
+
+
+def known_gpu(text: str) -> str:
+    """Returns the name that `--card` takes for what somebody wrote.
+
+    Raises:
+        UsageError: There is none of this name; lists those there are.
+    """
+    name = gpu_name(text)
+    if name is not None:
+        return name
+    close = " or ".join(f"`{one}`" for one in meant_gpus(text))
+    question = f"; did you mean {close}?" if close else ""
+    raise UsageError(f"no GPU `{shown(text)}` is known{question}", hint="known GPUs: " + ", ".join(GB))
 
 
 def meant_gpus(text: str) -> list[str]:

@@ -6,10 +6,9 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mamba_sft.errors import UsageError
 from mamba_sft.kernels.launching import Card, card_named
-from mamba_sft.planning.gpu_names import GB, gpu_name, meant_gpus
-from mamba_sft.wording import GIB, shown
+from mamba_sft.planning.gpu_names import GB, known_gpu
+from mamba_sft.wording import GIB
 
 LANES_ISSUED, LANES_MUFU = 128, 16
 """Per SM and clock: four warps issued; results of the special function unit (ex2, lg2, rcp). CUDA C++
@@ -126,12 +125,7 @@ def find_gpu(name: str) -> Accelerator:
     Raises:
         UsageError: There is none of this name; lists those there are.
     """
-    key = gpu_name(name)
-    if key is not None:
-        return GPUS[key]
-    close = " or ".join(f"`{one}`" for one in meant_gpus(name))
-    question = f"; did you mean {close}?" if close else ""
-    raise UsageError(f"no GPU `{shown(name)}` is known{question}", hint="known GPUs: " + ", ".join(GPUS))
+    return GPUS[known_gpu(name)]
 
 
 def recognized(facts: dict[str, Any]) -> Accelerator:

@@ -10,6 +10,7 @@ from mamba_sft.wording import GIB, size_text, time_text
 
 if TYPE_CHECKING:
     from mamba_sft.planning.plan import Plan
+    from mamba_sft.planning.speed import Rate
 
 NAMES = {
     "weights": "base weights",
@@ -108,14 +109,20 @@ def time(made: Plan) -> Iterator[tuple[str, str]]:
     if made.rate is None:
         yield ("time", "unknown: there is no run here to go by, and the device is not in the table")
         return
-    source = made.rate.source
-    how = "estimated by counting operations" if source == "estimated" else f"measured in {source}"
-    yield ("time", f"{made.rate.tokens_per_second:,.0f} tokens/s, {how}")
+    yield ("time", f"{made.rate.tokens_per_second:,.0f} tokens/s, {_known_from(made.rate)}")
+    if made.rate.processor is not None:
+        yield ("", f"this processor: {made.rate.processor}")
     if made.seconds is not None:
         bound = "" if made.steps is not None else "at most "
         yield ("", f"{bound}{time_text(made.seconds)} of training")
     else:
         yield ("", f"{time_text(1e6 / made.rate.tokens_per_second)} for a million tokens")
+
+
+def _known_from(rate: Rate) -> str:
+    if rate.source != "estimated":
+        return f"measured in {rate.source}"
+    return "estimated by counting operations" if rate.processor is None else "estimated from parts of a step"
 
 
 def disk(made: Plan) -> Iterator[tuple[str, str]]:

@@ -15,7 +15,7 @@ from mamba_sft.planning.fitting import Fix, fixes, largest_length, largest_rows
 from mamba_sft.planning.gpus import Accelerator, find_gpu, recognized
 from mamba_sft.planning.memory import Part, Work, peak, planned_parts
 from mamba_sft.planning.settling import Settled, settle
-from mamba_sft.planning.speed import Rate, estimate, flops, measured
+from mamba_sft.planning.speed import Rate, Rows, estimate, flops, measured
 from mamba_sft.planning.storage import checkpoint_sizes, result_bytes
 from mamba_sft.recipe.builtin import find_path
 from mamba_sft.recipe.recipe import Recipe
@@ -108,6 +108,7 @@ class Plan(Showing):
             "gflop_per_token": flops(self.work) / 1e9,
             "tokens_per_second": self.rate and self.rate.tokens_per_second,
             "rate_source": self.rate and self.rate.source,
+            "rate_processor": self.rate and self.rate.processor,
             "seconds": self.seconds,
             "disk": self.disk,
             "fixes": [asdict(fix) for fix in self.fixes],
@@ -152,7 +153,7 @@ def make_plan(recipe: Recipe, gpu: str | None = None) -> Plan:
     ramp = recipe.train.batch_ramp
     per_step = length * (ramp.to if ramp is not None else work.rows * accumulation)
     usable = accelerator.usable_bytes
-    rate = (None if gpu else measured(recipe, accelerator.name)) or estimate(work, accelerator)
+    rate = None if gpu else _measured_here(recipe, accelerator)
     return Plan(
         base=(recipe.model.base, source),
         accelerator=accelerator,
@@ -166,11 +167,27 @@ def make_plan(recipe: Recipe, gpu: str | None = None) -> Plan:
         length=extent,
         course=settled.course if settled is not None else None,
         most_tokens=_most_tokens(recipe, extent, per_step),
-        rate=rate,
+        rate=rate or estimate(work, accelerator, _rows(recipe, settled)),
         disk=_disk(recipe, work),
         fixes=[] if peak(parts) <= usable else fixes(work, None if ramp else accumulation, accelerator),
         wants_bfloat16=recipe.model.dtype == "bfloat16",
     )
+
+
+def _measured_here(recipe: Recipe, accelerator: Accelerator) -> Rate | None:
+    """The rate of an earlier run on this machine; on a CPU, with as many threads."""
+    threads = accelerator.multiprocessors if accelerator.type == "cpu" else None
+    return measured(recipe, accelerator.name, threads)
+
+
+def _rows(recipe: Recipe, settled: Settled | None) -> Rows | None:
+    """What the rows are like, where they are here."""
+    if settled is None:
+        return None
+    summary = settled.data.summary
+    trained = summary.trained_tokens / max(1, summary.train_tokens)
+    size = recipe.train.per_device_train_batch_size
+    return Rows.of(settled.course, settled.lengths, size=size, trained=trained)
 
 
 def settled_here(recipe: Recipe) -> Settled | None:

@@ -271,25 +271,7 @@ def _train(
     recipe, run = preparation.recipe, preparation.run
     counts = Counts(describe_device()["name"])
     _say_what_is_left(preparation)
-    logger.info("loading `%s`", recipe.model.base)
-    if preparation.start is not None:
-        check_base(preparation.start, recipe.model)
-    _settle_base(preparation)
-    set_seed(recipe.seed)  # before the adapter draws its first weights
-    section = recipe.model if recipe.adapter is not None else in_float32(recipe.model)
-    model = load_model(section, to_shard=bool(preparation.arguments.fsdp))
-    logger.info("scan and convolution: backend %s", _backend(recipe.model.kernels, model))
-    apply_setup(model, preparation.setup)
-    recommend_sampling(model, recipe.chat)
-    if recipe.adapter is None:
-        model = train_all_weights(model)
-    else:
-        model = attach_adapter(model, recipe.adapter, trained_token_ids=preparation.setup.trained_token_ids)
-    keep_activations(model, recipe.train.checkpointing)
-    _start_directory(preparation)  # an earlier run goes only when this one has all it needs
-    trainer = _build_trainer(preparation, model, counts, interruption, callbacks)
-    if preparation.start is not None:  # not before: TRL rounds what is trained when the base is quantized
-        load_weights(trainer.model, preparation.start)
+    trainer = load_trainer(preparation, counts, interruption, callbacks)
     start = trained_digest(trainer.model)
     before = _answers_before(preparation, trainer)
     _watch_answers(preparation, trainer, before)
@@ -311,6 +293,43 @@ def _train(
     report.finish()
     trainer.accelerator.wait_for_everyone()
     return run
+
+
+def load_trainer(
+    preparation: Preparation,
+    counts: Counts,
+    interruption: Interruption,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Trainer:
+    """Loads the weights of a prepared run, begins its directory, and returns its trainer, ready to start.
+
+    Args:
+        preparation: From `prepare`.
+        counts: Takes the time and tokens of this session.
+        interruption: Says when the user wants it to stop.
+        callbacks: More trainer callbacks.
+    """
+    recipe = preparation.recipe
+    logger.info("loading `%s`", recipe.model.base)
+    if preparation.start is not None:
+        check_base(preparation.start, recipe.model)
+    _settle_base(preparation)
+    set_seed(recipe.seed)  # before the adapter draws its first weights
+    section = recipe.model if recipe.adapter is not None else in_float32(recipe.model)
+    model = load_model(section, to_shard=bool(preparation.arguments.fsdp))
+    logger.info("scan and convolution: backend %s", _backend(recipe.model.kernels, model))
+    apply_setup(model, preparation.setup)
+    recommend_sampling(model, recipe.chat)
+    if recipe.adapter is None:
+        model = train_all_weights(model)
+    else:
+        model = attach_adapter(model, recipe.adapter, trained_token_ids=preparation.setup.trained_token_ids)
+    keep_activations(model, recipe.train.checkpointing)
+    _start_directory(preparation)  # an earlier run goes only when this one has all it needs
+    trainer = _build_trainer(preparation, model, counts, interruption, callbacks)
+    if preparation.start is not None:  # not before: TRL rounds what is trained when the base is quantized
+        load_weights(trainer.model, preparation.start)
+    return trainer
 
 
 def _whole_weights(preparation: Preparation, trainer: Trainer) -> dict[str, torch.Tensor] | None:

@@ -11,7 +11,7 @@ from mamba_sft.planning.extent import with_accumulation
 from mamba_sft.recipe.builtin import find_path
 from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.run import Run
-from mamba_sft.run_reading import read_object
+from mamba_sft.run_contents import is_finished
 from mamba_sft.training.resume_points import find_good, is_proven
 
 logger = logging.getLogger(__name__)
@@ -67,17 +67,12 @@ def find_resume_point(run: Run, recipe: Recipe) -> tuple[Recipe, Path | None]:
             "\n".join([f"`{run.path}` was started with another recipe:", *lines]),
             hint=_more(run, trained) if longer else own,
         )
-    if _is_finished(run):
+    if is_finished(run) and run.report.is_file():  # without its page, that is what is left to do
         raise TrainingError(
             f"`{run.path}` is finished",
             hint=f"next: `mamba-sft {_next(recipe)} {run.path}`; {_more(run, recipe)}",
         )
     return recipe, _newest_good(run)
-
-
-def _is_finished(run: Run) -> bool:
-    """Whether all was written, and not only the adapter or model, which comes first of what ends a run."""
-    return run.result is not None and run.report.is_file() and "steps" in read_object(run.environment)
 
 
 def own_recipe_moved(file: Path, recipe: Recipe) -> Recipe:
