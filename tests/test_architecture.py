@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "merging": {"inference", "data", "model", "kernels", "recipe"},
     "training": {"planning", "evaluation", "inference", "data", "model", "kernels", "recipe"},
     "exporting": {"merging", "planning", "evaluation", "data", "model", "recipe"},
-    "diagnostics": {"planning", "inference", "kernels", "recipe"},
+    "diagnostics": {"planning", "inference", "model", "kernels", "recipe"},
 }
 """The rooms, lowest first, and what each may import besides the ground. `cli` may import all of them."""
 
@@ -50,7 +50,7 @@ LIVES_IN = {
     "lm_eval": {"evaluation"},
     "numba": {"kernels", "diagnostics"},
     "packaging": {"diagnostics"},
-    "peft": {"model", "merging"},
+    "peft": {"model", "merging", "diagnostics"},
     "psutil": {"processes", "merging", "diagnostics"},
     "pyarrow": {"packed_files", "data"},
     "pydantic": {"recipe"},
