@@ -1,0 +1,222 @@
+"""Records a command's terminal as an SVG that moves: a real run, seen through a pseudo-terminal.
+
+    python docs/computed/recording.py                                        # the quickstart, minutes
+    python docs/computed/recording.py --output plan.svg mamba-sft plan instruct-t4 --card t4
+
+The command runs in an empty directory. A screen is kept every few seconds of the run and the last one longer;
+whoever asks for less motion sees the last one alone. Nothing is drawn that was not on the screen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pty
+import select
+import shlex
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import pyte
+
+QUICKSTART = ("mamba-sft", "train", "recipes/quickstart.yaml")
+OUTPUT = Path(__file__).parents[1] / "quickstart.svg"
+COLUMNS, ROWS = 100, 40
+SHOWN_S, LAST_S, MOST = 0.6, 8.0, 36
+"""Seconds that a screen is shown, that the last one is, and the most screens."""
+WIDTH, HEIGHT, MARGIN, TOP = 8.4, 19, 18, 44
+"""Of a character and of a line, around the text, and above it, in pixels."""
+COLOURS = {
+    "default": "#d8dee9", "black": "#4c566a", "red": "#ff7b72", "green": "#7ee787", "brown": "#e3b341",
+    "blue": "#79c0ff", "magenta": "#d2a8ff", "cyan": "#76e3ea", "white": "#ffffff",
+    "brightblack": "#8b949e", "brightred": "#ffa198", "brightgreen": "#aff5b4", "brightbrown": "#f2cc60",
+    "brightblue": "#a5d6ff", "brightmagenta": "#e2c5ff", "brightcyan": "#b3f0ff", "brightwhite": "#ffffff",
+}  # fmt: skip
+
+Line = tuple[tuple[int, str, str, bool], ...]
+"""What stands in a line of a screen: column, text, colour and whether it is bold, piece by piece."""
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What a command showed.
+
+    Args:
+        screens: Lines of each screen that was kept, the last one as the command left it.
+        seconds: How long the command took.
+    """
+
+    screens: list[list[Line]]
+    seconds: float
+
+
+def record(command: Sequence[str], columns: int = COLUMNS, rows: int = ROWS, every: float = 0.0) -> Recording:
+    """Runs a command in a terminal of its own and keeps its screens.
+
+    Args:
+        command: What to run; it is found beside this Python.
+        columns: Width of the terminal.
+        rows: Its height; what scrolls out of it is lost.
+        every: Seconds between two screens that are kept; 0 keeps each one that differs.
+    """
+    screen = pyte.Screen(columns, rows)
+    stream = pyte.ByteStream(screen)
+    stream.feed(f"$ {shlex.join(command)}\r\n".encode())
+    screens = [lines_of(screen)]
+    started = kept = time.monotonic()
+    for chunk in output_of(command, columns, rows):
+        stream.feed(chunk)
+        if time.monotonic() - kept >= every and (seen := lines_of(screen)) != screens[-1]:
+            screens.append(seen)
+            kept = time.monotonic()
+    seconds = time.monotonic() - started
+    last = lines_of(screen)
+    return Recording([*(one for one in screens if one != last), last], seconds)
+
+
+def output_of(command: Sequence[str], columns: int, rows: int) -> Iterator[bytes]:
+    """Yields what a command writes to its terminal, until it ends.
+
+    Raises:
+        SystemExit: The command failed.
+    """
+    import fcntl
+    import termios
+
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    with tempfile.TemporaryDirectory() as place:
+        own = {"PATH": path, "TERM": "xterm-256color", "COLUMNS": str(columns), "LINES": str(rows)}
+        own |= {"MAMBA_SFT_CACHE": f"{place}/cache", "HF_HUB_OFFLINE": "1"}
+        work = Path(place, "work")
+        work.mkdir()
+        process = subprocess.Popen(
+            command, cwd=work, env=os.environ | own, stdin=theirs, stdout=theirs, stderr=theirs
+        )
+        os.close(theirs)
+        try:
+            while select.select([ours], [], []):
+                yield os.read(ours, 1 << 16)
+        except OSError:  # what reading from a terminal that nobody writes to any more comes to
+            pass
+        finally:
+            os.close(ours)
+            code = process.wait()
+    if code:
+        sys.exit(f"`{shlex.join(command)}` ended with exit code {code}")
+
+
+def lines_of(screen: pyte.Screen) -> list[Line]:
+    """Returns the lines of a screen, those below the last written one left out."""
+    lines = [tuple(pieces(screen.buffer[row], screen.columns)) for row in range(screen.lines)]
+    while lines and not lines[-1]:
+        lines.pop()
+    return lines
+
+
+def pieces(row: Any, columns: int) -> Iterator[tuple[int, str, str, bool]]:
+    """Yields the stretches of a line that look alike, blank ones left out."""
+    start, text, look = 0, "", ("default", False)
+    for column in range(columns + 1):
+        cell = row[column] if column < columns else None
+        own = (cell.fg, cell.bold) if cell else None
+        if own != look or not cell:
+            if text.strip():
+                lead = len(text) - len(text.lstrip())
+                yield start + lead, text.strip(), *look
+            start, text, look = column, "", own or look
+        text += cell.data if cell else ""
+
+
+def chosen(screens: list[list[Line]], most: int = MOST) -> list[list[Line]]:
+    """Returns at most so many screens, evenly from all, the first and the last among them."""
+    if len(screens) <= most:
+        return screens
+    return [screens[round(at * (len(screens) - 1) / (most - 1))] for at in range(most)]
+
+
+def drawn(recording: Recording, title: str) -> str:
+    """Returns a recording as SVG; lines that several screens share are in it once."""
+    screens = chosen(recording.screens)
+    known: dict[Line, str] = {}
+    for line in (line for screen in screens for line in screen if line):
+        known.setdefault(line, f"l{len(known)}")
+    height = TOP + max(map(len, screens)) * HEIGHT + MARGIN
+    width = round(COLUMNS * WIDTH + 2 * MARGIN)
+    total = SHOWN_S * (len(screens) - 1) + LAST_S
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
+        f'height="{height}" role="img" aria-label="{escape(title)}">',
+        f"<title>{escape(title)}</title>",
+        f"<style>{style(len(screens), total)}</style>",
+        f'<rect width="{width}" height="{height}" rx="8" fill="#0d1117"/>',
+        *(f'<circle cx="{20 + 18 * at}" cy="20" r="6" fill="{colour}"/>'
+          for at, colour in enumerate(("#ff5f56", "#ffbd2e", "#27c93f"))),
+        f'<text x="{width / 2}" y="25" text-anchor="middle" fill="#8b949e">{escape(title)}</text>',
+        "<defs>",
+        *(f'<g id="{name}">{"".join(map(piece, line))}</g>' for line, name in known.items()),
+        "</defs>",
+    ]  # fmt: skip
+    for at, screen in enumerate(screens):
+        uses = "".join(
+            f'<use href="#{known[line]}" x="{MARGIN}" y="{TOP + row * HEIGHT + 14}"/>'
+            for row, line in enumerate(screen)
+            if line
+        )
+        parts.append(f'<g class="s s{at}">{uses}</g>')
+    return "\n".join([*parts, "</svg>", ""])
+
+
+def style(count: int, total: float) -> str:
+    """Returns the style sheet: which screen is seen when."""
+    rules = [
+        "text{font:14px ui-monospace,SFMono-Regular,Menlo,Consolas,'DejaVu Sans Mono',monospace;white-space:pre}",
+        f".s{{visibility:hidden}}.s{count - 1}{{visibility:visible}}",
+        "@media (prefers-reduced-motion:no-preference){",
+    ]
+    for at in range(count):
+        begin, end = 100 * SHOWN_S * at / total, 100 * SHOWN_S * (at + 1) / total
+        end = 100.0 if at == count - 1 else end
+        seen = f"{begin:.2f}%,{end:.2f}%{{visibility:visible}}"
+        before = f"0%,{begin - 0.01:.2f}%{{visibility:hidden}}" if at else ""
+        after = f"{end + 0.01:.2f}%,100%{{visibility:hidden}}" if end < 100 else ""
+        rules.append(f"@keyframes k{at}{{{before}{seen}{after}}}")
+        rules.append(f".s{at}{{animation:k{at} {total:.1f}s step-end infinite}}")
+    return "".join([*rules, "}"])
+
+
+def piece(one: tuple[int, str, str, bool]) -> str:
+    """Returns the text of a stretch, as wide as its characters are on the screen."""
+    column, text, colour, bold = one
+    fill = COLOURS.get(colour) or (f"#{colour}" if len(colour) == 6 else COLOURS["default"])
+    weight = ' font-weight="bold"' if bold else ""
+    return (
+        f'<text x="{column * WIDTH:.1f}" textLength="{len(text) * WIDTH:.1f}" fill="{fill}"{weight}>'
+        f"{escape(text)}</text>"
+    )
+
+
+def main() -> None:
+    """Records the command and writes the SVG."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="where to")
+    parser.add_argument("--every", type=float, default=4.0, help="seconds between two screens")
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="the quickstart, if none is given")
+    asked = parser.parse_args()
+    command = tuple(asked.command) or QUICKSTART
+    recording = record(command, every=asked.every)
+    asked.output.write_text(drawn(recording, shlex.join(command)), encoding="utf-8")
+    print(f"{asked.output}: {recording.seconds:.0f} s, {len(recording.screens)} screens")
+
+
+if __name__ == "__main__":
+    main()
