@@ -1,4 +1,4 @@
-"""What each card can do with Falcon-Mamba-7B, by plan: `mamba-sft plan RECIPE --card NAME` for all of them."""
+"""What each card can do with Falcon-Mamba-7B, by plan: `mamba-sft plan RECIPE --card NAME` for all."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def text() -> str:
     }
     return "\n".join(
         [
-            "Memory of a step, and of a step of one row of 2,048 tokens where the recipe as it is does not fit:\n",
+            "Memory of a step, and of one row of 2,048 tokens where the recipe as it is does not fit:\n",
             *_table(plans, _memory),
             "Tokens a second, by counting operations, and the largest micro-batch at the recipe's length:\n",
             *_table(plans, _speed),

@@ -1,7 +1,7 @@
 """What is done to pages when the site is built: links to the repository, and the public names.
 
-A page links to files beside `docs/` as GitHub needs it: `../benchmarks/LOG.md`. The site has no such files, so
-these links go to the repository, where its address is known, and are plain text elsewhere.
+A page links to files beside `docs/` as GitHub needs it: `../benchmarks/LOG.md`. The site has no such files,
+so these links go to the repository, where its address is known, and are plain text elsewhere.
 """
 
 from __future__ import annotations

@@ -39,8 +39,8 @@ def text() -> str:
         lines.append(_measured(name, made) if made else _planned(name))
     lines.append("\nMeasured: " + "; ".join(_where(name, made) for name, made in measured.items()) + ".")
     lines.append(
-        "All else is planned for one of the cards named, by `mamba-sft plan RECIPE --card NAME`, and not measured: "
-        "memory of one card, time at most."
+        "All else is planned for one of the cards named, by `mamba-sft plan RECIPE --card NAME`, and not "
+        "measured: memory of one card, time at most."
     )
     return "\n".join(lines)
 

@@ -179,7 +179,7 @@ def drawn(recording: Recording, title: str) -> str:
 def style(count: int, total: float) -> str:
     """Returns the style sheet: which screen is seen when."""
     rules = [
-        "text{font:14px ui-monospace,SFMono-Regular,Menlo,Consolas,'DejaVu Sans Mono',monospace;white-space:pre}",
+        "text{font:14px ui-monospace,Menlo,Consolas,'DejaVu Sans Mono',monospace;white-space:pre}",
         f".s{{visibility:hidden}}.s{count - 1}{{visibility:visible}}",
         "@media (prefers-reduced-motion:no-preference){",
     ]
