@@ -3,8 +3,9 @@
     python docs/computed/recording.py                                        # the quickstart, minutes
     python docs/computed/recording.py --output plan.svg mamba-sft plan instruct-t4 --card t4
 
-The command runs in an empty directory. A screen is kept every few seconds of the run and the last one longer;
-whoever asks for less motion sees the last one alone. Nothing is drawn that was not on the screen.
+The command runs where there is nothing but a copy of `recipes/` and `data/`. A screen is kept every few
+seconds, and whenever half of it has scrolled away; the last one is shown longer, and alone to whoever asks
+for less motion. Nothing is drawn that was not on the screen.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 import pty
 import select
 import shlex
+import shutil
 import struct
 import subprocess
 import sys
@@ -28,10 +30,11 @@ from typing import Any
 import pyte
 
 QUICKSTART = ("mamba-sft", "train", "recipes/quickstart.yaml")
-OUTPUT = Path(__file__).parents[1] / "quickstart.svg"
-COLUMNS, ROWS = 100, 40
-SHOWN_S, LAST_S, MOST = 0.6, 8.0, 36
-"""Seconds that a screen is shown, that the last one is, and the most screens."""
+ROOT = Path(__file__).parents[2]
+OUTPUT = ROOT / "docs/quickstart.svg"
+COLUMNS, ROWS = 100, 30
+SHOWN_S, READ_S, LAST_S, MOST = 0.6, 3.0, 8.0, 24
+"""Seconds that a screen is shown, one with much to read, and the last one; the most of the first kind."""
 WIDTH, HEIGHT, MARGIN, TOP = 8.4, 19, 18, 44
 """Of a character and of a line, around the text, and above it, in pixels."""
 COLOURS = {
@@ -46,16 +49,40 @@ Line = tuple[tuple[int, str, str, bool], ...]
 
 
 @dataclass(frozen=True)
+class Shot:
+    """A screen that was kept.
+
+    Args:
+        lines: What stood on it.
+        seconds: How long it is shown.
+    """
+
+    lines: tuple[Line, ...]
+    seconds: float = SHOWN_S
+
+
+@dataclass(frozen=True)
 class Recording:
     """What a command showed.
 
     Args:
-        screens: Lines of each screen that was kept, the last one as the command left it.
+        shots: The screens that were kept, the last one as the command left it.
         seconds: How long the command took.
     """
 
-    screens: list[list[Line]]
+    shots: list[Shot]
     seconds: float
+
+
+class CountingScreen(pyte.Screen):
+    """A terminal's screen that counts the lines which scroll out of it."""
+
+    scrolled = 0
+
+    def index(self) -> None:
+        """Moves down a line, or everything up."""
+        self.scrolled += self.cursor.y == self.lines - 1
+        super().index()
 
 
 def record(command: Sequence[str], columns: int = COLUMNS, rows: int = ROWS, every: float = 0.0) -> Recording:
@@ -64,22 +91,26 @@ def record(command: Sequence[str], columns: int = COLUMNS, rows: int = ROWS, eve
     Args:
         command: What to run; it is found beside this Python.
         columns: Width of the terminal.
-        rows: Its height; what scrolls out of it is lost.
+        rows: Its height.
         every: Seconds between two screens that are kept; 0 keeps each one that differs.
     """
-    screen = pyte.Screen(columns, rows)
+    screen = CountingScreen(columns, rows)
     stream = pyte.ByteStream(screen)
     stream.feed(f"$ {shlex.join(command)}\r\n".encode())
-    screens = [lines_of(screen)]
+    shots = [Shot(lines_of(screen))]
     started = kept = time.monotonic()
     for chunk in output_of(command, columns, rows):
-        stream.feed(chunk)
-        if time.monotonic() - kept >= every and (seen := lines_of(screen)) != screens[-1]:
-            screens.append(seen)
+        for line in chunk.splitlines(keepends=True):
+            stream.feed(line)
+            if screen.scrolled >= rows // 2:
+                screen.scrolled = 0
+                shots.append(Shot(lines_of(screen), READ_S))
+        if time.monotonic() - kept >= every and (seen := lines_of(screen)) != shots[-1].lines:
+            shots.append(Shot(seen))
             kept = time.monotonic()
     seconds = time.monotonic() - started
     last = lines_of(screen)
-    return Recording([*(one for one in screens if one != last), last], seconds)
+    return Recording([*(one for one in shots if one.lines != last), Shot(last, LAST_S)], seconds)
 
 
 def output_of(command: Sequence[str], columns: int, rows: int) -> Iterator[bytes]:
@@ -97,8 +128,9 @@ def output_of(command: Sequence[str], columns: int, rows: int) -> Iterator[bytes
     with tempfile.TemporaryDirectory() as place:
         own = {"PATH": path, "TERM": "xterm-256color", "COLUMNS": str(columns), "LINES": str(rows)}
         own |= {"MAMBA_SFT_CACHE": f"{place}/cache", "HF_HUB_OFFLINE": "1"}
-        work = Path(place, "work")
-        work.mkdir()
+        work = Path(place, "mamba-sft")
+        for name in ("recipes", "data"):
+            shutil.copytree(ROOT / name, work / name)
         process = subprocess.Popen(
             command, cwd=work, env=os.environ | own, stdin=theirs, stdout=theirs, stderr=theirs
         )
@@ -115,12 +147,12 @@ def output_of(command: Sequence[str], columns: int, rows: int) -> Iterator[bytes
         sys.exit(f"`{shlex.join(command)}` ended with exit code {code}")
 
 
-def lines_of(screen: pyte.Screen) -> list[Line]:
+def lines_of(screen: pyte.Screen) -> tuple[Line, ...]:
     """Returns the lines of a screen, those below the last written one left out."""
     lines = [tuple(pieces(screen.buffer[row], screen.columns)) for row in range(screen.lines)]
     while lines and not lines[-1]:
         lines.pop()
-    return lines
+    return tuple(lines)
 
 
 def pieces(row: Any, columns: int) -> Iterator[tuple[int, str, str, bool]]:
@@ -137,27 +169,27 @@ def pieces(row: Any, columns: int) -> Iterator[tuple[int, str, str, bool]]:
         text += cell.data if cell else ""
 
 
-def chosen(screens: list[list[Line]], most: int = MOST) -> list[list[Line]]:
-    """Returns at most so many screens, evenly from all, the first and the last among them."""
-    if len(screens) <= most:
-        return screens
-    return [screens[round(at * (len(screens) - 1) / (most - 1))] for at in range(most)]
+def chosen(shots: list[Shot], most: int = MOST) -> list[Shot]:
+    """Returns the screens with much to read, and of the others at most so many, evenly from all."""
+    brief = [at for at, shot in enumerate(shots) if shot.seconds == SHOWN_S]
+    step = max(1.0, len(brief) / most)
+    kept = {brief[int(at * step)] for at in range(min(most, len(brief)))}
+    return [shot for at, shot in enumerate(shots) if at in kept or shot.seconds != SHOWN_S]
 
 
 def drawn(recording: Recording, title: str) -> str:
     """Returns a recording as SVG; lines that several screens share are in it once."""
-    screens = chosen(recording.screens)
+    shots = chosen(recording.shots)
     known: dict[Line, str] = {}
-    for line in (line for screen in screens for line in screen if line):
+    for line in (line for shot in shots for line in shot.lines if line):
         known.setdefault(line, f"l{len(known)}")
-    height = TOP + max(map(len, screens)) * HEIGHT + MARGIN
+    height = TOP + max(len(shot.lines) for shot in shots) * HEIGHT + MARGIN
     width = round(COLUMNS * WIDTH + 2 * MARGIN)
-    total = SHOWN_S * (len(screens) - 1) + LAST_S
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
         f'height="{height}" role="img" aria-label="{escape(title)}">',
         f"<title>{escape(title)}</title>",
-        f"<style>{style(len(screens), total)}</style>",
+        f"<style>{style([shot.seconds for shot in shots])}</style>",
         f'<rect width="{width}" height="{height}" rx="8" fill="#0d1117"/>',
         *(f'<circle cx="{20 + 18 * at}" cy="20" r="6" fill="{colour}"/>'
           for at, colour in enumerate(("#ff5f56", "#ffbd2e", "#27c93f"))),
@@ -166,29 +198,29 @@ def drawn(recording: Recording, title: str) -> str:
         *(f'<g id="{name}">{"".join(map(piece, line))}</g>' for line, name in known.items()),
         "</defs>",
     ]  # fmt: skip
-    for at, screen in enumerate(screens):
+    for at, shot in enumerate(shots):
         uses = "".join(
             f'<use href="#{known[line]}" x="{MARGIN}" y="{TOP + row * HEIGHT + 14}"/>'
-            for row, line in enumerate(screen)
+            for row, line in enumerate(shot.lines)
             if line
         )
         parts.append(f'<g class="s s{at}">{uses}</g>')
     return "\n".join([*parts, "</svg>", ""])
 
 
-def style(count: int, total: float) -> str:
-    """Returns the style sheet: which screen is seen when."""
+def style(seconds: Sequence[float]) -> str:
+    """Returns the style sheet: which screen is seen when, given how long each is."""
+    last, total = len(seconds) - 1, sum(seconds)
     rules = [
         "text{font:14px ui-monospace,Menlo,Consolas,'DejaVu Sans Mono',monospace;white-space:pre}",
-        f".s{{visibility:hidden}}.s{count - 1}{{visibility:visible}}",
+        f".s{{visibility:hidden}}.s{last}{{visibility:visible}}",
         "@media (prefers-reduced-motion:no-preference){",
     ]
-    for at in range(count):
-        begin, end = 100 * SHOWN_S * at / total, 100 * SHOWN_S * (at + 1) / total
-        end = 100.0 if at == count - 1 else end
+    for at in range(len(seconds)):
+        begin, end = (100 * sum(seconds[:until]) / total for until in (at, at + 1))
         seen = f"{begin:.2f}%,{end:.2f}%{{visibility:visible}}"
         before = f"0%,{begin - 0.01:.2f}%{{visibility:hidden}}" if at else ""
-        after = f"{end + 0.01:.2f}%,100%{{visibility:hidden}}" if end < 100 else ""
+        after = f"{end + 0.01:.2f}%,100%{{visibility:hidden}}" if at < last else ""
         rules.append(f"@keyframes k{at}{{{before}{seen}{after}}}")
         rules.append(f".s{at}{{animation:k{at} {total:.1f}s step-end infinite}}")
     return "".join([*rules, "}"])
@@ -215,7 +247,7 @@ def main() -> None:
     command = tuple(asked.command) or QUICKSTART
     recording = record(command, every=asked.every)
     asked.output.write_text(drawn(recording, shlex.join(command)), encoding="utf-8")
-    print(f"{asked.output}: {recording.seconds:.0f} s, {len(recording.screens)} screens")
+    print(f"{asked.output}: {recording.seconds:.0f} s, {len(recording.shots)} screens")
 
 
 if __name__ == "__main__":
