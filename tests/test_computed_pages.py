@@ -103,7 +103,7 @@ def test_a_recording_shows_what_was_on_the_screen(pages: Any) -> None:
     from xml.etree import ElementTree
 
     recording = importlib.import_module("recording")
-    made = recording.record([sys.executable, "-c", SHOW], columns=60, rows=20)
+    made = recording.record([[sys.executable, "-c", SHOW]], columns=60, rows=20)
     words = [" ".join(piece[1] for line in shot.lines for piece in line) for shot in made.shots]
     assert any("step 0" in one for one in words)
     assert any("line 5 " in one for one in words)  # scrolled away by the end
@@ -132,7 +132,7 @@ def test_a_command_that_fails_is_no_recording(pages: Any) -> None:
     pytest.importorskip("pyte")
     recording = importlib.import_module("recording")
     with pytest.raises(SystemExit, match="exit code 3"):
-        recording.record([sys.executable, "-c", "raise SystemExit(3)"])
+        recording.record([[sys.executable, "-c", "raise SystemExit(3)"]])
 
 
 def test_the_recording_in_the_readme_is_of_nobodys_machine() -> None:

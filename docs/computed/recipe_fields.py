@@ -23,7 +23,7 @@ def _section(path: str, section: Schema, known: dict[str, Schema]) -> Iterator[s
     """The table of a section, then those of the sections in it; `path` is as overrides write it."""
     inner = []
     yield f"## `{path}`\n" if path else "## At the top\n"
-    yield f"{section.get('description', '')}\n" if path else "Beside these two, the sections below.\n"
+    yield f"{section.get('description', '')}\n" if path else "Beside these, the sections below.\n"
     yield "| field | values | default | |"
     yield "|---|---|---|---|"
     for name, field in section["properties"].items():

@@ -1,16 +1,17 @@
-"""Records a command's terminal as an SVG that moves: a real run, seen through a pseudo-terminal.
+"""Records a terminal as an SVG that moves: real commands, seen through a pseudo-terminal.
 
     python docs/computed/recording.py                                        # the quickstart, minutes
     python docs/computed/recording.py --output plan.svg mamba-sft plan instruct-t4 --card t4
 
-The command runs where there is nothing but a copy of `recipes/` and `data/`. A screen is kept every few
-seconds, and whenever half of it has scrolled away; the last one is shown longer, and alone to whoever asks
+They run where there is nothing but a copy of `recipes/` and `data/`. A screen is kept every few seconds,
+ and whenever half of it has scrolled away; the last one is shown longer, and alone to whoever asks
 for less motion. Nothing is drawn that was not on the screen.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import os
 import pty
 import select
@@ -20,6 +21,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -29,7 +31,10 @@ from typing import Any
 
 import pyte
 
-QUICKSTART = ("mamba-sft", "train", "recipes/quickstart.yaml")
+QUICKSTART = (
+    ("mamba-sft", "train", "recipes/quickstart.yaml"),
+    ("mamba-sft", "generate", "runs/quickstart", "--prompt", "Name the capital of Dosor."),
+)
 ROOT = Path(__file__).parents[2]
 OUTPUT = ROOT / "docs/quickstart.svg"
 COLUMNS, ROWS = 100, 30
@@ -85,64 +90,70 @@ class CountingScreen(pyte.Screen):
         super().index()
 
 
-def record(command: Sequence[str], columns: int = COLUMNS, rows: int = ROWS, every: float = 0.0) -> Recording:
-    """Runs a command in a terminal of its own and keeps its screens.
+def record(
+    commands: Sequence[Sequence[str]], columns: int = COLUMNS, rows: int = ROWS, every: float = 0.0
+) -> Recording:
+    """Runs commands one after the other in a terminal of their own and keeps its screens.
 
     Args:
-        command: What to run; it is found beside this Python.
+        commands: What to run; they are found beside this Python.
         columns: Width of the terminal.
         rows: Its height.
         every: Seconds between two screens that are kept; 0 keeps each one that differs.
     """
     screen = CountingScreen(columns, rows)
     stream = pyte.ByteStream(screen)
-    stream.feed(f"$ {shlex.join(command)}\r\n".encode())
-    shots = [Shot(lines_of(screen))]
+    shots: list[Shot] = []
     started = kept = time.monotonic()
-    for chunk in output_of(command, columns, rows):
-        for line in chunk.splitlines(keepends=True):
-            stream.feed(line)
-            if screen.scrolled >= rows // 2:
-                screen.scrolled = 0
-                shots.append(Shot(lines_of(screen), READ_S))
-        if time.monotonic() - kept >= every and (seen := lines_of(screen)) != shots[-1].lines:
-            shots.append(Shot(seen))
-            kept = time.monotonic()
+    with tempfile.TemporaryDirectory() as place:
+        for name in ("recipes", "data"):
+            shutil.copytree(ROOT / name, Path(place, "mamba-sft", name))
+        for command in commands:
+            stream.feed(f"$ {shlex.join(command)}\r\n".encode())
+            shots.append(Shot(lines_of(screen), READ_S if shots else SHOWN_S))
+            for chunk in output_of(command, Path(place), columns, rows):
+                for line in chunk.splitlines(keepends=True):
+                    stream.feed(line)
+                    if screen.scrolled >= rows // 2:
+                        screen.scrolled = 0
+                        shots.append(Shot(lines_of(screen), READ_S))
+                if time.monotonic() - kept >= every and (seen := lines_of(screen)) != shots[-1].lines:
+                    shots.append(Shot(seen))
+                    kept = time.monotonic()
     seconds = time.monotonic() - started
     last = lines_of(screen)
     return Recording([*(one for one in shots if one.lines != last), Shot(last, LAST_S)], seconds)
 
 
-def output_of(command: Sequence[str], columns: int, rows: int) -> Iterator[bytes]:
+def output_of(command: Sequence[str], place: Path, columns: int, rows: int) -> Iterator[bytes]:
     """Yields what a command writes to its terminal, until it ends.
+
+    Args:
+        command: What to run.
+        place: Where `mamba-sft/` is, in which it runs; what it caches goes there too.
+        columns: Width of the terminal.
+        rows: Its height.
 
     Raises:
         SystemExit: The command failed.
     """
-    import fcntl
-    import termios
-
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    with tempfile.TemporaryDirectory() as place:
-        own = {"PATH": path, "TERM": "xterm-256color", "COLUMNS": str(columns), "LINES": str(rows)}
-        own |= {"MAMBA_SFT_CACHE": f"{place}/cache", "HF_HUB_OFFLINE": "1"}
-        work = Path(place, "mamba-sft")
-        for name in ("recipes", "data"):
-            shutil.copytree(ROOT / name, work / name)
-        process = subprocess.Popen(
-            command, cwd=work, env=os.environ | own, stdin=theirs, stdout=theirs, stderr=theirs
-        )
-        os.close(theirs)
-        try:
-            while select.select([ours], [], []):
-                yield os.read(ours, 1 << 16)
-        except OSError:  # what reading from a terminal that nobody writes to any more comes to
-            pass
-        finally:
-            os.close(ours)
-            code = process.wait()
+    own = {"PATH": path, "TERM": "xterm-256color", "COLUMNS": str(columns), "LINES": str(rows)}
+    own |= {"MAMBA_SFT_CACHE": f"{place}/cache", "HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen(
+        command, cwd=place / "mamba-sft", env=os.environ | own, stdin=theirs, stdout=theirs, stderr=theirs
+    )
+    os.close(theirs)
+    try:
+        while select.select([ours], [], []):
+            yield os.read(ours, 1 << 16)
+    except OSError:  # what reading from a terminal that nobody writes to any more comes to
+        pass
+    finally:
+        os.close(ours)
+        code = process.wait()
     if code:
         sys.exit(f"`{shlex.join(command)}` ended with exit code {code}")
 
@@ -238,15 +249,15 @@ def piece(one: tuple[int, str, str, bool]) -> str:
 
 
 def main() -> None:
-    """Records the command and writes the SVG."""
+    """Records the commands and writes the SVG."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=OUTPUT, help="where to")
     parser.add_argument("--every", type=float, default=4.0, help="seconds between two screens")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="the quickstart, if none is given")
     asked = parser.parse_args()
-    command = tuple(asked.command) or QUICKSTART
-    recording = record(command, every=asked.every)
-    asked.output.write_text(drawn(recording, shlex.join(command)), encoding="utf-8")
+    commands = (tuple(asked.command),) if asked.command else QUICKSTART
+    recording = record(commands, every=asked.every)
+    asked.output.write_text(drawn(recording, shlex.join(commands[0])), encoding="utf-8")
     print(f"{asked.output}: {recording.seconds:.0f} s, {len(recording.shots)} screens")
 
 
