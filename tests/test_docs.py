@@ -104,8 +104,10 @@ def test_links_lead_to_files_and_headings(page: Path) -> None:
 
 
 def shown_commands(page: Path) -> list[str]:
-    blocks = re.findall(r"^```\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    text = page.read_text(encoding="utf-8")
+    blocks = re.findall(r"^```\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     lines = [line.removeprefix("$ ") for block in blocks for line in block.splitlines()]
+    lines += re.findall(r"(?<!`)`(mamba-sft [a-z][^`\n]*)`(?!`)", text)
     return [
         line.partition(" #")[0].replace("[", "").replace("]", "")
         for line in lines

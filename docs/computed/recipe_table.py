@@ -13,17 +13,17 @@ from mamba_sft.wording import size_text, time_text
 MEASURED = Path(__file__).with_name("measured.json")
 """By recipe: what a run of it took and came to, where, when, and by which command."""
 CARDS = {
-    "instruct": ("h100", "one 80 GB card"),
-    "instruct-qlora": ("4090", "one 24 GB card"),
-    "instruct-t4": ("t4", "Colab's T4, 16 GB"),
-    "instruct-multi-gpu": ("h100", "eight 80 GB cards"),
-    "instruct-2x24gb": ("4090", "two 24 GB cards"),
-    "long-context": ("4090", "one 24 GB card, rows of 32k tokens and more"),
-    "continue-pretraining": ("4090", "one 24 GB card, plain text with chats mixed in"),
-    "falcon-mamba-procedure": ("h100", "one 80 GB card, the published procedure"),
-    "quickstart": (None, "any CPU, the tiny base"),
+    "instruct": ("h100", 1, "one 80 GB card"),
+    "instruct-qlora": ("4090", 1, "one 24 GB card"),
+    "instruct-t4": ("t4", 1, "Colab's T4, 16 GB"),
+    "instruct-multi-gpu": ("h100", 8, "eight 80 GB cards"),
+    "instruct-2x24gb": ("4090", 2, "two 24 GB cards"),
+    "long-context": ("4090", 1, "one 24 GB card, rows of 32k tokens and more"),
+    "continue-pretraining": ("4090", 1, "one 24 GB card, plain text with chats mixed in"),
+    "falcon-mamba-procedure": ("h100", 1, "one 80 GB card, the published procedure"),
+    "quickstart": (None, 1, "any CPU, the tiny base"),
 }
-"""The card that a recipe is planned for, and what it is for."""
+"""The card that a recipe is planned for, how many of them, and what it is for."""
 
 
 def text() -> str:
@@ -40,7 +40,7 @@ def text() -> str:
     lines.append("\nMeasured: " + "; ".join(_where(name, made) for name, made in measured.items()) + ".")
     lines.append(
         "All else is planned for one of the cards named, by `mamba-sft plan RECIPE --card NAME`, and not "
-        "measured: memory of one card, time at most."
+        "measured: memory of one card, speed of all without what they send, time at most."
     )
     return "\n".join(lines)
 
@@ -50,26 +50,20 @@ def _base(recipe: Recipe) -> str:
     return weights[recipe.model.quantization]
 
 
-def _link(name: str) -> str:
-    return f"`{name}`"
-
-
 def _measured(name: str, made: dict[str, str]) -> str:
     cells = [made[key] for key in ("memory", "speed", "time", "loss", "exact_match")]
     base = _base(Recipe.load(name))
-    return (
-        f"| {_link(name)} | {CARDS[name][1]} | {base} | " + " | ".join(f"**{one}**" for one in cells) + " |"
-    )
+    return f"| `{name}` | {CARDS[name][2]} | {base} | " + " | ".join(f"**{one}**" for one in cells) + " |"
 
 
 def _planned(name: str) -> str:
     recipe = Recipe.load(name)
-    card, about = CARDS.get(name, ("h100", "one 80 GB card"))
+    card, count, about = CARDS.get(name, ("h100", 1, "one 80 GB card"))
     plan = make_plan(recipe, card)
-    speed = f"{plan.rate.tokens_per_second:,.0f} tokens/s" if plan.rate else ""
-    time = time_text(plan.seconds) if plan.seconds else "by the data"
+    speed = f"{count * plan.rate.tokens_per_second:,.0f} tokens/s" if plan.rate else ""
+    time = time_text(plan.seconds / count) if plan.seconds else "by the data"
     cells = [_base(recipe), size_text(plan.peak), speed, time, "", ""]
-    return f"| {_link(name)} | {about} | " + " | ".join(cells) + " |"
+    return f"| `{name}` | {about} | " + " | ".join(cells) + " |"
 
 
 def _where(name: str, made: dict[str, str]) -> str:
