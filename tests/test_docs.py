@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.main import get_command
 from typer.testing import CliRunner
 
+import mamba_sft
 from mamba_sft.cli.app import app
 from mamba_sft.planning.communication import Cluster
 from mamba_sft.planning.many import plan_many
 from mamba_sft.planning.plan import make_plan
+from mamba_sft.recipe.builtin import builtin_recipes
 from mamba_sft.recipe.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
@@ -78,7 +83,77 @@ def test_the_commands_of_the_page_are_ours(monkeypatch: pytest.MonkeyPatch) -> N
             assert result.exit_code == 0, result.output
 
 
-def test_links_lead_to_files() -> None:
-    for page in sorted((ROOT / "docs").glob("*.md")):
-        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
-            assert (page.parent / target).exists(), f"{page.name}: {target}"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def anchors_of(page: str) -> set[str]:
+    """What headings can be linked by: lower case, blanks as hyphens, as GitHub and the site make them."""
+    headings = re.findall(r"^#+ (.+)$", page, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", one.lower()).replace(" ", "-") for one in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files_and_headings(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^):]+)\)", text):
+        path, _, anchor = target.partition("#")
+        assert (page.parent / path).exists(), f"{page.name}: {target}"
+        if anchor:
+            linked = (page.parent / path).read_text(encoding="utf-8") if path else text
+            assert anchor in anchors_of(linked), f"{page.name}: {target}"
+
+
+def shown_commands(page: Path) -> list[str]:
+    text = page.read_text(encoding="utf-8")
+    blocks = re.findall(r"^```\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    lines = [line.removeprefix("$ ") for block in blocks for line in block.splitlines()]
+    lines += re.findall(r"(?<!`)`(mamba-sft [a-z][^`\n]*)`(?!`)", text)
+    return [
+        line.partition(" #")[0].replace("[", "").replace("]", "")
+        for line in lines
+        if line.startswith("mamba-sft ")
+    ]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_have_verbs_and_options_that_there_are(page: Path) -> None:
+    answered = "--lr 1e-4 --max-steps 20"  # shown with what is answered
+    for command in shown_commands(page):
+        if answered in command or page.name == "verbs.md":
+            continue
+        group, words = get_command(app), command.split()[1:]
+        while getattr(group, "commands", None) and words and not words[0].startswith("-"):
+            assert words[0] in group.commands, command
+            group, words = group.commands[words[0]], words[1:]
+        known = {name for param in group.params for name in (*param.opts, *param.secondary_opts)}
+        assert {word for word in words if re.match(r"--?[a-z]", word)} <= known | {"-h"}, command
+        recipes = [word for word in words[:1] if re.fullmatch(r"[a-z][a-z0-9-]+", word)]
+        if group.name in ("train", "plan", "data") and recipes:
+            assert recipes[0] in builtin_recipes(), command
+
+
+def test_the_readme_fits_and_has_the_two_commands() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(readme.splitlines()) <= 150
+    assert "\npip install -c constraints.txt -e . && mamba-sft train recipes/quickstart.yaml\n" in readme
+    tests = "<!-- test command -->\n```\npip install -c constraints.txt -e '.[test]' && pytest -n auto\n```\n"
+    assert tests in readme
+
+
+def test_all_pages_are_in_the_site() -> None:
+    """mkdocs' own check, without mkdocs: pages that a line of the menu waits for are commented there."""
+    menu = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:\n")[2]
+    listed = re.findall(r"^ *- ([\w-]+\.md)$", menu, re.MULTILINE)
+    assert sorted(listed) == [page.name for page in PAGES[1:]]
+
+
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs")
+    pytest.importorskip("mkdocstrings")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    api = (tmp_path / "site/api/index.html").read_text(encoding="utf-8")
+    for name in (*mamba_sft.__all__, "selective_scan"):
+        assert re.search(rf'id="[\w.]*\b{name}"', api), name
+    assert not (tmp_path / "site/computed").exists()

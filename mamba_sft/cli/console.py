@@ -144,12 +144,12 @@ def loading(libraries: str) -> Iterator[None]:
     Everything that can be told without them is told before.
     """
     if err.is_terminal:
-        err.print(f"loading {libraries} ...", style="dim", end="\r")
+        err.print(f"loading {libraries} ...", style="dim", end="")
     try:
         yield
     finally:
         if err.is_terminal:
-            err.control(Control((ControlType.ERASE_IN_LINE, 2)))
+            err.control(Control(ControlType.CARRIAGE_RETURN, (ControlType.ERASE_IN_LINE, 2)))
 
 
 def run_or_newest(run: str | None) -> Run:

@@ -5,22 +5,26 @@ from __future__ import annotations
 import logging
 import sys
 import textwrap
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.text import Text
 
-from mamba_sft.cli.console import Json, err, out
+from mamba_sft.cli.console import Json, err, loading, out, quiet_loading, write_json
 
 if TYPE_CHECKING:
     from mamba_sft.diagnostics.diagnosis import Diagnosis
     from mamba_sft.diagnostics.software import Finding
+    from mamba_sft.diagnostics.stock_tools import Claim
 
 MARKS = {"ok": ("✓", "ok", "green"), "note": ("!", "!!", "yellow"), "problem": ("✗", "XX", "bold red")}
 NAME_WIDTH, LEAST_WIDTH = 17, 40
 
 
 def doctor(
+    why: Annotated[
+        bool, typer.Option("--why", help="Show what stock tools get wrong on this model, here and now.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Say what will run here, and what would make it faster.
@@ -29,6 +33,9 @@ def doctor(
 
     Example: mamba-sft doctor
     """
+    if why:
+        _show_why(as_json)
+        return
     from mamba_sft.diagnostics.diagnosis import diagnose
 
     logging.getLogger("mamba_sft").setLevel(logging.ERROR)  # what the kernels would say is in the findings
@@ -42,6 +49,37 @@ def doctor(
         _show_diagnosis(diagnosis)
     if diagnosis.status == "problem":
         raise typer.Exit(1)
+
+
+def _show_why(as_json: bool) -> None:
+    with loading("torch, transformers and peft"):
+        from mamba_sft.diagnostics.stock_tools import claims
+
+    quiet_loading()
+    found = []
+    with err.status("trying stock tools on the tiny base"):  # seconds, and half a minute the first time
+        for claim in claims():
+            found.append(claim)
+            if not as_json:
+                out.print(_claim(claim))
+    if as_json:
+        write_json([claim.to_dict() for claim in found])
+    if not all(claim.kept for claim in found):
+        raise typer.Exit(1)
+
+
+def _claim(claim: Claim) -> Text:
+    """A claim and what was seen of it: a cross where it goes wrong, a tick where it does not."""
+    text = Text(f"{claim.title}\n", style="bold")
+    seen = (("stock", claim.stock, "problem" if claim.shown else "ok"), ("here", claim.ours, "ok"))
+    for name, words, status in seen:
+        mark, plain, style = MARKS["problem" if name == "here" and not claim.kept else status]
+        if not out.encoding.lower().startswith("utf"):
+            mark = plain
+        start = f"  {mark} {name:<6}"
+        text.append(start, style=style)
+        text.append(_wrapped(words, len(start)) + ("\n" if name == "stock" else ""), style="not bold")
+    return text
 
 
 def _show_diagnosis(diagnosis: Diagnosis) -> None:

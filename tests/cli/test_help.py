@@ -21,6 +21,7 @@ from mamba_sft.recipe.other_tools import FOREIGN_KEYS, UNWANTED_KEYS
 from mamba_sft.recipe.recipe import Recipe
 
 ROWS, COLUMNS = 24, 80
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 def verbs(command: Any = None, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -173,19 +174,20 @@ def test_the_fields_are_those_of_the_recipe() -> None:
     assert all(field.about for field in known.values())
 
 
-def test_the_readme_shows_an_answer() -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", ["verbs.md", "recipes.md"])
+def test_the_pages_show_an_answer(page: str) -> None:
+    text = (DOCS / page).read_text(encoding="utf-8")
     shown = r"^\$ mamba-sft (train .* --max-steps .*)\nerror: (.*)\nhint: (.*)$"
-    found = re.search(shown, readme, re.MULTILINE)
+    found = re.search(shown, text, re.MULTILINE)
     assert found
     error = CliRunner().invoke(app, shlex.split(found[1])).exception
     assert isinstance(error, UsageError)
     assert (error.message, error.hint) == (found[2], found[3])
 
 
-def test_the_readme_names_every_verb_and_its_options() -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    section = readme.partition("## Verbs\n```\n")[2].partition("```")[0]
+def test_the_page_of_verbs_names_each_and_its_options() -> None:
+    page = (DOCS / "verbs.md").read_text(encoding="utf-8")
+    section = page.partition("# Verbs\n\n```\n")[2].partition("```")[0]
     named = set()
     for line in section.splitlines():
         words = line.split()[1:]

@@ -19,9 +19,10 @@ from rich.text import Text
 from typer.testing import CliRunner
 
 from mamba_sft.cli import app as app_module
+from mamba_sft.cli import console
 from mamba_sft.cli import train as train_module
 from mamba_sft.cli.app import app
-from mamba_sft.cli.console import write_json
+from mamba_sft.cli.console import loading, write_json
 from mamba_sft.cli.lines import WarningList, WholeLine
 from mamba_sft.cli.printable import PrintableConsole, PrintableFormatter, printable
 from mamba_sft.errors import DataError, MambaSFTError, ModelError
@@ -186,3 +187,13 @@ def test_json_of_a_verb(capsys: pytest.CaptureFixture[str]) -> None:
     assert is_harmless(shown)
     assert '"ü"' in shown
     assert json.loads(shown) == {"path": ODD, "ü": "\u2028"}
+
+
+def test_a_line_that_goes_again_leaves_the_cursor_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A carriage return printed as text would be shown as one, and the next message begin behind it."""
+    file = io.StringIO()
+    terminal = PrintableConsole(file=file, force_terminal=True, color_system=None)
+    monkeypatch.setattr(console, "err", terminal)
+    with loading("torch"):
+        pass
+    assert file.getvalue() == "loading torch ...\r\x1b[2K"

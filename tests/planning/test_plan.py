@@ -255,12 +255,12 @@ def test_the_verb_prints_json() -> None:
 
 
 @pytest.mark.parametrize("words", [["instruct-t4", "--card", "t4"], ["long-context", "--card", "4090"]])
-def test_the_readme_shows_the_plans(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page_shows_the_plans(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mamba_sft.cli.plan.out.width", 90, raising=False)
     shown = CliRunner().invoke(app, ["plan", *words]).stdout
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs/choosing-a-card.md").read_text(encoding="utf-8")
     command = f"$ mamba-sft plan {' '.join(words)}"
-    assert "\n".join([command, *(line.rstrip() for line in shown.splitlines())]) in readme
+    assert "\n".join([command, *(line.rstrip() for line in shown.splitlines())]) in page
 
 
 def test_all_weights_of_the_7b_do_not_fit_80_gb_and_what_does_is_named() -> None:
