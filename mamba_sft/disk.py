@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from mamba_sft.errors import MambaSFTError
 from mamba_sft.wording import size_text
@@ -29,6 +30,7 @@ _MAKE_ROOM = "free some space, or give a directory on another disk with `--outpu
 _ANOTHER = "give another directory with `--output`"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What a system answers where there is a place but no more room in it."""
+_LONGEST_NAME = 255
 _REASONS = {
     errno.EDQUOT: "your quota on its disk is used up",
     errno.EFBIG: "a file may not become that large there (see `ulimit -f`)",
@@ -281,3 +283,13 @@ def _lacks_inodes(place: Path) -> bool:
         return False
     found = os.statvfs(nearest_directory(place))
     return found.f_files > 0 and found.f_favail < _FILES
+
+
+def is_file_name(name: Any) -> bool:
+    """Returns whether a value names a file of a directory, and none elsewhere.
+
+    A link is a file of the directory, wherever it leads: the hub's cache consists of links, and who can make
+    one here can read what it leads to. An index is text that anybody may have written.
+    """
+    plain = isinstance(name, str) and name.isprintable() and not set(name) & set("/\\:")
+    return plain and name not in ("", ".", "..") and len(name.encode()) <= _LONGEST_NAME

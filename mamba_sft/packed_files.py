@@ -21,10 +21,20 @@ def _open_zstandard(path: Path) -> IO[bytes]:
     return cast(IO[bytes], io.BufferedReader(pa.input_stream(str(path), compression="zstd")))
 
 
+def _open_xz(path: Path) -> IO[bytes]:
+    """Opens an xz file, once its header is known not to ask for more memory than any real one does."""
+    with path.open("rb") as file:
+        lzma.LZMADecompressor(memlimit=_XZ_MEMORY).decompress(file.read(1024), max_length=1)
+    return cast(IO[bytes], lzma.LZMAFile(path))
+
+
+_XZ_MEMORY = 1 << 30
+"""Bytes that unpacking may take: `xz -9` needs 65 MiB, and a header can ask for 4 GiB."""
+
 _PACKED: dict[str, Callable[[Path], IO[bytes]]] = {
     ".gz": lambda path: cast(IO[bytes], GzipFile(path)),
     ".bz2": BZ2File,
-    ".xz": lzma.LZMAFile,
+    ".xz": _open_xz,
     ".zst": _open_zstandard,
 }
 PACKED = tuple(_PACKED)

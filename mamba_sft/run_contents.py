@@ -15,7 +15,7 @@ from glob import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mamba_sft.disk import PROBE
+from mamba_sft.disk import PROBE, is_file_name
 from mamba_sft.errors import UsageError
 from mamba_sft.run import (
     ADAPTER_CONFIG,
@@ -29,7 +29,6 @@ from mamba_sft.run import (
     final_name,
     write_atomically,
 )
-from mamba_sft.run_reading import is_plain_name
 
 MODEL_FILES = (
     "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json",
@@ -142,7 +141,7 @@ def _written(run: Run) -> list[tuple[str, ...]]:
         run.export / "Modelfile.*",
     ]  # fmt: skip
     exported = _read_json(run.quality).get("files")  # other GGUF files in there may be anybody's
-    names = [name for name in exported if is_plain_name(name)] if isinstance(exported, dict) else []
+    names = [name for name in exported if is_file_name(name)] if isinstance(exported, dict) else []
     paths += [run.export / escape(name) for name in names if name.endswith(".gguf")]
     paths += [place / name for place in (*models, points) for name in MODEL_FILES]
     paths += [points / name for name in RESUME_FILES]

@@ -10,6 +10,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from mamba_sft.disk import is_file_name
 from mamba_sft.json_lines import parse_json
 from mamba_sft.wording import shown
 
@@ -37,16 +38,11 @@ def read_quality(path: Path) -> dict[str, dict[str, Any]]:
     """Returns what `quality.json` says of each exported file beside it, without what no export writes."""
     files = read_object(path).get("files", {})
     entries: dict[str, Any] = files if isinstance(files, dict) else {shown(str(files)): None}
-    good = {name: entry for name, entry in entries.items() if is_plain_name(name) and _is_measured(entry)}
+    good = {name: entry for name, entry in entries.items() if is_file_name(name) and _is_measured(entry)}
     odd = [shown(name) for name in entries if name not in good]
     if odd:
         logger.warning("`%s` has what no export writes, which is left out: %s", path, ", ".join(odd[:5]))
     return good
-
-
-def is_plain_name(name: str) -> bool:
-    """Returns whether a name that was read from a file is one of a file in the same directory."""
-    return name not in ("", ".", "..") and not any(sign in name for sign in "/\\\0")
 
 
 def is_data_record(found: dict[str, Any]) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from mamba_sft.disk import is_file_name
 from mamba_sft.evaluation.prompts import read_samples, read_step_samples
 from mamba_sft.exporting.gguf.files import record_quality
 from mamba_sft.exporting.hub.card import _environment, _quantizations, _results
@@ -16,7 +17,7 @@ from mamba_sft.planning.speed import measured
 from mamba_sft.run import Run, write_atomically
 from mamba_sft.run_contents import mark, strangers
 from mamba_sft.run_lock import Holder
-from mamba_sft.run_reading import is_plain_name, read_object, read_quality
+from mamba_sft.run_reading import read_object, read_quality
 from mamba_sft.training.resume_points import MANIFEST, STATE, fault_of
 from mamba_sft.training.resuming import _is_finished
 
@@ -79,7 +80,7 @@ def test_a_record_of_the_data_with_other_values(run: Run, record: dict[str, Any]
 def test_names_lead_nowhere_else(run: Run, tmp_path: Path) -> None:
     (tmp_path / "out.gguf").write_bytes(b"abc")
     names = ("../../out.gguf", str(tmp_path / "out.gguf"), "..", "hf/../../x", "\0")
-    assert not any(map(is_plain_name, names))
+    assert not any(map(is_file_name, names))
     run.quality.write_text(json.dumps({"files": dict.fromkeys((*names, "own.gguf"), GOOD)}))
     assert list(read_quality(run.quality)) == ["own.gguf"]
     assert list(_quantizations(run)) == []

@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from mamba_sft.planning.plan import Plan
     from mamba_sft.recipe.recipe import Recipe
 
-WIDTHS = (7, 18, 10, 17, 8)
-
 
 def plan_asked(
     recipe: Recipe, made: Plan, processes: int | None, nodes: int | None, link: float | None
@@ -44,31 +42,27 @@ def many_lines(many: ManyPlan) -> Iterator[tuple[str, str]]:
     steps = "steps: known when the data is here" if many.steps is None else f"{many.steps:,} steps"
     yield "", f"{many.tokens_per_step:,} tokens a step over all; {steps}"
     known = any(shared.seconds is not None for shared in many.shared)
-    yield (
-        "",
-        _row("", "memory of each", "sent", "adding at most", "a step", "in all" if known else "1M tokens"),
-    )
-    for shared in many.shared:
-        yield "", _shared(shared, many.tokens_per_step)
+    head = ("", "memory of each", "sent", "adding at most", "a step", "in all" if known else "1M tokens")
+    rows = [head, *(_shared(shared, many.tokens_per_step) for shared in many.shared)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        yield "", " ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
 
 
-def _shared(shared: Shared, tokens: int) -> str:
+def _shared(shared: Shared, tokens: int) -> tuple[str, ...]:
     step, whole = shared.step, shared.seconds
     if step is not None and whole is None:
         whole = step * 1e6 / tokens
-    return _row(
+    least = shared.peak if shared.fits or shared.peak >= shared.loaded else shared.loaded
+    loads = " to load" if least != shared.peak else ""
+    return (
         shared.mode,
-        size_text(shared.peak) + ("" if shared.fits else ", too much"),
+        size_text(least) + loads + ("" if shared.fits else ", too much"),
         size_text(shared.traffic.sent),
         _seconds(shared.communication) + (f" ({shared.communication / step:.1%})" if step else ""),
         _seconds(step) if step is not None else "unknown",
         time_text(whole) if whole is not None else "unknown",
     )
-
-
-def _row(*cells: str) -> str:
-    padded = [f"{cell:<{width}}" for cell, width in zip(cells, WIDTHS, strict=False)]
-    return "".join((*padded, cells[-1])).rstrip()
 
 
 def _seconds(seconds: float) -> str:

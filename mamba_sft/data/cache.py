@@ -6,7 +6,9 @@ other files, another tokenizer, template or recipe have another name. It appears
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -19,10 +21,15 @@ from filelock import FileLock
 from mamba_sft.errors import DataError
 from mamba_sft.model.checksums import new_digest
 from mamba_sft.run import atomic_directory, final_name, write_atomically
+from mamba_sft.run_reading import read_object
+
+logger = logging.getLogger(__name__)
 
 PLACE = "MAMBA_SFT_CACHE"
 """The environment variable that says where else than under `~/.cache/mamba-sft` things are kept."""
 _FACTS = "facts.json"
+_DIGESTED = 4 << 30
+"""Bytes up to which a file is read to know that it is whole: a second or two, from memory or a fast disk."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +70,8 @@ def key_of(parts: Mapping[str, Any]) -> str:
 def made_once(key: str, make: Callable[[Path], Mapping[str, Any]]) -> Path:
     """Returns the directory of an entry; calls `make` if it is not there yet.
 
-    Two processes that want the same entry at once wait for each other: one makes it, both read it.
+    Two processes that want the same entry at once wait for each other: one makes it, both read it. An entry
+    whose files are no longer what was written is made again: rows are made anew sooner than looked for.
 
     Args:
         key: From `key_of`.
@@ -77,10 +85,14 @@ def made_once(key: str, make: Callable[[Path], Mapping[str, Any]]) -> Path:
     try:
         root.mkdir(parents=True, exist_ok=True)
         with _lock(key):
-            if not (entry / _FACTS).is_file():
+            if entry.is_dir() and (fault := _fault_of(entry)):
+                logger.warning("prepared rows in `%s` are damaged: %s; they are prepared again", entry, fault)
+                shutil.rmtree(entry)
+            if not entry.is_dir():
                 with atomic_directory(entry) as partial:
                     facts = make(partial)
-                    write_atomically(partial / _FACTS, json.dumps(dict(facts)) + "\n")
+                    files = {file.name: _identity(file) for file in sorted(partial.iterdir())}
+                    write_atomically(partial / _FACTS, json.dumps({**facts, "files": files}) + "\n")
             os.utime(entry / _FACTS)
     except OSError as error:
         raise DataError(
@@ -93,10 +105,11 @@ def made_once(key: str, make: Callable[[Path], Mapping[str, Any]]) -> Path:
 def entries() -> list[Entry]:
     """Returns what is kept, the last used first."""
     found = []
-    for facts in cache_root().glob(f"*/{_FACTS}"):
-        content = json.loads(facts.read_text(encoding="utf-8"))
-        nbytes = sum(file.stat().st_size for file in facts.parent.iterdir())
-        found.append(Entry(facts.parent, nbytes=nbytes, used=facts.stat().st_mtime, **content))
+    for path in cache_root().glob(f"*/{_FACTS}"):
+        facts = _facts(path.parent) or {"sources": ["damaged"], "rows": 0, "tokens": 0}
+        nbytes = sum(file.stat().st_size for file in path.parent.iterdir())
+        known = {name: facts[name] for name in ("sources", "rows", "tokens")}
+        found.append(Entry(path.parent, nbytes=nbytes, used=path.stat().st_mtime, **known))
     return sorted(found, key=lambda entry: entry.used, reverse=True)
 
 
@@ -113,6 +126,37 @@ def clear() -> list[Entry]:
             if path.exists():
                 shutil.rmtree(path)
     return gone
+
+
+def _facts(entry: Path) -> dict[str, Any] | None:
+    """What was written down of an entry; None where that cannot be read."""
+    facts = read_object(entry / _FACTS) or {}
+    kinds = {"sources": list, "rows": int, "tokens": int, "files": dict}
+    whole = all(isinstance(facts.get(name), kind) for name, kind in kinds.items())
+    return facts if whole else None
+
+
+def _fault_of(entry: Path) -> str | None:
+    """What of an entry is not as it was written. Mapping a file that was cut ends the process."""
+    facts = _facts(entry)
+    if facts is None:
+        return f"`{_FACTS}` cannot be read"
+    for name, written in facts["files"].items():
+        file = entry / str(name)
+        if not file.is_file():
+            return f"`{name}` is missing"
+        if _identity(file) != written:
+            return f"`{name}` is not what was written"
+    return None
+
+
+def _identity(file: Path) -> list[Any]:
+    """Size and digest of a file; its size alone where reading it would take a start longer than seconds."""
+    size = file.stat().st_size
+    if size > _DIGESTED:
+        return [size, None]
+    with file.open("rb") as stream:
+        return [size, hashlib.file_digest(stream, new_digest).hexdigest()]
 
 
 def _lock(key: str) -> FileLock:

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 3
+FORMAT = 4
 """Version of what is kept: raised when the same recipe and files would give other rows."""
 _ANNOUNCED = 50_000
 """Rows after which a long read says that it is alive."""

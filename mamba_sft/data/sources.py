@@ -119,6 +119,8 @@ def _places(source: SourceSection) -> list[Path] | None:
 
 def _read_directory(source: SourceSection, path: Path) -> Iterator[Row]:
     _check_kinds(path)
+    for file in sorted(path.rglob("*.arrow")) if not _is_saved(path) else ():
+        _check_arrow(file)
     return _read_hub(source, str(path))
 
 
@@ -133,6 +135,21 @@ def _check_kinds(path: Path) -> None:
         raise DataError(
             f"`{path}` holds files of several kinds: {found}", hint=f"name those you mean: {globs}"
         )
+
+
+def _check_arrow(path: Path) -> None:
+    """Refuses an Arrow file with a wrong offset: `datasets` maps it, and reading it ends the process."""
+    import pyarrow as pa
+
+    try:
+        with pa.memory_map(str(path)) as file:
+            try:
+                table = pa.ipc.open_stream(file).read_all()
+            except pa.ArrowInvalid:
+                table = pa.ipc.open_file(file).read_all()
+            table.validate(full=True)
+    except (pa.ArrowException, ValueError, OSError) as error:
+        raise DataError(f"`{path}` is not a readable Arrow file: {error}") from error
 
 
 def _is_saved(path: Path) -> bool:

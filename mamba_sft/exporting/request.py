@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mamba_sft.disk import check_writable
+from mamba_sft.disk import check_writable, is_file_name
 from mamba_sft.errors import ExportError, UsageError
-from mamba_sft.model.checkpoint import is_file_name
 from mamba_sft.run import check_output
 
 if TYPE_CHECKING:

@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from mamba_sft.disk import is_file_name
 from mamba_sft.errors import ModelError
 from mamba_sft.model.tensor_headers import TensorEntry, read_header
 from mamba_sft.recipe.builtin import bundled_root, find_path
@@ -26,7 +27,6 @@ _WEIGHT_FILES = ["*.safetensors"]
 # Config fields that saving a model again changes while the model stays the same.
 _INCIDENTAL = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
 _PROBES = 8
-_LONGEST_NAME = 255
 """Bytes, on all common file systems."""
 _PROBE_BYTES = 64
 
@@ -44,16 +44,6 @@ def is_hub_id(text: str) -> bool:
     except HFValidationError:
         return False
     return True
-
-
-def is_file_name(name: Any) -> bool:
-    """Returns whether a value names a file of a directory, and none elsewhere.
-
-    A link is a file of the directory, wherever it leads: the hub's cache consists of links, and who can make
-    one here can read what it leads to. An index is text that anybody may have written.
-    """
-    plain = isinstance(name, str) and name.isprintable() and not set(name) & set("/\\:")
-    return plain and name not in ("", ".", "..") and len(name.encode()) <= _LONGEST_NAME
 
 
 def resolve_base(base: str, revision: str | None = None, *, weights: bool = True) -> Path:

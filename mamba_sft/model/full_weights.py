@@ -8,7 +8,7 @@ what is written at the end is rounded to it, once.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import copy
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,11 +16,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mamba_sft.model.adapter import save_adapter, save_tokenizer
-from mamba_sft.model.checkpoint import INDEX_NAME, SINGLE_NAME, base_fingerprint, resolve_base
+from mamba_sft.errors import ModelError
+from mamba_sft.model.adapter import own_gradient, save_adapter, save_tokenizer
+from mamba_sft.model.checkpoint import (
+    INDEX_NAME,
+    SINGLE_NAME,
+    base_fingerprint,
+    read_tensors,
+    resolve_base,
+)
 from mamba_sft.model.checksums import new_digest
 from mamba_sft.model.loading import resolve_dtype
-from mamba_sft.model.tensor_files import DTYPES, Layout, as_bytes, row_blocks, write_shard
+from mamba_sft.model.shards import part_of, whole
+from mamba_sft.model.tensor_files import DTYPES, Layout, as_bytes, read_rows, row_blocks, write_shard
 from mamba_sft.run import MODEL_FACTS
 
 if TYPE_CHECKING:
@@ -81,18 +89,62 @@ def is_undecayed(name: str) -> bool:
     return parts[-1] in ("A_log", "D", "bias") or any("norm" in part for part in parts)
 
 
-def dead_weights(model: Any) -> list[str]:
+def dead_weights(
+    model: Any, gradient_of: Callable[[torch.Tensor], torch.Tensor | None] = own_gradient
+) -> list[str]:
     """Returns the names of the trainable weights that the last backward did not reach.
 
     Args:
         model: After a backward, before the gradients are cleared.
+        gradient_of: Returns a parameter's whole gradient, or None where it has none. One is held at a time.
     """
-    trained = {name: p.grad for name, p in model.named_parameters() if p.requires_grad and p.numel()}
-    reached = [gradient for gradient in trained.values() if gradient is not None]
-    found = iter(
-        torch.stack([gradient.any() for gradient in reached]).tolist() if reached else []
-    )  # waits once
-    return [name for name, gradient in trained.items() if gradient is None or not next(found)]
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad and p.numel()}
+    reached = {
+        name: gradient.any() for name, p in trained.items() if (gradient := gradient_of(p)) is not None
+    }
+    found = torch.stack(list(reached.values())).tolist() if reached else []  # waits once
+    alive = dict(zip(reached, found, strict=True))
+    return [name for name in trained if not alive.get(name)]
+
+
+def whole_weights(model: Any, dtype: torch.dtype, *, keep: bool) -> dict[str, torch.Tensor]:
+    """Returns the weights of a model that processes hold in parts, by name, in host memory.
+
+    All of them ask for it together, and one weight at a time is whole on their GPUs.
+
+    Args:
+        model: Sharded.
+        dtype: What they are rounded to.
+        keep: Whether this process wants them; else it only helps, and gets nothing.
+    """
+    kept = {}
+    for name, tensor in model.state_dict().items():
+        together = whole(tensor.detach())
+        if keep:
+            kept[name] = together.to(dtype).cpu()
+    return kept
+
+
+def load_weights(model: Any, directory: str | Path) -> None:
+    """Gives a model the weights of a checkpoint, in place; one that is sharded takes its parts of them.
+
+    Args:
+        model: Of the checkpoint's shape.
+        directory: The checkpoint.
+
+    Raises:
+        ModelError: The checkpoint is broken, or of another model.
+    """
+    entries, own = read_tensors(Path(directory)), dict(model.state_dict())
+    odd = [
+        *(set(entries) ^ set(own)),
+        *(name for name in entries if name in own and tuple(own[name].shape) != tuple(entries[name].shape)),
+    ]
+    if odd:
+        raise ModelError(f"the checkpoint in `{directory}` is of another model: `{sorted(odd)[0]}`")
+    with torch.no_grad():
+        for name, entry in entries.items():
+            own[name].copy_(part_of(read_rows(entry).to(own[name].dtype), own[name]))
 
 
 def save_trained(
@@ -107,10 +159,17 @@ def save_trained(
     if hasattr(model, "peft_config"):
         save_adapter(model, directory, section=section, setup=setup, weights=weights)
     else:
-        save_model(model, directory, section=section, setup=setup)
+        save_model(model, directory, section=section, setup=setup, weights=weights)
 
 
-def save_model(model: Any, directory: Path, *, section: ModelSection, setup: TemplateSetup) -> None:
+def save_model(
+    model: Any,
+    directory: Path,
+    *,
+    section: ModelSection,
+    setup: TemplateSetup,
+    weights: dict[str, torch.Tensor] | None = None,
+) -> None:
     """Writes a model as a checkpoint that `transformers` loads, in the number format of the recipe.
 
     Args:
@@ -118,10 +177,11 @@ def save_model(model: Any, directory: Path, *, section: ModelSection, setup: Tem
         directory: Where to; made if absent.
         section: The base it began as; its `dtype` is what is written.
         setup: The tokenizer and special tokens it was trained with.
+        weights: From `whole_weights`, where one process writes what several hold.
     """
     directory.mkdir(parents=True, exist_ok=True)
     dtype = resolve_dtype(section, model.device)
-    tensors = dict(model.state_dict())
+    tensors = dict(model.state_dict() if weights is None else weights)
     if model.config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)
     checksums: dict[str, str] = {}

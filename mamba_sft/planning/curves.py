@@ -10,6 +10,7 @@ import numpy as np
 from mamba_sft.errors import UsageError
 from mamba_sft.planning.course import Course
 from mamba_sft.planning.extent import sizes_without_rows
+from mamba_sft.planning.mixture import last_step
 from mamba_sft.planning.schedule import learning_rates
 from mamba_sft.recipe.recipe import Recipe
 
@@ -81,7 +82,7 @@ def _lengths_without_rows(recipe: Recipe) -> np.ndarray:
     lengths = np.full(steps, longest, dtype=np.int64)
     start = 0
     for stage in recipe.train.stages or []:
-        end = steps if stage.until is None else round(stage.until * steps)
+        end = last_step(stage, steps)
         lengths[start:end] = stage.max_length or longest
         start = end
     return lengths

@@ -12,7 +12,8 @@ from mamba_sft.model.shape import find_shape
 from mamba_sft.planning.environment import describe_device
 from mamba_sft.planning.extent import settled_accumulation
 from mamba_sft.planning.gpus import Accelerator, recognized
-from mamba_sft.planning.memory import Policy, Work, peak, planned_parts, with_length
+from mamba_sft.planning.memory import Policy, Work, peak, planned_parts, weights, with_length
+from mamba_sft.planning.sharing import shared_parts
 from mamba_sft.planning.speed import estimate
 from mamba_sft.recipe.fields import AdapterSection
 from mamba_sft.recipe.recipe import Recipe
@@ -154,7 +155,7 @@ def advice(found: list[Fix]) -> str:
     return f"{'add' if found else 'take'} " + ", or ".join(ways)
 
 
-def refuse_what_cannot_fit(recipe: Recipe, *, longest: int, trained_rows: int) -> None:
+def refuse_what_cannot_fit(recipe: Recipe, *, longest: int, trained_rows: int, processes: int = 1) -> None:
     """Checks a run against the memory of the device it would train on, before weights are loaded.
 
     With `train.auto_batch` a micro-batch may be run row by row, so one row has to fit. The reference backend
@@ -164,6 +165,7 @@ def refuse_what_cannot_fit(recipe: Recipe, *, longest: int, trained_rows: int) -
         recipe: What would be trained.
         longest: Tokens of the longest row.
         trained_rows: Rows of the vocabulary that are trained.
+        processes: How many train together. Where they cut the model in parts, each has loaded all of it.
 
     Raises:
         TrainingError: The plan exceeds the memory by more than it can be off.
@@ -175,7 +177,8 @@ def refuse_what_cannot_fit(recipe: Recipe, *, longest: int, trained_rows: int) -
     shape, _ = find_shape(recipe.model)
     work = Work.of(recipe, shape, accelerator, length=longest, trained_rows=trained_rows)
     least = replace(work, rows=1) if recipe.train.auto_batch else work
-    planned = peak(planned_parts(least))
+    shared = shared_parts(recipe.train.parallel, planned_parts(least), least, processes)
+    planned = max(peak(shared), weights(least))
     if planned <= usable:
         return
     what = f"this run needs {size_text(planned)} by plan, and {accelerator.name} has {size_text(usable)}"

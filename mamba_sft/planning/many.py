@@ -8,7 +8,6 @@ from typing import Any
 
 from mamba_sft.errors import UsageError
 from mamba_sft.planning.communication import (
-    GRADIENT_BYTES,
     MODES,
     Cluster,
     Links,
@@ -17,8 +16,9 @@ from mamba_sft.planning.communication import (
     step_traffic,
 )
 from mamba_sft.planning.extent import run_length
-from mamba_sft.planning.memory import Part, Work, peak, weights
+from mamba_sft.planning.memory import peak, weights
 from mamba_sft.planning.plan import Plan
+from mamba_sft.planning.sharing import shared_parts
 from mamba_sft.recipe.recipe import Recipe
 
 
@@ -28,8 +28,9 @@ class Shared:
 
     Args:
         mode: Which.
-        peak: Bytes of each process, at most.
-        fits: Whether its GPU has them.
+        peak: Bytes of each process, at most, while it trains.
+        loaded: Bytes of the whole base, which each process loads before it is shared.
+        fits: Whether its GPU has both.
         traffic: What a process sends in an optimizer step.
         communication: Seconds of a step that it takes, at most: when none is hidden.
         step: Seconds of an optimizer step, None where the speed of the GPU is not known.
@@ -38,6 +39,7 @@ class Shared:
 
     mode: Mode
     peak: int
+    loaded: int
     fits: bool
     traffic: Traffic
     communication: float
@@ -102,7 +104,7 @@ def plan_many(recipe: Recipe, made: Plan, cluster: Cluster) -> ManyPlan:
     computing = None
     if made.rate is not None:
         computing = per_step / cluster.total / made.rate.tokens_per_second
-    shared = []
+    shared, loaded = [], weights(work)
     for mode in MODES:
         most = peak(shared_parts(mode, made.parts, work, cluster.total))
         traffic = step_traffic(mode, work, cluster.total, accumulation)
@@ -112,7 +114,8 @@ def plan_many(recipe: Recipe, made: Plan, cluster: Cluster) -> ManyPlan:
             Shared(
                 mode=mode,
                 peak=most,
-                fits=most <= made.accelerator.usable_bytes,
+                loaded=loaded,
+                fits=max(most, loaded) <= made.accelerator.usable_bytes,
                 traffic=traffic,
                 communication=communication,
                 step=step,
@@ -120,36 +123,3 @@ def plan_many(recipe: Recipe, made: Plan, cluster: Cluster) -> ManyPlan:
             )
         )
     return ManyPlan(cluster, links, per_step, accumulation, steps, shared)
-
-
-def shared_parts(mode: Mode, parts: dict[Part, int], work: Work, processes: int) -> dict[Part, int]:
-    """Returns the memory of each process, given that of one alone.
-
-    ddp holds everything, and the gradients once more, in the buckets it sends. fsdp splits weights, adapter,
-    gradients and optimizer state, and holds whole what is outside of the layers, and two of the layers: one
-    at work and one on its way. zero2 splits gradients and optimizer state, and holds one set of gradients
-    whole while they are sent. What the forward keeps is each process's own in all of them.
-
-    Args:
-        mode: How the processes share the work.
-        parts: From `planned_parts`.
-        work: A micro-batch of one of them.
-        processes: All of them.
-    """
-    if processes == 1:
-        return parts
-    found, gradients = dict(parts), GRADIENT_BYTES * work.trained
-    if mode == "ddp":
-        found["gradients"] += gradients
-        return found
-    for name in ("gradients", "optimizer"):
-        found[name] = -(-parts[name] // processes)  # type: ignore[index, literal-required]
-    if mode == "zero2":
-        found["gradients"] += gradients
-        return found
-    found["adapter"] = -(-parts["adapter"] // processes)
-    whole, shape = weights(work), work.shape
-    outside = min(whole, shape.matrix * (1 if shape.tied else 2) * work.itemsize)
-    layer = (whole - outside) // shape.layers
-    found["weights"] = min(whole, -(-whole // processes) + outside + 2 * layer)
-    return found

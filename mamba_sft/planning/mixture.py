@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -87,6 +88,11 @@ def plan_mixture(recipe: Recipe, pieces: Pieces, *, processes: int = 1) -> Mixtu
     return _Planner(recipe, pieces, processes).plan()
 
 
+def last_step(section: StageSection, steps: int) -> int:
+    """Returns the step that a stage ends with in a run of so many steps."""
+    return steps if section.until is None else round(section.until * steps)
+
+
 class _Planner:
     """Takes steps, one after the other, and keeps what they took."""
 
@@ -123,9 +129,9 @@ class _Planner:
 
     def _is_over(self, section: StageSection) -> bool:
         """Whether the run has come to where a stage ends."""
-        share = 1.0 if section.until is None else section.until
         if self.recipe.train.max_steps > 0:
-            return len(self.tokens) >= round(share * self.recipe.train.max_steps)
+            return len(self.tokens) >= last_step(section, self.recipe.train.max_steps)
+        share = 1.0 if section.until is None else section.until
         return self.read >= share * self.recipe.train.num_train_epochs * self.all_tokens
 
     def _take_stage(self, number: int, section: StageSection) -> Stage:
@@ -186,33 +192,34 @@ class _Packer:
         self.dealt = dealt
         self.longest = longest if planner.recipe.data.packing else None
         self.rng = rng
-        self.ready: list[list[int]] = []
+        self.seen: list[int] = []  # every row as it was dealt
+        self.ready: list[list[int]] = []  # packed rows: which of those are in each
 
     def take(self, count: int) -> list[list[int]]:
         """Returns so many packed rows, or fewer where no more are dealt."""
         while len(self.ready) < count and (window := self._window(count - len(self.ready))):
             self.ready += self._pack(window)
         taken, self.ready = self.ready[:count], self.ready[count:]
-        return taken
+        return [[self.seen[row] for row in rows] for rows in taken]
 
     def put_back(self) -> None:
-        """Gives rows back that were packed and not taken."""
-        self.planner.dealer.put_back(sorted(piece for rows in self.ready for piece in rows))
+        """Gives rows back that were packed and not taken, in the order in which they were dealt."""
+        self.planner.dealer.put_back([self.seen[row] for row in sorted(chain(*self.ready))])
         self.ready = []
 
-    def _window(self, missing: int) -> list[int]:
-        lengths, window, tokens = self.planner.pieces.length, [], 0
+    def _window(self, missing: int) -> range:
+        lengths, first, tokens = self.planner.pieces.length, len(self.seen), 0
         for piece in self.dealt:
-            window.append(piece)
+            self.seen.append(piece)
             tokens += int(lengths[piece])
-            if self.longest is None and len(window) == missing:
+            if self.longest is None and len(self.seen) - first == missing:
                 break
             if self.longest is not None and tokens >= WINDOW * self.longest:
                 break
-        return window
+        return range(first, len(self.seen))
 
-    def _pack(self, window: list[int]) -> list[list[int]]:
+    def _pack(self, window: range) -> list[list[int]]:
         if self.longest is None:
-            return [[piece] for piece in window]
-        lengths = self.planner.pieces.length[window]
+            return [[row] for row in window]
+        lengths = self.planner.pieces.length[self.seen[window.start : window.stop]]
         return [[window[row] for row in rows] for rows in assign_bins(lengths, self.longest, self.rng)]

@@ -247,10 +247,6 @@ def _parallel_conflicts(
 ) -> Iterator[Problem]:
     if train.parallel == "ddp":
         return
-    if adapter is None:
-        text = "shards runs of an adapter only so far; take `ddp`, whose every GPU holds the whole model"
-        yield Problem(("train", "parallel"), text, (("adapter",),))
-        return
     found: dict[tuple[str, ...], str] = {}
     whole_model = ("stream_tokens", "carry_state", "auto_batch")
     found |= {("train", name): _IN_STEP for name in whole_model if getattr(train, name)}
@@ -263,12 +259,13 @@ def _parallel_conflicts(
 
 
 def _fsdp_faults(
-    model: ModelSection, adapter: AdapterSection, train: TrainSection
+    model: ModelSection, adapter: AdapterSection | None, train: TrainSection
 ) -> dict[tuple[str, ...], str]:
     found: dict[tuple[str, ...], str] = {}
     if model.quantization == "int8":
         found["model", "quantization"] = "bitsandbytes keeps the scales of int8 weights beside them"
-    if model.quantization == "nf4" and adapter.use_dora and train.checkpointing == "mamba":
+    dora = adapter is not None and adapter.use_dora
+    if model.quantization == "nf4" and dora and train.checkpointing == "mamba":
         found["train", "checkpointing"] = "DoRA would read a 4-bit weight that nobody has unpacked"
     for name in ("loss_type", "label_smoothing_factor"):
         value = train.trainer_arguments.get(name)

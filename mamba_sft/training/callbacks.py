@@ -117,7 +117,9 @@ class AdapterWatch(TrainerCallback):
             return
         self.checked += 1
         adapted = hasattr(model, "peft_config")
-        found = set(dead_adapters(model, self.gradient_of) if adapted else dead_weights(model))
+        found = set(
+            dead_adapters(model, self.gradient_of) if adapted else dead_weights(model, self.gradient_of)
+        )
         dead = sorted(self.suspects & found)
         self.suspects |= found
         if dead:

@@ -36,8 +36,8 @@ from mamba_sft.model.adapter import (
 )
 from mamba_sft.model.chat_template import TemplateSetup, render
 from mamba_sft.model.checkpoint import base_fingerprint, resolve_base
-from mamba_sft.model.full_weights import in_float32, save_trained, train_all_weights
-from mamba_sft.model.loading import apply_setup, load_model, recommend_sampling
+from mamba_sft.model.full_weights import in_float32, save_trained, train_all_weights, whole_weights
+from mamba_sft.model.loading import apply_setup, load_model, recommend_sampling, resolve_dtype
 from mamba_sft.model.shards import held_bytes, is_sharded
 from mamba_sft.planning.course import Course
 from mamba_sft.planning.environment import describe_call, describe_device, describe_environment
@@ -166,7 +166,12 @@ def prepare_checked(checked: Checked, *, allow_changed_data: bool = False) -> Pr
     settled = settle(recipe, data, processes=_processes_at_start(checked, processes.num_processes))
     recipe, data, course, length = settled.recipe, settled.data, settled.course, settled.length
     longest = int(settled.lengths.max(initial=0))
-    refuse_what_cannot_fit(recipe, longest=longest, trained_rows=len(setup.trained_token_ids))
+    refuse_what_cannot_fit(
+        recipe,
+        longest=longest,
+        trained_rows=len(setup.trained_token_ids),
+        processes=processes.num_processes,
+    )
     trained = trained_values(recipe, trained_rows=len(setup.trained_token_ids))
     if processes.is_main_process:
         validates = data.validation_rows is not None
@@ -299,13 +304,23 @@ def _train(
         interruption.where = "stopped after training, before all was written"
         _refuse_unchanged(trainer, start, recipe.trains)
         after = _answer(preparation, trainer, "after")
-        weights = adapter_weights(trainer.model) if recipe.adapter is not None else None
+        weights = _whole_weights(preparation, trainer)
         held = gather_object([held_bytes(trainer.model)])
         if trainer.is_world_process_zero():
             _save(preparation, trainer, Result(weights, before, after, held), ask)
     report.finish()
     trainer.accelerator.wait_for_everyone()
     return run
+
+
+def _whole_weights(preparation: Preparation, trainer: Trainer) -> dict[str, torch.Tensor] | None:
+    """What was trained, for the process that writes it; None where each process has it anyway."""
+    if preparation.recipe.adapter is not None:
+        return adapter_weights(trainer.model)
+    if not is_sharded(trainer.model):
+        return None
+    dtype = resolve_dtype(preparation.recipe.model, trainer.model.device)
+    return whole_weights(trainer.model, dtype, keep=trainer.is_world_process_zero())
 
 
 def _settle_base(preparation: Preparation) -> None:
@@ -508,7 +523,7 @@ class Result:
     """What training came to.
 
     Args:
-        weights: The adapter's, from `adapter_weights`; None where all weights were trained.
+        weights: From `_whole_weights`.
         before: Answers to the sample prompts before training.
         after: Answers after it.
         held: Bytes of the model's parameters in each process.

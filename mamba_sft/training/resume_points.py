@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mamba_sft.disk import sync_path
+from mamba_sft.disk import error_number, is_file_name, sync_path
 from mamba_sft.run import Run
-from mamba_sft.run_reading import is_plain_name
 
 MANIFEST = "manifest.json"
 """In a resume point: size and SHA-256 of each other file of it; written last."""
@@ -31,35 +30,55 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 _PARTIAL, _OLD = ".partial", ".old"
 
 
-@contextmanager
-def written_whole(final: Path, *, by_us: bool, wait: Callable[[], Any]) -> Iterator[Path]:
-    """Yields an empty directory, and gives it the name `final` when all processes have written into it.
+Meet = Callable[[OSError | None], None]
+"""Waits for the other processes, and raises in all of them what one of them was refused by a disk."""
 
-    On any exception `final` is as it was, and nothing half-written is left.
+
+def write_whole(final: Path, write: Callable[[Path], None], *, by_us: bool, meet: Meet) -> None:
+    """Has all processes write into an empty directory, and gives it the name `final` when all have.
+
+    On any exception `final` is as it was, and nothing half-written is left. What the disk refuses to one of
+    them is raised in all of them: none goes on with a step that the others do not take.
 
     Args:
         final: The resume point; replaced if it is there.
+        write: Writes this process's files into the directory; what needs the others was done before.
         by_us: Whether this process makes, seals and renames the directory; one of all does.
-        wait: Waits for the other processes.
+        meet: Called by all of them, after each part of it.
 
     Raises:
-        OSError: Something cannot be written.
+        OSError: Something cannot be written, here or by another process.
     """
     partial = final.with_name(final.name + _PARTIAL)
-    if by_us:
+
+    def make() -> None:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    wait()
+
+    def finish() -> None:
+        _seal(partial)
+        _rename(partial, final)
+
     try:
-        yield partial
-        wait()
-        if by_us:
-            _seal(partial)
-            _rename(partial, final)
+        for part, alone in ((make, True), (lambda: write(partial), False), (finish, True)):
+            meet(_refusal(part) if by_us or not alone else None)
     finally:
         if by_us:
             shutil.rmtree(partial, ignore_errors=True)
-    wait()
+
+
+def _refusal(part: Callable[[], None]) -> OSError | None:
+    """Does a part of the writing; returns what the disk has against it."""
+    try:
+        part()
+    except Exception as error:
+        number = error_number(error)
+        if number is None:
+            raise
+        if isinstance(error, OSError):
+            return error
+        return OSError(number, os.strerror(number))
+    return None
 
 
 def saved_points(run: Run) -> list[Path]:
@@ -97,7 +116,7 @@ def fault_of(resume_point: Path) -> str | None:
     manifest = _read_json(resume_point / MANIFEST)
     try:
         files: dict[str, dict[str, Any]] = manifest["files"]
-        if not all(all(map(is_plain_name, name.split("/"))) for name in files):  # of files somewhere else
+        if not all(all(map(is_file_name, name.split("/"))) for name in files):  # of files somewhere else
             raise ValueError
         faults = [(name, _file_fault(resume_point / name, **entry)) for name, entry in files.items()]
         known = (resume_point / MANIFEST).read_text(encoding="utf-8") == _text(files)

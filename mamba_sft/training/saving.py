@@ -48,15 +48,15 @@ class CheckpointSaves:
         """Saves a checkpoint; where the disk does not take it, removes what there is of it, and warns.
 
         The checkpoint of a run that is stopped is tried for half of its grace: it is the last. With several
-        processes, which wait for each other while they save, room is looked for first, and none of them
-        begins where there is none.
+        processes, which wait for each other while they save, it is tried once, and none of them begins where
+        there is no room; what the disk refuses to one of them, later, is raised in all.
 
         Args:
             trainer: The trainer, whose state says the step.
             write: Writes the checkpoint.
 
         Raises:
-            Exception: What `write` raises that is not about the disk; with several processes, all of it.
+            Exception: What `write` raises that is not about the disk.
         """
         step, best = trainer.state.global_step, trainer.state.best_model_checkpoint
         several = trainer.accelerator.num_processes > 1
@@ -65,19 +65,20 @@ class CheckpointSaves:
             return
         stops = trainer.interruption.requested and not several
         until = time.monotonic() + (trainer.interruption.grace_seconds / 2 if stops else 0)
-        while not self._saved(trainer, write, several) and time.monotonic() < until:
+        while not self._saved(trainer, write) and time.monotonic() < until:
             time.sleep(STOP_PAUSE)
             trainer.state.best_model_checkpoint = best
 
-    def _saved(self, trainer: Any, write: Callable[[], None], several: bool) -> bool:
+    def _saved(self, trainer: Any, write: Callable[[], None]) -> bool:
         step, best = trainer.state.global_step, trainer.state.best_model_checkpoint
         try:
             write()
         except Exception as error:
-            if several or error_number(error) is None:
+            if error_number(error) is None:
                 raise
             why = reason(error, self.run.checkpoints)  # before room is made by removing the half of it
-            self._remove(step)
+            if trainer.accelerator.is_main_process:
+                self._remove(step)
             last_is_best = trainer.control.should_training_stop and trainer.state.best_global_step == step
             trainer.state.best_model_checkpoint = None if last_is_best else best  # None: it stays in memory
             stop = trainer.interruption

@@ -93,14 +93,29 @@ def compute_as_ddp(accelerator: Any, model: Any) -> None:
     model.forward = MethodType(forward, model)
 
 
-def whole_state(optimizer: Any) -> dict[str, Any]:
-    """Returns the state of an optimizer as it is without shards, in host memory, in every process."""
+def whole_state(optimizer: Any, *, keep: bool) -> dict[str, Any]:
+    """Returns the state of an optimizer as it is without shards, in host memory.
+
+    All processes ask for it together, and one of its tensors at a time is whole on their GPUs.
+
+    Args:
+        optimizer: Of sharded parameters.
+        keep: Whether this process wants it; else it only helps, and gets no numbers.
+    """
     state: dict[str, Any] = optimizer.state_dict()
-    numbers = {
-        place: {name: whole(x).cpu() if isinstance(x, Tensor) else x for name, x in values.items()}
-        for place, values in state["state"].items()
-    }
+    numbers: dict[Any, dict[str, Any]] = {}
+    for place, values in state["state"].items():
+        together = {name: _in_host_memory(x, keep) for name, x in values.items()}
+        if keep:
+            numbers[place] = together
     return state | {"state": numbers}
+
+
+def _in_host_memory(value: Any, keep: bool) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    together = whole(value)
+    return together.cpu() if keep else None
 
 
 def load_whole_state(optimizer: Any, state: dict[str, Any]) -> None:

@@ -29,8 +29,9 @@ from trl import SFTTrainer
 
 from mamba_sft.data.packing import PADDING
 from mamba_sft.errors import TrainingError
+from mamba_sft.model import full_weights
 from mamba_sft.model.adapter import adapter_tensors, keep_float32, load_weights
-from mamba_sft.model.full_weights import is_undecayed, without_wrapper
+from mamba_sft.model.full_weights import is_undecayed, whole_weights, without_wrapper
 from mamba_sft.model.shards import whole
 from mamba_sft.planning.course import Course
 from mamba_sft.planning.schedule import make_scheduler
@@ -49,7 +50,7 @@ from mamba_sft.training.random_state import (
     saved_by,
     start_anew,
 )
-from mamba_sft.training.resume_points import STATE, fault_of, find_good, rotate, written_whole
+from mamba_sft.training.resume_points import STATE, fault_of, find_good, rotate, write_whole
 from mamba_sft.training.saving import CheckpointSaves, left_out_if_refused
 from mamba_sft.training.sharding import (
     compute_as_ddp,
@@ -418,39 +419,64 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         best = self.run.checkpoints / f"checkpoint-{self.state.best_global_step}"
         if best == final or best.is_dir():
             self.state.best_model_checkpoint = str(best)
-        with written_whole(final, by_us=by_us, wait=self.accelerator.wait_for_everyone) as partial:
-            self.save_model(str(partial), _internal_call=True)
-            self._save_optimizer_and_scheduler(str(partial))
+        weights, optimizer = self._whole_weights(), self._whole_optimizer()  # all processes together
+        unlogged = float(self.accelerator.reduce(self._tr_loss, reduction="mean"))
+
+        def write(partial: Path) -> None:
+            self._save_weights(str(partial), weights)
+            self._save_optimizer(str(partial), optimizer)
             self._save_scaler(str(partial))
             self._save_rng_state(str(partial))
-            self._save_record(partial, by_us)
+            if by_us:
+                self._save_record(partial, unlogged)
+
+        write_whole(final, write, by_us=by_us, meet=self._meet)
         if by_us:
             kept = self.state.best_model_checkpoint
             best = Path(kept) if kept else final
             rotate(self.run, newest=final, best=best, limit=self.args.save_total_limit)
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Saves the adapter, which no process has as a whole where it is sharded."""
+    def _meet(self, refusal: OSError | None) -> None:
+        """Waits for the other processes; raises in all of them what a disk refused to one."""
+        found = gather_object([refusal]) if self.accelerator.num_processes > 1 else [refusal]
+        if refused := next((error for error in (refusal, *found) if error is not None), None):
+            raise refused
+
+    def _whole_weights(self) -> dict[str, torch.Tensor] | None:
+        """What is trained, put together where no process has it as a whole."""
         if not self.is_fsdp_enabled:
-            super().save_model(output_dir, _internal_call)
-            return
-        tensors = {name: whole(x.detach()).cpu() for name, x in adapter_tensors(self.model).items()}
-        self._save(output_dir, state_dict=tensors)
+            return None
+        if hasattr(self.model, "peft_config"):
+            return {name: whole(x.detach()).cpu() for name, x in adapter_tensors(self.model).items()}
+        return whole_weights(self.model, torch.float32, keep=self.args.should_save)
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not (self.is_fsdp_enabled or self.has_engine):
-            super()._save_optimizer_and_scheduler(output_dir)
-            return
-        state = whole_state(self.optimizer)
-        if self.args.should_save:
-            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+    def _whole_optimizer(self) -> dict[str, Any] | None:
+        """The optimizer's numbers, put together where no process has them as a whole."""
+        sharded = self.is_fsdp_enabled or self.has_engine
+        return whole_state(self.optimizer, keep=self.args.should_save) if sharded else None
 
-    def _save_record(self, directory: Path, by_us: bool) -> None:
+    def _save_weights(self, directory: str, weights: dict[str, torch.Tensor] | None) -> None:
+        if weights is None:
+            self.save_model(directory, _internal_call=True)
+        elif self.args.should_save:
+            self._save(directory, state_dict=weights)
+
+    def _load_trained(self, place: str | Path) -> None:
+        """Gives the model, or its adapter, the values of a resume point."""
+        if hasattr(self.model, "peft_config"):
+            load_weights(self.model, place)
+        else:
+            full_weights.load_weights(self.model, place)
+
+    def _save_optimizer(self, directory: str, state: dict[str, Any] | None) -> None:
+        if state is None:
+            self._save_optimizer_and_scheduler(directory)
+        elif self.args.should_save:
+            torch.save(state, Path(directory) / OPTIMIZER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), Path(directory) / SCHEDULER_NAME)
+
+    def _save_record(self, directory: Path, unlogged_loss: float) -> None:
         """Writes what the run has come to: the trainer's state, and what transformers forgets of it."""
-        unlogged = float(self.accelerator.reduce(self._tr_loss, reduction="mean"))
-        if not by_us:
-            return
         for callback in (*self.callback_handler.callbacks, self.control):
             if isinstance(callback, ExportableState):
                 self.state.stateful_callbacks[type(callback).__name__] = callback.state()
@@ -459,7 +485,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
             directory,
             self.counts.sessions(self.state.global_step, self.tokens),
             tokens=self.tokens,
-            unlogged_loss=unlogged,
+            unlogged_loss=unlogged_loss,
             last_logged_step=self._globalstep_last_logged,
             unlogged_metrics=dict(self._metrics["train"]),
             largest_residual=self._largest,
@@ -470,7 +496,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
     def take_up(self) -> None:
         """Goes on counting where the resume point stopped, or begins at nothing."""
         if self.is_fsdp_enabled:
-            shard_fused_head(self.model.get_base_model())
+            shard_fused_head(without_wrapper(self.model))
             compute_as_ddp(self.accelerator, self.model)
         elif self.has_engine:
             compute_mixed(self.model, self.args)
@@ -509,7 +535,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
             logger.warning("the best checkpoint `%s` is damaged: %s; the last weights are kept", best, fault)
             return
         if self.is_fsdp_enabled:
-            load_weights(self.model, best)
+            self._load_trained(best)
         else:
             super()._load_best_model()
 
@@ -538,7 +564,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         with _loading(resume_from_checkpoint):
             if self.is_fsdp_enabled:
-                load_weights(self.model, resume_from_checkpoint)
+                self._load_trained(resume_from_checkpoint)
             else:
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
 

@@ -128,6 +128,7 @@ class EngineStep(torch.optim.Optimizer):
         """Returns the state as it would be without ZeRO, in host memory; all processes ask together."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
+        self._link_states()
         numbers: dict[int, dict[str, Any]] = {}
         groups, parts = [], iter(self._zero.single_partition_of_fp32_groups)
         for own, group in zip(self.groups, self.param_groups, strict=True):
@@ -140,6 +141,14 @@ class EngineStep(torch.optim.Optimizer):
                 }
             groups.append({**group, "params": list(places)})
         return {"state": {n: x for n, x in numbers.items() if x}, "param_groups": groups}
+
+    def _link_states(self) -> None:
+        """Has DeepSpeed find the numbers of all groups.
+
+        It looks for them once, after the first group's first step, when the others have none (0.19.8).
+        """
+        self._zero._hp_optimizer_states_linked = False
+        self._zero._lazy_init_hp_params_optimizer_state()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes this process's part of a state that is not parted."""

@@ -150,6 +150,30 @@ def test_what_fails_leaves_nothing(root: Path, setup: TemplateSetup, path: Path)
     assert not [entry for entry in root.iterdir() if entry.is_dir()]
 
 
+def test_a_damaged_entry_is_prepared_again(
+    setup: TemplateSetup, path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each file gone, empty, cut, or with one bit turned over; and what says what there is."""
+    first = prepare(setup, path)
+    rows = first.train[:]
+    for file in sorted(first.path.iterdir()):
+        whole = file.read_bytes()
+        flipped = bytes([*whole[:-9], whole[-9] ^ 1, *whole[-8:]])
+        for content in (None, b"", whole[: len(whole) // 2], flipped):
+            file.unlink()
+            if content is not None:
+                file.write_bytes(content)
+            assert len(cache.entries()) <= 1  # and no error
+            caplog.clear()
+            again = prepare(setup, path)
+            assert again.train[:] == rows
+            assert f"prepared rows in `{first.path}` are damaged" in caplog.text
+            assert "prepared again" in caplog.text
+    caplog.clear()
+    assert prepare(setup, path).train[:] == rows
+    assert "damaged" not in caplog.text
+
+
 def test_a_place_that_cannot_be_written_is_one_clear_message(
     setup: TemplateSetup, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import lzma
 import struct
 import subprocess
 import sys
@@ -168,6 +169,36 @@ def test_a_wrong_offset_in_a_saved_data_set_does_not_end_the_process(tmp_path: P
     ended = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
     assert ended.returncode == 1
     assert "DataError: cannot load the dataset" in ended.stderr
+
+
+@pytest.mark.parametrize("kind", ["stream", "file"])
+def test_a_wrong_offset_in_an_arrow_file_of_a_directory(tmp_path: Path, kind: str) -> None:
+    table = pa.table({"text": [SIXTY_FOUR, SIXTY_FOUR]})
+    path = tmp_path / "plain" / "rows.arrow"
+    path.parent.mkdir()
+    make = pa.ipc.new_stream if kind == "stream" else pa.ipc.new_file
+    with pa.OSFile(str(path), "wb") as sink, make(sink, table.schema) as writer:
+        writer.write_table(table)
+    assert len(rows_of(path.parent)) == 2 if kind == "stream" else True  # `datasets` takes streams alone
+    offsets = struct.pack("<3i", 0, 64, 128)
+    assert path.read_bytes().count(offsets) == 1
+    path.write_bytes(path.read_bytes().replace(offsets, struct.pack("<3i", 0, 1 << 30, (1 << 30) + 64)))
+    with pytest.raises(DataError, match=r"rows\.arrow` is not a readable Arrow file"):
+        rows_of(path.parent)
+
+
+SIXTY_FOUR = "abcdefgh" * 8
+
+
+def test_a_packed_file_that_asks_for_gigabytes(tmp_path: Path) -> None:
+    """An xz header may ask for 4 GiB, which are taken before a byte is read."""
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": 0, "dict_size": 1536 << 20}]
+    packed = lzma.compress(b'{"text": "a"}\n', filters=[{"id": lzma.FILTER_LZMA2, "preset": 0}])
+    (tmp_path / "a.jsonl.xz").write_bytes(packed)
+    assert len(rows_of(tmp_path / "a.jsonl.xz")) == 1
+    (tmp_path / "b.jsonl.xz").write_bytes(lzma.compress(b'{"text": "a"}\n', filters=filters))
+    with pytest.raises(DataError, match="Memory usage limit"):
+        rows_of(tmp_path / "b.jsonl.xz")
 
 
 def test_how_deep_is_too_deep() -> None:

@@ -22,9 +22,10 @@ from mamba_sft.planning.communication import (
     step_traffic,
 )
 from mamba_sft.planning.gpus import GPUS
-from mamba_sft.planning.many import plan_many, shared_parts
+from mamba_sft.planning.many import plan_many
 from mamba_sft.planning.memory import peak, weights
 from mamba_sft.planning.plan import make_plan
+from mamba_sft.planning.sharing import shared_parts
 from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.run import Run
 

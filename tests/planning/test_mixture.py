@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from mamba_sft import Recipe
 from mamba_sft.data.mixing import Pieces
 from mamba_sft.errors import DataError, RecipeError
-from mamba_sft.planning.mixture import Mixture, plan_mixture
+from mamba_sft.planning.mixture import Mixture, _Packer, _Planner, plan_mixture
 
 RNG = np.random.default_rng(0)
 LENGTHS = {"short": RNG.integers(5, 60, 300), "long": RNG.integers(20, 400, 100)}
@@ -74,6 +75,20 @@ def test_the_same_seed_gives_the_same_course_and_processes_share_out_more_rows()
     assert one.pieces.tolist() == same.pieces.tolist()
     four = plan_mixture(recipe(max_steps=6), PIECES, processes=4)
     assert four.course.sizes.tolist() == [16] * 6
+
+
+def test_rows_that_a_stage_did_not_come_to_keep_their_turn() -> None:
+    """They were packed with others that were read, and are dealt next, in the order they had."""
+    planner = _Planner(recipe(max_steps=4), PIECES, 1)
+    packer = _Packer(planner, planner.dealer.stage({0: 1.0}), 400, np.random.default_rng(0))
+    taken = [piece for rows in packer.take(3) for piece in rows]
+    left = [packer.seen[row] for row in sorted(row for rows in packer.ready for row in rows)]
+    assert len(left) + len(taken) == len(packer.seen) > 300, "some of them twice"
+    assert left != sorted(left)
+    packer.put_back()
+    assert list(islice(planner.dealer.stage({0: 1.0}), len(left))) == left
+    first = [piece for piece in packer.seen[:300] if piece not in taken]
+    assert [piece for piece in left if piece not in taken][: len(first)] == first, "as they were dealt"
 
 
 def test_a_curriculum_goes_from_short_to_long_rows() -> None:

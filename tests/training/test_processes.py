@@ -16,7 +16,7 @@ from mamba_sft.training.resume_points import fault_of, saved_points
 ROOT = Path(__file__).parents[2]
 
 PROCESS = """
-import json, os, signal, sys
+import errno, json, os, signal, sys
 from pathlib import Path
 import torch.distributed as dist
 from transformers import TrainerCallback
@@ -27,7 +27,7 @@ from mamba_sft.training.trainer import Trainer
 
 rank, mode, where, said = int(os.environ["RANK"]), "", {}, {}
 spikes.LEAST = 3
-compute, take = Trainer.compute_loss, Trainer._take_micro_batch
+compute, take, save = Trainer.compute_loss, Trainer._take_micro_batch, Trainer._save_rng_state
 
 def compute_loss(self, model, inputs, *args, **more):
     loss = compute(self, model, inputs, *args, **more)
@@ -36,6 +36,11 @@ def compute_loss(self, model, inputs, *args, **more):
 def take_step(self, model, inputs, *args, **more):
     loss = take(self, model, inputs, *args, **more)
     return loss * 1000 if is_odd(self, "spike", inputs) else loss
+
+def save_numbers(self, directory):
+    save(self, directory)
+    if (mode, rank, self.state.global_step) in {("middle", 1, 2), ("middle", 0, 3)}:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), directory)
 
 def is_odd(trainer, what, inputs):
     odd = rank == 1 and mode == what and trainer.state.global_step == {"nan": 1, "spike": 4}[what]
@@ -60,6 +65,7 @@ class At(TrainerCallback):
             film.unlink()
 
 Trainer.compute_loss, Trainer._take_micro_batch = compute_loss, take_step
+Trainer._save_rng_state = save_numbers
 for path in sys.argv[2:]:
     mode = Path(path).stem
     try:
@@ -79,6 +85,7 @@ def test_two_processes_know_of_each_other(
         "spike": ("train.max_steps=6", "train.on_spike=warn"),
         "nan": (),
         "term": ("train.save_steps=4",),
+        "middle": ("train.save_steps=1", "train.save_total_limit=9"),
         "full": (f"output_dir={small_disk('size=300m')}/run",),
     }
     paths = []
@@ -115,6 +122,13 @@ def test_two_processes_know_of_each_other(
     (point,) = saved_points(Run(tmp_path / "run-term"))
     assert point.name == "checkpoint-2"
     assert fault_of(point) is None
+
+    assert said["middle"] == "finished", "what the disk refused to one of them is no step for the other"
+    points = saved_points(Run(tmp_path / "run-middle"))
+    assert [point.name for point in points] == ["checkpoint-4", "checkpoint-1"]
+    assert all(fault_of(point) is None for point in points)
+    for step in (2, 3):
+        assert f"the checkpoint of step {step} is not saved: cannot write to" in launched.stderr
 
     assert said["full"] == "finished"
     run = Run(tmp_path / "disk" / "run")

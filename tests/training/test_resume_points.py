@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -22,7 +23,7 @@ from mamba_sft.cli.app import app
 from mamba_sft.errors import TrainingError
 from mamba_sft.training import fine_tuning, resume_points
 from mamba_sft.training.fine_tuning import RunInterruptedError, prepare, train, train_prepared
-from mamba_sft.training.resume_points import COUNTS, MANIFEST, fault_of, find_good, rotate, written_whole
+from mamba_sft.training.resume_points import COUNTS, MANIFEST, fault_of, find_good, rotate, write_whole
 from tests.training.test_fine_tuning import SignalAt, adapter
 
 DROPOUT = "adapter.lora_dropout=0.2"
@@ -126,18 +127,25 @@ def test_nothing_is_unpickled(
     assert not (tmp_path / "bombed").exists()
 
 
-def write_half(final: Path) -> None:
-    with written_whole(final, by_us=True, wait=lambda: None) as partial:
-        (partial / "a").write_text("two")
-        raise OSError("full")
+def write_half(partial: Path) -> None:
+    (partial / "a").write_text("two")
+    raise OSError(errno.ENOSPC, "full")
+
+
+def write_one(partial: Path) -> None:
+    (partial / "a").write_text("one")
+
+
+def meet(refusal: OSError | None) -> None:
+    if refusal is not None:
+        raise refusal
 
 
 def test_a_failure_in_the_middle_of_writing_leaves_what_was_there(tmp_path: Path) -> None:
     final = tmp_path / "checkpoint-1"
-    with written_whole(final, by_us=True, wait=lambda: None) as partial:
-        (partial / "a").write_text("one")
+    write_whole(final, write_one, by_us=True, meet=meet)
     with pytest.raises(OSError, match="full"):
-        write_half(final)
+        write_whole(final, write_half, by_us=True, meet=meet)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
     assert (final / "a").read_text() == "one"
 

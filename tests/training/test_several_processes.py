@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from mamba_sft import Run
 from mamba_sft.errors import TrainingError
@@ -56,7 +57,7 @@ def in_the_middle(run: Run, place: Path, step: int) -> Run:
     """A copy of a run as it was when it had just saved after a step."""
     shutil.copytree(run.path, place)
     copy = Run(place)
-    for path in (copy.adapter, copy.report):
+    for path in (copy.result, copy.report):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     for point in copy.checkpoints.glob("checkpoint-*"):
         if int(point.name.rpartition("-")[2]) > step:
@@ -90,6 +91,48 @@ def test_two_processes_equal_one(recipe: Any, tmp_path: Path, parallel: str) -> 
     check_parts(parallel, seen[0], ours)
     in_the_middle(ours, tmp_path / "two-then-one", step=4)
     assert_same_run(train(recipe(*two, name="two-then-one"), resume=True), theirs)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp", "zero2"])
+def test_two_processes_train_all_weights_as_one_does(recipe: Any, tmp_path: Path, parallel: str) -> None:
+    """The whole model in parts: from the start, resumed, and resumed by one process more or fewer."""
+    if parallel == "zero2" and find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed is not installed: `pip install 'mamba-sft[deepspeed]'`")
+    more = (*OPTIONS, with_prompts(tmp_path), f"train.parallel={parallel}", "adapter=none",
+            "train.weight_decay=0.1")  # fmt: skip
+    one, two = ((*more, f"train.gradient_accumulation_steps={n}") for n in (4, 2))
+    theirs = train(recipe(*one, name="of-one"))
+    in_the_middle(theirs, tmp_path / "one-then-two", step=4)
+    of_two, stopped = recipe(*two, name="of-two"), recipe(*two, name="stopped")
+    seen = launch(
+        tmp_path / "launched",
+        Launch(of_two.to_yaml()),
+        Launch(stopped.to_yaml(), stop_in=3),
+        Launch(stopped.to_yaml(), resume=True),
+        Launch(recipe(*one, name="one-then-two").to_yaml(), resume=True),
+    )
+    ours = Run(Path(of_two.output_dir))
+    assert_same_training(ours, theirs)
+    assert lines(Run(tmp_path / "stopped"), "loss") == losses(ours)
+    assert_same_model(Run(tmp_path / "stopped"), ours, 0.0)
+    assert_same_training(Run(tmp_path / "one-then-two"), theirs)
+    check_parts(parallel, seen[0], ours)
+    in_the_middle(ours, tmp_path / "two-then-one", step=4)
+    assert_same_training(train(recipe(*two, name="two-then-one"), resume=True), theirs)
+
+
+def assert_same_training(ours: Run, theirs: Run) -> None:
+    for name in ("loss", "eval_loss", "grad_norm", "num_tokens", "epoch"):
+        assert lines(ours, name) == pytest.approx(lines(theirs, name), rel=EXACT), name
+    assert_same_model(ours, theirs, EXACT)
+    assert ours.samples.read_text() == theirs.samples.read_text()
+
+
+def assert_same_model(ours: Run, theirs: Run, bound: float) -> None:
+    one, other = (load_file(run.model / "model.safetensors") for run in (ours, theirs))
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert float((tensor - other[name]).abs().max()) <= bound * float(other[name].abs().max()), name
 
 
 def check_resumed(seen: Any, ours: Run, theirs: Run, tmp_path: Path) -> None:
