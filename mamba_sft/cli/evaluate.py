@@ -13,7 +13,6 @@ import typer
 from mamba_sft.cli import completing
 from mamba_sft.cli.console import (
     Json,
-    ModelArgument,
     err,
     loading,
     model_or_newest,
@@ -34,7 +33,14 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    model: ModelArgument = None,
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[RUN|MODEL]",
+            help="A run, model directory or hub id; default: the newest.",
+            autocompletion=completing.models,
+        ),
+    ] = None,
     suite: Annotated[
         str | None,
         typer.Option(
@@ -56,7 +62,7 @@ def evaluate(
         str, typer.Option(metavar="HOW", help="`on` asks in chats, `off` in plain text.")
     ] = "auto",
     max_length: Annotated[int, typer.Option(metavar="N", help="Prompt and answer, in tokens.")] = 2048,
-    batch_size: Annotated[int, typer.Option(metavar="N", help="Requests at a time.")] = 8,
+    batch_size: Annotated[int, typer.Option(metavar="N", help="Requests at a time.", hidden=True)] = 8,
     limit: Annotated[
         int | None, typer.Option(metavar="N", help="Only so many documents of each task.")
     ] = None,
@@ -95,8 +101,8 @@ def evaluate(
     """Score a model on leaderboards and tasks, beside its base.
 
     Example: mamba-sft eval runs/quickstart --suite leaderboard-v2 --base auto
-    Also: --overwrite, --save-samples, --include-path DIR of tasks, --dtype DTYPE,
-    --math-metric original|verify.
+    Also: --overwrite, --save-samples, --dtype DTYPE, --math-metric original|verify,
+    --batch-size N, --include-path DIR of tasks.
     """
     os.environ.setdefault(
         "TQDM_DISABLE", "1"
@@ -119,6 +125,7 @@ def evaluate(
         return
     _measure(works, subjects, settings, quantization)
     _compare(works, earlier)
+    _tell_the_report(chosen, output)
     if as_json:
         write_json([_as_json(work) for work in works])
     else:
@@ -282,12 +289,14 @@ def _measure(
     works: Sequence[Work], subjects: Sequence[Subject], settings: Settings, quantization: Any
 ) -> None:
     with loading("torch, transformers and peft"):
-        from mamba_sft.cli.progress import StageBar
+        from mamba_sft.cli.progress import StageBar, TaskBar
         from mamba_sft.evaluation.measuring import measure
 
         quiet_loading()
-    with StageBar(err) as bar:
+    with StageBar(err) as drawn:
+        bar = TaskBar(drawn, sum(len(work.todo(one.role)) for work in works for one in subjects))
         measure(works, subjects, settings, quantization=quantization, progress=bar.update)
+        bar.end()
 
 
 def _compare(works: Sequence[Work], earlier: Results | None) -> None:
@@ -301,6 +310,16 @@ def _compare(works: Sequence[Work], earlier: Results | None) -> None:
             compare(work)
         else:
             compare(work, earlier)
+
+
+def _tell_the_report(chosen: str | Run, output: Path | None) -> None:
+    """The report of a run shows what was measured of it, once it has been measured."""
+    from mamba_sft.evaluation.report import write_report
+    from mamba_sft.run import Run
+
+    run = chosen if isinstance(chosen, Run) else Run(Path(chosen))
+    if output is None and run.report.is_file():
+        write_report(run)
 
 
 def _as_json(work: Work) -> dict[str, Any]:

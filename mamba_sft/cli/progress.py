@@ -173,14 +173,45 @@ class StageBar:
     def __exit__(self, *exception: object) -> None:
         self.bar.stop()
 
-    def update(self, stage: str, done: int, total: int) -> None:
-        """Shows that `done` of `total` is behind us."""
+    def update(self, stage: str, done: int, total: int, name: str | None = None) -> None:
+        """Shows that `done` of `total` is behind us; `name` stands there instead of the stage's own."""
         if stage not in self.tasks:
             self.tasks[stage] = self.bar.add_task(stage, total=total)
-        self.bar.update(self.tasks[stage], completed=done, total=total)
+        self.bar.update(self.tasks[stage], completed=done, total=total, description=name or stage)
 
     def count(self, number: int, answer: object) -> None:
         """Counts one more answer; how many there will be is not known here."""
         if "answers" not in self.tasks:
             self.tasks["answers"] = self.bar.add_task("answers", total=None)
         self.bar.advance(self.tasks["answers"])
+
+
+class TaskBar:
+    """Two bars for work in many tasks, all of them and the present one; elsewhere a line for each that ends.
+
+    Args:
+        bar: What draws them.
+        total: How many tasks there are.
+    """
+
+    def __init__(self, bar: StageBar, total: int):
+        self.bar = bar
+        self.total = total
+        self.name = ""
+        self.begun = self.done = 0
+
+    def update(self, name: str, done: int, total: int) -> None:
+        """Shows how far a task is; another name, or fewer than before, is the next task."""
+        if name != self.name or done < self.done:
+            self.end()
+            self.name, self.begun = name, self.begun + 1
+        self.done = done
+        self.bar.update("tasks", max(0, self.begun - 1), self.total)
+        self.bar.update("task", done, total, name=name)
+
+    def end(self) -> None:
+        """The present task has ended."""
+        console = self.bar.bar.console
+        if self.name and not console.is_terminal:
+            console.print(f"{self.begun}/{self.total}  {self.name}", highlight=False)
+        self.name, self.done = "", 0

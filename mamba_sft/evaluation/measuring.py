@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mamba_sft import __version__
+from mamba_sft.errors import MambaSFTError
 from mamba_sft.evaluation.normalisation import Column
 from mamba_sft.evaluation.paired import Difference, difference
 from mamba_sft.evaluation.preflight import has_template
 from mamba_sft.evaluation.results import Results, begin, differing, digest
+from mamba_sft.evaluation.scores import TaskScores
 from mamba_sft.evaluation.settings import Settings
 from mamba_sft.evaluation.suites import Progress, Suite
 from mamba_sft.inference.model_places import ModelPlace
@@ -69,6 +71,10 @@ class Work:
     files: dict[Role, Path]
     differences: list[tuple[Column, Difference | None]] = field(default_factory=list)
     against: Results | None = None
+
+    def todo(self, role: Role) -> list[str]:
+        """Returns the tasks that one of the models has not been scored on yet."""
+        return [task for task in self.tasks if task not in self.results[role].scored]
 
 
 def subjects_of(place: ModelPlace, base: ModelPlace | None, *, base_below: bool) -> list[Subject]:
@@ -133,7 +139,7 @@ def measure(
     """
     shared: ChatModel | None = None
     for subject in subjects:
-        if any(_todo(work, subject.role) for work in works):
+        if any(work.todo(subject.role) for work in works):
             chat_model = shared or _load(subject, quantization)
             if subjects[0].under_adapter:  # base and tuned are one model in memory
                 shared = chat_model
@@ -218,21 +224,30 @@ def _side(both: ChatModel, subject: Subject) -> ChatModel:
     return replace(base if subject.under_adapter else tuned, name=subject.name)
 
 
-def _todo(work: Work, role: Role) -> list[str]:
-    return [task for task in work.tasks if task not in work.results[role].scored]
-
-
 def _measure_one(
     work: Work, role: Role, chat_model: ChatModel, settings: Settings, progress: Progress
 ) -> None:
-    results, file, tasks = work.results[role], work.files[role], _todo(work, role)
+    results, file, tasks = work.results[role], work.files[role], work.todo(role)
     if not tasks:
         return
     results.made_with |= {"device": str(chat_model.model.device), "computed_in": str(chat_model.model.dtype)}
-    for scores in work.suite.measure(chat_model, tasks, settings, progress):
+    for scores in _told_if_too_large(work.suite.measure(chat_model, tasks, settings, progress), settings):
         if settings.samples:
             rows = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in scores.samples]
             text = "".join(rows).encode(errors="backslashreplace").decode()
             write_atomically(samples_file(file, scores.task), text)
         results.scored[scores.task] = replace(scores, samples=())
         results.write(file)
+
+
+def _told_if_too_large(measured: Iterator[TaskScores], settings: Settings) -> Iterator[TaskScores]:
+    """What does not fit the memory of the GPU is the user's to mend; what was measured by then is written."""
+    import torch
+
+    try:
+        yield from measured
+    except torch.OutOfMemoryError as error:
+        raise MambaSFTError(
+            f"out of memory with `--batch-size {settings.batch_size}`; the tasks that ended are kept",
+            hint="a smaller `--batch-size`, or `--quantization nf4`, and `--resume`",
+        ) from error

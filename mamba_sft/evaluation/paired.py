@@ -102,6 +102,8 @@ def _values(column: Column, side: Mapping[str, TaskScores]) -> float:
 def _margin(
     column: Column, first: Mapping[str, TaskScores], second: Mapping[str, TaskScores]
 ) -> float | None:
+    if column.kind == "perplexity":
+        return None  # nothing like a normal variable; the loss, which is one, has the interval
     moved = [influences(column, side) for side in (first, second)]
     if moved[0] is None or moved[1] is None:
         return None

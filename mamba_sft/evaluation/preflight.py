@@ -57,8 +57,9 @@ def problems_of(
     found += _place_problems(settings, output)
     asked = places[-1] if places else None
     for suite in suites:
-        by_lm_eval = isinstance(suite, Harness)  # whose data have nothing to do with the model
-        if (has_extra and by_lm_eval) or (asked is not None and not by_lm_eval):
+        if isinstance(suite, Harness):  # whose data have nothing to do with the model
+            found += suite.problems(asked, settings) if has_extra else []
+        elif asked is not None:
             found += suite.problems(asked, settings)
     return list(dict.fromkeys(found))
 

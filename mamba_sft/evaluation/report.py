@@ -75,6 +75,7 @@ def report_page(facts: RunFacts, progress: Progress | None = None) -> str:
         data_rows=told(lambda: figures.data_rows(data), facts.run.data),
         data_warnings=told(lambda: figures.data_warnings(data), facts.run.data),
         files=told(lambda: figures.exported_files(facts.files), facts.run.quality),
+        evaluations=list(figures.evaluations(facts)),
         commands=list(figures.next_commands(facts, progress)),
         origins=told(lambda: figures.origins(facts), facts.run.environment),
         environment=json.dumps(facts.environment, indent=2, ensure_ascii=False),

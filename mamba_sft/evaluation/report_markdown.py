@@ -44,6 +44,10 @@ def _lines(facts: RunFacts, progress: Progress | None) -> Iterator[str]:
         yield from ("## Data", "")
         yield from _table(("source", "format", "read", "bad", "kept", "weight", "rows an epoch"), sources)
         yield from _table(("", ""), data_facts)
+    for one in figures.evaluations(facts):
+        yield from (f"## Evaluation: {_plain(one.suite)}", "", _plain(one.settings), "")
+        yield from _table(one.table.titles, one.table.rows)
+        yield from _table(("", ""), one.differences)
     if files:
         yield from ("## GGUF files", "")
         yield from _table(("file", "size", "KL, nats", "same next token"), files)

@@ -8,17 +8,20 @@ that another model can be compared with it later.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from mamba_sft.errors import UsageError
-from mamba_sft.evaluation.normalisation import Column, Figure, average, figure
+from mamba_sft.evaluation.normalisation import Column, Figure, Kind, average, figure
 from mamba_sft.evaluation.scores import TaskScores
 from mamba_sft.json_lines import parse_json
-from mamba_sft.run import write_atomically
+from mamba_sft.run import SUITES, TASKS, write_atomically
+
+logger = logging.getLogger(__name__)
 
 FORMAT, VERSION = "mamba-sft evaluation", 1
 _LONGEST = 60
@@ -35,7 +38,7 @@ class Results:
         made_with: What they do not depend on: versions, device, date.
         scored: The tasks that have ended.
         figures: Every column with its value; None where a task of it is missing.
-        seconds: How long it took.
+        compared: How it differs from another model, as it is written.
     """
 
     suite: str
@@ -112,7 +115,10 @@ class Results:
             model = {str(name): str(value) for name, value in found["model"].items()}
             model["name"], model["fingerprint"], model["role"]  # they have to be there
             made_with, settings = dict(found["made_with"]), dict(found["settings"])
-            return cls(str(found["suite"]), model, settings, made_with, scored)
+            figures = [_column_from_json(one) for one in found["columns"]]
+            return cls(
+                str(found["suite"]), model, settings, made_with, scored, figures, _checked(found["compared"])
+            )
         except (KeyError, TypeError, ValueError, AttributeError, OSError) as error:
             raise UsageError(
                 f"`{path}` does not hold results of `mamba-sft eval`: {type(error).__name__} {error}",
@@ -130,6 +136,7 @@ def _summary(task: Mapping[str, Any]) -> dict[str, Any]:
 def _column_json(column: Column, one: Figure | None) -> dict[str, Any]:
     return {
         "title": column.title,
+        "kind": column.kind,
         "metric": ", ".join(metric.removesuffix(",none") for metric in column.metrics),
         "value": None if one is None else one.value,
         "raw": None if one is None else one.raw,
@@ -140,6 +147,63 @@ def _column_json(column: Column, one: Figure | None) -> dict[str, Any]:
         "averaged": column.averaged,
         "lower_is_better": column.falls,
     }
+
+
+def _column_from_json(one: Mapping[str, Any]) -> tuple[Column, Figure | None]:
+    """A column as far as it is to be shown: what it was computed from is not told."""
+    kind = one["kind"]
+    if kind not in get_args(Kind):
+        raise ValueError(f"no kind of column is `{kind}`")
+    column = Column(str(one["title"]), (), kind, bool(one["averaged"]), bool(one["lower_is_better"]))
+    if one["value"] is None:
+        return column, None
+    error = None if one["stderr"] is None else float(one["stderr"])
+    shots = None if one["shots"] is None else int(one["shots"])
+    return column, Figure(float(one["value"]), float(one["raw"]), error, int(one["n"]), shots)
+
+
+def _checked(compared: dict[str, Any] | None) -> dict[str, Any] | None:
+    for one in compared["columns"] if compared is not None else ():
+        shown = str(one["title"]), float(one.get("delta", 0.0)), float(one.get("margin") or 0.0)
+        if not isinstance(compared["with"]["name"], str) or not all(shown[0]):  # type: ignore[index]
+            raise ValueError("what it is compared with has no name")
+    return compared
+
+
+def finished(place: Path, problems: list[str] | None = None) -> list[list[Results]]:
+    """Returns what was scored whole, a suite each: the model's results, and the base's where they are there.
+
+    A file that is damaged, partial or incomplete is no result.
+
+    Args:
+        place: A run's `eval/`.
+        problems: Where it is told that a file is damaged; None: a warning tells.
+    """
+    found: dict[str, list[Results]] = {}
+    for path in sorted(place.glob("*.json")):
+        if not is_result_name(path.name):
+            continue
+        try:
+            one = Results.read(path)
+        except UsageError as error:
+            if problems is None:
+                logger.warning("%s", error.message)
+            else:
+                problems.append(error.message)
+            continue
+        if one.limit is None and one.figures and all(figure is not None for _, figure in one.figures):
+            found.setdefault(one.suite, []).append(one)
+    both = {
+        suite: sorted(each, key=lambda one: one.model["role"] != "tuned") for suite, each in found.items()
+    }
+    order = {suite: number for number, suite in enumerate(SUITES)}
+    names = sorted(both, key=lambda suite: (order.get(suite, len(order)), suite))
+    return [both[name] for name in names if both[name][0].model["role"] == "tuned"]
+
+
+def is_result_name(name: str) -> bool:
+    """Whether a file is called like results."""
+    return name.startswith((*SUITES, TASKS))
 
 
 def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:

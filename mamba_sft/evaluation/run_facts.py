@@ -13,6 +13,7 @@ from typing import Any
 
 from mamba_sft.errors import MambaSFTError
 from mamba_sft.evaluation.prompts import Prompt, Sample, StepSample
+from mamba_sft.evaluation.results import Results, finished
 from mamba_sft.json_lines import Row, read_json_lines
 from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.run import Run
@@ -35,6 +36,7 @@ class RunFacts:
         samples: The sample prompts with the answers before and after.
         step_samples: The answers to some of them in between.
         files: The exported GGUF files by name.
+        evaluations: What `eval` measured, a suite each: of the model, and of its base.
     """
 
     run: Run
@@ -47,6 +49,7 @@ class RunFacts:
     samples: list[Sample] = field(default_factory=list)
     step_samples: list[StepSample] = field(default_factory=list)
     files: dict[str, Any] = field(default_factory=dict)
+    evaluations: list[list[Results]] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -98,6 +101,7 @@ def read_facts(run: Run) -> RunFacts:
     facts.metrics = list(_lines(facts, run.metrics, _metrics_line))
     facts.samples = list(_lines(facts, run.samples, _sample))
     facts.step_samples = list(_lines(facts, run.step_samples, _step_sample))
+    facts.evaluations = finished(run.eval, facts.problems)
     return facts
 
 

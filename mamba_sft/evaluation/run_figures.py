@@ -7,11 +7,14 @@ import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
+from mamba_sft.evaluation.leaderboards import LEADERBOARDS
 from mamba_sft.evaluation.prompts import Prompt, Sample, exact_match, is_right, score_name
+from mamba_sft.evaluation.results import Results
 from mamba_sft.evaluation.run_facts import RunFacts
 from mamba_sft.evaluation.svg_plot import Curve, Point, number_text, smooth
+from mamba_sft.evaluation.table import Table, scores_table, settings_text
 from mamba_sft.wording import GIB, MIB, count_text, size_text, time_text
 
 SHOWN_SAMPLES = 12
@@ -358,3 +361,31 @@ def right_counts(samples: Iterable[ShownSample]) -> str:
     right = [sum(bool(one.answers[i][2]) for one in scored) for i in (0, -1)]
     before, after = scored[0].answers[0][0], scored[0].answers[-1][0]
     return f"right of {len(scored):,}: {right[0]:,} {before}, {right[1]:,} {after}"
+
+
+class Evaluation(NamedTuple):
+    """What `eval` measured on one suite, as tables and lines of text."""
+
+    suite: str
+    table: Table
+    differences: list[tuple[str, str]]
+    settings: str
+
+
+def evaluations(facts: RunFacts) -> Iterator[Evaluation]:
+    """Yields what `eval` measured, with the base and the published row beside it."""
+    for models in facts.evaluations:
+        tuned = models[0]
+        board = LEADERBOARDS.get(tuned.suite)
+        table = scores_table(models, board.published if board is not None else {})
+        yield Evaluation(tuned.suite, table, list(_differences(tuned)), settings_text(tuned))
+
+
+def _differences(tuned: Results) -> Iterator[tuple[str, str]]:
+    """How the model differs from another, a line for each column."""
+    compared = tuned.compared or {}
+    for one in compared.get("columns", []):
+        if "delta" in one:
+            margin = one.get("margin")
+            within = "" if margin is None else f" ± {number_text(margin)} (95 %)"
+            yield f"{one['title']}, against {compared['with']['name']}", f"{one['delta']:+.4g}{within}"

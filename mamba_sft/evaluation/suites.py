@@ -39,13 +39,8 @@ class Suite(Protocol):
     def published(self) -> Mapping[str, Sequence[float]]:
         """Published rows to stand beside ours: one value a column, in their order, then the average."""
 
-    def problems(self, place: ModelPlace | None, settings: Settings) -> list[Problem]:
-        """Returns all that would keep it from being run; loads no weights, and no torch if it can.
-
-        Args:
-            place: The model; None where it is a problem of its own, and only to suites of lm-eval.
-            settings: How it would be scored.
-        """
+    def problems(self, place: ModelPlace, settings: Settings) -> list[Problem]:
+        """Returns all that would keep it from being run; loads no weights, and no torch if it can."""
 
     def prepare(self, place: ModelPlace, settings: Settings) -> list[str]:
         """Reads the documents; returns the names of the tasks, in the order in which they are run."""

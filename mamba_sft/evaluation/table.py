@@ -47,6 +47,8 @@ def scores_table(results: Sequence[Results], published: Mapping[str, Sequence[fl
         rows.append([one.model["name"], *(value and value + mark for value in (*values, average))])
     if all(one.limit is None for one in results):
         for name, known in published.items():
+            if len(known) != len(columns) + 1:
+                continue  # of another set of columns
             rows.append([f"{name} ({PUBLISHED})", *(f"{value:.2f}" for value in known)])
     return Table(["", *(column.title for column in columns), "Average"], rows)
 
@@ -119,6 +121,15 @@ def notes(results: Sequence[Results], differences: Sequence[tuple[Column, Differ
     missing = [column.title for column, figure in results[-1].figures if figure is None]
     if missing:
         found.append(f"no average, since {', '.join(missing)} is missing")
+    at_chance = [
+        column.title
+        for column, figure in results[-1].figures
+        if column.kind == "percent" and figure is not None and figure.value == 0
+    ]
+    if at_chance and differences:
+        found.append(
+            f"at chance, where a score is cut off at 0: {', '.join(at_chance)}; see the raw difference"
+        )
     compared = [one for _, one in differences if one is not None]
     changed = max((one.other_prompts for one in compared), default=0)
     if changed:
@@ -136,12 +147,12 @@ def settings_text(results: Results) -> str:
     settings, made_with = results.settings, results.made_with
     on = settings.get("chat_template")
     template = f"chat template {'on' if on else 'off'}" if isinstance(on, bool) else None
-    held = settings.get("quantization")
+    held, longest = settings.get("quantization"), settings.get("max_length")
     computed = str(made_with.get("computed_in", settings.get("dtype"))).removeprefix("torch.")
     parts = [
         template,
-        f"at most {settings['max_length']:,} tokens" if "max_length" in settings else None,
-        held if held not in (None, "none") else None,
+        f"at most {longest:,} tokens" if isinstance(longest, int) else None,
+        f"held in {held}" if held not in (None, "none") else None,
         computed,
         *(f"{name.replace('_', '-')} {value}" for name, value in _tools(settings)),
     ]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from mamba_sft.cli.progress import StageBar, TrainingBar
+from mamba_sft.cli.progress import StageBar, TaskBar, TrainingBar
 
 
 def drive(console: Console, steps: int, start: int = 0) -> TrainingBar:
@@ -72,3 +72,25 @@ def test_stages(terminal: bool) -> None:
         bar.update("checking", 1, 2)
     assert ("merging" in text.getvalue()) == terminal
     assert ("checking" in text.getvalue()) == terminal
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_tasks(terminal: bool) -> None:
+    text = io.StringIO()
+    with StageBar(Console(file=text, force_terminal=terminal, width=100, color_system=None)) as drawn:
+        bar = TaskBar(drawn, 3)
+        for name, done in (
+            ("musr", 0),
+            ("musr", 2),
+            ("ifeval", 0),
+            ("ifeval", 2),
+            ("ifeval", 0),
+            ("ifeval", 1),
+        ):
+            bar.update(name, done, 2)
+        bar.end()
+    if terminal:
+        assert "tasks" in text.getvalue()
+        assert "ifeval" in text.getvalue()
+    else:  # the same task again is that of the second model
+        assert text.getvalue().splitlines()[:3] == ["1/3  musr", "2/3  ifeval", "3/3  ifeval"]

@@ -19,13 +19,17 @@ from transformers import AutoTokenizer
 
 from mamba_sft.cli.app import app
 from mamba_sft.errors import ExportError, UsageError
+from mamba_sft.evaluation.normalisation import Column, Pool
 from mamba_sft.evaluation.prompts import Prompt, Sample, write_samples
+from mamba_sft.evaluation.results import Results
+from mamba_sft.evaluation.scores import Scores, TaskScores
 from mamba_sft.exporting.export_run import export
 from mamba_sft.exporting.full_model import base_of, find_model
 from mamba_sft.exporting.hub import card, checkpoint
 from mamba_sft.exporting.request import GGUFOptions, HubOptions
 from mamba_sft.merging.merge_run import merge
 from mamba_sft.recipe.recipe import Recipe
+from mamba_sft.run import Run, result_file
 from mamba_sft.wording import size_text
 from tests.merging.test_merge_run import PROMPT, Made, make_run, merged_logits, relative, weights
 
@@ -128,14 +132,31 @@ def read_card(directory: Path) -> tuple[dict[str, Any], str]:
     return yaml.safe_load(text.split("---")[1]), text
 
 
+def write_results(run: Run) -> None:
+    """What `eval` leaves in a run: two columns of a leaderboard, of the model and of its base."""
+    place, shares = run.eval, {"tuned": (0.625, 0.25), "base": (0.125, 0.25)}
+    for role, values in shares.items():
+        results = Results(
+            "leaderboard-v2", {"name": "x", "role": role, "fingerprint": "f"}, {"chat_template": True}
+        )
+        columns = [Column(title, (Pool((title,), "acc"),)) for title in ("MuSR", "BBH")]
+        for column, value in zip(columns, values, strict=True):
+            marks = Scores.of([1.0] * round(value * 8) + [0.0] * round(8 - value * 8))
+            keys = tuple("abcdefgh")
+            results.scored[column.title] = TaskScores(column.title, 0, keys, keys, {"acc": marks})
+        results.fill(columns)
+        results.write(result_file(place, "leaderboard-v2", is_base=role == "base"))
+        results.settings["limit"] = 8
+        results.write(result_file(place, "leaderboard-v2", limit=8, is_base=role == "base"))  # claims nothing
+    (place / "heldout.json").write_text("{")
+
+
 def test_the_card_has_valid_metadata_and_every_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = with_records(make_run(tmp_path))
     recipe = json.loads(made.run.recipe.read_text())
     sources = [*recipe["data"]["sources"], {"path": "HuggingFaceH4/ultrachat_200k", "split": "train_sft"}]
     made.run.recipe.write_text(json.dumps(recipe | {"data": recipe["data"] | {"sources": sources}}))
-    made.run.eval.mkdir()
-    results = {"mmlu": {"acc,none": 0.625, "acc_stderr,none": 0.01, "alias": "mmlu"}}
-    (made.run.eval / "results.json").write_text(json.dumps({"results": results}))
+    write_results(made.run)
     monkeypatch.setattr(
         type(find_model(made.run)), "base_id", property(lambda self: "tiiuae/falcon-mamba-7b")
     )
@@ -157,15 +178,20 @@ def test_the_card_has_valid_metadata_and_every_part(tmp_path: Path, monkeypatch:
                 "results": [
                     {
                         "task": {"type": "text-generation"},
-                        "dataset": {"type": "mmlu", "name": "mmlu"},
-                        "metrics": [{"type": "acc", "value": 0.625}],
-                    }
+                        "dataset": {"type": "leaderboard-v2-musr", "name": "MuSR (leaderboard-v2)"},
+                        "metrics": [{"type": "accuracy", "value": 62.5}],
+                    },
+                    {
+                        "task": {"type": "text-generation"},
+                        "dataset": {"type": "leaderboard-v2-bbh", "name": "BBH (leaderboard-v2)"},
+                        "metrics": [{"type": "accuracy", "value": 25.0}],
+                    },
                 ],
             }
         ],
     }
-    (result,) = ModelCard(text).data.eval_results or []  # as the hub's own library reads it
-    assert (result.dataset_name, result.metric_type, result.metric_value) == ("mmlu", "acc", 0.625)
+    result, _ = ModelCard(text).data.eval_results or []  # as the hub's own library reads it
+    assert (result.dataset_name, result.metric_value) == ("MuSR (leaderboard-v2)", 62.5)
     for heading in (
         "# my-model", "# TL;DR", "# Model Details", "# Usage", "## Training Data",
         "### Training Hyperparameters", "### Hardware and Time", "### Loss", "# Evaluation", "## Results",
@@ -174,7 +200,8 @@ def test_the_card_has_valid_metadata_and_every_part(tmp_path: Path, monkeypatch:
         assert f"\n{heading}\n" in text, heading
     for row in (
         "| learning_rate | 0.0002 |", "| target_modules | in_proj, x_proj, out_proj |",
-        "| mmlu | acc | 0.6250 |", "8 x NVIDIA H100", "2.0 h, 2 steps", "1.2500 nats",
+        "|  | MuSR | BBH | Average |", "| this model | 62.50 | 25.00 | 43.75 |", "| its base | 12.50 |",
+        "leaderboard-v2: chat template on", "8 x NVIDIA H100", "2.0 h, 2 steps", "1.2500 nats",
         "100.0% by this model", "| `d_model` | 64 |", "torch 2.13.0",
     ):  # fmt: skip
         assert row in text, row

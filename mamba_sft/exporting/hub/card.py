@@ -7,16 +7,21 @@ model.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mamba_sft import __version__
 from mamba_sft.data.sources import is_hub_dataset
+from mamba_sft.evaluation.leaderboards import LEADERBOARDS
 from mamba_sft.evaluation.prompts import exact_match, read_samples
+from mamba_sft.evaluation.results import finished
 from mamba_sft.evaluation.run_facts import read_facts
 from mamba_sft.evaluation.run_figures import loss_curves
 from mamba_sft.evaluation.svg_plot import svg_text
+from mamba_sft.evaluation.table import scores_table, settings_text
 from mamba_sft.exporting.full_model import FullModel
 from mamba_sft.exporting.gguf.tensors import layers
 from mamba_sft.exporting.hub.checkpoint import MARK
@@ -32,7 +37,6 @@ from mamba_sft.wording import size_text, time_text
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 PLOT_NAME = "loss.svg"
-RESULTS_NAME = "results.json"
 _KINDS = {
     "seconds": int | float, "steps": int, "tokens": int, "best_validation_loss": int | float,
     "packages": dict, "device": dict,
@@ -81,7 +85,7 @@ def _metadata(
     recipe: Recipe | None,
     name: str,
     options: HubOptions,
-    results: list[tuple[str, str, str]],
+    results: list[dict[str, Any]],
 ) -> Any:
     """The head in the hub's own fields; evaluation results are structured, as leaderboards read them."""
     from huggingface_hub import EvalResult, ModelCardData
@@ -89,12 +93,13 @@ def _metadata(
     measured = [
         EvalResult(
             task_type="text-generation",
-            dataset_type=task,
-            dataset_name=task,
-            metric_type=metric,
-            metric_value=float(value),
+            dataset_type=re.sub(r"[^a-z0-9]+", "-", f"{one['suite']} {column.title}".lower()),
+            dataset_name=f"{column.title} ({one['suite']})",
+            metric_type="accuracy" if column.kind == "percent" else column.title,
+            metric_value=round(figure.value, 4),
         )
-        for task, metric, value in results
+        for one in results
+        for column, figure in one["figures"]
     ]
     return ModelCardData(
         language=list(options.languages),
@@ -227,14 +232,21 @@ def _exact_matches(run: Run) -> dict[str, Any] | None:
     return {"count": count, "before": f"{before:.1%}", "after": f"{after:.1%}"}
 
 
-def _results(run: Run) -> Iterator[tuple[str, str, str]]:
-    """Task, metric and value of everything that the run's evaluation measured."""
-    results = read_object(run.eval / RESULTS_NAME).get("results")
-    for task, metrics in results.items() if isinstance(results, dict) else ():
-        if isinstance(metrics, dict):
-            for metric, value in metrics.items():
-                if isinstance(value, float) and "stderr" not in metric:
-                    yield task, metric.partition(",")[0], f"{value:.4f}"
+def _results(run: Run) -> Iterator[dict[str, Any]]:
+    """What `eval` measured of the run, a table for each suite, the base and the published row beside it."""
+    for models in finished(run.eval):
+        tuned = models[0]
+        board = LEADERBOARDS.get(tuned.suite)
+        named = zip(models, ("this model", "its base"), strict=False)  # a base is there or not
+        shown = [replace(one, model={**one.model, "name": name}) for one, name in named]
+        table = scores_table(shown, board.published if board is not None else {})
+        yield {
+            "suite": tuned.suite,
+            "titles": table.titles,
+            "rows": table.rows,
+            "settings": settings_text(tuned),
+            "figures": [(column, figure) for column, figure in tuned.figures if figure is not None],
+        }
 
 
 def _quantizations(run: Run) -> Iterator[tuple[str, ...]]:
