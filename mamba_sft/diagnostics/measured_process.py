@@ -7,6 +7,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -126,7 +127,10 @@ def _be_quiet() -> None:
 
     warnings.simplefilter("ignore")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ["TQDM_DISABLE"] = "1"
+    if "transformers" in sys.modules:  # came with what measures
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()
     logging.getLogger("mamba_sft").setLevel(logging.ERROR)
 
 
