@@ -78,7 +78,8 @@ def told_by(
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_run, args=(sender, measure, arguments), daemon=True)
-    process.start()
+    with _no_word_of_leaks():
+        process.start()
     sender.close()  # so that the end of the process is the end of what can be received
     ends: float | None = None
     try:
@@ -105,6 +106,21 @@ def told_by(
         if process.is_alive():
             process.kill()
         process.join()
+
+
+@contextlib.contextmanager
+def _no_word_of_leaks() -> Iterator[None]:
+    """Has Python's tracker of shared resources say nothing of processes that were killed."""
+    before = os.environ.get("PYTHONWARNINGS")
+    ours = "ignore::UserWarning:multiprocessing.resource_tracker"
+    os.environ["PYTHONWARNINGS"] = ours if before is None else f"{before},{ours}"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PYTHONWARNINGS"]
+        else:
+            os.environ["PYTHONWARNINGS"] = before
 
 
 def _run(sender: Connection, measure: Callable[..., None], arguments: tuple[Any, ...]) -> None:
