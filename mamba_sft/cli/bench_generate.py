@@ -107,7 +107,11 @@ def rendered(result: dict[str, Any]) -> Iterator[Table | Text | str]:
         if one["from"] < one["to"]:
             yield _flat(one, "second")
             if "cpu" in result["machine"]:
-                yield _flat(one, "cpu_second") + " (in processor time, which other programs change less)"
+                yield _flat(one, "cpu_second") + " (in processor time)"
+    for one in result["against_peer"]:
+        yield _against(one, "second")
+        if "cpu" in result["machine"]:
+            yield _against(one, "cpu_second") + " (in processor time)"
     if result["peer_ended"]:
         yield f"transformers: {result['peer_ended']}"
     if result["peer_is_base"]:
@@ -126,6 +130,14 @@ def _table(rows: list[dict[str, Any]]) -> Table:
             size_text(row["peak_bytes"]),
         )  # fmt: skip
     return table
+
+
+def _against(one: dict[str, Any], unit: str) -> str:
+    return (
+        f"batch {one['batch_size']}, {one['length']:,} tokens, against transformers: "
+        f"prefill {one[f'prefill_tokens_per_{unit}']:.1f} times as fast, "
+        f"decoding {one[f'decode_tokens_per_{unit}']:.1f} times, memory {one['peak_bytes']:.2f} times"
+    )
 
 
 def _flat(one: dict[str, Any], unit: str) -> str:

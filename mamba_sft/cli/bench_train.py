@@ -97,6 +97,9 @@ def _comparison(result: dict[str, Any]) -> Iterator[str]:
     if result["times_peer_in_cpu_time"] and "cpu" in result["machine"]:
         times = result["times_peer_in_cpu_time"]
         yield f"{times:.1f} times in processor time, which other programs change less"
+    if peer["below_tokens_per_second"]:
+        times = result["ours"]["tokens_per_second"] / peer["below_tokens_per_second"]
+        yield f"more than {times:.0f} times as fast as {peer['of']}, which had not done one micro-batch"
     if peer["ended"]:
         done = "no step was done" if not peer["steps"] else f"{peer['steps']} of its steps count"
         partly = (

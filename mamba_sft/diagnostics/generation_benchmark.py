@@ -40,7 +40,8 @@ def measure_generation(
 
     Returns:
         JSON-safe: `benchmark`, `machine`, `settings`, `rows` (one for each side, batch size and length),
-        `flat` (for each batch size, the longest against the shortest prompt), `peer_ended` (why stock has not
+        `flat` (for each batch size, the longest against the shortest prompt), `against_peer` (ours against
+        stock at the longest prompt that both did), `peer_ended` (why stock has not
         done all, or None) and `peer_is_base` (whether stock had no adapter, unlike ours).
     """
     load = current_load()
@@ -57,6 +58,7 @@ def measure_generation(
         },
         "rows": [*ours, *stock],
         "flat": [_flatness(ours, size) for size in batch_sizes],
+        "against_peer": [one for size in batch_sizes if (one := _against(ours, stock, size))],
         "peer_ended": ended,
         "peer_is_base": bool(stock) and place.adapter is not None,
     }  # fmt: skip
@@ -101,10 +103,24 @@ def with_rates(fact: Fact, new_tokens: int) -> Fact:
     }
 
 
+def _against(ours: Sequence[Fact], stock: Sequence[Fact], size: int) -> dict[str, Any] | None:
+    """Ours as a multiple of stock, at the longest prompt that stock did."""
+    done = [row for row in stock if row["batch_size"] == size]
+    if not done:
+        return None
+    theirs = done[-1]
+    mine = next(row for row in ours if (row["batch_size"], row["length"]) == (size, theirs["length"]))
+    ratios = {name: mine[name] / theirs[name] for name in _compared(theirs)}
+    return {"batch_size": size, "length": theirs["length"]} | ratios
+
+
+def _compared(row: Fact) -> list[str]:
+    return [name for name in row if name.startswith(("prefill_tok", "decode_tok", "peak"))]
+
+
 def _flatness(rows: Sequence[Fact], size: int) -> dict[str, Any]:
     """The longest prompt against the shortest: 1 is flat."""
     of_size = [row for row in rows if row["batch_size"] == size]
     first, last = of_size[0], of_size[-1]
-    names = [name for name in first if name.startswith(("prefill_tok", "decode_tok", "peak"))]
-    ratios = {name: last[name] / first[name] for name in names}
+    ratios = {name: last[name] / first[name] for name in _compared(first)}
     return {"batch_size": size, "from": first["length"], "to": last["length"]} | ratios

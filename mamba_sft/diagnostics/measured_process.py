@@ -7,6 +7,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -77,7 +78,8 @@ def told_by(
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_run, args=(sender, measure, arguments), daemon=True)
-    process.start()
+    with _no_word_of_leaks():
+        process.start()
     sender.close()  # so that the end of the process is the end of what can be received
     ends: float | None = None
     try:
@@ -106,6 +108,21 @@ def told_by(
         process.join()
 
 
+@contextlib.contextmanager
+def _no_word_of_leaks() -> Iterator[None]:
+    """Has Python's tracker of shared resources say nothing of processes that were killed."""
+    before = os.environ.get("PYTHONWARNINGS")
+    ours = "ignore::UserWarning:multiprocessing.resource_tracker"
+    os.environ["PYTHONWARNINGS"] = ours if before is None else f"{before},{ours}"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PYTHONWARNINGS"]
+        else:
+            os.environ["PYTHONWARNINGS"] = before
+
+
 def _run(sender: Connection, measure: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     """The process: quiet, since what it has to say is told."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the one that waits, which then stops this
@@ -126,7 +143,10 @@ def _be_quiet() -> None:
 
     warnings.simplefilter("ignore")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ["TQDM_DISABLE"] = "1"
+    if "transformers" in sys.modules:  # came with what measures
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()
     logging.getLogger("mamba_sft").setLevel(logging.ERROR)
 
 

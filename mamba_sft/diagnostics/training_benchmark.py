@@ -93,20 +93,24 @@ def _measure_peer(recipe: Recipe, steps: int, seconds: float) -> dict[str, Any]:
 
     logger.info("measuring %s, %s at most", PEER, time_text(seconds))
     told: list[Fact] = []
-    ended = None
+    ended = below = None
     try:
         count = steps + PEER_WARM_UP
         for fact in told_by(take_stock_steps, recipe, count, what="stock steps", seconds=seconds):
             told.append(fact)
     except TooLongError:
         ended = f"stopped after {time_text(seconds)}"
+        if not any("seconds" in fact for fact in told):  # not one micro-batch was done
+            below = told[0]["next_tokens"] / seconds
     except NoMemoryError:
         ended = "out of memory"
     left_out = []
     if recipe.adapter is not None:
         targets = recipe.adapter.target_modules
         left_out = [name for name in targets if name not in peer_targets(targets)]
-    return summed_up(told, PEER_WARM_UP) | {"of": PEER, "ended": ended, "without_lora_on": left_out}
+    return summed_up(told, PEER_WARM_UP) | {
+        "of": PEER, "ended": ended, "below_tokens_per_second": below, "without_lora_on": left_out,
+    }  # fmt: skip
 
 
 def summed_up(told: Sequence[Fact], warm_up: int) -> dict[str, Any]:

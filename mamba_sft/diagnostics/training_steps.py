@@ -236,7 +236,7 @@ def take_stock_steps(tell: Tell, recipe: Recipe, count: int) -> None:
         labels = sum(int((batch["labels"] != -100).sum()) for batch in batches)
         _wait(device)
         started, loss = Moment.now(), torch.zeros((), device=device)
-        tell({"step": step})
+        tell({"step": step, "next_tokens": int(batches[0]["attention_mask"].sum())})
         for number, batch in enumerate(batches):
             loss += _backward(model, batch, dtype, labels)
             _wait(device)

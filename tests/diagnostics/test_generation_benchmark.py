@@ -51,6 +51,7 @@ def test_both_sides_time_the_same_prompts(tiny_base: Path, monkeypatch: pytest.M
         assert row["peak_bytes"] > 0
     assert [one["batch_size"] for one in found["flat"]] == [1, 2]
     assert found["settings"]["dtype"] == "float32"
+    assert [one["length"] for one in found["against_peer"]] == [40, 40]
     assert found["peer_ended"] is None
     assert not found["peer_is_base"]
 
@@ -106,6 +107,7 @@ def result() -> dict[str, Any]:
             "new_tokens": 32,
         },
         "flat": [generation_benchmark._flatness(rows[:3], 1)],
+        "against_peer": [generation_benchmark._against(rows[:3], rows[3:], 1)],
     }  # fmt: skip
 
 
@@ -133,6 +135,8 @@ def test_what_is_flat_is_said_of_longest_and_shortest() -> None:
         "batch 1, from 1,024 to 131,072 tokens: prefill 1.00 times as fast, decoding 0.01 times, "
         "memory 1.00 times" in lines
     )
+    against = "batch 1, 1,024 tokens, against transformers: prefill 48.8 times as fast, decoding 48.8 times, "
+    assert against + "memory 0.33 times" in lines
     assert "transformers: the base alone, without the adapter" in lines
 
 

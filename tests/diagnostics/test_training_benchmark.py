@@ -154,7 +154,7 @@ def test_stock_that_takes_too_long_or_too_much_is_told(recipe: Any, monkeypatch:
     ):
 
         def told_by(measure: Any, *arguments: Any, error: Any = error, **more: Any) -> Any:
-            yield {"step": 1}
+            yield {"step": 1, "next_tokens": 30}
             if measure is training_steps.take_stock_steps:
                 raise error
             yield step(3, 1.0)
@@ -165,6 +165,8 @@ def test_stock_that_takes_too_long_or_too_much_is_told(recipe: Any, monkeypatch:
         assert found["times_peer"] is None
         shown = [str(part) for part in bench_train.rendered(found)]
         assert f"transformers + PEFT: {text}; no step was done" in shown
+        more = "more than 10 times as fast as transformers + PEFT, which had not done one micro-batch"
+        assert (more in shown) == (error is training_benchmark.TooLongError)  # 100 tokens/s against 30 in 3 s
 
 
 # --- from outside -------------------------------------------------------------------------------------------
@@ -176,7 +178,12 @@ RESULT: dict[str, Any] = {
     "rows": {"made_up": False, "max_length": 512, "batch_size": 4, "tokens_per_step": 2000.0},
     "ours": summed_up([step(3, 0.5, 2000)], 2),
     "peer": summed_up([step(2, 5.0, 2000)], 1)
-    | {"of": "transformers + PEFT", "ended": None, "without_lora_on": ["out_proj"]},
+    | {
+        "of": "transformers + PEFT",
+        "ended": None,
+        "below_tokens_per_second": None,
+        "without_lora_on": ["out_proj"],
+    },
     "times_peer": 10.0,
     "times_peer_in_cpu_time": 9.5,
     "peak_of_peer": 0.25,
