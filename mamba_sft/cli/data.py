@@ -10,6 +10,7 @@ from rich.table import Table
 
 from mamba_sft.cli import completing
 from mamba_sft.cli.console import Json, Overrides, err, loading, out, write_json
+from mamba_sft.cli.hub_reach import may_name_the_hub, use_cache_if_unreachable
 from mamba_sft.errors import UsageError
 from mamba_sft.wording import size_text, time_text
 
@@ -48,6 +49,8 @@ def data(
     from mamba_sft.recipe.recipe import Recipe
 
     loaded = Recipe.load(recipe, overrides=overrides or [])
+    if may_name_the_hub(source.path for source in loaded.data.sources):
+        use_cache_if_unreachable()
     from mamba_sft.data.sources import check_source
 
     for source in loaded.data.sources:

@@ -20,6 +20,7 @@ from mamba_sft.cli.console import (
     quiet_loading,
     write_json,
 )
+from mamba_sft.cli.hub_reach import use_cache_if_unreachable
 from mamba_sft.errors import MambaSFTError, UsageError
 
 if TYPE_CHECKING:
@@ -110,6 +111,8 @@ def evaluate(
     settings = _settings(
         chat_template, max_length, batch_size, limit, math_metric, data, data_dir, include_path, save_samples
     )
+    if tasks is not None or (suite or "").count("leaderboard"):  # whose data are of the hub
+        use_cache_if_unreachable()
     suites = _suites(suite, tasks)
     _refuse_unread(data, suites)
     _refuse_together(base, against, resume, overwrite)

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mamba_sft.cli.console import Overrides, RecipeArgument, err, loading, out, quiet_loading
+from mamba_sft.cli.hub_reach import may_name_the_hub, use_cache_if_unreachable
 from mamba_sft.cli.launched import stop_with_launcher
 from mamba_sft.cli.printable import printable
 from mamba_sft.errors import UsageError
@@ -65,6 +66,8 @@ def train(
         raise UsageError("`--allow-changed-data` goes with `--resume`", hint="a new run takes any data")
     changes = overrides or []
     loaded = Recipe.load(recipe, overrides=changes)
+    if may_name_the_hub(source.path for source in loaded.data.sources):
+        use_cache_if_unreachable()
     from mamba_sft.recipe.builtin import find_recipe
     from mamba_sft.training.first_checks import check_first
     from mamba_sft.training.resuming import own_recipe_moved

@@ -1,0 +1,59 @@
+"""Whether the hub can be reached, asked once and briefly, before libraries ask it again and again."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from urllib.error import HTTPError, URLError
+from urllib.request import Request, urlopen
+
+from mamba_sft.cli.console import err
+
+OFFLINE, ENDPOINT = "HF_HUB_OFFLINE", "HF_ENDPOINT"
+PATIENCE = 5.0
+"""Seconds that the hub has to answer; `datasets` (5.2.0, read 2026-11-27) tries six times, for half a minute,
+for each data set."""
+_OF_THE_NETWORK = (socket.gaierror, ConnectionError, TimeoutError)
+
+
+def use_cache_if_unreachable() -> None:
+    """Has this process use what is in the hub's cache where the hub itself is out of reach, and says so.
+
+    Nothing is asked where the user has said (`HF_HUB_OFFLINE`), the libraries are loaded already, or a proxy
+    that only they know is between.
+    """
+    settled = OFFLINE in os.environ or "huggingface_hub" in sys.modules or _has_socks_proxy()
+    if settled or _answers():
+        return
+    os.environ[OFFLINE] = "1"
+    err.print("! the hub cannot be reached: what is in its cache on this machine is used")
+
+
+def may_name_the_hub(names: Iterable[str]) -> bool:
+    """Returns whether any of these bases or data sets can be one of the hub."""
+    return any(map(_may_be_of_the_hub, names))
+
+
+def _may_be_of_the_hub(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists()
+
+
+def _has_socks_proxy() -> bool:
+    return any(os.environ.get(name) for name in ("ALL_PROXY", "all_proxy"))
+
+
+def _answers() -> bool:
+    """Whether anything at all comes back; what else goes wrong is for the libraries to say."""
+    try:
+        request = Request(os.environ.get(ENDPOINT, "https://huggingface.co"), method="HEAD")
+        with urlopen(request, timeout=PATIENCE):  # by the proxies of the environment
+            return True
+    except HTTPError:
+        return True
+    except (URLError, OSError) as error:
+        return not isinstance(getattr(error, "reason", error), _OF_THE_NETWORK)
+    except ValueError:  # an endpoint that is no address
+        return True
