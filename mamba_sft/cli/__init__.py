@@ -8,7 +8,8 @@ they share, `length_plot` draws figures over lengths, `help` is what `-h` prints
 offers after a Tab. `printable` is how text of others is shown, `progress` draws the bars, `answers` counts
 answers and prints them in order, `preview` the rows and counts of `data`, `plan_many` what `plan` says of
 many GPUs, `lines` what must not wrap, `terminal` is the loop behind `chat`, with `typed_lines` (editing, Tab,
-earlier lines), `chat_commands` and `columns` (side by side), `hub_reach` asks whether there is a network, `unsaved` where else an adapter may go,
-`launched` is what one of many processes tells the one that started it.
+earlier lines), `chat_commands` and `columns` (side by side), `hub_reach` asks whether there is a network,
+`unsaved` where else an adapter may go, `launched` is what one of many processes tells the one that started
+it.
 Verbs import what they need when they run, so that `--help` never loads torch.
 """
