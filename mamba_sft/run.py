@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -192,7 +193,14 @@ class Run:
         run = where if isinstance(where, Run) else cls(Path(where))
         refuse_gguf(run.path)
         if not run.path.is_dir():
-            raise UsageError(f"no run at `{run.path}`", hint="`mamba-sft train RECIPE` makes one")
+            names = [one.path.name for one in cls.all_under(run.path.parent)]
+            close = get_close_matches(run.path.name, names, n=1)
+            hint = (
+                f"did you mean `{run.path.with_name(close[0])}`?"
+                if close
+                else "`mamba-sft train RECIPE` makes one"
+            )
+            raise UsageError(f"no run at `{run.path}`", hint=hint)
         if not run.recipe.is_file():
             raise UsageError(
                 f"`{run.path}` is not a run directory: it has no `{run.recipe.name}`",

@@ -36,7 +36,9 @@ def data(
 
     Example: mamba-sft data quickstart --rows 1
     """
-    if cached or clear:
+    if clear and not cached:
+        raise UsageError("`--clear` goes with `--cached`", hint="`mamba-sft data --cached --clear`")
+    if cached:
         if recipe is not None or prepare:
             raise UsageError("`--cached` is about all recipes", hint="leave out the recipe and `--prepare`")
         _show_cached(as_json, clear=clear)

@@ -57,12 +57,17 @@ def recipes_show(
 
     Example: mamba-sft recipes show quickstart > mine.yaml
     """
+    from difflib import get_close_matches
+
     from mamba_sft.recipe.builtin import builtin_recipes
 
     found = builtin_recipes()
     if name not in found:
+        close = get_close_matches(name, found, n=1)
+        question = f"; did you mean `{close[0]}`?" if close else ""
         raise UsageError(
-            f"no built-in recipe `{name}`", hint="there are " + ", ".join(f"`{known}`" for known in found)
+            f"no built-in recipe `{name}`{question}",
+            hint="there are " + ", ".join(f"`{known}`" for known in found),
         )
     sys.stdout.write(found[name].read_text(encoding="utf-8"))
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, groupby, islice
@@ -25,6 +26,7 @@ from mamba_sft.data.bad_rows import BadRows
 from mamba_sft.data.cache import key_of, made_once
 from mamba_sft.data.chats import Chat, LeftOut
 from mamba_sft.data.digests import RowsDigest
+from mamba_sft.data.json_files import from_latin
 from mamba_sft.data.mixing import Pieces
 from mamba_sft.data.notes import NOT_CHOSEN, WEIGHT_ZERO
 from mamba_sft.data.packing import Packed, open_packed, write_bins
@@ -274,12 +276,26 @@ def _examples(
                 yield row, example
 
 
+def _how_to_read(row: Row) -> str | None:
+    """What mends a file of which no row can be read."""
+    path, problem = Path(row.file), str(row.problem)
+    if problem.startswith("not UTF-8") and "iconv" not in problem:
+        return from_latin(path)
+    if problem.startswith("not JSON") and path.suffix == ".jsonl" and str(row.value)[:1] not in '{["':
+        text = path.with_suffix(".txt")
+        return f"if its lines are texts: mv {shlex.quote(row.file)} {shlex.quote(str(text))}"
+    return None
+
+
 def _file_format(
     file: str, head: list[Row], wanted: str, reading: formats.Reading, summary: SourceSummary
 ) -> str:
     readable = [row.value for row in head if row.problem is None]
     if not readable:
-        raise DataError(f"none of the first {len(head)} rows can be read: {head[0].where}: {head[0].problem}")
+        raise DataError(
+            f"none of the first {len(head)} rows can be read: {head[0].where}: {head[0].problem}",
+            hint=_how_to_read(head[0]),
+        )
     formats.refuse_preference_file(file, readable, reading)
     if wanted == "auto":
         wanted, seen = formats.detect_file(file, readable, reading)

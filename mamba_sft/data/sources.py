@@ -270,6 +270,10 @@ def _read_hub(source: SourceSection, path: str) -> Iterator[Row]:
     with _hub_errors(path):
         if _is_saved(Path(path)):
             dataset = _load_saved(path, source.split)
+        elif (directory := Path(path)).is_dir() and not any(directory.rglob("*.*")):
+            raise DataError(
+                f"`{path}` is a directory without data files", hint=f"data files end in {', '.join(KINDS)}"
+            )
         else:
             dataset = load_dataset(path, source.name, split=source.split, streaming=source.stream)
     for number, value in enumerate(_values(path, dataset), start=1):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -141,7 +142,8 @@ def require_template(name: str, tokenizer: Any) -> None:
     if not tokenizer.chat_template:
         raise DataError(
             f"`{name}` has no chat template: it is a base model that continues text",
-            hint="train it first, or let it continue plain text with `mamba-sft generate --raw`",
+            hint="train it first, or let it continue plain text:"
+            f" `mamba-sft generate {shlex.quote(name)} --raw --prompt 'Once upon a time'`",
         )
 
 

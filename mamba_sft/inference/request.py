@@ -106,5 +106,7 @@ def check_files(prompts: Path | None, output: str | Path | None) -> None:
         raise DataError(f"no file `{prompts}`", hint="prompts are JSON Lines, or a .txt with one a line")
     if output is not None and Path(output).is_dir():
         raise UsageError(f"the output `{output}` is a directory", hint="for example `answers.jsonl`")
+    if prompts is not None and output is not None and Path(output).exists() and prompts.samefile(output):
+        raise UsageError(f"the output `{output}` is the file of prompts", hint="for example `answers.jsonl`")
     if output is not None:
         check_writable(Path(output).parent, UsageError, hint="choose another place for `--output`")

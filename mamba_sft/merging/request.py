@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,5 +83,6 @@ def check_adapter_files(path: Path) -> None:
         if not (path / name).is_file():
             raise MergeError(
                 f"no adapter in `{path}`: it has no `{name}`",
-                hint="training writes it when it ends; a stopped run goes on with `mamba-sft train --resume`",
+                hint="training writes it when it ends; a stopped run goes on with"
+                f" `mamba-sft train {shlex.quote(str(Run(path.parent).recipe))} --resume`",
             )

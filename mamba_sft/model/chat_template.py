@@ -437,7 +437,7 @@ def _template_file(template: str) -> str:
             return _checked(template, file.read(LONGEST_TEMPLATE + 1))
     except (OSError, ValueError) as error:
         raise DataError(
-            f"cannot read the chat template `{template}`: {error}",
+            f"cannot read the chat template `{template}`: {getattr(error, 'strerror', None) or error}",
             hint="`chat.template` is `chatml`, `tokenizer` or the path of a .jinja file",
         ) from error
 

@@ -177,11 +177,16 @@ def _parents(base: str) -> list[Path]:
 
 
 def _similar(base: str) -> str:
+    return _meant(base).strip() or "give a directory, or a hub id such as `owner/name`"
+
+
+def _meant(base: str) -> str:
+    """The question whether a directory of nearly this name was meant, where there is one."""
     for parent in _parents(base):
         names = [entry.name for entry in parent.iterdir() if entry.is_dir()] if parent.is_dir() else []
         for name in difflib.get_close_matches(Path(base).name, names, n=1):
-            return f"did you mean `{Path(base).parent / name}`?"
-    return "give a directory, or a hub id such as `owner/name`"
+            return f"did you mean `{Path(base).parent / name}`? "
+    return ""
 
 
 def _download(base: str, revision: str | None, *, weights: bool) -> Path:
@@ -213,7 +218,8 @@ def _download(base: str, revision: str | None, *, weights: bool) -> Path:
     except (LocalEntryNotFoundError, HfHubHTTPError) as error:
         raise ModelError(
             f"`{base}` is not a directory here, not in the hub cache, and the hub cannot be reached",
-            hint="go online once (and unset HF_HUB_OFFLINE), or give the path of a downloaded copy",
+            hint=f"{_meant(base)}go online once (and unset HF_HUB_OFFLINE), or give the path of a downloaded"
+            " copy",
         ) from error
     except OSError as error:
         raise ModelError(f"`{base}` could not be downloaded: {error}", hint="is the disk full?") from error

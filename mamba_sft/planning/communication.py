@@ -64,7 +64,7 @@ class Cluster:
     def __post_init__(self) -> None:
         for option, value in (("processes", self.processes), ("nodes", self.nodes), ("link", self.link)):
             if not 0 < value < math.inf:
-                raise UsageError(f"`--{option} {value:g}`", hint="it takes more than zero")
+                raise UsageError(f"`--{option}` takes more than zero, not {value:g}")
 
     @property
     def total(self) -> int:

@@ -97,12 +97,21 @@ def find_recipe(text: str) -> Path:
         hint = f"its recipe is `{own}`" if own.is_file() else None
         hint = hint or "give a YAML file or the name of a built-in recipe"
         raise RecipeError(f"recipe `{shown(text)}` is a directory", hint=hint)
-    close = get_close_matches(Path(text).stem, built_in, n=1)
+    close = _recipes_like(expanded(text)) or get_close_matches(Path(text).stem, built_in, n=1)
     question = f"; did you mean `{close[0]}`?" if close else ""
     raise RecipeError(
         f"no recipe `{shown(text, 300)}`: neither a file nor a built-in recipe{question}",
         hint="built-in recipes: " + ", ".join(built_in),
     )
+
+
+def _recipes_like(path: Path) -> list[str]:
+    """The YAML file beside a place where nothing is that has nearly its name."""
+    try:
+        names = [name for name in os.listdir(path.parent) if name.endswith((".yaml", ".yml"))]
+    except OSError:
+        return []
+    return [shown(str(path.with_name(name)), 300) for name in get_close_matches(path.name, names, n=1)]
 
 
 def _refuse_other_files(text: str, path: Path) -> None:

@@ -207,6 +207,8 @@ class _Source:
             mark = error.problem_mark or error.context_mark
             tab = "'\\t'" in (error.problem or "")
             words = "tabs cannot indent YAML; use spaces" if tab else f"not valid YAML: {error.problem}"
+            if "alias" in (error.context or ""):
+                words = "not valid YAML: a text that begins with `*` needs quotes of its own: `'*.jsonl'`"
             raise SyntaxProblem(mark.line + 1 if mark else 1, words) from None
         except yaml.reader.ReaderError as error:
             line = text[: error.position].count("\n") + 1

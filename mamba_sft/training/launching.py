@@ -121,7 +121,9 @@ def asked_launch(
             hint="leave `--processes` out under `torchrun`, `accelerate launch` or MPI, or unset RANK",
         )
     if processes < 1:
-        raise UsageError(f"`--processes {processes}`", hint="it takes at least one")
+        raise UsageError(
+            f"`--processes` takes at least one, not {processes}", hint="say how many GPUs this machine has"
+        )
     if nodes is None:
         if master is not None or rank is not None:
             raise UsageError(
@@ -133,7 +135,7 @@ def asked_launch(
 
 def _several_nodes(processes: int, nodes: int, rank: int | None, master: str | None) -> Launch:
     if nodes < 1:
-        raise UsageError(f"`--nodes {nodes}`", hint="it takes at least one")
+        raise UsageError(f"`--nodes` takes at least one, not {nodes}", hint="say how many machines there are")
     if nodes == 1 and not rank:  # a job on one machine: it meets nobody
         return Launch(processes)
     if master is None:

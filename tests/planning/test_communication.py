@@ -177,8 +177,8 @@ def test_the_verb_says_it(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (["--nodes", "2"], "`--nodes` goes with `--processes`"),
         (["--link", "2"], "`--link` goes with `--processes`"),
-        (["--processes", "0"], "`--processes 0`"),
-        (["--processes", "2", "--link", "nan"], "`--link nan`"),
+        (["--processes", "0"], "`--processes` takes more than zero, not 0"),
+        (["--processes", "2", "--link", "nan"], "`--link` takes more than zero, not nan"),
     ],
 )
 def test_what_the_verb_refuses(words: list[str], told: str) -> None:

@@ -239,7 +239,10 @@ def test_an_override_mends_the_file() -> None:
         ("model.base.x=b", "`model.base` has no fields"),
         ("trian.max_steps=3", "unknown field `trian`; did you mean `train`?"),
         ("adapter.target_modules=[a", "not valid YAML: expected ',' or ']', but got '<stream end>'"),
-        ("chat.system=*stars*", "not valid YAML: expected alphabetic or numeric character, but found '*'"),
+        (
+            "chat.system=*stars*",
+            "not valid YAML: a text that begins with `*` needs quotes of its own: `'*.jsonl'`",
+        ),
         ("seed=!!map 3", "tags (`!map`) are not allowed"),
         ("chat.system=Answer: briefly", "`chat.system` must be text, got fields"),
         ("adapter={r: 2, r: 3}", "`adapter.r` is set twice"),

@@ -36,8 +36,8 @@ def test_what_is_asked_for() -> None:
     [
         ((None, 4, None, None), "`--nodes` goes with `--processes`"),
         ((None, None, None, "a:1"), "`--master` goes with `--processes`"),
-        ((0, None, None, None), "`--processes 0`"),
-        ((2, 0, 0, "a:1"), "`--nodes 0`"),
+        ((0, None, None, None), "`--processes` takes at least one, not 0"),
+        ((2, 0, 0, "a:1"), "`--nodes` takes at least one, not 0"),
         ((2, 4, 0, None), "`--nodes 4` needs `--master`"),
         ((2, 4, None, "a:1"), "`--nodes 4` needs `--rank`"),
         ((2, 4, 4, "a:1"), "`--nodes 4` and `--rank 4`"),
