@@ -319,7 +319,7 @@ def refuse_gguf(path: Path) -> None:
     source = f"`{origin.path}`" if ours else "the run or checkpoint that it was made from"
     raise UsageError(
         f"`{path}` is a GGUF file, for llama.cpp; here a run is needed, or a checkpoint in safetensors",
-        hint=f"give {source}; `llama-cli -m {shlex.quote(str(path))}` talks to the file",
+        hint=f"give {source}; `mamba-sft chat {shlex.quote(str(path))}` talks to the file",
     )
 
 

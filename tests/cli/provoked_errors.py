@@ -437,7 +437,7 @@ ERRORS = {
         "train recipe.yaml model.base=x.gguf",
         2,
         "`x.gguf` is a GGUF file, for llama.cpp; here a run is needed, or a checkpoint in safetensors",
-        "give the run or checkpoint that it was made from; `llama-cli -m",
+        "give the run or checkpoint that it was made from;",
     ),
     "train: a base without tensors": Provoked(
         "train recipe.yaml model.base=no-tensors",
@@ -733,7 +733,7 @@ ERRORS = {
         "merge x.gguf",
         2,
         "`x.gguf` is a GGUF file, for llama.cpp; here a run is needed, or a checkpoint in safetensors",
-        "give the run or checkpoint that it was made from; `llama-cli -m",
+        "give the run or checkpoint that it was made from;",
     ),
     "merge: no such dtype": Provoked(
         "merge runs/tiny --dtype fp17",

@@ -73,22 +73,20 @@ def test_a_model_or_a_run_as_a_recipe() -> None:
     assert refused("train", "runs/a").hint == "its recipe is `runs/a/recipe.yaml`"
 
 
-@pytest.mark.parametrize(
-    "words", ["chat", "generate -p hi", "merge", "export", "export --format hf", "report"]
-)
+@pytest.mark.parametrize("words", ["merge", "export", "export --format hf", "report"])
 def test_a_gguf_file_where_a_model_is_needed(words: str) -> None:
     verb, *options = words.split()
     error = refused(verb, "my model.GGUF", *options)
     assert error.message.startswith("`my model.GGUF` is a GGUF file, for llama.cpp")
-    assert "`llama-cli -m 'my model.GGUF'`" in str(error.hint)
+    assert "`mamba-sft chat 'my model.GGUF'` talks to the file" in str(error.hint)
     assert "the run or checkpoint that it was made from" in str(error.hint)
 
 
 def test_the_run_that_a_gguf_file_is_of() -> None:
     Path("runs/a/export").mkdir(parents=True)
     Path("runs/a/recipe.yaml").write_text("a: 1")
-    assert str(refused("chat", "runs/a/export/a.Q4_0.gguf").hint).startswith("give `runs/a`;")
-    assert "was made from" in str(refused("chat", "runs/a/adapter/a.gguf").hint)
+    assert str(refused("merge", "runs/a/export/a.Q4_0.gguf").hint).startswith("give `runs/a`;")
+    assert "was made from" in str(refused("merge", "runs/a/adapter/a.gguf").hint)
 
 
 def test_a_gguf_file_as_a_base() -> None:
