@@ -9,7 +9,8 @@ process of its own: a short prompt first, then the growth of the process's peak 
 prompt in a stream, as `chat` reads it; `batch` is two of them at once, one a hundred tokens shorter, as
 `generate` reads a file. The ids of a prompt are Python numbers in lists, whose size is told beside it: beyond
 them memory must not grow. `tokenize` is a text of as many tokens. The second table answers 32 prompts with
-one beginning, as they are and with that beginning read for each. Ends with one JSON line.
+one beginning, as they are and with that beginning read for each. These two are in processor seconds, which
+other programs on the same cores change little. Ends with one JSON line.
 """
 
 from __future__ import annotations
@@ -64,9 +65,9 @@ def cell(way: str, tokens: int) -> dict[str, Any]:
     tokenizer = load_tokenizer(SECTION)
     if way == "tokenize":
         text = "the quick brown fox jumps over 12 lazy dogs, and it's naïve... " * (tokens // 16)
-        began = time.perf_counter()
+        began = time.process_time()
         [ids] = encode_batch(tokenizer, [text])
-        took = time.perf_counter() - began
+        took = time.process_time() - began
         return {"way": way, "tokens": len(ids), "seconds": took, "bytes": len(text.encode())}
     model = load_model(SECTION)
     read(model, tokenizer, way, 5_000)
@@ -106,7 +107,7 @@ def length_table(lengths: list[int]) -> list[dict[str, Any]]:
 
 
 def shared_table() -> list[dict[str, Any]]:
-    """32 prompts of 20 tokens behind beginnings of different lengths; times are of the best of three."""
+    """32 prompts of 20 tokens behind beginnings of different lengths; the least processor time of three."""
     model, tokenizer, found = load_model(SECTION), load_tokenizer(SECTION), []
     sampling = Sampling(max_new_tokens=8)
     for beginning in (128, 512, 2048):
@@ -118,9 +119,9 @@ def shared_table() -> list[dict[str, Any]]:
             prefixes.find_beginnings.__defaults__ = (least,)
             seconds = []
             for _ in range(3):
-                began = time.perf_counter()
+                began = time.process_time()
                 given[name] = answers(model, tokenizer, prompts, sampling=sampling, stop_ids=())
-                seconds.append(time.perf_counter() - began)
+                seconds.append(time.process_time() - began)
             row[name] = min(seconds)
             row[f"{name}_tokens"] = row["prompt_tokens"] - sum(one.shared_tokens for one in given[name])
         if given["each"] != given["once"]:
