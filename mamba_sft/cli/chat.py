@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict
-from io import TextIOWrapper
 from typing import Annotated
 
 import typer
@@ -24,6 +22,7 @@ from mamba_sft.cli.console import (
     Temperature,
     TopK,
     TopP,
+    err,
     loading,
     model_or_newest,
     out,
@@ -33,7 +32,9 @@ from mamba_sft.cli.console import (
 
 def chat(
     model: ModelArgument = None,
-    compare: Annotated[bool, typer.Option("--compare", help="Base and tuned model side by side.")] = False,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="The base's answers beside the tuned model's.")
+    ] = False,
     merged: Annotated[bool, typer.Option("--merged", help="Talk to the run's merged checkpoint.")] = False,
     system: System = None,
     max_new_tokens: MaxNewTokens = 512,
@@ -48,12 +49,14 @@ def chat(
     dtype: Dtype = None,
     quantization: Quantization = None,
     compile_: Compile = False,
+    no_history: Annotated[bool, typer.Option("--no-history", help="Do not keep what is typed.")] = False,
 ) -> None:
     """Talk to a run, a model directory, a hub model or a GGUF file.
 
     Example: mamba-sft chat runs/quickstart --compare
     """
     from mamba_sft.inference.sampling import Sampling
+    from mamba_sft.wording import path_text
 
     stops = tuple(stop_strings or ())
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed, repetition_penalty, min_p, stops)
@@ -64,24 +67,19 @@ def chat(
     place = find_place(model_or_newest(model), merged=merged, needs_adapter=compare)
     running.check(place, compare=compare)
     with loading("torch, transformers and peft"):
+        from mamba_sft.cli.chat_commands import completions
         from mamba_sft.cli.terminal import chat_loop
+        from mamba_sft.cli.typed_lines import TypedLines, history_file
         from mamba_sft.inference.answering import open_session
         from mamba_sft.inference.chat_model import load_chat_model
 
         quiet_loading()
     talking = load_chat_model(place, **asdict(running), needs_adapter=compare)
     session = open_session(talking, compare=compare, sampling=sampling, system=system)
-    if isinstance(sys.stdin, TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # a pipe may hold anything
-    if sys.stdin.isatty():
-        import readline  # noqa: F401  # gives input() line editing and history
-    chat_loop(session, out, _read_line)
-
-
-def _read_line(prompt: str) -> str:
-    if not sys.stdin.isatty():
-        line = sys.stdin.readline()
-        if not line:
-            raise EOFError
-        return line.rstrip("\n")
-    return input(prompt)
+    history = None if no_history else history_file()
+    lines = TypedLines(history, completions, lambda reason: err.print(reason, style="dim"))
+    talks = lines.are_typed and out.is_terminal
+    kept = path_text(lines.history) if lines.history is not None else None
+    if kept is not None and not history_file().exists():
+        err.print(f"what you type is kept for the next chat in {kept}; see --no-history", style="dim")
+    chat_loop(session, out, lines.read, remember=lines.remember, talks=talks, history=kept)

@@ -2,214 +2,236 @@
 
 from __future__ import annotations
 
-import re
+import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
-from rich.console import Console, ConsoleOptions, Group, RenderResult
+from rich.console import Console
+from rich.control import Control
 from rich.live import Live
+from rich.segment import ControlType
 from rich.table import Table
 from rich.text import Text
 
+from mamba_sft.cli.chat_commands import COMMANDS, Typed, command_in, obey
+from mamba_sft.cli.columns import LONG, Columns, reading_text
 from mamba_sft.cli.printable import printable
-from mamba_sft.errors import MambaSFTError, UsageError
+from mamba_sft.errors import MambaSFTError
 from mamba_sft.inference.sessions import ChatSession, CompareSession, Turn
-from mamba_sft.recipe.builtin import expanded
 from mamba_sft.wording import size_text
 
 Session = ChatSession | CompareSession
 
-COMMANDS = {
-    "/help": "show this",
-    "/retry": "answer the last message again",
-    "/undo": "take back the last message and its answer",
-    "/reset": "forget the conversation",
-    "/system TEXT": "set the system message; without TEXT, show it",
-    "/save FILE": "add the conversation to a JSON Lines file that a recipe can train on",
-    "/quit": "leave, like Ctrl-D; Ctrl-C ends an answer, and once more leaves",
-}
 BLOCK = '"""'
+"""Stands alone on the line before and the line after a message of several lines."""
+WIDE_ENOUGH = 100
+"""Columns of a terminal in which two answers are shown side by side."""
+LATE = 0.5
+"""Seconds after an answer in which Ctrl-C was meant for it."""
+_STOPPED = "[repeats itself; stopped]"
 
 
-def chat_loop(session: Session, console: Console, read_line: Callable[[str], str]) -> None:
-    """Holds a conversation until the input ends, `/quit`, or a second Ctrl-C in a row, at the prompt.
+def chat_loop(
+    session: Session,
+    console: Console,
+    read_line: Callable[[str], str],
+    *,
+    remember: Callable[[str], None] = lambda text: None,
+    talks: bool | None = None,
+    history: str | None = None,
+) -> None:
+    """Holds a conversation until the input ends, `/exit`, or Ctrl-C at the prompt.
 
-    On a terminal it streams, shows speeds, and catches errors. Elsewhere every line is a message, only the
-    answers are written, and an error ends it.
+    With a person it streams, shows speeds, and tells errors. Else every line is a message or a command, only
+    the answers are written, and an error or Ctrl-C ends it.
 
     Args:
         session: Who to talk to.
         console: Where answers go.
         read_line: Shows a prompt and returns a line without its end; raises EOFError when there are no more.
+        remember: Is given every message and command.
+        talks: Whether a person types and reads; None: whether `console` is a terminal.
+        history: Where `remember` keeps things, for `/help`.
 
     Raises:
-        MambaSFTError: Whatever a command or message caused, when `console` is not a terminal.
+        MambaSFTError: Whatever a command or message caused, when no person talks.
     """
-    if console.is_terminal:
-        console.print(_banner(session))
-    interrupted = False
+    chat = _Chat(session, console, console.is_terminal if talks is None else talks, history)
+    chat.note(_banner(session))
+    ended = -LATE
     while True:
         try:
-            line = _read_message(read_line, "> " if console.is_terminal else "")
+            text, is_block = _read_message(read_line, chat.talks)
         except EOFError:
+            chat.end_line()
             return
         except KeyboardInterrupt:
-            if interrupted or not console.is_terminal:
-                return
-            interrupted = True  # it may have been meant for an answer that ended just then
-            _note(console, "\nonce more leaves")
-            continue
-        if line.strip() == "/quit":
-            return
-        try:
-            interrupted = bool(line.strip()) and _take(session, console, line)
-        except MambaSFTError as error:
-            if not console.is_terminal:
+            chat.end_line()
+            if not chat.talks:
                 raise
-            _complain(console, error)
+            if time.monotonic() - ended > LATE:
+                return
+            chat.note("the answer had ended")
+            continue
+        if text.strip():
+            remember(text)
+            if chat.take(text, is_block=is_block):
+                return
+            ended = time.monotonic()
 
 
-def _read_message(read_line: Callable[[str], str], prompt: str) -> str:
-    """Reads a line, or the lines between two lines of three quotation marks."""
-    line = read_line(prompt)
+def _read_message(read_line: Callable[[str], str], talks: bool) -> tuple[str, bool]:
+    """Reads a line, or the lines between two lines of three quotation marks. Returns whether it was these."""
+    line = read_line("> " if talks else "")
     if line.strip() != BLOCK:
-        return line
+        return line, False
     lines = []
-    while (line := read_line(". " if prompt else "")).strip() != BLOCK:
-        lines.append(line)
-    return "\n".join(lines)
-
-
-def _take(session: Session, console: Console, line: str) -> bool:
-    """Obeys a command or answers a message. Returns whether Ctrl-C ended the answer."""
-    word, _, rest = line.strip().partition(" ")
-    rest = rest.strip()
-    if not re.fullmatch(r"/[a-z]+", word):
-        return _show(session, console, session.send(line))
-    if word == "/retry":
-        return _show(session, console, session.retry())
-    if word == "/undo":
-        _note(console, f"took back: {session.undo()}")
-    elif word == "/reset":
-        session.reset()
-        _note(console, "the conversation is forgotten")
-    elif word == "/system":
-        if rest:
-            session.system = rest
-        _note(console, f"system message: {session.system or 'none'}")
-    elif word == "/save":
-        if not rest:
-            raise UsageError("`/save` needs a file", hint="for example `/save chats.jsonl`")
-        session.save(expanded(rest))
-        _note(console, f"added the conversation to {rest}")
-    elif word == "/help":
-        console.print(_help())
-    else:
-        raise UsageError(f"no command `{word}`", hint="there are " + ", ".join(COMMANDS))
-    return False
-
-
-def _show(session: Session, console: Console, answer: Iterator[Any]) -> bool:
-    show = _show_one if isinstance(session, ChatSession) else _show_two
     try:
-        return show(session, console, answer)  # type: ignore[arg-type]
-    finally:
-        answer.close()  # type: ignore[attr-defined]
+        while (line := read_line(". " if talks else "")).strip() != BLOCK:
+            lines.append(line)
+    except EOFError:  # ends the block, too
+        pass
+    except KeyboardInterrupt:  # takes back the block
+        if not talks:
+            raise
+        return "", True
+    return "\n".join(lines), True
 
 
-def _show_one(session: ChatSession, console: Console, answer: Iterator[str]) -> bool:
-    interrupted = _drain(answer, lambda piece: _write(console, piece))
-    _write(console, "\n")
-    _note(console, _describe(session.last_turn))
-    return interrupted
-
-
-def _show_two(session: CompareSession, console: Console, answer: Iterator[tuple[int, str]]) -> bool:
-    columns = _Columns([side.chat_model.name for side in session.sides], tail=True)
-    live = Live(columns, console=console, refresh_per_second=12, transient=True)
-    with live if console.is_terminal else nullcontext():
-        interrupted = _drain(answer, columns.add)
-    if not console.is_terminal:
-        for name, text in zip(columns.names, columns.texts, strict=True):
-            _write(console, f"{name}: {text}\n")
-        return interrupted
-    columns.tail = False
-    console.print(columns)
-    notes = _grid(len(session.sides))
-    notes.add_row(*(Text(_describe(side.last_turn), style="dim") for side in session.sides))
-    console.print(notes)
-    return interrupted
-
-
-def _drain(answer: Iterator[Any], show: Callable[[Any], None]) -> bool:
-    """Shows the pieces of an answer. Returns whether Ctrl-C ended it; what is there stays."""
-    try:
-        for piece in answer:
-            show(piece)
-    except KeyboardInterrupt:
-        answer.close()  # type: ignore[attr-defined]
-        return True
-    return False
-
-
-class _Columns:
-    """Texts side by side; while they grow, only the lines that fit the screen, the last ones.
+class _Chat:
+    """A session on a console.
 
     Args:
-        names: The columns' headings.
-        tail: Whether to keep to the height of the screen.
+        session: Who to talk to.
+        console: Where answers go.
+        talks: Whether a person types and reads.
+        history: Where what is typed is kept.
     """
 
-    def __init__(self, names: list[str], *, tail: bool):
-        self.names = names
-        self.texts = [""] * len(names)
-        self.tail = tail
+    def __init__(self, session: Session, console: Console, talks: bool, history: str | None):
+        self.talks = talks
+        self._session, self._console, self._history = session, console, history
+        self._begun = True  # has an answer shown something?
+        self._is_reading = False  # which a line says that goes again
 
-    def add(self, piece: tuple[int, str]) -> None:
-        """Appends to one side."""
-        side, text = piece
-        self.texts[side] += text
+    def take(self, text: str, *, is_block: bool) -> bool:
+        """Obeys a command or answers a message. Returns whether it was the command to leave."""
+        try:
+            command = None if is_block else command_in(text)
+            if command is None:
+                self._show(text)
+                return False
+            return self._obey(command)
+        except MambaSFTError as error:
+            if not self.talks:
+                raise
+            self._console.print(Text(printable(error.message), style="red"))
+            self.note(error.hint or "")
+        except KeyboardInterrupt:  # between an answer's end and the prompt
+            if not self.talks:
+                raise
+        return False
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        table = _grid(len(self.names))
-        table.add_row(*(Text(printable(name), style="bold") for name in self.names))
-        width = options.max_width // len(self.names) - 2
-        table.add_row(*(self._column(console, text, width) for text in self.texts))
-        yield table
+    def _obey(self, command: Typed) -> bool:
+        if command.name == "/exit":
+            return True
+        if command.name == "/help":
+            self._console.print(_help(self._history))
+        elif command.name == "/retry":
+            if self._session.sampling.temperature == 0 and self._session.messages:
+                self.note("the answer will be the same: `temperature` is 0; `/set temperature 0.7` varies it")
+            self._show(self._session.undo())
+        else:
+            self.note(obey(self._session, command))
+        return False
 
-    def _column(self, console: Console, text: str, width: int) -> Group | Text:
-        shown = Text(printable(text.strip("\n")))
-        if not self.tail:
-            return shown
-        return Group(*shown.wrap(console, width)[-(console.height - 3) :])
+    def _show(self, text: str) -> None:
+        if isinstance(self._session, ChatSession):
+            self._stream(self._session, self._session.send(text))
+            self.note(_describe(self._session.last_turn))
+        elif self.talks and self._console.width >= WIDE_ENOUGH:
+            self._side_by_side(self._session, text)
+        else:
+            self._in_turn(self._session, text)
 
+    def _in_turn(self, session: CompareSession, text: str) -> None:
+        for number, answer in session.in_turn(text):
+            side = session.sides[number]
+            if self.talks:
+                self._console.print(Text(printable(side.chat_model.name), style="bold"))
+            else:
+                self._write(f"{side.chat_model.name}: ")
+            self._stream(side, answer)
+            self.note(_describe(side.last_turn))
 
-def _grid(columns: int) -> Table:
-    grid = Table.grid(expand=True, padding=(0, 2))
-    for _ in range(columns):
-        grid.add_column(ratio=1, overflow="fold")
-    return grid
+    def _stream(self, side: ChatSession, answer: Iterator[str]) -> None:
+        """Writes an answer as it comes."""
+        side.on_read = self._say_reading if self.talks else None
+        self._begun = not self.talks
+        self._drain(answer, self._write_answer)
+        self._forget_reading()
+        if side.last_turn is not None and side.last_turn.finish_reason == "repetition":
+            self._write(f" {_STOPPED}")
+        self._write("\n")
 
+    def _side_by_side(self, session: CompareSession, text: str) -> None:
+        columns = Columns([side.chat_model.name for side in session.sides])
+        for number, side in enumerate(session.sides):
+            side.on_read = partial(columns.read, number)
+        with Live(columns, console=self._console, refresh_per_second=12, transient=True):
+            self._drain(session.send(text), columns.add)
+        for number, side in enumerate(session.sides):
+            if side.last_turn is not None and side.last_turn.finish_reason == "repetition":
+                columns.add((number, f" {_STOPPED}"))
+        columns.end([_describe(side.last_turn) for side in session.sides])
+        self._console.print(columns)
 
-def _write(console: Console, text: str) -> None:
-    """Writes text as it comes; a terminal gets its printable form, in which no character waits for others."""
-    if console.is_terminal:
-        console.print(Text(printable(text)), end="", soft_wrap=True)
-    else:
-        console.file.write(text)
-        console.file.flush()
+    def _drain(self, answer: Iterator[Any], show: Callable[[Any], None]) -> None:
+        """Shows the pieces of an answer; Ctrl-C ends it, and what is there stays."""
+        try:
+            for piece in answer:
+                show(piece)
+        except KeyboardInterrupt:
+            if not self.talks:
+                raise
+        finally:
+            answer.close()  # type: ignore[attr-defined]
 
+    def _write_answer(self, piece: str) -> None:
+        """Writes a piece; to a person from the first line that is not empty."""
+        shown = piece if self._begun else piece.lstrip("\n")
+        self._begun = self._begun or bool(shown)
+        self._write(shown)
 
-def _note(console: Console, text: str) -> None:
-    if console.is_terminal:
-        console.print(Text(printable(text), style="dim"))
+    def _write(self, text: str) -> None:
+        """Writes text as it comes; a terminal gets its printable form: no character waits for others."""
+        self._forget_reading()
+        if self._console.is_terminal:
+            self._console.print(Text(printable(text)), end="", soft_wrap=True)
+        else:
+            self._console.file.write(text)
+            self._console.file.flush()
 
+    def _say_reading(self, done: int, tokens: int) -> None:
+        if tokens >= LONG:
+            self._is_reading = True
+            self._console.print(Text(reading_text(done, tokens), style="dim"), end="\r")
 
-def _complain(console: Console, error: MambaSFTError) -> None:
-    console.print(Text(printable(error.message), style="red"))
-    if error.hint:
-        _note(console, error.hint)
+    def _forget_reading(self) -> None:
+        if self._is_reading:
+            self._is_reading = False
+            self._console.control(Control((ControlType.ERASE_IN_LINE, 2)))
+
+    def note(self, text: str) -> None:
+        """Tells something beside the answers."""
+        if self.talks and text:
+            self._console.print(Text(printable(text), style="dim"))
+
+    def end_line(self) -> None:
+        """Leaves the line of a prompt."""
+        if self.talks:
+            self._console.print()
 
 
 def _describe(turn: Turn | None) -> str:
@@ -218,27 +240,35 @@ def _describe(turn: Turn | None) -> str:
     parts = [f"{turn.tokens} tokens"]
     if turn.tokens_per_second is not None:
         parts.append(f"{turn.tokens_per_second:.1f} tokens/s")
-    parts.append(f"{turn.seen:,} tokens seen")
+    parts.append(f"{turn.read:,} read")
+    if turn.seen:
+        parts.append(f"{turn.seen:,} in all")
     if turn.finish_reason == "length":
         parts.append("cut off at `max_new_tokens`")
     elif turn.finish_reason == "interrupted":
         parts.append("interrupted")
+    if turn.repeats and turn.finish_reason != "repetition":
+        parts.append("it repeats itself")
     if turn.reread:
         parts.append("the conversation was read again from the start")
     return " · ".join(parts)
 
 
-def _banner(session: Session) -> Text:
+def _banner(session: Session) -> str:
     sides = [session] if isinstance(session, ChatSession) else list(session.sides)
     names = " | ".join(side.chat_model.name for side in sides)
     state = size_text(sides[0].chat_model.state_bytes)
     limit = f"no context limit: a conversation of any length is a state of {state}"
-    return Text(printable(f"{names}\n{limit}\n/help lists the commands"), style="dim")
+    return f"{names}\n{limit}\n/help lists the commands"
 
 
-def _help() -> Table:
+def _help(history: str | None) -> Table:
     table = Table.grid(padding=(0, 2))
-    for command, meaning in COMMANDS.items():
-        table.add_row(Text(command, style="bold"), meaning)
-    table.add_row(Text(BLOCK, style="bold"), "begin and end a message of several lines")
+    for name, command in COMMANDS.items():
+        table.add_row(Text(f"{name} {command.takes}", style="bold"), command.meaning)
+    blocks = "begin and end a message of several lines; what is pasted is one message without them"
+    table.add_row(Text(BLOCK, style="bold"), blocks)
+    if history is not None:
+        kept = f"{history} keeps what you type, but no line that begins with a blank; see --no-history"
+        table.add_row(Text("history", style="bold"), Text(kept))
     return table

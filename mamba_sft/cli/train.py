@@ -149,7 +149,7 @@ def _show_dry_run(preparation: Preparation) -> None:
 
 def _show_samples(run: Run, fits_no_chat: bool, rows: int = 6) -> None:
     from mamba_sft.cli.lines import WarningList
-    from mamba_sft.evaluation.prompts import exact_match, read_samples
+    from mamba_sft.evaluation.prompts import exact_match, read_samples, score_name
     from mamba_sft.evaluation.run_figures import sample_titles, samples_heading, wrong_first
 
     samples = read_samples(run.samples)
@@ -170,8 +170,9 @@ def _show_samples(run: Run, fits_no_chat: bool, rows: int = 6) -> None:
     before = exact_match(prompts, [sample.before for sample in samples])
     after = exact_match(prompts, [sample.after for sample in samples])
     if before is not None and after is not None:
-        count = sum(prompt.answer is not None for prompt in prompts)
-        out.print(f"exact match on {count} held-out prompts: {before:.1%} before, {after:.1%} after")
+        count = sum(prompt.is_scored for prompt in prompts)
+        scored = f"{score_name(prompts)} on {count} held-out prompts"
+        out.print(f"{scored}: {before:.1%} before, {after:.1%} after")
     if fits_no_chat:
         note = "these prompts went through the chat template, which no trained row did"
         err.print(WarningList([note]), crop=False)

@@ -160,7 +160,7 @@ def _read(settings: Settings) -> tuple[Path, list[Prompt], int]:
     """The file, its prompts that can be scored, and how many cannot."""
     path = find_path(settings.rows or PROMPTS)
     prompts = load_prompts(path, named_by="--data")
-    scored = [one for one in prompts if one.checks or one.answer is not None]
+    scored = [one for one in prompts if one.is_scored]
     if not scored:
         raise DataError(
             f"no prompt of `{path}` has `checks` or an `answer`, so none can be scored",

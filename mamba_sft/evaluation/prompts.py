@@ -80,6 +80,11 @@ class Prompt:
             given["checks"] = {check.kind: check.wanted for check in self.checks}
         return given | ({"small": True} if self.small else {})
 
+    @property
+    def is_scored(self) -> bool:
+        """Whether it is known what is right."""
+        return self.answer is not None or bool(self.checks)
+
     def messages(self, default_system: str | None = None) -> list[dict[str, str]]:
         """Returns the chat that asks this prompt."""
         system = self.system or default_system
@@ -137,7 +142,7 @@ def is_right(prompt: Prompt, answer: str) -> bool | None:
 
     None where neither is known.
     """
-    if prompt.answer is None and not prompt.checks:
+    if not prompt.is_scored:
         return None
     exact = prompt.answer is None or prompt.answer.strip() == answer.strip()
     return exact and all(check.holds(answer) for check in prompt.checks)
@@ -148,6 +153,11 @@ def exact_match(prompts: Sequence[Prompt], answers: Sequence[str]) -> float | No
     marks = [is_right(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
     scored = [mark for mark in marks if mark is not None]
     return sum(scored) / len(scored) if scored else None
+
+
+def score_name(prompts: Sequence[Prompt]) -> str:
+    """Returns what `exact_match` of these prompts is called, which with checks is more than that."""
+    return "right answers" if any(prompt.checks for prompt in prompts) else "exact match"
 
 
 def pair(prompts: Sequence[Prompt], before: Sequence[str], after: Sequence[str]) -> list[Sample]:

@@ -10,7 +10,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from mamba_sft.evaluation.leaderboards import LEADERBOARDS
-from mamba_sft.evaluation.prompts import Prompt, Sample, exact_match, is_right
+from mamba_sft.evaluation.prompts import Prompt, Sample, exact_match, is_right, score_name
 from mamba_sft.evaluation.results import Results
 from mamba_sft.evaluation.run_facts import RunFacts
 from mamba_sft.evaluation.svg_plot import Curve, Point, number_text, smooth
@@ -75,9 +75,10 @@ def key_figures(facts: RunFacts) -> Iterator[tuple[str, str]]:
     if memory := [value for _, value in facts.series("peak_memory") if math.isfinite(value)]:
         yield "peak memory", size_text(max(memory))
     for when in ("before", "after"):
-        score = exact_match([s.prompt for s in facts.samples], [getattr(s, when) for s in facts.samples])
+        prompts = [sample.prompt for sample in facts.samples]
+        score = exact_match(prompts, [getattr(sample, when) for sample in facts.samples])
         if score is not None:
-            yield f"exact match {when}", f"{100 * score:.1f} %"
+            yield f"{score_name(prompts)} {when}", f"{100 * score:.1f} %"
 
 
 def _after_the_first(points: Sequence[Point]) -> list[float]:
@@ -354,7 +355,7 @@ def samples_heading(shown: int, total: int) -> str:
 
 def right_counts(samples: Iterable[ShownSample]) -> str:
     """Returns how many were answered rightly before and after, empty where nobody knows."""
-    scored = [one for one in samples if one.prompt.answer is not None]
+    scored = [one for one in samples if one.prompt.is_scored]
     if not scored:
         return ""
     right = [sum(bool(one.answers[i][2]) for one in scored) for i in (0, -1)]

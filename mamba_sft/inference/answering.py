@@ -171,7 +171,8 @@ def open_session(
     Args:
         model: A run, a model directory, a GGUF file, a hub id, or what `load_chat_model` or `find_place`
             returned.
-        compare: Talk to a run's base and to its tuned model at once; they share one model in memory.
+        compare: Talk to a run's tuned model and to its base; they share one model in memory, and an answer
+            that goes round in a circle is ended.
         merged: Talk to the run's merged checkpoint rather than to base and adapter.
         sampling: How to choose tokens; greedy by default.
         system: System message; None takes the one the model was trained with.
@@ -189,9 +190,10 @@ def open_session(
     if not compare:
         return ChatSession(chat_model, sampling=sampling, system=system)
     base, tuned = (
-        ChatSession(side, sampling=sampling, system=system) for side in split_chat_model(chat_model)
+        ChatSession(side, sampling=sampling, system=system, stop_repetition=True)
+        for side in split_chat_model(chat_model)
     )
-    return CompareSession(base, tuned)
+    return CompareSession(tuned, base)
 
 
 def _encode(chat_model: ChatModel, row: PromptRow, system: str | None, raw: bool) -> list[int]:

@@ -40,7 +40,7 @@ class Beginnings:
 
 
 def find_beginnings(prompts: Mapping[int, Sequence[int]], least: int = LEAST) -> Beginnings:
-    """Returns the beginnings that save most tokens, each prompt having one at most.
+    """Returns the beginnings that save most tokens, or nearly so; each prompt has one at most.
 
     At least one token of every prompt is left to be read for itself.
 
@@ -52,54 +52,70 @@ def find_beginnings(prompts: Mapping[int, Sequence[int]], least: int = LEAST) ->
     # bytes of such numbers are in the order of the numbers
     rows = {number: np.asarray(ids, ">u4") for number, ids in prompts.items()}
     order = sorted(rows, key=lambda number: rows[number].tobytes())
-    for group, (first, last, length) in enumerate(_best([rows[number] for number in order], least)):
-        for number in order[first : last + 1]:
-            lengths[number], groups[number] = length, group
+    for group, part in enumerate(_best([rows[number] for number in order], least)):
+        for row in part.rows:
+            lengths[order[row]], groups[order[row]] = part.length, group
     return Beginnings(prompts, lengths, groups)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Rows that read their first `length` tokens together."""
+
+    rows: list[int]
+    length: int
+
+    @property
+    def gain(self) -> int:
+        return (len(self.rows) - 1) * self.length
 
 
 @dataclass
 class _Interval:
-    """Neighbours in the order of their ids that have `length` first tokens in common, and what is inside."""
+    """Neighbours in the order of their ids that have `length` first tokens in common."""
 
     length: int
     first: int
-    inner: list[_Interval] = field(default_factory=list)
-    gain: int = 0
-    parts: list[tuple[int, int, int]] = field(default_factory=list)
+    parts: list[_Part] = field(default_factory=list)
+    """The beginnings that are worth it among them; longer ones than what all have in common."""
 
     def close(self, last: int, least: int) -> None:
-        """Settles whether one beginning for all saves more than those of the intervals inside."""
-        self.gain = sum(one.gain for one in self.inner)
-        own = (last - self.first) * self.length if self.length >= least else 0
-        if own and own >= self.gain:
-            self.gain, self.parts = own, [(self.first, last, self.length)]
-        else:
-            self.parts = [part for one in self.inner for part in one.parts]
-        self.inner = []
+        """Settles whether one more beginning, what all have in common, saves more.
+
+        It is for the rows that have none yet, and for those to whom their longer one is worth less.
+        """
+        if self.length < least:
+            return
+        kept = [part for part in self.parts if part.gain > len(part.rows) * self.length]
+        taken = {row for part in kept for row in part.rows}
+        own = _Part([row for row in range(self.first, last + 1) if row not in taken], self.length)
+        if len(own.rows) > 1 and own.gain + _gain(kept) >= _gain(self.parts):
+            self.parts = [*kept, own]
 
 
-def _best(rows: list[_Ids], least: int) -> list[tuple[int, int, int]]:
-    """`(first, last, length)` of the groups of sorted rows that save most, from the tree of shared parts."""
+def _gain(parts: Sequence[_Part]) -> int:
+    return sum(part.gain for part in parts)
+
+
+def _best(rows: list[_Ids], least: int) -> list[_Part]:
+    """The parts of sorted rows that save most, from the tree of what neighbours have in common."""
     open_ones = [_Interval(0, 0)]
     for number in range(1, len(rows)):
         common = _common(rows[number - 1], rows[number])
-        first, closed = number - 1, None
+        first, parts = number - 1, []
         while common < open_ones[-1].length:
             closed = open_ones.pop()
             closed.close(number - 1, least)
-            first = closed.first
+            first, parts = closed.first, closed.parts
             if common <= open_ones[-1].length:
-                open_ones[-1].inner.append(closed)
-                closed = None
+                open_ones[-1].parts += parts
         if common > open_ones[-1].length:
-            open_ones.append(_Interval(common, first, [closed] if closed else []))
-    while True:
+            open_ones.append(_Interval(common, first, parts))
+    while len(open_ones) > 1:
         closed = open_ones.pop()
         closed.close(len(rows) - 1, least)
-        if not open_ones:
-            return closed.parts
-        open_ones[-1].inner.append(closed)
+        open_ones[-1].parts += closed.parts
+    return open_ones[0].parts
 
 
 def _common(left: _Ids, right: _Ids) -> int:

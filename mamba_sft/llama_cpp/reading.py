@@ -71,7 +71,7 @@ def read_facts(path: Path) -> GGUFFacts:
         fields = GGUFReader(path).fields
     except Exception as error:  # whatever numpy makes of a damaged file
         raise ModelError(
-            f"`{path}` is damaged: {error}", hint="fetch or export it again; was the disk full?"
+            f"`{path}` is damaged: its header cannot be read", hint="fetch or export it again"
         ) from error
 
     def value(key: str, default: Any = None) -> Any:

@@ -19,7 +19,15 @@ from mamba_sft.evaluation.instructions import (
     Instructions,
     what_is_met,
 )
-from mamba_sft.evaluation.prompts import Prompt, exact_match, load_prompts, pair, read_samples, write_samples
+from mamba_sft.evaluation.prompts import (
+    Prompt,
+    exact_match,
+    load_prompts,
+    pair,
+    read_samples,
+    score_name,
+    write_samples,
+)
 from mamba_sft.evaluation.settings import Settings
 from mamba_sft.inference import generation
 from mamba_sft.inference.answer import Answer
@@ -231,6 +239,10 @@ def test_prompts_with_checks_are_scored_as_samples_and_kept(tmp_path: Path, aske
     assert prompts[1].answer == "no"
     assert exact_match(prompts, ["hello", " no ", "1 2"]) == 1.0
     assert exact_match(prompts, ["hello to you", "no", "1 2 3"]) == pytest.approx(1 / 3)
+    assert [one.is_scored for one in prompts] == [True, True, True]
+    assert not Prompt("a").is_scored
+    assert score_name(prompts) == "right answers"
+    assert score_name([Prompt("a", "b")]) == "exact match"
     samples = pair(prompts, ["a", "b", "c"], ["hello", "no", "1 2"])
     write_samples(tmp_path / "samples.jsonl", samples)
     assert read_samples(tmp_path / "samples.jsonl") == samples

@@ -329,3 +329,25 @@ def test_a_cut_character_is_shown_when_the_answer_ends(tokenizer):
     assert shown + texts.flush() == tokenizer.decode(ids)
     assert texts.flush() == ""
     assert "".join(map(texts.push, encode(tokenizer, "b"))) == "b"  # nothing of the cut one is left
+
+
+def test_left_padding_changes_no_answer():
+    """Eight prompts of 1 to 900 tokens together, on the tiny base: token for token what each gets alone."""
+    from pathlib import Path
+
+    from mamba_sft.model.loading import load_model, load_tokenizer
+    from mamba_sft.recipe.fields import ModelSection
+
+    section = ModelSection(base=str(Path(__file__).parents[2] / "data" / "tiny-base"), dtype="float32")
+    model, tokenizer = load_model(section), load_tokenizer(section)
+    lengths = (1, 2, 5, 17, 60, 200, 450, 900)
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(12, 1500, (length,), generator=generator).tolist() for length in lengths]
+    ask: dict[str, Any] = {"sampling": Sampling(40), "stop_ids": {11}}
+    alone = [list(stream(model, prompt, State(), **ask)) for prompt in prompts]
+    together = answers(model, tokenizer, prompts, batch_size=8, **ask)
+    assert [one.text for one in together] == [
+        tokenizer.decode(ids, skip_special_tokens=True) for ids in alone
+    ]
+    assert [one.tokens for one in together] == [len(ids) for ids in alone]
+    assert len({one.text for one in together}) == 8

@@ -7,12 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from mamba_sft.errors import UsageError
-from mamba_sft.inference.answering import open_session
+from mamba_sft.errors import DataError, UsageError
+from mamba_sft.inference import unread
+from mamba_sft.inference.answering import generate, open_session
 from mamba_sft.inference.chat_model import split_chat_model
 from mamba_sft.inference.generation import State, prefill, stream
 from mamba_sft.inference.sampling import Sampling
-from mamba_sft.inference.sessions import UNDO_DEPTH, ChatSession, CompareSession, continuation
+from mamba_sft.inference.sessions import UNDO_DEPTH, ChatSession, CompareSession
+from mamba_sft.inference.unread import continuation
 from mamba_sft.model.chat_template import render
 from tests.inference.conftest import SHORT, say, state_of
 
@@ -219,7 +221,7 @@ def test_two_sides_answer_as_they_would_alone(chat_model):
     for side in split_chat_model(chat_model):
         alone = ChatSession(side, sampling=Sampling(21))
         texts = [say(alone, "hello"), say(alone, "and now")]
-        twin = compared.sides[0] if side.name == "base" else compared.sides[1]
+        twin = compared.sides[1] if side.name == "base" else compared.sides[0]
         assert [m["content"] for m in twin.messages if m["role"] == "assistant"] == texts
     assert compared.undo() == "and now"
     assert [len(side.messages) for side in compared.sides] == [3, 3]
@@ -237,3 +239,161 @@ def test_interrupting_a_comparison_keeps_the_sides_in_step(chat_model):
     assert [len(side.messages) for side in compared.sides] == [0, 0]
     list(compared.send("hello"))
     assert [len(side.messages) for side in compared.sides] == [3, 3]
+
+
+class Fed:
+    """Counts the tokens that the model is given."""
+
+    def __init__(self, chat_model: Any, monkeypatch: pytest.MonkeyPatch):
+        self.tokens = 0
+        original = chat_model.model.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            self.tokens += kwargs["input_ids"].shape[1]
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(chat_model.model, "forward", forward)
+
+    def by(self, act: Callable[[], Any]) -> int:
+        """Tokens that something fed."""
+        before = self.tokens
+        act()
+        return self.tokens - before
+
+
+def test_a_turn_costs_the_same_after_thirty_turns(chat_model, monkeypatch):
+    session, fed = ChatSession(chat_model, sampling=SHORT), Fed(chat_model, monkeypatch)
+    encoded: list[int] = []
+    encode = unread.encode_batch
+
+    def counted(tokenizer: Any, texts: list[str]) -> Any:
+        encoded[-1] += sum(map(len, texts))
+        return encode(tokenizer, texts)
+
+    monkeypatch.setattr(unread, "encode_batch", counted)
+    costs = []
+    for turn in range(30):
+        encoded.append(0)
+        costs.append(fed.by(lambda turn=turn: say(session, f"hello again {turn:02}")))
+        assert costs[-1] == session.last_turn.read + session.last_turn.tokens
+    assert max(costs[1:]) <= costs[1] + 1  # a number is one token or two
+    assert max(encoded[1:]) <= max(encoded[1:4]) + 30  # nor is more tokenized: answers differ in length
+    new, kept = session.last_turn.read, len(state_of(session).read)
+    assert kept > 20 * new
+    assert fed.by(lambda: "".join(session.retry())) <= costs[-1] + 1
+    session.undo()
+    assert fed.by(lambda: say(session, "hello again 99")) <= costs[-1] + 1
+    assert not session.last_turn.reread
+
+
+def test_after_another_system_message_the_conversation_is_read_once(chat_model, monkeypatch):
+    session, fed = ChatSession(chat_model, sampling=SHORT), Fed(chat_model, monkeypatch)
+    for turn in range(5):
+        say(session, f"hello {turn}")
+    session.system = "be long"
+    assert fed.by(lambda: say(session, "one more")) == len(state_of(session).read)
+    assert session.last_turn.reread
+    new = fed.by(lambda: say(session, "one more"))
+    assert not session.last_turn.reread
+    assert new < 40
+    for act in (lambda: "".join(session.retry()), session.undo, lambda: "".join(session.retry())):
+        assert fed.by(act) <= new + 2  # it is not read again to take the first answer under it back, either
+        assert not session.last_turn.reread
+    rendered, _ = render(chat_model.tokenizer, session.messages[:-1], add_generation_prompt=True)
+    assert state_of(session).read[: len(rendered)] == rendered
+
+
+def test_a_system_message_is_read_once(chat_model, monkeypatch):
+    system = "be brief and " * 100
+    session, fed = ChatSession(chat_model, sampling=SHORT, system=system), Fed(chat_model, monkeypatch)
+    first = fed.by(lambda: say(session, "hello"))
+    answer = session.messages[-1]
+    session.reset()
+    assert fed.by(lambda: say(session, "hello")) < 40 < first
+    assert session.messages[-1] == answer
+    session.undo()
+    assert fed.by(lambda: say(session, "hello")) < 40
+    for turn in range(UNDO_DEPTH + 2):
+        say(session, f"turn {turn}")
+    while session.messages:
+        session.undo()
+    assert fed.by(lambda: say(session, "hello")) < 40  # further back than states of turns are kept
+    assert session.messages[-1] == answer
+    session.system = ""
+    session.reset()
+    say(session, "hello")
+    session.system = system
+    assert fed.by(lambda: say(session, "hello")) > 100
+    session.reset()  # read once where it was set in the middle of a conversation, too
+    assert fed.by(lambda: say(session, "hello")) < 40
+    assert session.messages[-1] == answer
+
+
+def test_a_conversation_that_the_template_refuses_leaves_no_trace(chat_model, monkeypatch):
+    session = ChatSession(chat_model, sampling=SHORT)
+    say(session, "hello")
+    before = session.messages
+    template = chat_model.tokenizer.chat_template
+    monkeypatch.setattr(chat_model.tokenizer, "chat_template", "{{ raise_exception('no more') }}")
+    with pytest.raises(DataError, match="no more"):
+        say(session, "again")
+    monkeypatch.setattr(chat_model.tokenizer, "chat_template", template)
+    assert session.messages == before
+    say(session, "again")
+    assert not session.last_turn.reread
+
+
+def test_interrupting_the_reading_of_a_system_message(chat_model, monkeypatch):
+    session = ChatSession(chat_model, sampling=SHORT)
+    with monkeypatch.context() as patch:
+        patch.setattr(chat_model.model, "forward", lambda **inputs: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            say(session, "hello")
+    assert session.messages == []
+    say(session, "hello")
+    fresh = ChatSession(chat_model, sampling=SHORT)
+    assert say(fresh, "hello") == session.messages[-1]["content"]
+
+
+def test_loading_goes_on_where_saving_was(chat_model, tmp_path):
+    file = tmp_path / "chats.jsonl"
+    session = ChatSession(chat_model, sampling=SHORT, system="be odd")
+    say(session, "hello")
+    session.save(file)
+    answer = say(session, "again")
+    other = ChatSession(chat_model, sampling=SHORT)
+    say(other, "something else")
+    other.load(file)
+    assert other.system == "be odd"
+    assert say(other, "again") == answer
+    assert other.last_turn.reread
+    assert other.messages == session.messages
+
+
+def test_one_answer_after_the_other(chat_model):
+    compared = open_session(chat_model, compare=True, sampling=SHORT)
+    texts = ["".join(answer) for _, answer in compared.in_turn("hello")]
+    assert [side.messages[-1]["content"] for side in compared.sides] == texts
+    assert [side.chat_model.name for side in compared.sides] == ["tuned", "base"]
+    asked = []
+    for number, answer in compared.in_turn("again"):
+        asked.append(number)
+        answer.close()  # before the first token
+    assert asked == [0]
+    assert [len(side.messages) for side in compared.sides] == [3, 3]
+
+
+def test_a_stop_string_ends_the_answer_and_the_next_turn_reads_only_this_one(chat_model: Any) -> None:
+    free = say(ChatSession(chat_model, sampling=Sampling(30)), "hello")
+    stop = free[10:14]
+    sampling = Sampling(30, stop_strings=stop)
+    session = ChatSession(chat_model, sampling=sampling)
+    assert say(session, "hello") == free[: free.index(stop)]
+    assert session.last_turn is not None
+    assert session.last_turn.finish_reason == "stop"
+    assert session.messages[-1]["content"] == free[: free.index(stop)]
+    second = say(session, "again")
+    assert session.last_turn is not None
+    assert not session.last_turn.reread
+    asked = session.messages[:-1]
+    assert generate(chat_model, asked, sampling=sampling)[0].text == second  # as if it had stopped by itself

@@ -228,7 +228,7 @@ def _exact_matches(run: Run) -> dict[str, Any] | None:
     after = exact_match(prompts, [sample.after for sample in samples])
     if before is None or after is None:
         return None
-    count = sum(prompt.answer is not None for prompt in prompts)
+    count = sum(prompt.is_scored for prompt in prompts)
     return {"count": count, "before": f"{before:.1%}", "after": f"{after:.1%}"}
 
 
