@@ -103,9 +103,10 @@ class Harness:
         groups: dict[str, list[str]] = {}
         with _quiet(), _data_from(settings.data_dir), _nothing_remembered():
             for one in self.asked:
-                random.seed(SEED)  # for each, so that what else is asked for changes nothing
                 try:
                     built = manager.load([one.name])["tasks"]
+                    for task in built.values():
+                        _read_once(task)
                 except Exception as error:  # tasks are code of many authors
                     failures.append(f"`{one.name}`: {type(error).__name__}: {_first_line(error)}")
                     continue
@@ -372,6 +373,39 @@ def _settle(task: Any, shots: int | None) -> None:
     elif task.get_config("num_fewshot") is None:
         task.set_config(key="num_fewshot", value=0)
     task.set_fewshot_seed(seed=1234)  # as lm-eval's own command does
+
+
+class _Once:
+    """A function of data sets that is computed once for each, and then remembered.
+
+    Args:
+        process: The function.
+    """
+
+    def __init__(self, process: Callable[[Any], Any]):
+        self.process = process
+        self.kept: list[tuple[Any, Any]] = []
+
+    def __call__(self, dataset: Any) -> Any:
+        """Returns what the function made of this very object."""
+        for given, made in self.kept:
+            if given is dataset:
+                return made
+        self.kept.append((dataset, self.process(dataset)))
+        return self.kept[-1][1]
+
+
+def _read_once(task: Any) -> None:
+    """Reads the documents of a task, so that every later look at them finds the same.
+
+    lm-eval makes them anew whenever it looks: as it asks, and again as it scores. Where they are shuffled
+    (GPQA), only a file that some earlier run left in a cache makes both the same, whoever's order that is.
+    """
+    for place in (getattr(task, "config", None), getattr(task, "fewshot_cfg", None)):
+        if getattr(place, "process_docs", None) is not None:
+            place.process_docs = _Once(place.process_docs)  # type: ignore[union-attr]
+    random.seed(SEED)  # for each, so that what else is asked for changes nothing
+    _ = task.eval_docs
 
 
 def _refused(name: str, task: Any) -> Iterator[str]:

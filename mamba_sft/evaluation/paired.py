@@ -111,9 +111,7 @@ def _margin(
 
 
 def _only(scores: TaskScores, kept: set[str]) -> TaskScores:
-    """The scores of some documents, in the order of their digests, which two models then have in common."""
-    order = sorted((key, i) for i, key in enumerate(scores.documents) if key in kept)
-    places = [i for _, i in order]
+    places = [i for i, key in enumerate(scores.documents) if key in kept]
     return TaskScores(
         scores.task,
         scores.shots,

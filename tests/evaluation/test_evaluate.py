@@ -17,7 +17,10 @@ from mamba_sft.evaluation.harness import Harness
 from mamba_sft.evaluation.leaderboards import MATH_PARTS, MUSR_CHOICES
 from mamba_sft.evaluation.normalisation import rescale
 from mamba_sft.evaluation.results import Results
+from mamba_sft.evaluation.settings import Settings
+from mamba_sft.evaluation.suite_names import find_tasks
 from mamba_sft.inference.chat_model import load_chat_model
+from mamba_sft.inference.model_places import find_place
 from mamba_sft.merging.merge_run import merge
 from mamba_sft.run import Run
 from mamba_sft.run_contents import strangers
@@ -346,20 +349,21 @@ def test_the_first_leaderboard_shows_as_many_examples_as_it_did(
     assert columns(out / "leaderboard-v1.json")["MMLU"] == pytest.approx(100 * sum(mmlu) / 57)
 
 
-def test_documents_that_are_shuffled_come_from_the_seed(
+def test_documents_that_are_shuffled_come_from_the_seed_and_stay(
     reachable: Path, scored_base: Path, tmp_path: Path
 ) -> None:
-    from mamba_sft.evaluation.settings import Settings
-    from mamba_sft.evaluation.suite_names import find_tasks
-    from mamba_sft.inference.model_places import find_place
-
     fixture_data.write_gpqa(tmp_path)
 
-    def right_answers(text: str) -> list[str]:
-        suite = find_tasks(text)
+    def prepared(text: str) -> Any:
+        suite: Any = find_tasks(text)
         suite.prepare(find_place(scored_base), Settings(data_dir=tmp_path))
-        return [doc["answer"] for doc in suite._tasks["leaderboard_gpqa_extended"].eval_docs]  # type: ignore[attr-defined]
+        return suite._tasks["leaderboard_gpqa_extended"]
 
-    alone = right_answers("leaderboard_gpqa_extended")
-    assert len(set(alone)) > 1
-    assert right_answers("leaderboard_gpqa_main,leaderboard_gpqa_extended") == alone
+    def right_answers(task: Any) -> list[str]:
+        return [doc["answer"] for doc in task.eval_docs]
+
+    task = prepared("leaderboard_gpqa_extended")
+    first = right_answers(task)
+    assert len(set(first)) > 1
+    assert right_answers(task) == first  # as it is asked, and as it is scored
+    assert right_answers(prepared("leaderboard_gpqa_main,leaderboard_gpqa_extended")) == first

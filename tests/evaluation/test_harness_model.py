@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from mamba_sft.inference.chat_model import ChatModel
 from mamba_sft.inference.generation import stop_token_ids
 from mamba_sft.kernels.falcon_mamba import install
 from tests.conftest import build_model, build_tokenizer
+from tests.evaluation import fixture_data
 
 MAX_LENGTH = 96
 SHOTS = "question one answer brown fox. question two answer lazy dog. " * 2
@@ -90,6 +92,38 @@ def test_log_likelihoods_are_those_of_stock(chat_model: ChatModel) -> None:
     assert [one for one, _ in found] == pytest.approx([one for one, _ in expected], abs=1e-4)
     assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
     assert own[0] < theirs[0]
+
+
+def test_four_times_fewer_tokens_are_read_of_bbh(
+    chat_model: ChatModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The leaderboard's own task: 3 examples, then a document with six choices."""
+    import datasets
+    from lm_eval import tasks
+    from lm_eval.evaluator import evaluate
+
+    fixture_data.write_bbh(tmp_path, count=3)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+    place = Path(tasks.__file__).parent / "leaderboard" / "bbh_mc"
+    name = "leaderboard_bbh_date_understanding"
+    task = tasks.TaskManager(include_path=[place], include_defaults=False).load([name])["tasks"][name]
+    said, read = [], []
+    long = {"max_length": 2048, "batch_size": 4}
+    for model in (
+        HFLM(pretrained=chat_model.model, tokenizer=chat_model.tokenizer, backend="causal", **long),
+        HarnessModel(chat_model, **long),
+    ):
+        with counted(chat_model.model) as tokens:
+            found = evaluate(
+                model, {"tasks": {name: task}, "groups": {}, "group_map": {}}, bootstrap_iters=10
+            )
+        said.append([answer for sample in found["samples"][name] for answer in sample["filtered_resps"]])
+        read.append(tokens[0])
+    assert len(said[0]) == 18
+    assert [one for one, _ in said[1]] == pytest.approx([one for one, _ in said[0]], abs=1e-4)
+    assert [greedy for _, greedy in said[1]] == [greedy for _, greedy in said[0]]
+    assert read[1] * 4 <= read[0]
 
 
 def test_a_batch_of_eight_is_one_by_one(chat_model: ChatModel) -> None:
