@@ -35,6 +35,7 @@ class Kind:
         changes: What it changes of the recipe, each with a comment.
         prompts: What the model is asked before and after.
         quantization: Of the GGUF file.
+        gpu: What Colab offers to switch to, or None.
         kaggle: What is to be known on Kaggle.
     """
 
@@ -45,6 +46,7 @@ class Kind:
     changes: tuple[str, ...]
     prompts: tuple[str, ...]
     quantization: str
+    gpu: str | None = None
     kaggle: str = ""
 
 
@@ -65,6 +67,7 @@ measured on a T4 yet.""",
         changes=('"train.max_steps=60"',),
         prompts=QUESTIONS,
         quantization="Q4_K_M",
+        gpu="T4",
         kaggle="""**Kaggle:** choose the accelerator *GPU T4 x2* and switch *Internet* on. A notebook trains
 on the first of the two. Both train with `!mamba-sft train instruct-t4 --processes 2`, each of them with a
 whole 4-bit base.""",
@@ -79,6 +82,7 @@ run of 200 steps; with `CHANGES = []` it is the whole recipe, a night on an H100
         changes=('"train.max_steps=200"', '"data.sources.0.limit=20000"', '"data.validation=200"'),
         prompts=QUESTIONS,
         quantization="Q4_K_M",
+        gpu="A100",
         kaggle="**Kaggle** has no such GPU; take `falcon_mamba_instruct_t4.ipynb` there.",
     ),
     Kind(
@@ -271,13 +275,13 @@ def notebook_of(kind: Kind) -> Any:
     """Returns a notebook without outputs."""
     made = nbformat.v4.new_notebook(cells=cells_of(kind))
     made.metadata = {
-        "accelerator": "None" if kind.recipe == "quickstart" else "GPU",
         "colab": {"name": f"{kind.file}.ipynb", "provenance": []},
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},
     }
-    if kind.recipe == "instruct-t4":
-        made.metadata["colab"]["gpuType"] = "T4"
+    if kind.gpu is not None:
+        made.metadata |= {"accelerator": "GPU"}
+        made.metadata["colab"] |= {"gpuType": kind.gpu}
     return made
 
 

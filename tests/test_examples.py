@@ -194,6 +194,7 @@ def test_the_scripts_are_short_and_import_what_is_public() -> None:
         assert f"python examples/{path.name}" in text
 
 
+@pytest.mark.slow
 def test_train_ask_merge_and_export(tmp_path: Path) -> None:
     answered = script("train_and_ask.py", "2", place=tmp_path)
     assert "prompt | base | runs/example" in answered
