@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mamba_sft.notebook.verbs import (
         chat,
         doctor,
+        evaluate,
         export,
         generate,
         memory,
@@ -42,6 +43,7 @@ __all__ = [
     "Sampling",
     "chat",
     "doctor",
+    "evaluate",
     "export",
     "generate",
     "memory",

@@ -34,6 +34,11 @@ SIGNATURES: dict[str, tuple[Any, str]] = {
     "plan": (mamba_sft.plan, "recipe, *, card=None"),
     "preview": (mamba_sft.preview, "recipe, *, rows=3"),
     "chat": (mamba_sft.chat, "model, *, compare=False, merged=False, sampling=None, system=None"),
+    "evaluate": (
+        mamba_sft.evaluate,
+        "model, suite='heldout', *, tasks=None, base=None, settings=None, dtype=None, quantization=None,"
+        " output=None, resume=False, overwrite=False",
+    ),
     "report": (mamba_sft.report, "*runs, output=None"),
     "Recipe.load": (Recipe.load, "path, overrides=()"),
     "Recipe.from_text": (Recipe.from_text, "text, name='recipe', overrides=()"),
@@ -59,7 +64,8 @@ SIGNATURES: dict[str, tuple[Any, str]] = {
 
 def test_the_public_names() -> None:
     assert set(mamba_sft.__all__) == {
-        "GGUFOptions", "HubOptions", "MambaSFTError", "Recipe", "Run", "Sampling", "chat", "doctor", "export",
+        "GGUFOptions", "HubOptions", "MambaSFTError", "Recipe", "Run", "Sampling", "chat", "doctor",
+        "evaluate", "export",
         "generate", "memory", "merge", "plan",
         "preview", "report", "train",
     }  # fmt: skip

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,7 +20,7 @@ from mamba_sft.cli.console import (
     write_json,
 )
 from mamba_sft.cli.hub_reach import use_cache_if_unreachable
-from mamba_sft.errors import MambaSFTError, UsageError
+from mamba_sft.errors import UsageError
 
 if TYPE_CHECKING:
     from mamba_sft.evaluation.measuring import Subject, Work
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
     from mamba_sft.evaluation.settings import Settings
     from mamba_sft.evaluation.suites import Problem, Suite
     from mamba_sft.evaluation.table import Table
-    from mamba_sft.inference.model_places import ModelPlace
     from mamba_sft.run import Run
 
 
@@ -212,42 +210,13 @@ def _subjects(
 ) -> tuple[list[Subject], list[Problem]]:
     """The models to score; where one is not to be found, that is a problem to be told with all others."""
     from mamba_sft.cli.completing import dtypes
-    from mamba_sft.evaluation.measuring import subjects_of
-    from mamba_sft.evaluation.suites import Problem
-    from mamba_sft.inference.model_places import find_place, no_adapter
+    from mamba_sft.evaluation.measuring import find_subjects
 
     if dtype is not None:
         _one_of("--dtype", dtype, dtypes())
     if quantization is not None:
         _one_of("--quantization", quantization, ("none", "nf4", "int8"))
-
-    def find(where: str | Run) -> ModelPlace:
-        found = find_place(where)
-        held = {"dtype": dtype, "quantization": quantization}
-        changes = {name: value for name, value in held.items() if value is not None}
-        return replace(found, section=found.section.model_copy(update=changes))
-
-    problems: list[Problem] = []
-
-    def found(where: str | Run) -> ModelPlace | None:
-        try:
-            return find(where)
-        except MambaSFTError as error:
-            problems.append(Problem(error.message, error.hint))
-            return None
-
-    place = found(chosen)
-    below = base == "auto" and place is not None and place.adapter is not None
-    other = None
-    if base is not None and base != "auto":
-        other = found(base)
-    elif base == "auto" and place is not None and not below:
-        if place.recipe is None:
-            error = no_adapter(place.name)
-            problems.append(Problem(error.message, "name the base: `--base MODEL`"))
-        else:
-            other = found(place.recipe.model.base)
-    return ([] if place is None else subjects_of(place, other, base_below=below)), problems
+    return find_subjects(chosen, base, dtype=dtype, quantization=quantization)
 
 
 def _read_against(file: Path | None) -> Results | None:

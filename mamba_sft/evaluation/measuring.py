@@ -20,10 +20,10 @@ from mamba_sft.evaluation.preflight import has_template
 from mamba_sft.evaluation.results import Results, begin, differing, digest
 from mamba_sft.evaluation.scores import TaskScores
 from mamba_sft.evaluation.settings import Settings
-from mamba_sft.evaluation.suites import Progress, Suite
-from mamba_sft.inference.model_places import ModelPlace
+from mamba_sft.evaluation.suites import Problem, Progress, Suite
+from mamba_sft.inference.model_places import ModelPlace, find_place, no_adapter
 from mamba_sft.model.checkpoint import base_fingerprint, resolve_base
-from mamba_sft.run import ADAPTER_WEIGHTS, result_file, samples_file, write_atomically
+from mamba_sft.run import ADAPTER_WEIGHTS, Run, result_file, samples_file, write_atomically
 
 if TYPE_CHECKING:
     from mamba_sft.inference.chat_model import ChatModel
@@ -89,6 +89,46 @@ def subjects_of(place: ModelPlace, base: ModelPlace | None, *, base_below: bool)
     if base_below:
         return [Subject("base", place, under_adapter=True), tuned]
     return [tuned] if base is None else [Subject("base", base), tuned]
+
+
+def find_subjects(
+    model: Run | str | Path,
+    base: Run | str | Path | None = None,
+    *,
+    dtype: str | None = None,
+    quantization: str | None = None,
+) -> tuple[list[Subject], list[Problem]]:
+    """Returns the models to be scored, and what is wrong with those that are not to be found.
+
+    Args:
+        model: The one that is asked about.
+        base: Another to compare it with; `auto`: the base that it was trained from.
+        dtype: What to compute in; None: as it was trained.
+        quantization: How to hold weights in memory: `none`, `nf4` or `int8`; None: as it was trained.
+    """
+    problems: list[Problem] = []
+    held = {"dtype": dtype, "quantization": quantization}
+    changes = {name: value for name, value in held.items() if value is not None}
+
+    def found(where: Run | str | Path) -> ModelPlace | None:
+        try:
+            place = find_place(where)
+        except MambaSFTError as error:
+            problems.append(Problem(error.message, error.hint))
+            return None
+        return replace(place, section=place.section.model_copy(update=changes))
+
+    place = found(model)
+    if base is None or place is None:
+        return ([] if place is None else subjects_of(place, None, base_below=False)), problems
+    if base != "auto":
+        return subjects_of(place, found(base), base_below=False), problems
+    if place.adapter is not None:
+        return subjects_of(place, None, base_below=True), problems
+    if place.recipe is None:
+        problems.append(Problem(no_adapter(place.name).message, "name the base: `--base MODEL`"))
+        return subjects_of(place, None, base_below=False), problems
+    return subjects_of(place, found(place.recipe.model.base), base_below=False), problems
 
 
 def start(

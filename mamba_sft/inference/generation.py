@@ -25,6 +25,7 @@ from mamba_sft.inference.evaluating import evaluation_mode
 from mamba_sft.inference.next_token import NextToken, forward
 from mamba_sft.inference.prefixes import Beginnings, KeptStates, batches, find_beginnings
 from mamba_sft.inference.sampling import Sampling, SeenTokens, choose
+from mamba_sft.inference.state_rows import rows_of, stacked
 
 PREFILL_CHUNK = 2048
 """Tokens read at once, so that the memory a long prompt takes does not grow with its length."""
@@ -52,27 +53,6 @@ class State:
     def clear(self) -> None:
         """Forgets everything read."""
         self.read, self.cache, self.logits = [], None, None
-
-
-def stacked(states: Sequence[State]) -> Any:
-    """Returns a cache whose rows are independent copies of what some states have read.
-
-    Args:
-        states: Each of one sequence that has read something; the same one may be there several times.
-    """
-    cache = copy.deepcopy(states[0].cache)
-    if len(states) > 1:
-        _join(cache, [state.cache for state in states])
-    return cache
-
-
-def _join(cache: Any, caches: Sequence[Any]) -> None:
-    """Gives `cache` the rows of all these caches, one below the other."""
-    for number, layer in enumerate(cache.layers):
-        for kind in ("conv_states", "recurrent_states"):
-            for index in getattr(layer, kind):
-                rows = [getattr(one.layers[number], kind)[index] for one in caches]
-                getattr(layer, kind)[index] = torch.cat(rows)
 
 
 def prefill(model: Any, ids: Sequence[int], state: State) -> None:
@@ -300,18 +280,14 @@ def _read_begun(model: Any, rests: Sequence[Sequence[int]], states: Sequence[Sta
     starts = [length - len(ids) for ids in rests]
     for start, end in zip(sorted({*starts}), [*sorted({*starts})[1:], length], strict=True):
         new = [state for state, own in zip(states, starts, strict=True) if own == start]
-        cache = stacked(new) if cache is None else _with_rows(cache, new)
+        begun = [rows_of(state.cache, [0]) for state in new]  # copies: other rows start from them too
+        cache = stacked(begun if cache is None else [cache, *begun])
         joined += len(new)
         for at in range(start, end, PREFILL_CHUNK):
             to = min(at + PREFILL_CHUNK, end)
             ids = [rest[at - own : to - own] for rest, own in zip(rests[:joined], starts, strict=False)]
             logits, cache = forward(model, torch.tensor(ids, device=model.device), cache)
     return logits, cache
-
-
-def _with_rows(cache: Any, states: Sequence[State]) -> Any:
-    _join(cache, [cache, *(state.cache for state in states)])
-    return cache
 
 
 def _read_padded(model: Any, prompts: Sequence[Sequence[int]]) -> tuple[Any, Any]:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from mamba_sft.diagnostics.diagnosis import Diagnosis
     from mamba_sft.diagnostics.memory_in_use import MemoryNow
+    from mamba_sft.evaluation.settings import Settings
     from mamba_sft.exporting.request import Exported, GGUFOptions, HubOptions
     from mamba_sft.exporting.request import Progress as ExportProgress
     from mamba_sft.inference.answer import Answer
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from mamba_sft.merging.merge_run import Progress as MergeProgress
     from mamba_sft.notebook.answers import Answers
     from mamba_sft.notebook.pages import Page
+    from mamba_sft.notebook.scored import Scored
     from mamba_sft.notebook.token_rows import Preview
     from mamba_sft.planning.plan import Plan
 
@@ -371,6 +373,76 @@ def chat(
 
     quiet_loading()
     return hold(open_session(asked, compare=compare, merged=merged, sampling=sampling, system=system))
+
+
+def evaluate(
+    model: Run | str | Path,
+    suite: str | Sequence[str] = "heldout",
+    *,
+    tasks: str | None = None,
+    base: Run | str | Path | None = None,
+    settings: Settings | None = None,
+    dtype: str | None = None,
+    quantization: str | None = None,
+    output: str | Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> Scored:
+    """Scores a model on suites and tasks, beside another model if one is named.
+
+    Example:
+        >>> evaluate("runs/quickstart", "heldout", base="auto", overwrite=True)  # doctest: +SKIP
+
+    Args:
+        model: A run, a model directory or a hub id.
+        suite: One or several of `leaderboard-v2`, `leaderboard-v1`, `heldout`, `instructions`.
+        tasks: Single tasks of lm-eval as well: `gsm8k:8,mine.yaml`.
+        base: Score this one too and compare; `auto`: the base that the model was trained from.
+        settings: Template, lengths, limits, and where data are: a `mamba_sft.evaluation.settings.Settings`.
+        dtype: What to compute in; None: as it was trained.
+        quantization: `none`, `nf4` or `int8`; None: as it was trained.
+        output: Where results go; default: the run's `eval/`.
+        resume: Go on after the last finished task.
+        overwrite: Replace earlier results.
+
+    Returns:
+        The results, which a notebook shows as the tables that `mamba-sft eval` prints.
+
+    Raises:
+        MambaSFTError: Something stands in the way: all of it, in one message.
+    """
+    speak_here()
+    from mamba_sft.evaluation.measuring import compare, find_subjects, measure, start
+    from mamba_sft.evaluation.preflight import problems_of, refuse
+    from mamba_sft.evaluation.settings import Settings
+    from mamba_sft.evaluation.suite_names import find_suite, find_tasks
+    from mamba_sft.run import evaluation_place
+
+    settings = settings or Settings()
+    suites = [find_suite(name) for name in ([suite] if isinstance(suite, str) else suite)]
+    suites += [find_tasks(tasks)] if tasks is not None else []
+    place = Path(output) if output is not None else evaluation_place(model)
+    subjects, problems = find_subjects(model, base, dtype=dtype, quantization=quantization)
+    refuse([*problems, *problems_of(suites, [one.place for one in subjects], settings, place)])
+    from mamba_sft.notebook.scored import Scored
+    from mamba_sft.notebook.stages import StageBar
+
+    works = [
+        start(
+            each, each.prepare(subjects[-1].place, settings), subjects, settings, place,
+            resume=resume, overwrite=overwrite,
+        )
+        for each in suites
+    ]  # fmt: skip
+    quiet_loading()
+    try:
+        with StageBar("scoring") as bar:
+            measure(works, subjects, settings, quantization=quantization, progress=bar.update)
+        for work in works:
+            compare(work)
+    finally:
+        _let_go()
+    return Scored(works)
 
 
 def report(*runs: Run | str | Path, output: str | Path | None = None) -> Page:

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from mamba_sft.inference import generation, prefixes
-from mamba_sft.inference.generation import State, answers, prefill, stacked
+from mamba_sft.inference.generation import State, answers, prefill
 from mamba_sft.inference.prefixes import batches, find_beginnings
 from mamba_sft.inference.sampling import Sampling
+from mamba_sft.inference.state_rows import rows_of, stacked
 from mamba_sft.kernels.falcon_mamba import install
 
 NEVER: frozenset[int] = frozenset()
@@ -160,7 +161,7 @@ def test_stacked_states_go_their_own_ways(tiny_model):
     prefill(tiny_model, [40, 41], one)
     prefill(tiny_model, [50], other)
     before = one.copy()
-    cache = stacked([one, other, one])
+    cache = stacked([rows_of(state.cache, [0]) for state in (one, other, one)])
     scores, _ = generation.forward(tiny_model, torch.tensor([[42], [42], [42]]), cache)
     for row, state in enumerate((one, other, one)):
         alone = state.copy()

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import mamba_sft
-from mamba_sft import Recipe, Run, Sampling, generate, train
+from mamba_sft import Recipe, Run, Sampling, evaluate, generate, train
 from mamba_sft.errors import TrainingError, UsageError
 from mamba_sft.notebook import verbs
 from tests.notebook.conftest import Kernel
@@ -42,6 +42,8 @@ def test_each_has_an_example_and_those_that_are_cheap_are_true() -> None:
         ('export("runs/none", quantization="Q9")', "Q9"),
         ('report("runs/none")', "no run at"),
         ('generate("runs/none", "hello", output=".")', "is a directory"),
+        ('evaluate("runs/none", "leaderbord")', "no suite `leaderbord`"),
+        ('evaluate("runs/none")', "is not a directory here"),
         ('chat("data/tiny-base", compare=True)', "no adapter"),
         ('Recipe.load("quickstart", ["train.learning_rte=1"])', "did you mean `learning_rate`"),
     ],
@@ -114,3 +116,16 @@ def test_the_names_of_the_package_are_listed() -> None:
         _ = mamba_sft.nonsuch
     with pytest.raises(UsageError):
         mamba_sft.report("runs/none")
+
+
+def test_an_evaluation_shows_the_tables_that_the_command_prints(tiny_run: Run) -> None:
+    scored = evaluate(tiny_run, "heldout", base="auto")
+    found, base = scored.results["heldout"], scored.base_results["heldout"]
+    assert {column.title for column, _ in found.figures} >= {"loss", "perplexity"}
+    assert [figure for _, figure in found.figures] != [figure for _, figure in base.figures]
+    html, text = scored._repr_html_(), str(scored)
+    assert "95 % interval" in html
+    assert all(row.split(" | ")[-1] for row in text.splitlines() if row.startswith("  loss"))
+    assert (tiny_run.eval / "heldout.json").is_file()
+    with pytest.raises(UsageError, match="has results of the same model and settings"):
+        evaluate(tiny_run, "heldout", base="auto")
