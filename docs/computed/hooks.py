@@ -35,5 +35,6 @@ def with_outside_links(markdown: str, repository: str | None) -> str:
 def public_names() -> str:
     """Returns what mkdocstrings is asked for: every public name of the package, where it is defined."""
     package = importlib.import_module("mamba_sft")
-    homes: dict[str, str] = package._HOMES
-    return "\n\n".join(f"::: mamba_sft.{homes[name]}.{name}" for name in sorted(homes))
+    homes: dict[str, str] = package._HOMES  # of the verbs: `notebook.verbs`
+    names = sorted(package.__all__)
+    return "\n\n".join(f"::: mamba_sft.{homes.get(name, 'notebook.verbs')}.{name}" for name in names)
