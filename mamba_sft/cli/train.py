@@ -153,7 +153,7 @@ def _show_dry_run(preparation: Preparation) -> None:
 def _show_samples(run: Run, fits_no_chat: bool, rows: int = 6) -> None:
     from mamba_sft.cli.lines import WarningList
     from mamba_sft.evaluation.prompts import exact_match, read_samples, score_name
-    from mamba_sft.evaluation.run_figures import sample_titles, samples_heading, wrong_first
+    from mamba_sft.evaluation.run_figures import in_sight, sample_titles, samples_heading, wrong_first
 
     samples = read_samples(run.samples_file)
     if not samples:
@@ -164,7 +164,7 @@ def _show_samples(run: Run, fits_no_chat: bool, rows: int = 6) -> None:
     table = Table(title=f"sample answers: {heading}", show_lines=True, expand=True)
     for title in ("prompt", *(["expected"] if known else []), *titles):
         table.add_column(title, ratio=3, overflow="fold")
-    for sample in wrong_first(samples, titles)[:rows]:
+    for sample in in_sight(wrong_first(samples, titles), rows):
         expected = [_short(sample.prompt.answer or "")] if known else []
         given = (_marked(text, right) for _, text, right in sample.answers)
         table.add_row(_short(sample.prompt.prompt), *expected, *given)

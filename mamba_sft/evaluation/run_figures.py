@@ -232,6 +232,21 @@ def wrong_first(samples: Iterable[Sample], titles: tuple[str, str]) -> list[Show
     ]
 
 
+def in_sight(ordered: Sequence[ShownSample], count: int) -> list[ShownSample]:
+    """Returns a few of many samples, wrong ones first, and right ones too where there are any.
+
+    Six wrong answers of a run that got 200 of 207 right would look as if it had learned nothing.
+
+    Args:
+        ordered: From `wrong_first`.
+        count: How many there is room for.
+    """
+    wrong = [one for one in ordered if one.answers[-1][2] is False]
+    others = list(ordered[len(wrong) :])
+    most = max((count + 1) // 2, count - len(others))
+    return [*wrong[:most], *others][:count]
+
+
 def changing_samples(facts: RunFacts) -> list[ShownSample]:
     """Returns the prompts that were answered while training went on, with every answer by its step."""
     final = {sample.prompt: sample.after for sample in facts.samples}

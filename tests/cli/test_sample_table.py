@@ -37,6 +37,17 @@ def test_the_wrong_ones_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     ]
 
 
+@pytest.mark.parametrize(("wrong", "right", "seen"), [(7, 200, "wwwrrr"), (9, 2, "wwwwrr"), (9, 0, "wwwwww")])
+def test_right_ones_are_in_sight_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: int, right: int, seen: str
+) -> None:
+    samples = [Sample(Prompt("w", "in"), "in", "out")] * wrong + [
+        Sample(Prompt("r", "in"), "in", "in")
+    ] * right
+    lines = shown(Run(tmp_path), samples, monkeypatch)
+    assert "".join(line[0] for line in lines[2:]) == seen
+
+
 def test_without_expected_answers_nothing_is_marked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = shown(Run(tmp_path), [Sample(Prompt("p"), "a", "b")], monkeypatch)
     assert lines == ["sample answers: 1 prompt", "prompt | base | tuned", "p | a | b"]
