@@ -83,7 +83,7 @@ class Subjects:
 def claims() -> Iterator[Claim]:
     """Tries every claim, one after the other; seconds in all, and no network."""
     path = resolve_base(BASE)
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     model = FalconMambaForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     tried = Subjects(model, tokenizer, torch.tensor([tokenizer(TEXT).input_ids]))
     for claim in CLAIMS:

@@ -827,8 +827,8 @@ ERRORS = {
     "export: push a GGUF file": Provoked(
         "export runs/tiny --push-to-hub me/x",
         2,
-        "only a checkpoint is pushed to the hub",
-        "say `--format hf`",
+        "the hub is switched off: HF_HUB_OFFLINE is set",
+        "unset it to push",
     ),
     "export: a name with a slash": Provoked(
         "export runs/tiny --name a/b",

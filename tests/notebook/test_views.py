@@ -13,7 +13,7 @@ from mamba_sft import Recipe, Run, doctor, export, memory, merge, plan, preview,
 from mamba_sft.diagnostics.memory_in_use import MemoryNow
 from mamba_sft.errors import UsageError
 from mamba_sft.evaluation.prompts import Prompt, Sample
-from mamba_sft.exporting.request import Exported, GGUFFile, Quality
+from mamba_sft.exporting.request import Exported, GGUFFile, Pushed, Quality
 from mamba_sft.inference.generation import Answer
 from mamba_sft.notebook.answers import Answers, Samples
 from tests.notebook.conftest import HOSTILE, is_safe
@@ -159,7 +159,7 @@ def test_exported_files() -> None:
     html, text = shown(Exported(Path("e"), files, [Path("e/Modelfile")], None))
     assert "<b>" not in html
     assert "Q4_K_M | 1.00 MiB | 0.01 | 97.0%" in text
-    assert "pushed to" in shown(Exported(Path("e"), url="hub.example/a/b"))[1]
+    assert "pushed to" in shown(Exported(Path("e"), pushed=Pushed("hub.example/a/b", [], [], [])))[1]
 
 
 def test_an_export_is_refused_before_anything_is_loaded(tiny_run: Run) -> None:

@@ -125,7 +125,7 @@ def assert_same_training(ours: Run, theirs: Run) -> None:
     for name in ("loss", "eval_loss", "grad_norm", "num_tokens", "epoch"):
         assert lines(ours, name) == pytest.approx(lines(theirs, name), rel=EXACT), name
     assert_same_model(ours, theirs, EXACT)
-    assert ours.samples.read_text() == theirs.samples.read_text()
+    assert ours.samples_file.read_text() == theirs.samples_file.read_text()
 
 
 def assert_same_model(ours: Run, theirs: Run, bound: float) -> None:
