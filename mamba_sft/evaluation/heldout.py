@@ -186,7 +186,9 @@ def _setup_of(place: ModelPlace, recipe: Recipe | None) -> TemplateSetup:
         from transformers import AutoTokenizer
 
         config = load_config(place.section)
-        tokenizer = AutoTokenizer.from_pretrained(place.adapter, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            place.adapter, trust_remote_code=False, local_files_only=True
+        )
         return prepare_tokenizer(tokenizer, ChatSection(), named_ids(config), config.vocab_size)
     template = load_tokenizer(place.section).chat_template or ""
     marked = "{% generation" in template or "{%- generation" in template
