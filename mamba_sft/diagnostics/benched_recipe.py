@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import glob
 from collections.abc import Sequence
 
 from mamba_sft.data.sources import check_source
 from mamba_sft.model.chat_template import check_template_file
 from mamba_sft.model.checkpoint import resolve_base
-from mamba_sft.recipe.builtin import find_path
-from mamba_sft.recipe.globs import matching
+from mamba_sft.recipe.builtin import is_here
 from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.training.starting import find_start
 
@@ -37,12 +35,7 @@ def is_data_here(recipe: Recipe) -> bool:
 
 def missing_sources(recipe: Recipe) -> list[str]:
     """Returns the sources, as the recipe names them, that are not on this machine."""
-    return [source.path for source in recipe.data.sources if not _is_here(source.path)]
-
-
-def _is_here(path: str) -> bool:
-    found = find_path(path)
-    return found.exists() or (glob.has_magic(path) and next(matching(found), None) is not None)
+    return [source.path for source in recipe.data.sources if not is_here(source.path)]
 
 
 def peer_targets(targets: Sequence[str]) -> list[str]:
