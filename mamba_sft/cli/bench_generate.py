@@ -46,7 +46,10 @@ def bench_generate(
     check_output_file(plot, ".svg", "--plot")
     check_output_file(output, ".json", "--output")
     from mamba_sft.inference.model_places import find_place
+    from mamba_sft.run import refuse_gguf
 
+    if model is not None:
+        refuse_gguf(Path(model))  # llama.cpp runs it, which has benchmarks of its own
     place = find_place(model_or_newest(model))
     from mamba_sft.diagnostics.generation_benchmark import measure_generation
 
