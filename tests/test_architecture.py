@@ -209,6 +209,13 @@ def test_each_room_says_what_it_is_for_and_names_its_files() -> None:
         assert not unnamed, f"{init.parent.name} does not say what {sorted(unnamed)} are for"
 
 
+def test_the_map_names_every_room_and_every_file_of_the_ground() -> None:
+    text = (PACKAGE.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    shown = text.partition("```")[2].partition("```")[0]
+    unnamed = {name for name in {*MAY_IMPORT, *GROUND} if not re.search(rf"^  .*\b{name}\b", shown, re.M)}
+    assert not unnamed, f"the map in CONTRIBUTING.md lacks {sorted(unnamed)}"
+
+
 def test_import_and_help_load_nothing_heavy() -> None:
     code = (
         "import sys, mamba_sft, mamba_sft.cli.app; from mamba_sft import Recipe, Run, MambaSFTError;"

@@ -1,15 +1,21 @@
-"""The command line. The only room that prints, asks or exits.
+"""The command line. The only room that exits, and with `notebook` the only one that prints or asks.
 
 Read `app` (the verbs, errors and exit codes) and `console` (where output goes, what verbs share), then any
 verb, one file each: `train` `data` `plan` `merge` `export` `chat` `generate` `doctor` `bench` `recipes`
 `report` `evaluate` (called `eval`).
-`plan_plot` draws the course of a run, `bench_train` and `bench_generate` are under `bench`, `measured` what
-they share, `length_plot` draws figures over lengths, `help` is what `-h` prints, `completing` what the shell
-offers after a Tab. `printable` is how text of others is shown, `progress` draws the bars, `answers` counts
-answers and prints them in order, `preview` the rows and counts of `data`, `plan_many` what `plan` says of
-many GPUs, `lines` what must not wrap, `terminal` is the loop behind `chat`, with `typed_lines` (editing, Tab,
-earlier lines), `chat_commands` and `columns` (side by side), `hub_reach` asks whether there is a network,
-`unsaved` where else an adapter may go, `launched` is what one of many processes tells the one that started
-it.
+
+    plan       plan_plot    the course of a run, drawn    plan_many     what is said of many GPUs
+    data       preview      the rows and counts
+    train      progress     the bars                      launched      what one of many processes tells
+               unsaved      where else an adapter may go
+    generate   answers      counted, printed in order
+    chat       terminal     the loop                      typed_lines   editing, Tab, earlier lines
+               columns      answers side by side          chat_commands what begins with `/`
+    bench      bench_train  bench_generate                measured      what the two share
+               length_plot  figures over lengths
+    any        help         what `-h` prints              completing    what a shell offers after a Tab
+               printable    text of others, harmless      lines         what must not wrap
+               hub_reach    is there a network            output_files  results, written whole
+
 Verbs import what they need when they run, so that `--help` never loads torch.
 """

@@ -12,13 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from mamba_sft.cli.console import Json, ModelArgument, err, model_or_newest, out, write_json
-from mamba_sft.cli.measured import (
-    OutputFile,
-    check_output_file,
-    machine_line,
-    write_output,
-    write_result,
-)
+from mamba_sft.cli.measured import OutputFile, machine_line, write_result
+from mamba_sft.cli.output_files import check_output_file, write_output
 from mamba_sft.errors import UsageError
 from mamba_sft.wording import size_text
 
@@ -51,7 +46,10 @@ def bench_generate(
     check_output_file(plot, ".svg", "--plot")
     check_output_file(output, ".json", "--output")
     from mamba_sft.inference.model_places import find_place
+    from mamba_sft.run import refuse_gguf
 
+    if model is not None:
+        refuse_gguf(Path(model))  # llama.cpp runs it, which has benchmarks of its own
     place = find_place(model_or_newest(model))
     from mamba_sft.diagnostics.generation_benchmark import measure_generation
 

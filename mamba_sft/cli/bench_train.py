@@ -10,7 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from mamba_sft.cli.console import Json, Overrides, RecipeArgument, out, write_json
-from mamba_sft.cli.measured import OutputFile, check_output_file, machine_line, write_result
+from mamba_sft.cli.measured import OutputFile, machine_line, write_result
+from mamba_sft.cli.output_files import check_output_file
 from mamba_sft.wording import size_text, time_text
 
 

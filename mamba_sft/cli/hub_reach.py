@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import sys
 from collections.abc import Iterable
+from http.client import HTTPException
 from pathlib import Path
-from urllib.error import HTTPError, URLError
+from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 from mamba_sft.cli.console import err
@@ -17,6 +19,8 @@ PATIENCE = 5.0
 """Seconds that the hub has to answer; `datasets` (5.2.0, read 2026-11-27) tries six times, for half a minute,
 for each data set."""
 _OF_THE_NETWORK = (socket.gaierror, ConnectionError, TimeoutError)
+_NO_WAY = (errno.ENETUNREACH, errno.ENETDOWN, errno.EHOSTUNREACH, errno.EHOSTDOWN)
+"""What a machine without a route says; Python has no kind of error for these."""
 
 
 def use_cache_if_unreachable() -> None:
@@ -53,7 +57,11 @@ def _answers() -> bool:
             return True
     except HTTPError:
         return True
-    except (URLError, OSError) as error:
-        return not isinstance(getattr(error, "reason", error), _OF_THE_NETWORK)
-    except ValueError:  # an endpoint that is no address
+    except OSError as error:  # and so what urllib wraps them in
+        return not _is_of_the_network(getattr(error, "reason", error))
+    except (ValueError, HTTPException):  # an endpoint that is no address, or that speaks something else
         return True
+
+
+def _is_of_the_network(error: object) -> bool:
+    return isinstance(error, _OF_THE_NETWORK) or getattr(error, "errno", None) in _NO_WAY

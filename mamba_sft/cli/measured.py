@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mamba_sft.errors import UsageError
+from mamba_sft.cli.output_files import write_output
 
 OutputFile = Annotated[
     Path | None, typer.Option("--output", metavar="FILE.json", help="Write the result into a JSON file.")
@@ -17,45 +17,6 @@ OutputFile = Annotated[
 
 BUSY = 0.3
 """Load for each core, before a measurement, above which others take part of the machine."""
-
-
-def check_output_file(file: Path | None, ending: str, option: str) -> None:
-    """Refuses a file that could not be written, before anything is measured.
-
-    Args:
-        file: The file, if one is asked for.
-        ending: What its name has to end in, such as `.json`.
-        option: The option that names it.
-
-    Raises:
-        UsageError: It is not named so, or there is no directory for it.
-    """
-    if file is None:
-        return
-    if file.suffix.lower() != ending:
-        raise UsageError(
-            f"`{option}` writes {ending[1:].upper()}, and `{file}` is not named so",
-            hint=f"`{option} {file.with_suffix(ending)}`",
-        )
-    if file.is_dir() or not file.parent.is_dir():
-        what = "is a directory" if file.is_dir() else f"has no directory `{file.parent}` to be written into"
-        raise UsageError(f"`{option} {file}` {what}", hint="name a file in a directory that is there")
-
-
-def write_output(text: str, file: Path, option: str) -> None:
-    """Writes a file, whole or not at all.
-
-    Raises:
-        UsageError: It cannot be written.
-    """
-    from mamba_sft.run import write_atomically
-
-    try:
-        write_atomically(file, text)
-    except OSError as error:
-        raise UsageError(
-            f"cannot write `{file}`: {error.strerror}", hint=f"name another with `{option}`"
-        ) from None
 
 
 def write_result(result: dict[str, Any], file: Path | None) -> None:

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from mamba_sft.cli import completing
 from mamba_sft.cli.console import Json, Overrides, RecipeArgument, err, out
+from mamba_sft.cli.output_files import check_output_file, write_output
 from mamba_sft.wording import GIB, size_text
 
 if TYPE_CHECKING:
@@ -70,8 +71,7 @@ def plan(
         known_gpu(gpu)  # before torch is loaded
     from mamba_sft.cli.plan_many import many_lines, plan_asked
 
-    if plot_file is not None:
-        plan_plot.check_plot_file(plot_file)
+    check_output_file(plot_file, ".svg", "--plot-file")
     from mamba_sft.planning.plan import make_plan
 
     with err.status("planning"):
@@ -79,7 +79,7 @@ def plan(
         curves = _curves(loaded, made) if plot or plot_file is not None else None
         many = plan_asked(loaded, made, processes, nodes, link)
     if curves is not None and plot_file is not None:
-        plan_plot.write_plot(curves, plot_file)
+        write_output(plan_plot.svg_plots(curves), plot_file, "--plot-file")
     if as_json:
         more = {"many": many.to_dict()} if many else {}
         more |= {"curves": curves.to_dict()} if curves is not None and plot else {}

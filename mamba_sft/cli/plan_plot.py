@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mamba_sft.errors import UsageError
 from mamba_sft.evaluation.svg_plot import Curve, number_text, svg_text
 
 if TYPE_CHECKING:
@@ -29,36 +27,6 @@ def terminal_plot(curves: Curves) -> Iterator[str]:
         yield from _panel(name, values, curves.read)
     total = number_text(float(curves.read[-1]))
     yield " " * _MARKS + f"0{'tokens':^{WIDTH - _MARKS - 1 - len(total)}}{total}"
-
-
-def check_plot_file(file: Path) -> None:
-    """Refuses a file that would not be what its name says, before anything is planned.
-
-    Raises:
-        UsageError: It is not named as an SVG, or there is no directory for it.
-    """
-    if file.suffix.lower() != ".svg":
-        raise UsageError(
-            f"`--plot-file` writes SVG, and `{file}` is not named so",
-            hint=f"`--plot-file {file.with_suffix('.svg')}`",
-        )
-    if file.is_dir() or not file.parent.is_dir():
-        what = "is a directory" if file.is_dir() else f"has no directory `{file.parent}` to be written into"
-        raise UsageError(f"`--plot-file {file}` {what}", hint="name a file in a directory that is there")
-
-
-def write_plot(curves: Curves, file: Path) -> None:
-    """Writes the plot as SVG.
-
-    Raises:
-        UsageError: The file cannot be written.
-    """
-    try:
-        file.write_text(svg_plots(curves), encoding="utf-8")
-    except OSError as error:
-        raise UsageError(
-            f"cannot write `{file}`: {error.strerror}", hint="name another with `--plot-file`"
-        ) from None
 
 
 def svg_plots(curves: Curves) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,7 +9,6 @@ import typer
 from mamba_sft.cli import completing
 from mamba_sft.cli.console import err, out, run_or_newest
 from mamba_sft.cli.lines import WarningList
-from mamba_sft.errors import MambaSFTError, UsageError
 
 
 def report(
@@ -33,17 +31,18 @@ def report(
 
     Example: mamba-sft report runs/a runs/b
     """
-    from mamba_sft.evaluation.comparison import check_comparison_place, default_place, write_comparison
+    from mamba_sft.evaluation.comparison import (
+        asked_place,
+        check_comparison_place,
+        report_errors_explained,
+        write_comparison,
+    )
     from mamba_sft.evaluation.report import write_report
     from mamba_sft.wording import path_text
 
     chosen = [run_or_newest(name) for name in runs] if runs else [run_or_newest(None)]
-    if len({run.path.resolve() for run in chosen}) < len(chosen):
-        raise UsageError("the same run twice", hint="name each run once")
-    if output is not None and len(chosen) == 1:
-        raise UsageError("`--output` is for a comparison, and there is one run", hint="name two runs or more")
-    place = Path(output) if output is not None else default_place(chosen)
-    try:
+    place = asked_place(chosen, output, "--output")
+    with report_errors_explained(place, "--output"):
         if len(chosen) > 1:
             check_comparison_place(place)
         for run in chosen:
@@ -53,9 +52,3 @@ def report(
         if len(chosen) > 1:
             write_comparison(chosen, place)
             out.print(f"comparison: {path_text(place)}")
-    except OSError as error:
-        where = error.filename or place
-        raise MambaSFTError(
-            f"cannot write the report: `{where}`: {error.strerror or error}",
-            hint="free space or permission is missing there; a comparison goes elsewhere with `--output`",
-        ) from error

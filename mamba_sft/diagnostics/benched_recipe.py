@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from mamba_sft.data.sources import check_source
 from mamba_sft.model.chat_template import check_template_file
 from mamba_sft.model.checkpoint import resolve_base
-from mamba_sft.recipe.builtin import find_path
+from mamba_sft.recipe.builtin import is_here
 from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.training.starting import find_start
 
@@ -29,8 +29,13 @@ def check_recipe(recipe: Recipe) -> None:
 
 
 def is_data_here(recipe: Recipe) -> bool:
-    """Returns whether every source of the recipe is a file of this machine."""
-    return all(find_path(source.path).exists() for source in recipe.data.sources)
+    """Returns whether every source of the recipe is here: a file, a directory, or what a glob names."""
+    return not missing_sources(recipe)
+
+
+def missing_sources(recipe: Recipe) -> list[str]:
+    """Returns the sources, as the recipe names them, that are not on this machine."""
+    return [source.path for source in recipe.data.sources if not is_here(source.path)]
 
 
 def peer_targets(targets: Sequence[str]) -> list[str]:

@@ -54,8 +54,14 @@ class TooLongError(Exception):
     """The time that a measurement was given is over."""
 
 
-class NoMemoryError(Exception):
+class NoMemoryError(MeasurementError):
     """A measurement took more memory than there is."""
+
+    def __init__(self, what: str = "the measurement"):
+        super().__init__(
+            f"{what} took more memory than there is",
+            hint="measure less at once: smaller batches, or shorter rows or prompts",
+        )
 
 
 def told_by(
@@ -91,13 +97,15 @@ def told_by(
                 return
             if kind == "failed":
                 raise content
+            if kind == "no memory":
+                raise NoMemoryError(what)
             if ends is None and seconds is not None:
                 ends = time.monotonic() + seconds
             yield content
     except EOFError:
         process.join()
         if process.exitcode == -getattr(signal, "SIGKILL", 9):  # what Linux does to one that takes all memory
-            raise NoMemoryError from None
+            raise NoMemoryError(what) from None
         raise MeasurementError(
             f"the process that measures {what} died with code {process.exitcode}"
         ) from None
@@ -133,7 +141,7 @@ def _run(sender: Connection, measure: Callable[..., None], arguments: tuple[Any,
     except MambaSFTError as error:
         last = ("failed", error)
     except Exception as error:
-        last = ("failed", NoMemoryError() if _is_about_memory(error) else _unexpected(error))
+        last = ("no memory", None) if _is_about_memory(error) else ("failed", _unexpected(error))
     with contextlib.suppress(BrokenPipeError):  # nobody waits any more
         sender.send(last)
 

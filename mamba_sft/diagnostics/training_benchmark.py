@@ -13,9 +13,8 @@ import tempfile
 from collections.abc import Sequence
 from typing import Any
 
-from mamba_sft.diagnostics.benched_recipe import check_recipe, is_data_here, peer_targets
+from mamba_sft.diagnostics.benched_recipe import check_recipe, missing_sources, peer_targets
 from mamba_sft.diagnostics.measured_process import Fact, NoMemoryError, TooLongError, told_by
-from mamba_sft.recipe.builtin import find_path
 from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.wording import count_text, time_text
 
@@ -49,10 +48,9 @@ def measure_training(
     """
     check_recipe(recipe)
     load = current_load()
-    here = is_data_here(recipe)
-    if not here:
-        missing = next(one.path for one in recipe.data.sources if not find_path(one.path).exists())
-        logger.warning("`%s` is not on this machine: rows of random tokens take its place", missing)
+    missing = missing_sources(recipe)
+    if missing:
+        logger.warning("`%s` is not on this machine: rows of random tokens take its place", missing[0])
     ours = _measure_ours(recipe, steps)
     stock = _measure_peer(recipe, steps, peer_seconds) if peer else None
     return {
@@ -65,7 +63,7 @@ def measure_training(
             "dtype": recipe.model.dtype,
         },
         "rows": {
-            "made_up": not here,
+            "made_up": bool(missing),
             "max_length": recipe.data.max_length,
             "batch_size": recipe.train.per_device_train_batch_size,
             "tokens_per_step": ours["tokens_per_step"],

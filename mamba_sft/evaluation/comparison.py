@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from mamba_sft.errors import UsageError
+from mamba_sft.errors import MambaSFTError, UsageError
 from mamba_sft.evaluation import run_figures as figures
 from mamba_sft.evaluation.pages import page_text
 from mamba_sft.evaluation.prompts import Prompt, is_right
@@ -29,9 +30,45 @@ _COMPARED = (  # title, unit, name in metrics.jsonl, logarithmic
 )
 
 
-def default_place(runs: Sequence[Run]) -> Path:
-    """Returns where the comparison of some runs goes: beside the first of them."""
-    return runs[0].path.absolute().parent / COMPARISON
+def asked_place(runs: Sequence[Run], output: str | Path | None, option: str) -> Path:
+    """Returns where the comparison of some runs goes: beside the first of them, if nothing else is said.
+
+    Args:
+        runs: One, which is compared with nothing, or more.
+        output: Where it was asked for.
+        option: What that is called by who asks.
+
+    Raises:
+        UsageError: The same run twice, or a place for one run.
+    """
+    if len({run.path.resolve() for run in runs}) < len(runs):
+        raise UsageError("the same run twice", hint="name each run once")
+    if output is not None and len(runs) == 1:
+        raise UsageError(
+            f"`{option}` is for a comparison, and there is one run", hint="name two runs or more"
+        )
+    return Path(output) if output is not None else runs[0].path.absolute().parent / COMPARISON
+
+
+@contextmanager
+def report_errors_explained(place: Path, option: str) -> Iterator[None]:
+    """Turns what keeps a report or a comparison from being written into an error that says so.
+
+    Args:
+        place: Where the comparison goes.
+        option: What another place is named with.
+
+    Raises:
+        MambaSFTError: It cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        where = error.filename or place
+        raise MambaSFTError(
+            f"cannot write the report: `{where}`: {error.strerror or error}",
+            hint=f"free space or permission is missing there; a comparison goes elsewhere with `{option}`",
+        ) from error
 
 
 def write_comparison(runs: Sequence[Run], output: Path) -> list[str]:

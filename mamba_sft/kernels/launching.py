@@ -156,9 +156,9 @@ def candidates(best: Choice) -> list[Choice]:
 
 
 def cache_directory() -> Path:
-    """Return where choices are kept: under `XDG_CACHE_HOME`, or `~/.cache`."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path("~").expanduser() / ".cache"
-    return Path(root) / "mamba-sft" / "launches"
+    """Return where choices are kept: under `MAMBA_SFT_CACHE`, as all that is kept; else where caches are."""
+    general = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "mamba-sft"
+    return Path(os.environ.get("MAMBA_SFT_CACHE") or general).expanduser() / "launches"
 
 
 _found: dict[str, Choice] = {}  # by key, in this process

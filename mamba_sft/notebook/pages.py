@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from mamba_sft.errors import MambaSFTError, UsageError
-from mamba_sft.evaluation.comparison import check_comparison_place, default_place, write_comparison
+from mamba_sft.evaluation.comparison import asked_place, report_errors_explained, write_comparison
 from mamba_sft.evaluation.report import write_report
 from mamba_sft.run import Run
 from mamba_sft.wording import path_text
@@ -49,19 +48,8 @@ def written_report(runs: Sequence[Run], output: Path | None) -> Page:
         UsageError: The same run twice, or a place that holds something else.
         MambaSFTError: It cannot be written.
     """
-    if len({run.path.resolve() for run in runs}) < len(runs):
-        raise UsageError("the same run twice", hint="name each run once")
-    if output is not None and len(runs) == 1:
-        raise UsageError("`output` is for a comparison, and there is one run", hint="name two runs or more")
-    place = output or default_place(runs)
-    try:
+    place = asked_place(runs, output, "output")
+    with report_errors_explained(place, "output"):
         if len(runs) > 1:
-            check_comparison_place(place)
             return Page(place, write_comparison(runs, place))
         return Page(runs[0].report, write_report(runs[0]))
-    except OSError as error:
-        where = error.filename or place
-        raise MambaSFTError(
-            f"cannot write the report: `{where}`: {error.strerror or error}",
-            hint="free space or permission is missing there; a comparison goes elsewhere with `output`",
-        ) from error

@@ -152,7 +152,7 @@ def advice(found: list[Fix]) -> str:
     ways = ["`" + " ".join(fix.overrides) + "`" for fix in found]
     if not ways:
         return "no batch, checkpointing or streaming makes it fit here; it needs a device with more memory"
-    return f"{'add' if found else 'take'} " + ", or ".join(ways)
+    return "add " + ", or ".join(ways)
 
 
 def refuse_what_cannot_fit(recipe: Recipe, *, longest: int, trained_rows: int, processes: int = 1) -> None:

@@ -17,7 +17,7 @@ from mamba_sft.planning.memory import Part, Work, peak, planned_parts
 from mamba_sft.planning.settling import Settled, settle
 from mamba_sft.planning.speed import Rate, Rows, estimate, flops, measured
 from mamba_sft.planning.storage import checkpoint_sizes, result_bytes
-from mamba_sft.recipe.builtin import find_path
+from mamba_sft.recipe.builtin import find_path, is_here
 from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.showing import Showing
 
@@ -192,8 +192,9 @@ def _rows(recipe: Recipe, settled: Settled | None) -> Rows | None:
 
 def settled_here(recipe: Recipe) -> Settled | None:
     """Returns the rows as they are trained and the steps that take them, if base and data are here."""
-    here = [recipe.model.base, *(source.path for source in recipe.data.sources)]
-    if not all(find_path(path).exists() for path in here):
+    if not find_path(recipe.model.base).exists():
+        return None
+    if not all(is_here(source.path) for source in recipe.data.sources):
         return None
     from mamba_sft.data.preparing import read_corpus
 

@@ -39,6 +39,9 @@ LOSS_PRODUCTS = 4
 """Of the loss: the logits twice, the gradients of the hidden states and of the head's trained rows."""
 SECONDS = 0.5
 """Of processor time that each piece is repeated for; by the clock ten times as long at most."""
+PAUSE = 30.0
+"""Seconds between two looks at whether a machine that was busy still is."""
+_asked_again = [0.0]  # when, by the clock of `time.monotonic`
 _FEWEST, _MOST = 4, 60
 _ALONE = 0.85  # of the time by the clock that a thread which never waits gets, where nobody else is at work
 
@@ -81,7 +84,8 @@ class Processor:
 def this_processor(dtype: str) -> Processor:
     """Returns what is known of this machine's processor with the threads that torch uses; measures it once.
 
-    What was measured while other programs were at work is measured again once they are not.
+    What was measured while other programs were at work is measured again once they are not, which is looked
+    for twice a minute at most.
 
     Args:
         dtype: Number format of the base: `float32`, `bfloat16` or `float16`.
@@ -91,7 +95,7 @@ def this_processor(dtype: str) -> Processor:
     threads = torch.get_num_threads()
     path = place_of(threads, dtype)
     kept = _kept(path)
-    if kept is not None and not (kept.busy and is_alone()):
+    if kept is not None and not (kept.busy and _is_alone_now()):
         return kept
     logger.info(
         "measuring this processor with %s in %s, once: some seconds", count_text(threads, "thread"), dtype
@@ -118,6 +122,16 @@ def _kept(path: Path) -> Processor | None:
         return Processor(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
+
+
+def _is_alone_now() -> bool:
+    """`is_alone`, looked at now and then: one plan may ask for this processor a hundred times."""
+    now = time.monotonic()
+    if now < _asked_again[0]:
+        return False
+    alone = is_alone()
+    _asked_again[0] = time.monotonic() + PAUSE
+    return alone
 
 
 def is_alone(seconds: float = 0.05) -> bool:

@@ -57,6 +57,12 @@ def find_path(text: str) -> Path:
     return path
 
 
+def is_here(text: str) -> bool:
+    """Returns whether `find_path` finds a file or a directory, or the glob names one."""
+    found = find_path(text)
+    return os.path.exists(found) or (glob.has_magic(text) and next(matching(found), None) is not None)
+
+
 def expanded(text: str) -> Path:
     """The path that a text names, `~` and `~user` resolved.
 

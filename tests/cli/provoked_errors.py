@@ -1071,6 +1071,12 @@ ERRORS = {
         "no device `tpu`",
         "there are `auto`, `cpu`, `cuda` and `cuda:N`",
     ),
+    "bench: a GGUF file": Provoked(
+        "bench generate x.gguf",
+        2,
+        "`x.gguf` is a GGUF file, for llama.cpp; here a run is needed, or a checkpoint in safetensors",
+        "give the run or checkpoint that it was made from;",
+    ),
     "bench: no GPU": Provoked(
         "bench kernels --device cuda",
         2,

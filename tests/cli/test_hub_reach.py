@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import subprocess
@@ -10,9 +11,11 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from urllib.error import URLError
 
 import pytest
 
+from mamba_sft.cli import hub_reach
 from mamba_sft.cli.hub_reach import ENDPOINT, OFFLINE, may_name_the_hub
 
 ASK = (
@@ -73,6 +76,17 @@ def test_what_the_user_says_and_proxies_of_the_libraries_are_left_alone(closed_p
         "",
     )
     assert offline_after_asking(**{ENDPOINT: "no address"}) == ("None", "")
+    no_port = offline_after_asking(**{ENDPOINT: "http://localhost:port"})  # http.client has a kind of its own
+    assert no_port == ("None", "")
+
+
+@pytest.mark.parametrize("number", [errno.ENETUNREACH, errno.EHOSTUNREACH])
+def test_a_machine_without_a_route_is_out_of_reach_too(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_route(*arguments: object, **more: object) -> None:
+        raise URLError(OSError(number, os.strerror(number)))
+
+    monkeypatch.setattr(hub_reach, "urlopen", no_route)
+    assert not hub_reach._answers()
 
 
 def test_which_names_can_be_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

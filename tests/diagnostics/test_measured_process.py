@@ -48,7 +48,8 @@ def test_facts_come_from_another_process() -> None:
     ("how", "kind", "text"),
     [
         ("mistake", UsageError, "not so"), ("bug", MeasurementError, "KeyError: 'a bug'"),
-        ("memory", NoMemoryError, ""), ("killed", NoMemoryError, ""),
+        ("memory", NoMemoryError, "it took more memory than there is"),
+        ("killed", NoMemoryError, "it took more memory than there is"),
         ("exits", MeasurementError, "the process that measures it died with code 7"),
     ],
 )  # fmt: skip

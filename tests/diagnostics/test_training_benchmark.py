@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from mamba_sft.cli import bench_train
 from mamba_sft.cli.app import app
 from mamba_sft.diagnostics import training_benchmark, training_steps
-from mamba_sft.diagnostics.benched_recipe import is_data_here, peer_targets
+from mamba_sft.diagnostics.benched_recipe import is_data_here, missing_sources, peer_targets
 from mamba_sft.diagnostics.training_benchmark import measure_training, summed_up
 from mamba_sft.diagnostics.training_steps import (
     first_steps,
@@ -86,6 +86,14 @@ def test_rows_that_are_not_here_are_made_up_in_the_length_of_the_recipe(recipe: 
     assert len(row["seq_lengths"]) > 1
     loose = first_steps(recipe("data.sources.0.path=nowhere.jsonl", "data.packing=false"), 2)
     assert loose.rows[0]["seq_lengths"].tolist() == [96]
+
+
+def test_what_a_glob_names_is_here(recipe: Any, tmp_path: Path) -> None:
+    rows = '{"prompt": "a", "completion": "b"}\n'
+    for name in ("one.jsonl", "two.jsonl"):
+        (tmp_path / name).write_text(rows)
+    assert is_data_here(recipe(f"data.sources.0.path={tmp_path}/*.jsonl"))
+    assert missing_sources(recipe(f"data.sources.0.path={tmp_path}/*.csv")) == [f"{tmp_path}/*.csv"]
 
 
 def test_a_packed_row_is_its_sequences_to_stock_tools() -> None:
@@ -167,6 +175,19 @@ def test_stock_that_takes_too_long_or_too_much_is_told(recipe: Any, monkeypatch:
         assert f"transformers + PEFT: {text}; no step was done" in shown
         more = "more than 10 times as fast as transformers + PEFT, which had not done one micro-batch"
         assert (more in shown) == (error is training_benchmark.TooLongError)  # 100 tokens/s against 30 in 3 s
+
+
+def test_ours_that_takes_too_much_is_a_message_and_no_traceback(
+    recipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def told_by(measure: Any, *arguments: Any, what: str, **more: Any) -> Any:
+        yield {"step": 1}
+        raise training_benchmark.NoMemoryError(what)
+
+    monkeypatch.setattr(training_benchmark, "told_by", told_by)
+    with pytest.raises(MambaSFTError, match="our steps took more memory than there is") as caught:
+        measure_training(recipe(), steps=1)
+    assert "smaller batches" in str(caught.value.hint)
 
 
 # --- from outside -------------------------------------------------------------------------------------------

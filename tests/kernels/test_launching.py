@@ -12,6 +12,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from mamba_sft.data.cache import cache_root
 from mamba_sft.kernels import launching, selective_scan, triton_ops
 from mamba_sft.kernels.launching import CARDS, Choice
 
@@ -22,7 +23,7 @@ WAYS = [Choice(4, 2), Choice(2, 2), Choice(4, 1)]
 
 @pytest.fixture(autouse=True)
 def empty_cache(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("MAMBA_SFT_CACHE", str(tmp_path))
     monkeypatch.setattr(launching, "_found", {})
 
 
@@ -99,8 +100,17 @@ def test_if_no_way_has_memory_the_first_stays_and_nothing_is_kept():
     assert not launching._path("k").exists()
 
 
+def test_choices_are_kept_beside_all_that_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "general"))
+    assert launching.cache_directory() == cache_root().with_name("launches") == tmp_path / "launches"
+    monkeypatch.delenv("MAMBA_SFT_CACHE")
+    assert launching.cache_directory() == cache_root().with_name("launches")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert launching.cache_directory() == cache_root().with_name("launches")
+
+
 def search(root, fast):
-    os.environ["XDG_CACHE_HOME"] = root
+    os.environ["MAMBA_SFT_CACHE"] = root
     for n in range(200):
         launching._found.clear()
         launching._path("k").unlink(missing_ok=True)

@@ -195,6 +195,15 @@ def test_cards_by_name() -> None:
     assert all(card.usable_bytes < card.nominal_bytes for card in GPUS.values())
 
 
+def test_rows_that_a_glob_names_are_counted_as_those_of_a_file(recipe: Any, chats: Path) -> None:
+    changes = "train.max_steps=-1", "train.num_train_epochs=2"
+    named, globbed = (make_plan(recipe(f"data.sources.0.path={path}", *changes)) for path in (
+        chats, f"{chats.parent}/{chats.stem[:-1]}?{chats.suffix}",
+    ))  # fmt: skip
+    assert named.steps is not None
+    assert (globbed.steps, globbed.most_tokens) == (named.steps, named.most_tokens)
+
+
 def test_rows_of_unknown_length_are_asked_for() -> None:
     words = ["data.packing=false", "data.max_length=null"]
     with pytest.raises(UsageError, match="max_length"):

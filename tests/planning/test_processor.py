@@ -123,13 +123,33 @@ def test_what_was_measured_on_a_busy_machine_is_measured_again_when_it_is_not(
         return replace(KNOWN, busy=len(kept) == 1)
 
     monkeypatch.setattr(processor, "measure_processor", measure)
+    monkeypatch.setattr(processor, "_asked_again", [0.0])
     monkeypatch.setattr(processor, "is_alone", lambda: False)
     assert this_processor("float32").described.endswith(", when it was busy")
     assert this_processor("float32").busy
     monkeypatch.setattr(processor, "is_alone", lambda: True)
+    assert this_processor("float32").busy  # it was just now
+    monkeypatch.setattr(processor, "_asked_again", [0.0])
     assert not this_processor("float32").busy
     assert not this_processor("float32").busy
     assert len(kept) == 2
+
+
+def test_a_plan_on_a_busy_machine_does_not_ask_a_hundred_times_whether_it_still_is(
+    kept: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+
+    def alone() -> bool:
+        asked.append(True)
+        return len(asked) % 7 == 0  # now and then, as on a machine that is half busy
+
+    monkeypatch.setattr(processor, "_asked_again", [0.0])
+    monkeypatch.setattr(processor, "measure_processor", lambda dtype: replace(KNOWN, dtype=dtype, busy=True))
+    monkeypatch.setattr(processor, "is_alone", alone)
+    for _ in range(100):
+        this_processor("float32")
+    assert len(asked) == 1
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(

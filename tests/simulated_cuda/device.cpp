@@ -43,7 +43,7 @@ void tell(const char* kind, const std::string& what) {
 
 // ---- memory of the card: counted, limited, full of NaN -------------------------------------------------
 
-std::atomic<int64_t> in_use{0}, most_in_use{0}, limit{std::numeric_limits<int64_t>::max()}, allocations{0};
+std::atomic<int64_t> in_use{0}, most_in_use{0}, limit{std::numeric_limits<int64_t>::max()};
 
 struct Block {
   void* start;
@@ -67,7 +67,6 @@ struct CardMemory final : c10::Allocator {
     if (size && posix_memalign(&start, 512, size)) throw std::bad_alloc();
     if (size) memset(start, 0xFF, size);
     in_use += size;
-    allocations++;
     int64_t seen = most_in_use;
     while (in_use > seen && !most_in_use.compare_exchange_weak(seen, in_use)) {
     }
@@ -326,7 +325,6 @@ TORCH_LIBRARY_IMPL(aten, CUDA, library) {
 extern "C" {
 int64_t card_bytes_in_use() { return in_use; }
 int64_t card_most_bytes() { return most_in_use; }
-int64_t card_allocations() { return allocations; }
 void card_forget_the_most() { most_in_use = in_use.load(); }
 void card_limit(int64_t bytes) { limit = bytes; }
 void card_listener(Listener listen) { listener = listen; }

@@ -80,7 +80,7 @@ class Device:
         self.capture: Any = None
         """The graph capture under way, or None."""
         self._quiet = 0
-        for function in ("card_bytes_in_use", "card_most_bytes", "card_allocations"):
+        for function in ("card_bytes_in_use", "card_most_bytes"):
             getattr(library, function).restype = ctypes.c_int64
         library.card_limit.argtypes = [ctypes.c_int64]
         self._listener = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_char_p)(self._hear)
@@ -95,11 +95,6 @@ class Device:
     def most(self) -> int:
         """The most bytes in use since `forget_the_most`."""
         return int(self._library.card_most_bytes())
-
-    @property
-    def allocations(self) -> int:
-        """Blocks of memory handed out so far."""
-        return int(self._library.card_allocations())
 
     def forget_the_most(self) -> None:
         """Counts the most bytes from now on."""
