@@ -249,10 +249,7 @@ def _prepare(
         for number, suite in enumerate(suites):
             bar.update("reading tasks", number, len(suites))
             tasks = suite.prepare(subjects[-1].place, settings)
-            if not check:
-                works.append(
-                    start(suite, tasks, subjects, settings, output, resume=resume, overwrite=overwrite)
-                )
+            works.append(start(suite, tasks, subjects, settings, output, resume=resume, overwrite=overwrite))
         bar.update("reading tasks", len(suites), len(suites))
     return None if check else works
 

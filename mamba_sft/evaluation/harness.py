@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import random
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import chdir, contextmanager, nullcontext
@@ -37,6 +38,8 @@ _BOOTSTRAP = 1000
 """Draws for standard errors that have no formula. 0 would leave out those that have one."""
 _DEFAULT_ANSWER = 256
 """Tokens that are generated where a task does not say how many."""
+_TASK_NAME = re.compile(r"""^["']?(?:task|group|tag)["']?:[ \t]*["']?([\w.+/-]+)""", re.MULTILINE)
+"""How a file of a task says what it is called; some are written as JSON."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ class Harness:
         self.asked = tuple(asked)
         self.board = board
         self._manager: Any = None
+        self._manager_has_all = False
         self._tasks: dict[str, Any] = {}
         self._columns: list[Column] = []
 
@@ -164,19 +168,28 @@ class Harness:
             yield replace(scores, samples=_samples(found["samples"][name])) if settings.samples else scores
 
     def _index(self, settings: Settings) -> Any:
+        """lm-eval's index of tasks, as much of it as what is asked for needs."""
+        self._likely_index(settings)
+        if self.board is None and not self._manager_has_all and not self._is_complete():
+            from lm_eval import tasks
+
+            with _quiet():
+                self._manager = tasks.TaskManager(include_path=_own_places(settings))  # ten seconds
+            self._manager_has_all = True
+        return self._manager
+
+    def _likely_index(self, settings: Settings) -> Any:
+        """The index of the directories that have the tasks by their names; it may lack some."""
         if self._manager is None:
             from lm_eval import tasks
 
-            root = Path(tasks.__file__).parent
-            own = [settings.include_path] if settings.include_path is not None else []
+            root = _root()
+            if self.board is not None:
+                places = [*(root / name for name in self.board.directories), TASK_FILES]
+            else:
+                places = [*_likely_places(root, self.asked), *_own_places(settings)]
             with _quiet():
-                if self.board is not None:
-                    places = [*(root / name for name in self.board.directories), TASK_FILES]
-                else:
-                    places = [*_likely_places(root, self.asked), *own]
                 self._manager = tasks.TaskManager(include_path=places, include_defaults=False)
-                if self.board is None and not self._is_complete():
-                    self._manager = tasks.TaskManager(include_path=own)  # ten seconds
         return self._manager
 
     def _is_complete(self) -> bool:
@@ -200,10 +213,14 @@ class Harness:
             for name in absent:
                 yield Problem(f"no file `{name}`", "tasks are their names in lm-eval, or YAML files")
             return
-        known = set(self._index(settings).all_tasks)
-        for one in self.asked:
-            if one.name not in known and not _is_file(one.name):
-                yield Problem(f"no task `{one.name}`", _similar(one.name, known))
+        likely = self._likely_index(settings).task_index
+        missing = [one.name for one in self.asked if one.name not in likely and not _is_file(one.name)]
+        unknown, known = _named_nowhere(missing, [_root(), *_own_places(settings)])
+        if not unknown:
+            known = set(self._index(settings).all_tasks)
+            unknown = [name for name in missing if name not in known]
+        for name in unknown:
+            yield Problem(f"no task `{name}`", _similar(name, known))
 
     def _leaves(self, settings: Settings) -> dict[str, Mapping[str, Any]]:
         """The configurations of all tasks asked for, from their files alone."""
@@ -228,21 +245,27 @@ class Harness:
         return found
 
     def _columns_of(self, name: str, leaves: Sequence[str]) -> Iterator[Column]:
-        """A column for each metric that all tasks of a group have, over all their documents."""
+        """A column for each metric that all tasks of a group have, over all their documents.
+
+        What is no mean over documents, such as a perplexity or an F1, has a column for each task.
+        """
         shared: list[str] | None = None
         for leaf in leaves:
             task = self._tasks[leaf]
             metrics = [f"{metric},{key}" for key in _filters(task) for metric in task.aggregation()]
             shared = metrics if shared is None else [one for one in shared if one in metrics]
         for metric in shared or ():
-            better = self._tasks[leaves[0]].higher_is_better().get(metric.partition(",")[0], True)
-            yield Column(
-                f"{name} {metric.removesuffix(',none')}",
-                (Pool(tuple(leaves), metric),),
-                kind="number",
-                averaged=False,
-                falls=better is False,
-            )
+            bare = metric.partition(",")[0]
+            better = self._tasks[leaves[0]].higher_is_better().get(bare, True)
+            means = all(_is_mean(self._tasks[leaf].aggregation()[bare]) for leaf in leaves)
+            for title, tasks in [(name, tuple(leaves))] if means else [(leaf, (leaf,)) for leaf in leaves]:
+                yield Column(
+                    f"{title} {metric.removesuffix(',none')}",
+                    (Pool(tasks, metric),),
+                    kind="number",
+                    averaged=False,
+                    falls=better is False,
+                )
 
 
 def make_model(chat_model: ChatModel, settings: Settings, on_request: Callable[[], None]) -> Any:
@@ -415,6 +438,11 @@ def _refused(name: str, task: Any) -> Iterator[str]:
         yield f"`{name}` shows pictures, which this model does not see"
 
 
+def _is_mean(aggregation: Any) -> bool:
+    """Whether a task's score is the mean of its documents', so that documents of several can be pooled."""
+    return getattr(aggregation, "__name__", "") in ("mean", "nanmean")
+
+
 def _filters(task: Any) -> list[str]:
     return [one.name for one in getattr(task, "_filters", ())] or ["none"]
 
@@ -438,6 +466,32 @@ def _likely_places(root: Path, asked: Sequence[Asked]) -> list[Path]:
         begin = [name for name in names if one.name == name or one.name.startswith(f"{name}_")]
         found += [root / max(begin, key=len)] if begin else []
     return list(dict.fromkeys(found))
+
+
+def _root() -> Path:
+    """Where lm-eval has its tasks."""
+    from lm_eval import tasks
+
+    return Path(tasks.__file__).parent
+
+
+def _own_places(settings: Settings) -> list[Path]:
+    return [settings.include_path] if settings.include_path is not None else []
+
+
+def _named_nowhere(names: Sequence[str], places: Sequence[Path]) -> tuple[list[str], set[str]]:
+    """Which names stand in no file of tasks, and those that do; a second, where an index of all takes ten."""
+    if not names:
+        return [], set()
+    known: set[str] = set()
+    found: set[str] = set()
+    for path in (path for place in places for path in place.rglob("*")):
+        if path.suffix not in ("", ".yaml", ".yml") or not path.is_file():  # parts of a task have no ending
+            continue
+        text = path.read_text(encoding="utf-8", errors="replace")
+        known.update(_TASK_NAME.findall(text))
+        found.update(name for name in names if name in text)
+    return [name for name in names if name not in found], known
 
 
 def _ends_as_file(name: str) -> bool:

@@ -209,10 +209,7 @@ def test_a_missing_extra_is_told_with_the_command(
     ("words", "message", "hint"),
     [
         (["--suite", "leaderbord-v2"], "no suite `leaderbord-v2`", "did you mean `leaderboard-v2`"),
-        pytest.param(
-            ["--tasks", "leaderboard_museer"], "no task `leaderboard_museer`", "`leaderboard_musr`",
-            marks=pytest.mark.slow,
-        ),
+        (["--tasks", "leaderboard_museer"], "no task `leaderboard_museer`", "`leaderboard_musr`"),
         (["--tasks", "gsm8k:few"], "`few` is no number of shots", "gsm8k:8"),
         (["--tasks", "absent.yaml"], "no file `.*absent.yaml`", "YAML"),
         ([], "say what to score on", "--suite leaderboard-v2"),
