@@ -112,7 +112,7 @@ def evaluate(
     if tasks is not None or (suite or "").count("leaderboard"):  # whose data are of the hub
         use_cache_if_unreachable()
     suites = _suites(suite, tasks)
-    _refuse_unread(data, suites)
+    _refuse_unread(settings, suites)
     _refuse_together(base, against, resume, overwrite)
     chosen = model_or_newest(model)
     from mamba_sft.run import evaluation_place
@@ -190,12 +190,23 @@ def _suites(names: str | None, tasks: str | None) -> list[Suite]:
     return found
 
 
-def _refuse_unread(data: str | None, suites: Sequence[Suite]) -> None:
-    if data is not None and not any(suite.name in ("heldout", "instructions") for suite in suites):
-        raise UsageError(
-            f"nothing reads `--data {data}`: that is for the suites `heldout` and `instructions`",
-            hint="data sets of leaderboards and tasks lie under `--data-dir`",
-        )
+def _refuse_unread(settings: Settings, suites: Sequence[Suite]) -> None:
+    """Refuses an option that none of the suites looks at."""
+    from mamba_sft.run import TASKS
+
+    template = None if settings.chat_template == "auto" else settings.chat_template
+    metric = None if settings.math_metric == "original" else settings.math_metric
+    more = "data sets of leaderboards and tasks lie under `--data-dir`"
+    for option, value, readers, hint in (
+        ("--data", settings.rows, ("heldout", "instructions"), more),
+        ("--data-dir", settings.data_dir, ("leaderboard-v2", "leaderboard-v1", TASKS), None),
+        ("--include-path", settings.include_path, (TASKS,), None),
+        ("--math-metric", metric, ("leaderboard-v2",), None),
+        ("--chat-template", template, ("leaderboard-v2", "leaderboard-v1", "instructions", TASKS), None),
+    ):
+        if value is not None and not any(suite.name.startswith(readers) for suite in suites):
+            whose = " and ".join("`--tasks`" if one == TASKS else f"`{one}`" for one in readers)
+            raise UsageError(f"nothing reads `{option} {value}`, which is for {whose}", hint=hint)
 
 
 def _refuse_together(base: str | None, against: Path | None, resume: bool, overwrite: bool) -> None:

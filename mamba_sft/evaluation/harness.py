@@ -132,10 +132,12 @@ class Harness:
         return list(self._tasks)
 
     def facts(self) -> dict[str, Any]:
-        """Returns the shots and the version of each task, and lm-eval's version."""
+        """Returns the shots and the version of each task, lm-eval's version, digests of the user's files."""
         shots = {name: task.config.num_fewshot for name, task in self._tasks.items()}
         versions = {name: str(task.VERSION) for name, task in self._tasks.items()}
-        return {"lm_eval": version("lm-eval"), "seed": SEED, "shots": shots, "task_versions": versions}
+        found = {"lm_eval": version("lm-eval"), "seed": SEED, "shots": shots, "task_versions": versions}
+        files = {one.title: _digest(Path(one.name)) for one in self.asked if _is_file(one.name)}
+        return found | ({"files": files} if files else {})
 
     def columns(self) -> Sequence[Column]:
         """Returns a leaderboard's columns, or one for each metric of what `--tasks` asks for."""
@@ -363,6 +365,10 @@ def _told_apart(keys: Sequence[str]) -> Iterator[str]:
         yield key if seen[key] == 1 else f"{key}#{seen[key]}"
 
 
+def _digest(file: Path) -> str:
+    return blake2b(file.read_bytes(), digest_size=8).hexdigest()
+
+
 def _short(digest: str) -> str:
     return blake2b(digest.encode(), digest_size=8).hexdigest()
 
@@ -524,20 +530,27 @@ def _data_problems(leaves: Mapping[str, Mapping[str, Any]], settings: Settings) 
     """One for each data set that is neither here nor to be had."""
     from datasets import load_dataset_builder
 
-    first: dict[str, tuple[str, Mapping[str, Any]]] = {}
+    first: dict[tuple[str, str], tuple[str, Mapping[str, Any]]] = {}
     for name, config in leaves.items():
         if isinstance(config.get("dataset_path"), str):
-            first.setdefault(config["dataset_path"], (name, config))
-    for path, (name, config) in first.items():
+            key = config["dataset_path"], repr(config.get("dataset_kwargs"))  # of `json`, which files
+            first.setdefault(key, (name, config))
+    for (path, _), (name, config) in first.items():
         extra = config.get("dataset_kwargs") or {}
         try:
             with _quiet(), _data_from(settings.data_dir):
                 load_dataset_builder(path, config.get("dataset_name"), **extra)
         except Exception as error:  # what cannot be reached has as many errors as there are ways to it
-            yield _unreachable(path, name, error, settings)
+            yield _unreachable(path, name, error, settings, files=extra.get("data_files"))
 
 
-def _unreachable(path: str, task: str, error: Exception, settings: Settings) -> Problem:
+def _unreachable(path: str, task: str, error: Exception, settings: Settings, files: Any) -> Problem:
+    if files is not None:
+        place = settings.data_dir or Path.cwd()
+        return Problem(
+            f"the files of `{task}` cannot be read: {_first_line(error)}",
+            f"`data_files` with no `/` in front are looked for below `{place}`",
+        )
     if "gated" in str(error):
         return Problem(
             f"the data set `{path}` of `{task}` is gated",

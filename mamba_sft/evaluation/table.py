@@ -138,7 +138,9 @@ def notes(results: Sequence[Results], differences: Sequence[tuple[Column, Differ
             " examples; another length): the difference is that of model and prompt together"
         )
     if differing := (results[-1].compared or {}).get("settings_that_differ"):
-        found.append(f"the two were not scored alike, {'; '.join(differing)}")
+        found.append(
+            f"the other model (there) and this one (now) were not scored alike: {'; '.join(differing)}"
+        )
     if left := max((one.left_out for one in compared), default=0):
         found.append(f"{left:,} documents that only one of the two was scored on are left out")
     return found
