@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import random
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import chdir, contextmanager, nullcontext
@@ -27,6 +26,15 @@ from mamba_sft.evaluation.normalisation import Column, Pool
 from mamba_sft.evaluation.scores import Scores, TaskScores
 from mamba_sft.evaluation.settings import Settings
 from mamba_sft.evaluation.suites import Problem, Progress
+from mamba_sft.evaluation.task_names import (
+    ends_as_file,
+    is_task_file,
+    likely_places,
+    members,
+    named_nowhere,
+    similar,
+    tasks_root,
+)
 
 if TYPE_CHECKING:
     from mamba_sft.inference.chat_model import ChatModel
@@ -38,8 +46,6 @@ _BOOTSTRAP = 1000
 """Draws for standard errors that have no formula. 0 would leave out those that have one."""
 _DEFAULT_ANSWER = 256
 """Tokens that are generated where a task does not say how many."""
-_TASK_NAME = re.compile(r"""^["']?(?:task|group|tag)["']?:[ \t]*["']?([\w.+/-]+)""", re.MULTILINE)
-"""How a file of a task says what it is called; some are written as JSON."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,7 @@ class Asked:
     @property
     def title(self) -> str:
         """What it is called in tables."""
-        return Path(self.name).stem if _is_file(self.name) else self.name
+        return Path(self.name).stem if is_task_file(self.name) else self.name
 
 
 class Harness:
@@ -136,7 +142,7 @@ class Harness:
         shots = {name: task.config.num_fewshot for name, task in self._tasks.items()}
         versions = {name: str(task.VERSION) for name, task in self._tasks.items()}
         found = {"lm_eval": version("lm-eval"), "seed": SEED, "shots": shots, "task_versions": versions}
-        files = {one.title: _digest(Path(one.name)) for one in self.asked if _is_file(one.name)}
+        files = {one.title: _digest(Path(one.name)) for one in self.asked if is_task_file(one.name)}
         return found | ({"files": files} if files else {})
 
     def columns(self) -> Sequence[Column]:
@@ -185,11 +191,11 @@ class Harness:
         if self._manager is None:
             from lm_eval import tasks
 
-            root = _root()
+            root = tasks_root()
             if self.board is not None:
                 places = [*(root / name for name in self.board.directories), TASK_FILES]
             else:
-                places = [*_likely_places(root, self.asked), *_own_places(settings)]
+                places = [*likely_places(root, [one.name for one in self.asked]), *_own_places(settings)]
             with _quiet():
                 self._manager = tasks.TaskManager(include_path=places, include_defaults=False)
         return self._manager
@@ -205,24 +211,24 @@ class Harness:
             entry = index.get(name)
             if entry is None or entry.kind.name == "TAG":
                 return False
-            return entry.kind.name != "GROUP" or all(map(there, _members(entry)))
+            return entry.kind.name != "GROUP" or all(map(there, members(entry)))
 
-        return all(_is_file(one.name) or there(one.name) for one in self.asked)
+        return all(is_task_file(one.name) or there(one.name) for one in self.asked)
 
     def _name_problems(self, settings: Settings) -> Iterator[Problem]:
-        absent = [one.name for one in self.asked if _ends_as_file(one.name) and not _is_file(one.name)]
+        absent = [one.name for one in self.asked if ends_as_file(one.name) and not is_task_file(one.name)]
         if absent:  # before lm-eval looks for names, which takes seconds
             for name in absent:
                 yield Problem(f"no file `{name}`", "tasks are their names in lm-eval, or YAML files")
             return
         likely = self._likely_index(settings).task_index
-        missing = [one.name for one in self.asked if one.name not in likely and not _is_file(one.name)]
-        unknown, known = _named_nowhere(missing, [_root(), *_own_places(settings)])
+        missing = [one.name for one in self.asked if one.name not in likely and not is_task_file(one.name)]
+        unknown, known = named_nowhere(missing, [tasks_root(), *_own_places(settings)])
         if not unknown:
             known = set(self._index(settings).all_tasks)
             unknown = [name for name in missing if name not in known]
         for name in unknown:
-            yield Problem(f"no task `{name}`", _similar(name, known))
+            yield Problem(f"no task `{name}`", similar(name, known))
 
     def _leaves(self, settings: Settings) -> dict[str, Mapping[str, Any]]:
         """The configurations of all tasks asked for, from their files alone."""
@@ -236,7 +242,7 @@ class Harness:
             if entry.kind.name not in ("TAG", "GROUP"):
                 found[name] = entry.cfg or {}
                 return
-            for child in _members(entry):
+            for child in members(entry):
                 walk(child)
 
         for one in self.asked:
@@ -453,59 +459,8 @@ def _filters(task: Any) -> list[str]:
     return [one.name for one in getattr(task, "_filters", ())] or ["none"]
 
 
-def _members(entry: Any) -> list[str]:
-    """What a group or a tag of lm-eval's index consists of."""
-    if entry.kind.name == "TAG":
-        return sorted(entry.tags)
-    members = (entry.cfg or {}).get("task") or []
-    return [
-        each if isinstance(each, str) else str(each.get("group") or each.get("task"))
-        for each in (members if isinstance(members, list) else [members])
-    ]
-
-
-def _likely_places(root: Path, asked: Sequence[Asked]) -> list[Path]:
-    """The directories that tasks of these names are in as a rule: reading all takes ten seconds."""
-    names = [path.name for path in root.iterdir() if path.is_dir()]
-    found = []
-    for one in asked:
-        begin = [name for name in names if one.name == name or one.name.startswith(f"{name}_")]
-        found += [root / max(begin, key=len)] if begin else []
-    return list(dict.fromkeys(found))
-
-
-def _root() -> Path:
-    """Where lm-eval has its tasks."""
-    from lm_eval import tasks
-
-    return Path(tasks.__file__).parent
-
-
 def _own_places(settings: Settings) -> list[Path]:
     return [settings.include_path] if settings.include_path is not None else []
-
-
-def _named_nowhere(names: Sequence[str], places: Sequence[Path]) -> tuple[list[str], set[str]]:
-    """Which names stand in no file of tasks, and those that do; a second, where an index of all takes ten."""
-    if not names:
-        return [], set()
-    known: set[str] = set()
-    found: set[str] = set()
-    for path in (path for place in places for path in place.rglob("*")):
-        if path.suffix not in ("", ".yaml", ".yml") or not path.is_file():  # parts of a task have no ending
-            continue
-        text = path.read_text(encoding="utf-8", errors="replace")
-        known.update(_TASK_NAME.findall(text))
-        found.update(name for name in names if name in text)
-    return [name for name in names if name not in found], known
-
-
-def _ends_as_file(name: str) -> bool:
-    return name.endswith((".yaml", ".yml"))
-
-
-def _is_file(name: str) -> bool:
-    return _ends_as_file(name) and Path(name).is_file()
 
 
 def _read_task_file(name: str) -> Mapping[str, Any]:
@@ -515,15 +470,6 @@ def _read_task_file(name: str) -> Mapping[str, Any]:
         return dict(load_yaml(Path(name), resolve_func=False))
     except Exception as error:  # any YAML, by anybody
         raise UsageError(f"`{name}` cannot be read as a task: {_first_line(error)}") from error
-
-
-def _similar(name: str, known: set[str]) -> str:
-    import difflib
-
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.7)
-    if near:
-        return f"did you mean {' or '.join(f'`{each}`' for each in near)}?"
-    return "`lm-eval ls tasks` lists them; a YAML file is named with its path"
 
 
 def _data_problems(leaves: Mapping[str, Mapping[str, Any]], settings: Settings) -> Iterator[Problem]:
