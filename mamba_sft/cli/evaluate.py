@@ -119,7 +119,7 @@ def evaluate(
 
     place_of_results = output if output is not None else evaluation_place(chosen)
     subjects, problems = _subjects(chosen, base, dtype, quantization)
-    earlier = _read_against(against)
+    earlier = _read_against(against, suites)
     works = _prepare(suites, subjects, problems, settings, place_of_results, check, resume, overwrite)
     if works is None:
         out.print("nothing stands in the way")
@@ -230,10 +230,16 @@ def _subjects(
     return find_subjects(chosen, base, dtype=dtype, quantization=quantization)
 
 
-def _read_against(file: Path | None) -> Results | None:
+def _read_against(file: Path | None, suites: Sequence[Suite]) -> Results | None:
     from mamba_sft.evaluation.results import Results
 
-    return None if file is None else Results.read(file)
+    found = None if file is None else Results.read(file)
+    if found is not None and all(suite.name != found.suite for suite in suites):
+        raise UsageError(
+            f"`{file}` has results of {found.suite}: nothing to compare {suites[0].name} with",
+            hint="name a file of the same suite, or of the same tasks and shots",
+        )
+    return found
 
 
 def _prepare(

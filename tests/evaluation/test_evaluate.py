@@ -114,6 +114,8 @@ def test_base_and_tuned_are_compared_on_the_same_documents(
     assert column["raw"] == pytest.approx((right[1] - right[0]) / 9)
     assert "95 % interval" in done.stdout
     with_file = run_eval(*asked, "--against", out / f"{name}.base.json", "--resume")
+    with pytest.raises(UsageError, match="has results of tasks-leaderboard_musr: nothing to compare heldout"):
+        run_eval(scored_run.path, "--suite", "heldout", "--against", out / f"{name}.base.json")
     assert with_file.stdout.splitlines()[-4:-1] == done.stdout.splitlines()[-5:-2]  # the same comparison
 
 
