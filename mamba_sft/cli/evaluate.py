@@ -112,14 +112,14 @@ def evaluate(
     if tasks is not None or (suite or "").count("leaderboard"):  # whose data are of the hub
         use_cache_if_unreachable()
     suites = _suites(suite, tasks)
-    _refuse_unread(data, suites)
+    _refuse_unread(settings, suites)
     _refuse_together(base, against, resume, overwrite)
     chosen = model_or_newest(model)
     from mamba_sft.run import evaluation_place
 
     place_of_results = output if output is not None else evaluation_place(chosen)
     subjects, problems = _subjects(chosen, base, dtype, quantization)
-    earlier = _read_against(against)
+    earlier = _read_against(against, suites)
     works = _prepare(suites, subjects, problems, settings, place_of_results, check, resume, overwrite)
     if works is None:
         out.print("nothing stands in the way")
@@ -190,12 +190,23 @@ def _suites(names: str | None, tasks: str | None) -> list[Suite]:
     return found
 
 
-def _refuse_unread(data: str | None, suites: Sequence[Suite]) -> None:
-    if data is not None and not any(suite.name in ("heldout", "instructions") for suite in suites):
-        raise UsageError(
-            f"nothing reads `--data {data}`: that is for the suites `heldout` and `instructions`",
-            hint="data sets of leaderboards and tasks lie under `--data-dir`",
-        )
+def _refuse_unread(settings: Settings, suites: Sequence[Suite]) -> None:
+    """Refuses an option that none of the suites looks at."""
+    from mamba_sft.run import TASKS
+
+    template = None if settings.chat_template == "auto" else settings.chat_template
+    metric = None if settings.math_metric == "original" else settings.math_metric
+    more = "data sets of leaderboards and tasks lie under `--data-dir`"
+    for option, value, readers, hint in (
+        ("--data", settings.rows, ("heldout", "instructions"), more),
+        ("--data-dir", settings.data_dir, ("leaderboard-v2", "leaderboard-v1", TASKS), None),
+        ("--include-path", settings.include_path, (TASKS,), None),
+        ("--math-metric", metric, ("leaderboard-v2",), None),
+        ("--chat-template", template, ("leaderboard-v2", "leaderboard-v1", "instructions", TASKS), None),
+    ):
+        if value is not None and not any(suite.name.startswith(readers) for suite in suites):
+            whose = " and ".join("`--tasks`" if one == TASKS else f"`{one}`" for one in readers)
+            raise UsageError(f"nothing reads `{option} {value}`, which is for {whose}", hint=hint)
 
 
 def _refuse_together(base: str | None, against: Path | None, resume: bool, overwrite: bool) -> None:
@@ -219,10 +230,16 @@ def _subjects(
     return find_subjects(chosen, base, dtype=dtype, quantization=quantization)
 
 
-def _read_against(file: Path | None) -> Results | None:
+def _read_against(file: Path | None, suites: Sequence[Suite]) -> Results | None:
     from mamba_sft.evaluation.results import Results
 
-    return None if file is None else Results.read(file)
+    found = None if file is None else Results.read(file)
+    if found is not None and all(suite.name != found.suite for suite in suites):
+        raise UsageError(
+            f"`{file}` has results of {found.suite}: nothing to compare {suites[0].name} with",
+            hint="name a file of the same suite, or of the same tasks and shots",
+        )
+    return found
 
 
 def _prepare(
@@ -249,10 +266,7 @@ def _prepare(
         for number, suite in enumerate(suites):
             bar.update("reading tasks", number, len(suites))
             tasks = suite.prepare(subjects[-1].place, settings)
-            if not check:
-                works.append(
-                    start(suite, tasks, subjects, settings, output, resume=resume, overwrite=overwrite)
-                )
+            works.append(start(suite, tasks, subjects, settings, output, resume=resume, overwrite=overwrite))
         bar.update("reading tasks", len(suites), len(suites))
     return None if check else works
 

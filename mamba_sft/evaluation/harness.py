@@ -26,6 +26,15 @@ from mamba_sft.evaluation.normalisation import Column, Pool
 from mamba_sft.evaluation.scores import Scores, TaskScores
 from mamba_sft.evaluation.settings import Settings
 from mamba_sft.evaluation.suites import Problem, Progress
+from mamba_sft.evaluation.task_names import (
+    ends_as_file,
+    is_task_file,
+    likely_places,
+    members,
+    named_nowhere,
+    similar,
+    tasks_root,
+)
 
 if TYPE_CHECKING:
     from mamba_sft.inference.chat_model import ChatModel
@@ -49,7 +58,7 @@ class Asked:
     @property
     def title(self) -> str:
         """What it is called in tables."""
-        return Path(self.name).stem if _is_file(self.name) else self.name
+        return Path(self.name).stem if is_task_file(self.name) else self.name
 
 
 class Harness:
@@ -66,6 +75,7 @@ class Harness:
         self.asked = tuple(asked)
         self.board = board
         self._manager: Any = None
+        self._manager_has_all = False
         self._tasks: dict[str, Any] = {}
         self._columns: list[Column] = []
 
@@ -128,10 +138,12 @@ class Harness:
         return list(self._tasks)
 
     def facts(self) -> dict[str, Any]:
-        """Returns the shots and the version of each task, and lm-eval's version."""
+        """Returns the shots and the version of each task, lm-eval's version, digests of the user's files."""
         shots = {name: task.config.num_fewshot for name, task in self._tasks.items()}
         versions = {name: str(task.VERSION) for name, task in self._tasks.items()}
-        return {"lm_eval": version("lm-eval"), "seed": SEED, "shots": shots, "task_versions": versions}
+        found = {"lm_eval": version("lm-eval"), "seed": SEED, "shots": shots, "task_versions": versions}
+        files = {one.title: _digest(Path(one.name)) for one in self.asked if is_task_file(one.name)}
+        return found | ({"files": files} if files else {})
 
     def columns(self) -> Sequence[Column]:
         """Returns a leaderboard's columns, or one for each metric of what `--tasks` asks for."""
@@ -164,19 +176,28 @@ class Harness:
             yield replace(scores, samples=_samples(found["samples"][name])) if settings.samples else scores
 
     def _index(self, settings: Settings) -> Any:
+        """lm-eval's index of tasks, as much of it as what is asked for needs."""
+        self._likely_index(settings)
+        if self.board is None and not self._manager_has_all and not self._is_complete():
+            from lm_eval import tasks
+
+            with _quiet():
+                self._manager = tasks.TaskManager(include_path=_own_places(settings))  # ten seconds
+            self._manager_has_all = True
+        return self._manager
+
+    def _likely_index(self, settings: Settings) -> Any:
+        """The index of the directories that have the tasks by their names; it may lack some."""
         if self._manager is None:
             from lm_eval import tasks
 
-            root = Path(tasks.__file__).parent
-            own = [settings.include_path] if settings.include_path is not None else []
+            root = tasks_root()
+            if self.board is not None:
+                places = [*(root / name for name in self.board.directories), TASK_FILES]
+            else:
+                places = [*likely_places(root, [one.name for one in self.asked]), *_own_places(settings)]
             with _quiet():
-                if self.board is not None:
-                    places = [*(root / name for name in self.board.directories), TASK_FILES]
-                else:
-                    places = [*_likely_places(root, self.asked), *own]
                 self._manager = tasks.TaskManager(include_path=places, include_defaults=False)
-                if self.board is None and not self._is_complete():
-                    self._manager = tasks.TaskManager(include_path=own)  # ten seconds
         return self._manager
 
     def _is_complete(self) -> bool:
@@ -190,20 +211,24 @@ class Harness:
             entry = index.get(name)
             if entry is None or entry.kind.name == "TAG":
                 return False
-            return entry.kind.name != "GROUP" or all(map(there, _members(entry)))
+            return entry.kind.name != "GROUP" or all(map(there, members(entry)))
 
-        return all(_is_file(one.name) or there(one.name) for one in self.asked)
+        return all(is_task_file(one.name) or there(one.name) for one in self.asked)
 
     def _name_problems(self, settings: Settings) -> Iterator[Problem]:
-        absent = [one.name for one in self.asked if _ends_as_file(one.name) and not _is_file(one.name)]
+        absent = [one.name for one in self.asked if ends_as_file(one.name) and not is_task_file(one.name)]
         if absent:  # before lm-eval looks for names, which takes seconds
             for name in absent:
                 yield Problem(f"no file `{name}`", "tasks are their names in lm-eval, or YAML files")
             return
-        known = set(self._index(settings).all_tasks)
-        for one in self.asked:
-            if one.name not in known and not _is_file(one.name):
-                yield Problem(f"no task `{one.name}`", _similar(one.name, known))
+        likely = self._likely_index(settings).task_index
+        missing = [one.name for one in self.asked if one.name not in likely and not is_task_file(one.name)]
+        unknown, known = named_nowhere(missing, [tasks_root(), *_own_places(settings)])
+        if not unknown:
+            known = set(self._index(settings).all_tasks)
+            unknown = [name for name in missing if name not in known]
+        for name in unknown:
+            yield Problem(f"no task `{name}`", similar(name, known))
 
     def _leaves(self, settings: Settings) -> dict[str, Mapping[str, Any]]:
         """The configurations of all tasks asked for, from their files alone."""
@@ -217,7 +242,7 @@ class Harness:
             if entry.kind.name not in ("TAG", "GROUP"):
                 found[name] = entry.cfg or {}
                 return
-            for child in _members(entry):
+            for child in members(entry):
                 walk(child)
 
         for one in self.asked:
@@ -228,21 +253,27 @@ class Harness:
         return found
 
     def _columns_of(self, name: str, leaves: Sequence[str]) -> Iterator[Column]:
-        """A column for each metric that all tasks of a group have, over all their documents."""
+        """A column for each metric that all tasks of a group have, over all their documents.
+
+        What is no mean over documents, such as a perplexity or an F1, has a column for each task.
+        """
         shared: list[str] | None = None
         for leaf in leaves:
             task = self._tasks[leaf]
             metrics = [f"{metric},{key}" for key in _filters(task) for metric in task.aggregation()]
             shared = metrics if shared is None else [one for one in shared if one in metrics]
         for metric in shared or ():
-            better = self._tasks[leaves[0]].higher_is_better().get(metric.partition(",")[0], True)
-            yield Column(
-                f"{name} {metric.removesuffix(',none')}",
-                (Pool(tuple(leaves), metric),),
-                kind="number",
-                averaged=False,
-                falls=better is False,
-            )
+            bare = metric.partition(",")[0]
+            better = self._tasks[leaves[0]].higher_is_better().get(bare, True)
+            means = all(_is_mean(self._tasks[leaf].aggregation()[bare]) for leaf in leaves)
+            for title, tasks in [(name, tuple(leaves))] if means else [(leaf, (leaf,)) for leaf in leaves]:
+                yield Column(
+                    f"{title} {metric.removesuffix(',none')}",
+                    (Pool(tasks, metric),),
+                    kind="number",
+                    averaged=False,
+                    falls=better is False,
+                )
 
 
 def make_model(chat_model: ChatModel, settings: Settings, on_request: Callable[[], None]) -> Any:
@@ -340,6 +371,10 @@ def _told_apart(keys: Sequence[str]) -> Iterator[str]:
         yield key if seen[key] == 1 else f"{key}#{seen[key]}"
 
 
+def _digest(file: Path) -> str:
+    return blake2b(file.read_bytes(), digest_size=8).hexdigest()
+
+
 def _short(digest: str) -> str:
     return blake2b(digest.encode(), digest_size=8).hexdigest()
 
@@ -415,37 +450,17 @@ def _refused(name: str, task: Any) -> Iterator[str]:
         yield f"`{name}` shows pictures, which this model does not see"
 
 
+def _is_mean(aggregation: Any) -> bool:
+    """Whether a task's score is the mean of its documents', so that documents of several can be pooled."""
+    return getattr(aggregation, "__name__", "") in ("mean", "nanmean")
+
+
 def _filters(task: Any) -> list[str]:
     return [one.name for one in getattr(task, "_filters", ())] or ["none"]
 
 
-def _members(entry: Any) -> list[str]:
-    """What a group or a tag of lm-eval's index consists of."""
-    if entry.kind.name == "TAG":
-        return sorted(entry.tags)
-    members = (entry.cfg or {}).get("task") or []
-    return [
-        each if isinstance(each, str) else str(each.get("group") or each.get("task"))
-        for each in (members if isinstance(members, list) else [members])
-    ]
-
-
-def _likely_places(root: Path, asked: Sequence[Asked]) -> list[Path]:
-    """The directories that tasks of these names are in as a rule: reading all takes ten seconds."""
-    names = [path.name for path in root.iterdir() if path.is_dir()]
-    found = []
-    for one in asked:
-        begin = [name for name in names if one.name == name or one.name.startswith(f"{name}_")]
-        found += [root / max(begin, key=len)] if begin else []
-    return list(dict.fromkeys(found))
-
-
-def _ends_as_file(name: str) -> bool:
-    return name.endswith((".yaml", ".yml"))
-
-
-def _is_file(name: str) -> bool:
-    return _ends_as_file(name) and Path(name).is_file()
+def _own_places(settings: Settings) -> list[Path]:
+    return [settings.include_path] if settings.include_path is not None else []
 
 
 def _read_task_file(name: str) -> Mapping[str, Any]:
@@ -457,33 +472,31 @@ def _read_task_file(name: str) -> Mapping[str, Any]:
         raise UsageError(f"`{name}` cannot be read as a task: {_first_line(error)}") from error
 
 
-def _similar(name: str, known: set[str]) -> str:
-    import difflib
-
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.7)
-    if near:
-        return f"did you mean {' or '.join(f'`{each}`' for each in near)}?"
-    return "`lm-eval ls tasks` lists them; a YAML file is named with its path"
-
-
 def _data_problems(leaves: Mapping[str, Mapping[str, Any]], settings: Settings) -> Iterator[Problem]:
     """One for each data set that is neither here nor to be had."""
     from datasets import load_dataset_builder
 
-    first: dict[str, tuple[str, Mapping[str, Any]]] = {}
+    first: dict[tuple[str, str], tuple[str, Mapping[str, Any]]] = {}
     for name, config in leaves.items():
         if isinstance(config.get("dataset_path"), str):
-            first.setdefault(config["dataset_path"], (name, config))
-    for path, (name, config) in first.items():
+            key = config["dataset_path"], repr(config.get("dataset_kwargs"))  # of `json`, which files
+            first.setdefault(key, (name, config))
+    for (path, _), (name, config) in first.items():
         extra = config.get("dataset_kwargs") or {}
         try:
             with _quiet(), _data_from(settings.data_dir):
                 load_dataset_builder(path, config.get("dataset_name"), **extra)
         except Exception as error:  # what cannot be reached has as many errors as there are ways to it
-            yield _unreachable(path, name, error, settings)
+            yield _unreachable(path, name, error, settings, files=extra.get("data_files"))
 
 
-def _unreachable(path: str, task: str, error: Exception, settings: Settings) -> Problem:
+def _unreachable(path: str, task: str, error: Exception, settings: Settings, files: Any) -> Problem:
+    if files is not None:
+        place = settings.data_dir or Path.cwd()
+        return Problem(
+            f"the files of `{task}` cannot be read: {_first_line(error)}",
+            f"`data_files` with no `/` in front are looked for below `{place}`",
+        )
     if "gated" in str(error):
         return Problem(
             f"the data set `{path}` of `{task}` is gated",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mamba_sft.errors import DataError, MambaSFTError, UsageError
@@ -83,8 +84,22 @@ class Heldout:
             "validation": data.validation,
             "digests": [source.digest for source in prepared.summary.sources],
             "rows": len(self._rows),
+            "max_length": data.max_length,
         }
         return [NAME]
+
+    def refuse_other_tokens(self, place: ModelPlace) -> None:
+        """Refuses a model with other tokens than the rows were made of, as its files say.
+
+        Raises:
+            UsageError: It has; losses per token say nothing then.
+        """
+        from mamba_sft.model.loading import load_tokenizer
+
+        if self._rows is None or self._setup is None:
+            raise RuntimeError("`prepare` comes first")
+        tokenizer = load_tokenizer(place.section) if place.adapter is None else _tokenizer_of(place.adapter)
+        _refuse_other_tokens(place.name, tokenizer, self._setup, self._rows)
 
     def facts(self) -> dict[str, Any]:
         """Returns where the rows are from, and digests of their tokens."""
@@ -104,7 +119,6 @@ class Heldout:
         """Scores every row.
 
         Raises:
-            UsageError: The model has other tokens than the rows were made of.
             DataError: No token of any row is trained.
         """
         from mamba_sft.data.packing import Collator
@@ -113,7 +127,6 @@ class Heldout:
         if self._rows is None or self._setup is None:
             raise RuntimeError("`prepare` comes first")
         rows = self._rows
-        _refuse_other_tokens(chat_model, self._setup, rows)
         begun = time.monotonic()
         found = []
         collator = Collator(self._setup.tokenizer.pad_token_id)
@@ -183,12 +196,7 @@ def _setup_of(place: ModelPlace, recipe: Recipe | None) -> TemplateSetup:
     if recipe is not None:
         return load_setup(recipe.model, recipe.chat)
     if place.adapter is not None:
-        from transformers import AutoTokenizer
-
-        config = load_config(place.section)
-        tokenizer = AutoTokenizer.from_pretrained(
-            place.adapter, trust_remote_code=False, local_files_only=True
-        )
+        config, tokenizer = load_config(place.section), _tokenizer_of(place.adapter)
         return prepare_tokenizer(tokenizer, ChatSection(), named_ids(config), config.vocab_size)
     template = load_tokenizer(place.section).chat_template or ""
     marked = "{% generation" in template or "{%- generation" in template
@@ -201,14 +209,20 @@ def _setup_of(place: ModelPlace, recipe: Recipe | None) -> TemplateSetup:
     return setup
 
 
-def _refuse_other_tokens(chat_model: ChatModel, setup: TemplateSetup, rows: Dataset) -> None:
+def _tokenizer_of(adapter: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(adapter, trust_remote_code=False, local_files_only=True)
+
+
+def _refuse_other_tokens(name: str, tokenizer: Any, setup: TemplateSetup, rows: Dataset) -> None:
     """Losses per token say nothing of a model with other tokens; marks of chats may have had other names."""
     used = {int(number) for row in rows for number in row["input_ids"]}
     used -= set(setup.tokenizer.added_tokens_decoder)
     numbers = sorted(used)
-    ours, theirs = (one.convert_ids_to_tokens(numbers) for one in (setup.tokenizer, chat_model.tokenizer))
+    ours, theirs = (one.convert_ids_to_tokens(numbers) for one in (setup.tokenizer, tokenizer))
     if ours != theirs:
         raise UsageError(
-            f"`{chat_model.name}` has other tokens than the rows were made of: losses cannot be compared",
+            f"`{name}` has other tokens than the rows were made of: losses cannot be compared",
             hint="compare models of one vocabulary",
         )

@@ -102,8 +102,15 @@ class Instructions:
 
         begun, done = time.monotonic(), 0
         with_template = self.uses_template(settings, bool(chat_model.tokenizer.chat_template))
-        kept = settings.max_length - self._longest
-        asked = [_encode(chat_model, prompt, with_template)[-kept:] for prompt in self._prompts]
+        kept = max(1, settings.max_length - self._longest)
+        whole = [_encode(chat_model, prompt, with_template) for prompt in self._prompts]
+        asked = [tokens[-kept:] for tokens in whole]
+        if cut := sum(len(tokens) > kept for tokens in whole):
+            logger.warning(
+                "%d of %d prompts are longer than %d tokens and lose their beginning: `--max-length %d`"
+                " leaves no more beside an answer of %d",
+                cut, len(whole), kept, settings.max_length, self._longest,
+            )  # fmt: skip
 
         def count(_number: int, _answer: Answer) -> None:
             nonlocal done

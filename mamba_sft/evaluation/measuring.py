@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mamba_sft import __version__
 from mamba_sft.errors import MambaSFTError
+from mamba_sft.evaluation.heldout import Heldout
 from mamba_sft.evaluation.normalisation import Column
 from mamba_sft.evaluation.paired import Difference, difference
 from mamba_sft.evaluation.preflight import has_template
@@ -144,10 +145,13 @@ def start(
     """Returns what is to be done of a suite that was prepared; before weights are read into memory.
 
     Raises:
-        UsageError: Results are there already that are not gone on with.
+        UsageError: Results are there already that are not gone on with, or a model has other tokens than
+            the rows of `heldout`.
     """
     work = Work(suite, tasks, {}, {})
     for subject in subjects:
+        if isinstance(suite, Heldout):
+            suite.refuse_other_tokens(subject.place)
         file = result_file(output, suite.name, limit=settings.limit, is_base=subject.role == "base")
         wanted = Results(
             suite.name,

@@ -89,7 +89,7 @@ def rescale(x: float, chance: float) -> float:
 
 
 def figure(column: Column, scored: Mapping[str, TaskScores]) -> Figure | None:
-    """Returns the value of a column; None where a task of it is missing, since part of a mean is no mean.
+    """Returns the value of a column; None where a task or its metric is missing: part of a mean is no mean.
 
     Args:
         column: Which.
@@ -102,6 +102,8 @@ def figure(column: Column, scored: Mapping[str, TaskScores]) -> Figure | None:
     only = shots.pop() if len(shots) == 1 else None
     if (whole := whole_of(column, scored)) is not None:
         return Figure(whole[0], whole[0], whole[1], n, only)
+    if any(pool.metric not in scored[task].metrics for pool in column.pools for task in pool.tasks):
+        return None
     pooled = [pool_scores(pool, scored) for pool in column.pools]
     means = [one.mean for one in pooled]
     values = [as_shown(column, pool, mean) for pool, mean in zip(column.pools, means, strict=True)]

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import fsum, sqrt
 
-from mamba_sft.evaluation.normalisation import Column, as_shown, influences, pool_scores, whole_of
+from mamba_sft.evaluation.normalisation import Column, as_shown, figure, influences, pool_scores, whole_of
 from mamba_sft.evaluation.scores import Scores, TaskScores
 
 Z95 = 1.959964
@@ -55,9 +55,9 @@ def difference(
         after: Those of the second.
     """
     names = column.tasks
-    if any(task not in before or task not in after for task in names):
+    if any(figure(column, side) is None for side in (before, after)):
         return None
-    if whole_of(column, before) is not None:
+    if any(whole_of(column, side) is not None for side in (before, after)):
         return _of_wholes(column, before, after)
     shared = {task: set(before[task].documents) & set(after[task].documents) for task in names}
     if not all(shared.values()):
@@ -83,14 +83,15 @@ def difference(
 def _of_wholes(
     column: Column, before: Mapping[str, TaskScores], after: Mapping[str, TaskScores]
 ) -> Difference | None:
-    first, second = whole_of(column, before), whole_of(column, after)
+    """Of a metric that is known as a whole, of one or both: a corpus' F1 of all zeros is a mean as well."""
+    first, second = figure(column, before), figure(column, after)
     if first is None or second is None:
         return None
     one, other = before[column.tasks[0]], after[column.tasks[0]]
     n = len(set(one.documents) & set(other.documents))
     left_out = len(one.documents) + len(other.documents) - 2 * n
-    delta = second[0] - first[0]
-    return Difference(first[0], second[0], delta, delta, None, n, left_out, _other_prompts(one, other))
+    delta = second.value - first.value
+    return Difference(first.value, second.value, delta, delta, None, n, left_out, _other_prompts(one, other))
 
 
 def _values(column: Column, side: Mapping[str, TaskScores]) -> float:

@@ -134,8 +134,12 @@ def notes(results: Sequence[Results], differences: Sequence[tuple[Column, Differ
     changed = max((one.other_prompts for one in compared), default=0)
     if changed:
         found.append(
-            "the two models were shown different prompts (another chat template, or one of them none):"
-            " the difference is that of model and prompt together"
+            "the two models were shown different prompts (another chat template, or one of them none; other"
+            " examples; another length): the difference is that of model and prompt together"
+        )
+    if differing := (results[-1].compared or {}).get("settings_that_differ"):
+        found.append(
+            f"the other model (there) and this one (now) were not scored alike: {'; '.join(differing)}"
         )
     if left := max((one.left_out for one in compared), default=0):
         found.append(f"{left:,} documents that only one of the two was scored on are left out")
@@ -147,7 +151,9 @@ def settings_text(results: Results) -> str:
     settings, made_with = results.settings, results.made_with
     on = settings.get("chat_template")
     template = f"chat template {'on' if on else 'off'}" if isinstance(on, bool) else None
-    held, longest = settings.get("quantization"), settings.get("max_length")
+    suite = settings.get("suite")
+    own = suite.get("max_length") if isinstance(suite, dict) else None  # where a run's recipe says it
+    held, longest = settings.get("quantization"), own or settings.get("max_length")
     computed = str(made_with.get("computed_in", settings.get("dtype"))).removeprefix("torch.")
     parts = [
         template,

@@ -114,6 +114,8 @@ def test_base_and_tuned_are_compared_on_the_same_documents(
     assert column["raw"] == pytest.approx((right[1] - right[0]) / 9)
     assert "95 % interval" in done.stdout
     with_file = run_eval(*asked, "--against", out / f"{name}.base.json", "--resume")
+    with pytest.raises(UsageError, match="has results of tasks-leaderboard_musr: nothing to compare heldout"):
+        run_eval(scored_run.path, "--suite", "heldout", "--against", out / f"{name}.base.json")
     assert with_file.stdout.splitlines()[-4:-1] == done.stdout.splitlines()[-5:-2]  # the same comparison
 
 
@@ -209,10 +211,7 @@ def test_a_missing_extra_is_told_with_the_command(
     ("words", "message", "hint"),
     [
         (["--suite", "leaderbord-v2"], "no suite `leaderbord-v2`", "did you mean `leaderboard-v2`"),
-        pytest.param(
-            ["--tasks", "leaderboard_museer"], "no task `leaderboard_museer`", "`leaderboard_musr`",
-            marks=pytest.mark.slow,
-        ),
+        (["--tasks", "leaderboard_museer"], "no task `leaderboard_museer`", "`leaderboard_musr`"),
         (["--tasks", "gsm8k:few"], "`few` is no number of shots", "gsm8k:8"),
         (["--tasks", "absent.yaml"], "no file `.*absent.yaml`", "YAML"),
         ([], "say what to score on", "--suite leaderboard-v2"),
@@ -220,6 +219,10 @@ def test_a_missing_extra_is_told_with_the_command(
         (["--suite", "leaderboard-v1", "--chat-template", "maybe"], "`--chat-template maybe`", ""),
         (["--suite", "leaderboard-v1", "--against", "absent.json"], "no results at `absent.json`", ""),
         (["--suite", "leaderboard-v1", "--resume", "--overwrite"], "`--resume` goes on", "give one"),
+        (["--suite", "leaderboard-v1", "--data", "a"], "nothing reads `--data a`", "`--data-dir`"),
+        (["--suite", "heldout", "--chat-template", "on"], "nothing reads `--chat-template on`", ""),
+        (["--suite", "leaderboard-v1", "--math-metric", "verify"], "is for `leaderboard-v2`", ""),
+        (["--suite", "leaderboard-v2", "--include-path", "."], "is for `--tasks`", ""),
     ],
 )  # fmt: skip
 def test_wrong_words(reachable: Path, scored_base: Path, words: list[str], message: str, hint: str) -> None:
@@ -284,11 +287,46 @@ doc_to_target: "{{{{a}}}}"
 metric_list: [{{metric: acc}}]
 """
     )
-    run_eval(scored_base, "--tasks", "mine.yaml", "--output", out)
+    asked = (scored_base, "--tasks", "mine.yaml", "--output", out)
+    run_eval(*asked)
     found = Results.read(out / "tasks-mine.json").scored["my_sums"]
     assert len(set(found.documents)) == 3  # the same document twice is two documents
     assert found.documents[2] == f"{found.documents[1]}#2"
     assert set(found.metrics) == {"acc,none"}
+    with pytest.raises(UsageError, match="has results of the same model and settings"):
+        run_eval(*asked, "--check")  # which tells all that is in the way
+    text = (tmp_path / "mine.yaml").read_text()
+    (tmp_path / "mine.yaml").write_text(text.replace("}} =", "}} is"))
+    with pytest.raises(UsageError, match=r"suite\.files\.mine: "):  # what was asked is not asked now
+        run_eval(*asked, "--resume")
+    (tmp_path / "two.yaml").write_text(text.replace("my_sums", "two").replace("sums.jsonl", "gone.jsonl"))
+    with pytest.raises(UsageError, match=r"the files of `.*two\.yaml` cannot be read") as told:
+        run_eval(scored_base, "--tasks", "mine.yaml,two.yaml", "--output", out)
+    assert f"below `{tmp_path}`" in (told.value.hint or "")
+
+
+def test_what_is_no_mean_has_a_column_for_each_task_of_a_group() -> None:
+    suite = Harness("tasks-lambada", [])
+    for name in ("one", "two"):
+        suite._tasks[name] = _Perplexing()
+    columns = list(suite._columns_of("lambada", ["one", "two"]))
+    assert [(one.title, one.tasks) for one in columns] == [
+        ("one perplexity", ("one",)),
+        ("two perplexity", ("two",)),
+        ("lambada acc", ("one", "two")),
+    ]
+
+
+class _Perplexing:
+    """A task as lm-eval makes them, with a metric that is no mean over documents."""
+
+    def aggregation(self) -> dict[str, Any]:
+        from lm_eval.api.metrics import mean, perplexity
+
+        return {"perplexity": perplexity, "acc": mean}
+
+    def higher_is_better(self) -> dict[str, bool]:
+        return {"perplexity": False, "acc": True}
 
 
 @pytest.mark.slow

@@ -11,9 +11,12 @@ import pytest
 
 from mamba_sft.errors import MambaSFTError, UsageError
 from mamba_sft.evaluation.heldout import ACCURACY, LOSS, NAME, Heldout
+from mamba_sft.evaluation.measuring import find_subjects, start
 from mamba_sft.evaluation.normalisation import figure
+from mamba_sft.evaluation.results import Results
 from mamba_sft.evaluation.scores import TaskScores
 from mamba_sft.evaluation.settings import Settings
+from mamba_sft.evaluation.table import settings_text
 from mamba_sft.inference.chat_model import ChatModel, load_chat_model, split_chat_model
 from mamba_sft.inference.model_places import find_place
 from mamba_sft.run import Run
@@ -191,15 +194,20 @@ def test_rows_that_cannot_be_read_are_told_when_they_are_read(run: Run, tmp_path
         Heldout().prepare(find_place(run), Settings(rows=str(tmp_path / "bad.jsonl")))
 
 
-def test_a_model_with_other_tokens_is_refused(run: Run, chat_model: ChatModel) -> None:
-    from dataclasses import replace
-
-    from transformers import AutoTokenizer
-
+def test_a_model_with_other_tokens_is_refused_before_weights(run: Run, tmp_path: Path) -> None:
     from tests.test_tiny_base import BASE  # which has another vocabulary
 
     suite = Heldout()
+    subjects, _ = find_subjects(run, BASE)
     tasks = suite.prepare(find_place(run), Settings())
-    other = replace(chat_model, name="other", tokenizer=AutoTokenizer.from_pretrained(BASE))
-    with pytest.raises(UsageError, match="`other` has other tokens"):
-        list(suite.measure(other, tasks, Settings(), lambda *_: None))
+    with pytest.raises(UsageError, match=f"`{BASE}` has other tokens"):
+        start(suite, tasks, subjects, Settings(), tmp_path, resume=False, overwrite=False)
+    subjects, _ = find_subjects(run, "auto")
+    start(suite, tasks, subjects, Settings(), tmp_path, resume=False, overwrite=False)
+
+
+def test_the_length_that_is_told_is_the_one_that_rows_are_cut_at(run: Run) -> None:
+    suite = Heldout()
+    suite.prepare(find_place(run), Settings())
+    settings = Settings().facts() | {"suite": suite.facts()}
+    assert "at most 96 tokens" in settings_text(Results("heldout", {}, settings))

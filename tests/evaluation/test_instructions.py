@@ -271,3 +271,15 @@ def test_a_file_of_tasks_is_a_source_of_training(tmp_path: Path) -> None:
         rows.append([list(row) for row in prepared.train["input_ids"]])
     assert rows[0] == rows[1]
     assert len(rows[0]) == 4
+
+
+def test_prompts_that_are_cut_are_told(
+    place: ModelPlace, chat_model: ChatModel, asked: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    for longest, cut in ((200, 0), (2, 3), (1, 3)):
+        suite, settings = Instructions(), Settings(rows=asked, max_length=longest, chat_template="off")
+        caplog.clear()
+        (scores,) = suite.measure(chat_model, suite.prepare(place, settings), settings, lambda *_: None)
+        told = [text for text in caplog.messages if "lose their beginning" in text]
+        assert len(scores.documents) == 3
+        assert [text.split(" prompts ")[0] for text in told] == ([f"{cut} of 3"] if cut else [])

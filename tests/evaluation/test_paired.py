@@ -76,3 +76,21 @@ def test_metrics_of_a_whole_task_are_compared_without_an_interval() -> None:
     found = difference(column, *sides)
     assert found is not None
     assert (found.delta, found.margin, found.n) == (0.5, None, 1)
+
+
+def test_a_metric_that_happens_to_be_a_mean_in_one_model_is_compared_all_the_same() -> None:
+    column = Column("f1", (Pool(("t",), "f1"),), kind="number")
+    zeros = {"t": TaskScores("t", 0, ("a", "b"), ("a", "b"), {"f1": Scores.of([0.0, 0.0])})}
+    other = {"t": TaskScores("t", 0, ("a", "b"), ("a", "b"), {}, {"f1": (0.75, 0.1)})}
+    for sides, delta in (((zeros, other), 0.75), ((other, zeros), -0.75)):
+        found = difference(column, *sides)
+        assert found is not None
+        assert (found.delta, found.margin, found.n) == (delta, None, 2)
+
+
+def test_a_metric_that_only_one_of_them_has_is_not_compared() -> None:
+    column = Column("acc", (Pool(("t", "u"), "acc"),))
+    whole = {name: task({"a": 1, "b": 0}, name) for name in ("t", "u")}
+    less = whole | {"u": TaskScores("u", 0, ("a", "b"), ("a", "b"), {})}
+    assert difference(column, whole, less) is None
+    assert difference(column, less, whole) is None

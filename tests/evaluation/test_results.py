@@ -129,6 +129,14 @@ def test_differences_are_told_with_what_makes_them_uncertain() -> None:
     assert "different prompts" in prompts
 
 
+def test_settings_that_two_models_do_not_share_are_told() -> None:
+    one = results(1, 2, 3, 4, 1, 1)
+    differs = list(differing({"quantization": "none"}, {"quantization": "nf4"}))
+    one.compared = {"settings_that_differ": differs}
+    (note,) = notes([one], [])
+    assert note.endswith('were not scored alike: quantization: "none" there, "nf4" now')
+
+
 def test_settings_are_one_line() -> None:
     one = results(1, chat_template=True, quantization="nf4", dtype="bfloat16")
     assert (

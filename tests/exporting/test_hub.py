@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from mamba_sft.errors import ExportError, UsageError
+from mamba_sft.evaluation.checks import Check
 from mamba_sft.evaluation.normalisation import Column, Pool
 from mamba_sft.evaluation.prompts import Prompt, Sample, write_samples
 from mamba_sft.evaluation.results import Results
@@ -330,6 +331,19 @@ def test_a_question_is_quoted_in_the_snippets(tmp_path: Path) -> None:
     assert '"content": "Say \\"hi\\" \\\\ twice.\\nNow."' in text
     for code in snippets(text).values():
         compile(code, "card", "exec")
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (Prompt("Hi?", "hi"), "1 sample prompts, exact match: 0.0% by the base, 100.0% by this model."),
+        (Prompt("Hi?", checks=(Check("contains", ["hi"]),)), "1 sample prompts, right answers: 0.0% by"),
+    ],
+)
+def test_the_card_says_what_counts_as_right(tmp_path: Path, asked: Prompt, said: str) -> None:
+    made = make_run(tmp_path)
+    write_samples(made.run.samples_file, [Sample(asked, "no", "hi")])
+    assert said in read_card(export(made.run, format="hf").directory)[1]
 
 
 def test_a_push_that_cannot_work_is_refused_before_anything_is_written(

@@ -16,7 +16,7 @@ from typing import Any
 from mamba_sft import __version__
 from mamba_sft.data.sources import is_hub_dataset
 from mamba_sft.evaluation.leaderboards import LEADERBOARDS
-from mamba_sft.evaluation.prompts import exact_match, read_samples
+from mamba_sft.evaluation.prompts import exact_match, read_samples, score_name
 from mamba_sft.evaluation.results import finished
 from mamba_sft.evaluation.run_facts import read_facts
 from mamba_sft.evaluation.run_figures import loss_curves
@@ -248,7 +248,7 @@ def _exact_matches(run: Run) -> dict[str, Any] | None:
     if before is None or after is None:
         return None
     count = sum(prompt.is_scored for prompt in prompts)
-    return {"count": count, "before": f"{before:.1%}", "after": f"{after:.1%}"}
+    return {"count": count, "score": score_name(prompts), "before": f"{before:.1%}", "after": f"{after:.1%}"}
 
 
 def _results(run: Run) -> Iterator[dict[str, Any]]:
