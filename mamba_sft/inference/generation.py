@@ -25,7 +25,7 @@ from mamba_sft.inference.evaluating import evaluation_mode
 from mamba_sft.inference.next_token import NextToken, forward
 from mamba_sft.inference.prefixes import Beginnings, KeptStates, batches, find_beginnings
 from mamba_sft.inference.sampling import Sampling, SeenTokens, choose
-from mamba_sft.inference.state_rows import rows_of, stacked
+from mamba_sft.inference.state_rows import stacked
 
 PREFILL_CHUNK = 2048
 """Tokens read at once, so that the memory a long prompt takes does not grow with its length."""
@@ -280,7 +280,8 @@ def _read_begun(model: Any, rests: Sequence[Sequence[int]], states: Sequence[Sta
     starts = [length - len(ids) for ids in rests]
     for start, end in zip(sorted({*starts}), [*sorted({*starts})[1:], length], strict=True):
         new = [state for state, own in zip(states, starts, strict=True) if own == start]
-        begun = [rows_of(state.cache, [0]) for state in new]  # copies: other rows start from them too
+        # copies, since other rows start from them too; a GGUF file's state can be copied, and has no rows
+        begun = [copy.deepcopy(state.cache) for state in new]
         cache = stacked(begun if cache is None else [cache, *begun])
         joined += len(new)
         for at in range(start, end, PREFILL_CHUNK):
