@@ -14,7 +14,7 @@ from mamba_sft.inference.chat_model import ChatModel, load_chat_model, require_t
 from mamba_sft.inference.generation import answers
 from mamba_sft.inference.model_places import ModelPlace
 from mamba_sft.inference.prompt_rows import Message, Prompt, PromptRow, read_prompts
-from mamba_sft.inference.request import check_files
+from mamba_sft.inference.request import check_files, check_system
 from mamba_sft.inference.sampling import Sampling
 from mamba_sft.inference.sessions import ChatSession, CompareSession
 from mamba_sft.inference.unfinished import asked_of, identity_of
@@ -59,7 +59,8 @@ def generate(
         One answer a prompt, in their order.
 
     Raises:
-        UsageError: A prompt is blank, the output cannot be written, or gone on with.
+        UsageError: A prompt is blank, the output cannot be written, or gone on with; or `system` goes with
+            `raw`.
         DataError: A line of the file is not a prompt (with file and line), or there is no chat template.
     """
     return answer_prompts(
@@ -92,6 +93,7 @@ def answer_prompts(
         on_answer: The same.
     """
     file = AnswerFile(Path(output)) if isinstance(output, str | Path) else output
+    check_system(system, raw=raw)
     if file is not None:
         check_files(None, file.path)
     chat_model = model if isinstance(model, ChatModel) else load_chat_model(model, needs_template=not raw)
@@ -182,6 +184,7 @@ def open_session(
         DataError: There is no chat template.
         ModelError: The model cannot be loaded.
     """
+    check_system(system, raw=False)
     chat_model = (
         model
         if isinstance(model, ChatModel)
@@ -205,7 +208,8 @@ def _encode(chat_model: ChatModel, row: PromptRow, system: str | None, raw: bool
     messages: list[Message] = (
         [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     )
-    opening: Any = row.fields.get("system") or system
+    own: Any = row.fields.get("system")
+    opening = system if own is None else own  # an empty one is none, whatever the model was trained with
     try:
         return render(chat_model.tokenizer, with_system(messages, opening), add_generation_prompt=True)[0]
     except DataError as error:

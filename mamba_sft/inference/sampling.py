@@ -47,6 +47,7 @@ class Sampling:
             "top_k": (self.top_k >= 0, "0 (no limit) or more"),
             "repetition_penalty": (0 < self.repetition_penalty < math.inf, "above 0 (1 is no penalty)"),
             "min_p": (0 <= self.min_p <= 1, "from 0 (no limit) to 1"),
+            "seed": (self.seed is None or 0 <= self.seed < 2**63, "from 0 to 2**63 - 1"),
         }
         for name, (fits, range_) in bounds.items():
             if not fits:

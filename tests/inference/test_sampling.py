@@ -77,7 +77,14 @@ def test_the_penalty_counts_when_the_likeliest_token_is_taken():
 
 @pytest.mark.parametrize(
     "values",
-    [{"min_p": 1.5}, {"min_p": -0.1}, {"repetition_penalty": 0}, {"repetition_penalty": float("inf")}],
+    [
+        {"min_p": 1.5},
+        {"min_p": -0.1},
+        {"repetition_penalty": 0},
+        {"repetition_penalty": float("inf")},
+        {"seed": -1},
+        {"seed": 2**64},
+    ],
 )
 def test_values_out_of_range_are_named(values):
     with pytest.raises(UsageError, match=f"`{next(iter(values))}` must be .*{next(iter(values.values()))}"):
