@@ -67,6 +67,8 @@ def test_generate_raw_continues_a_base(base):
         (b'{"messages": ["x"]}', "a message needs `role` and `content`"),
         (b'{"messages": [{"role": "assistant", "content": "x"}]}', "the last message is the assistant's own"),
         (b'{"prompt": "caf\xe9"}', "not UTF-8"),
+        (b'{"prompt": "a\\ud800"}', "\\ud800 is half a character"),
+        (b'{"prompt": "a", "system": "\\ud800"}', "`system`: \\ud800 is half a character"),
     ],
 )
 def test_a_bad_line_is_named_before_anything_is_loaded(tmp_path, line, message):
