@@ -163,7 +163,10 @@ def _set(session: ChatSession | CompareSession, text: str) -> str:
     if value:
         changed: Any = {name: _value(name, value, known[name])}
         session.sampling = replace(session.sampling, **changed)
-    return " · ".join(f"{one} {getattr(session.sampling, one)}" for one in ([name] if name else known))
+    told = [f"{one} {getattr(session.sampling, one)}" for one in ([name] if name else known)]
+    if value and session.sampling.idle is not None:
+        told.append(session.sampling.idle)
+    return " · ".join(told)
 
 
 def _meant(word: str, known: Iterable[str] = (*COMMANDS, *_OTHER_NAMES)) -> str:

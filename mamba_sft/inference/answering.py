@@ -100,6 +100,7 @@ def answer_prompts(
     if not raw:
         require_template(chat_model.name, chat_model.tokenizer)
     sampling = sampling or Sampling()
+    _tell_idle(sampling)
     default = chat_model.system if system is None else system
     encoded = [_encode(chat_model, row, default, raw) for row in rows]
 
@@ -148,6 +149,11 @@ def _into_file(
     return [found[number] for number in range(count)]
 
 
+def _tell_idle(sampling: Sampling) -> None:
+    if sampling.idle is not None:
+        logger.warning("%s", sampling.idle)
+
+
 def _tell_shared(found: Sequence[Answer]) -> None:
     shared, all_of_them = (sum(getattr(one, name) for one in found) for name in _COUNTS)
     if shared:
@@ -185,6 +191,8 @@ def open_session(
         ModelError: The model cannot be loaded.
     """
     check_system(system, raw=False)
+    sampling = sampling or Sampling()
+    _tell_idle(sampling)
     chat_model = (
         model
         if isinstance(model, ChatModel)

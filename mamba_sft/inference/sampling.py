@@ -55,6 +55,18 @@ class Sampling:
         if not all(stops):
             raise UsageError("a stop string is empty, which every answer begins with")
 
+    @property
+    def idle(self) -> str | None:
+        """What to say of settings that change nothing while nothing is drawn; None where all do something."""
+        changed = [
+            name for name in ("top_p", "top_k", "min_p") if getattr(self, name) != getattr(Sampling, name)
+        ]
+        if self.temperature > 0 or not changed:
+            return None
+        told = " and ".join(f"`{name}`" for name in changed)
+        verb = "changes" if len(changed) == 1 else "change"
+        return f"{told} {verb} nothing while `temperature` is 0, which takes the likeliest token"
+
     def generator(self, device: Any, offset: int = 0) -> Any:
         """Returns a random source of its own on `device`: `offset` tells apart the answers of one seed."""
         import torch
