@@ -40,6 +40,14 @@ def test_generate_answers_texts_chats_and_files_alike(chat_model, run, tmp_path)
     assert other[0].text != expected[0]
 
 
+def test_an_empty_system_message_of_a_line_is_none(chat_model, tmp_path):
+    path = tmp_path / "in.jsonl"
+    path.write_text('{"prompt": "hello", "system": ""}\n{"prompt": "hello"}\n', encoding="utf-8")
+    without, with_own = generate(chat_model, path, sampling=SHORT)
+    assert chat_model.system
+    assert without.prompt_tokens < with_own.prompt_tokens
+
+
 def test_generate_raw_continues_a_base(base):
     chat_model = load_chat_model(base, needs_template=False)
     with pytest.raises(DataError, match="no chat template"):
