@@ -61,9 +61,10 @@ def chat(
     stops = tuple(stop_strings or ())
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed, repetition_penalty, min_p, stops)
     from mamba_sft.inference.model_places import find_place
-    from mamba_sft.inference.request import Running
+    from mamba_sft.inference.request import Running, check_system
 
     running = Running(device, dtype, quantization, compile_)
+    check_system(system, raw=False)
     place = find_place(model_or_newest(model), merged=merged, needs_adapter=compare)
     running.check(place, compare=compare)
     with loading("torch, transformers and peft"):

@@ -14,6 +14,7 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mamba_sft.errors import UsageError
+from mamba_sft.inference.request import check_text
 from mamba_sft.inference.sampling import Sampling
 from mamba_sft.recipe.builtin import expanded
 from mamba_sft.wording import count_text, shown
@@ -138,6 +139,7 @@ def _paths(begun: str) -> list[str]:
 def _system(session: ChatSession | CompareSession, text: str) -> str:
     before = session.system
     if text:
+        check_text(text, "the system message", UsageError)
         session.system = None if text == "none" else text
     told = f"system message: {session.system or 'none'}"
     changed = session.system != before and session.messages
@@ -161,7 +163,10 @@ def _set(session: ChatSession | CompareSession, text: str) -> str:
     if value:
         changed: Any = {name: _value(name, value, known[name])}
         session.sampling = replace(session.sampling, **changed)
-    return " · ".join(f"{one} {getattr(session.sampling, one)}" for one in ([name] if name else known))
+    told = [f"{one} {getattr(session.sampling, one)}" for one in ([name] if name else known)]
+    if value and session.sampling.idle is not None:
+        told.append(session.sampling.idle)
+    return " · ".join(told)
 
 
 def _meant(word: str, known: Iterable[str] = (*COMMANDS, *_OTHER_NAMES)) -> str:

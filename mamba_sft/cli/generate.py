@@ -96,9 +96,10 @@ def generate(
     _refuse_file_names(prompt or [])
     from mamba_sft.inference.model_places import find_place
     from mamba_sft.inference.prompt_rows import read_prompts
-    from mamba_sft.inference.request import Running, check_files
+    from mamba_sft.inference.request import Running, check_files, check_system
 
     running = Running(device, dtype, quantization, compile_)
+    check_system(system, raw=raw)
     check_files(input_file, output)
     rows = read_prompts(input_file if input_file is not None else prompt or [])
     place = find_place(model_or_newest(model))

@@ -14,7 +14,7 @@ from mamba_sft.inference.chat_model import ChatModel, load_chat_model, require_t
 from mamba_sft.inference.generation import answers
 from mamba_sft.inference.model_places import ModelPlace
 from mamba_sft.inference.prompt_rows import Message, Prompt, PromptRow, read_prompts
-from mamba_sft.inference.request import check_files
+from mamba_sft.inference.request import check_files, check_system
 from mamba_sft.inference.sampling import Sampling
 from mamba_sft.inference.sessions import ChatSession, CompareSession
 from mamba_sft.inference.unfinished import asked_of, identity_of
@@ -59,7 +59,8 @@ def generate(
         One answer a prompt, in their order.
 
     Raises:
-        UsageError: A prompt is blank, the output cannot be written, or gone on with.
+        UsageError: A prompt is blank, the output cannot be written, or gone on with; or `system` goes with
+            `raw`.
         DataError: A line of the file is not a prompt (with file and line), or there is no chat template.
     """
     return answer_prompts(
@@ -92,12 +93,14 @@ def answer_prompts(
         on_answer: The same.
     """
     file = AnswerFile(Path(output)) if isinstance(output, str | Path) else output
+    check_system(system, raw=raw)
     if file is not None:
         check_files(None, file.path)
     chat_model = model if isinstance(model, ChatModel) else load_chat_model(model, needs_template=not raw)
     if not raw:
         require_template(chat_model.name, chat_model.tokenizer)
     sampling = sampling or Sampling()
+    _tell_idle(sampling)
     default = chat_model.system if system is None else system
     encoded = [_encode(chat_model, row, default, raw) for row in rows]
 
@@ -146,6 +149,11 @@ def _into_file(
     return [found[number] for number in range(count)]
 
 
+def _tell_idle(sampling: Sampling) -> None:
+    if sampling.idle is not None:
+        logger.warning("%s", sampling.idle)
+
+
 def _tell_shared(found: Sequence[Answer]) -> None:
     shared, all_of_them = (sum(getattr(one, name) for one in found) for name in _COUNTS)
     if shared:
@@ -182,6 +190,9 @@ def open_session(
         DataError: There is no chat template.
         ModelError: The model cannot be loaded.
     """
+    check_system(system, raw=False)
+    sampling = sampling or Sampling()
+    _tell_idle(sampling)
     chat_model = (
         model
         if isinstance(model, ChatModel)
@@ -205,7 +216,8 @@ def _encode(chat_model: ChatModel, row: PromptRow, system: str | None, raw: bool
     messages: list[Message] = (
         [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     )
-    opening: Any = row.fields.get("system") or system
+    own: Any = row.fields.get("system")
+    opening = system if own is None else own  # an empty one is none, whatever the model was trained with
     try:
         return render(chat_model.tokenizer, with_system(messages, opening), add_generation_prompt=True)[0]
     except DataError as error:

@@ -280,7 +280,8 @@ def _read_begun(model: Any, rests: Sequence[Sequence[int]], states: Sequence[Sta
     starts = [length - len(ids) for ids in rests]
     for start, end in zip(sorted({*starts}), [*sorted({*starts})[1:], length], strict=True):
         new = [state for state, own in zip(states, starts, strict=True) if own == start]
-        begun = [copy.deepcopy(state.cache) for state in new]  # other rows start from them too
+        # copies, since other rows start from them too; a GGUF file's state can be copied, and has no rows
+        begun = [copy.deepcopy(state.cache) for state in new]
         cache = stacked(begun if cache is None else [cache, *begun])
         joined += len(new)
         for at in range(start, end, PREFILL_CHUNK):

@@ -27,7 +27,7 @@ class ModelPlace:
         name: What to call it: where it was found.
         section: The model.
         adapter: The adapter's directory, or None.
-        recipe: What the adapter was trained by, where it is known.
+        recipe: What it was trained by, where it is known: it has the system message.
         facts: What was saved with the adapter of its base; None for a checkpoint, where the recipe tells.
         gguf: The GGUF file that it is, or None; there is no section of a model then that could be loaded.
     """
@@ -84,25 +84,24 @@ def _find(where: Run | str | Path, name: str, merged: bool) -> ModelPlace:
         )
     if (path / ADAPTER_CONFIG).is_file():
         return _find_adapter(name, path)
-    return ModelPlace(name, _section_of(str(where)), recipe=_recipe_of_resume_point(path))
+    return ModelPlace(name, _section_of(str(where)), recipe=_recipe_of(path))
 
 
 def _find_gguf(name: str, path: Path, merged: bool) -> ModelPlace:
     if merged:
         raise UsageError(f"`{path}` is one model: there is nothing to merge", hint="leave `--merged` out")
     check_file(path)
-    run = Run(path.resolve().parent.parent)
-    ours = run.export == path.resolve().parent and run.recipe.is_file()
-    recipe = Recipe.load(str(run.recipe)) if ours else None
-    return ModelPlace(name, ModelSection(base=str(path)), recipe=recipe, gguf=path)
+    return ModelPlace(name, ModelSection(base=str(path)), recipe=_recipe_of(path), gguf=path)
 
 
-def _recipe_of_resume_point(path: Path) -> Recipe | None:
-    """What a model in a run's checkpoints is trained by."""
-    above = path.resolve().parents
-    run = Run(above[1]) if len(above) > 1 else None
-    inside = run is not None and run.checkpoints == above[0] and run.recipe.is_file()
-    return Recipe.load(str(run.recipe)) if run is not None and inside else None
+def _recipe_of(path: Path) -> Recipe | None:
+    """What a model or adapter in a run was trained by, as training, merging or exporting left it there."""
+    place = path.resolve()
+    for run in map(Run, place.parents[:2]):
+        own, holding = (run.adapter, run.model, run.merged), (run.checkpoints, run.export)
+        if (place in own or place.parent in holding) and run.recipe.is_file():
+            return Recipe.load(str(run.recipe))
+    return None
 
 
 def _find_in_run(name: str, run: Run, merged: bool) -> ModelPlace:
@@ -136,9 +135,10 @@ def _find_adapter(name: str, path: Path) -> ModelPlace:
     facts = BaseFacts.read(path)
     known = {name: getattr(facts, name) for name in ("base", "revision", "dtype", "quantization")}
     try:
-        return ModelPlace(name, ModelSection.model_validate(known), path, facts=facts)
+        section = ModelSection.model_validate(known)
     except ValueError as error:
         raise AdapterError(f"`{path / BASE_FACTS}` names no base: {shown(facts.base)}") from error
+    return ModelPlace(name, section, path, _recipe_of(path), facts)
 
 
 def _section_of(base: str) -> ModelSection:

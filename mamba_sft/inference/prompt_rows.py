@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mamba_sft.errors import DataError, UsageError
-from mamba_sft.inference.request import check_files
+from mamba_sft.inference.request import check_files, check_text
 from mamba_sft.json_lines import Row, read_prompt_file
 
 Message = dict[str, Any]
@@ -65,6 +65,7 @@ def _parse(row: Row) -> PromptRow:
         raise DataError(f"{where}: `{key}` is not {wanted}")
     if not isinstance(value.get("system"), str | None):
         raise DataError(f"{where}: `system` is not a string, which the system message of a prompt is")
+    check_text(value.get("system") or "", f"{where}: `system`", DataError)
     _check_prompt(prompt, where, DataError)
     return PromptRow(where, prompt, {name: entry for name, entry in value.items() if name != key})
 
@@ -73,6 +74,7 @@ def _check_prompt(prompt: Any, where: str, kind: type[UsageError | DataError]) -
     if isinstance(prompt, str):
         if not prompt.strip():
             raise kind(f"{where}: the prompt is empty")
+        check_text(prompt, where, kind)
         return
     if not prompt:
         raise kind(f"{where}: there are no messages")
@@ -82,6 +84,7 @@ def _check_prompt(prompt: Any, where: str, kind: type[UsageError | DataError]) -
                 f"{where}: a message needs `role` and `content`, both strings, not {message!r:.80}",
                 hint='for example {"role": "user", "content": "Hello"}',
             )
+        check_text(str(message.get("content") or ""), where, kind)
     if prompt[-1]["role"] == "assistant":
         raise kind(f"{where}: the last message is the assistant's own", hint="end with a `user` message")
 

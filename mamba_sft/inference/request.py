@@ -100,13 +100,53 @@ def check_files(prompts: Path | None, output: str | Path | None) -> None:
 
     Raises:
         DataError: There is no such file of prompts.
-        UsageError: Nothing can be written there.
+        UsageError: Nothing can be written there, or what is there is no file.
     """
     if prompts is not None and not prompts.exists():
         raise DataError(f"no file `{prompts}`", hint="prompts are JSON Lines, or a .txt with one a line")
     if output is not None and Path(output).is_dir():
         raise UsageError(f"the output `{output}` is a directory", hint="for example `answers.jsonl`")
+    if output is not None and Path(output).exists() and not Path(output).is_file():
+        raise UsageError(  # the file of answers takes the place of what is there: of `/dev/null`, too
+            f"the output `{output}` is a device or a pipe", hint="leave `--output` out to print answers"
+        )
     if prompts is not None and output is not None and Path(output).exists() and prompts.samefile(output):
         raise UsageError(f"the output `{output}` is the file of prompts", hint="for example `answers.jsonl`")
     if output is not None:
         check_writable(Path(output).parent, UsageError, hint="choose another place for `--output`")
+
+
+def check_system(system: str | None, *, raw: bool) -> None:
+    """Checks the system message that is asked for.
+
+    Args:
+        system: It, or None.
+        raw: Whether texts are continued as they are.
+
+    Raises:
+        UsageError: It would not be read, or is no text.
+    """
+    if system and raw:
+        raise UsageError(
+            "`raw` leaves the chat template out, and with it the system message",
+            hint="write it into the prompt, or leave one of the two out",
+        )
+    check_text(system or "", "the system message", UsageError)
+
+
+def check_text(text: str, what: str, kind: type[UsageError | DataError]) -> None:
+    """Checks that a text has whole characters: a shell hands any byte over, and JSON can say half of one.
+
+    Args:
+        text: The text.
+        what: What to call it.
+        kind: What is raised.
+
+    Raises:
+        UsageError: It has not, and `kind` says so; or else DataError.
+    """
+    half = next((letter for letter in text if "\ud800" <= letter <= "\udfff"), None)
+    if half is not None:
+        raise kind(
+            f"{what}: \\u{ord(half):04x} is half a character (a lone surrogate)", hint="write it in UTF-8"
+        )

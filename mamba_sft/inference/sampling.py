@@ -47,12 +47,25 @@ class Sampling:
             "top_k": (self.top_k >= 0, "0 (no limit) or more"),
             "repetition_penalty": (0 < self.repetition_penalty < math.inf, "above 0 (1 is no penalty)"),
             "min_p": (0 <= self.min_p <= 1, "from 0 (no limit) to 1"),
+            "seed": (self.seed is None or 0 <= self.seed < 2**63, "from 0 to 2**63 - 1"),
         }
         for name, (fits, range_) in bounds.items():
             if not fits:
                 raise UsageError(f"`{name}` must be {range_}, not {getattr(self, name)}")
         if not all(stops):
             raise UsageError("a stop string is empty, which every answer begins with")
+
+    @property
+    def idle(self) -> str | None:
+        """What to say of settings that change nothing while nothing is drawn; None where all do something."""
+        changed = [
+            name for name in ("top_p", "top_k", "min_p") if getattr(self, name) != getattr(Sampling, name)
+        ]
+        if self.temperature > 0 or not changed:
+            return None
+        told = " and ".join(f"`{name}`" for name in changed)
+        verb = "changes" if len(changed) == 1 else "change"
+        return f"{told} {verb} nothing while `temperature` is 0, which takes the likeliest token"
 
     def generator(self, device: Any, offset: int = 0) -> Any:
         """Returns a random source of its own on `device`: `offset` tells apart the answers of one seed."""

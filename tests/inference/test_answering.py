@@ -40,6 +40,14 @@ def test_generate_answers_texts_chats_and_files_alike(chat_model, run, tmp_path)
     assert other[0].text != expected[0]
 
 
+def test_an_empty_system_message_of_a_line_is_none(chat_model, tmp_path):
+    path = tmp_path / "in.jsonl"
+    path.write_text('{"prompt": "hello", "system": ""}\n{"prompt": "hello"}\n', encoding="utf-8")
+    without, with_own = generate(chat_model, path, sampling=SHORT)
+    assert chat_model.system
+    assert without.prompt_tokens < with_own.prompt_tokens
+
+
 def test_generate_raw_continues_a_base(base):
     chat_model = load_chat_model(base, needs_template=False)
     with pytest.raises(DataError, match="no chat template"):
@@ -67,6 +75,8 @@ def test_generate_raw_continues_a_base(base):
         (b'{"messages": ["x"]}', "a message needs `role` and `content`"),
         (b'{"messages": [{"role": "assistant", "content": "x"}]}', "the last message is the assistant's own"),
         (b'{"prompt": "caf\xe9"}', "not UTF-8"),
+        (b'{"prompt": "a\\ud800"}', "\\ud800 is half a character"),
+        (b'{"prompt": "a", "system": "\\ud800"}', "`system`: \\ud800 is half a character"),
     ],
 )
 def test_a_bad_line_is_named_before_anything_is_loaded(tmp_path, line, message):
@@ -86,6 +96,10 @@ def test_generate_refuses_early(tmp_path):
         ([], {}, UsageError, "no prompts"),
         (tmp_path / "none.jsonl", {}, DataError, "no file"),
         ("x", {"output": tmp_path}, UsageError, "is a directory"),
+        ("x", {"output": "/dev/null"}, UsageError, "is a device or a pipe"),
+        ("a\udcff", {}, UsageError, "prompt 1: .*udcff is half a character"),
+        ("x", {"system": "\ud800"}, UsageError, "the system message: .*ud800 is half a character"),
+        ("x", {"system": "Hi", "raw": True}, UsageError, "leaves the chat template out"),
         ("x", {}, ModelError, "no model directory"),
     ]
     for prompts, options, kind, message in cases:

@@ -78,6 +78,17 @@ def test_a_merged_run(tmp_path, base):
     assert not hasattr(load_chat_model(str(run.path), merged=True).model, "peft_config")
 
 
+def test_what_lies_in_a_run_has_its_system_message(tmp_path, base):
+    run = make_run(tmp_path / "run", base, system="be brief")
+    exported, elsewhere = run.export / "hf", tmp_path / "elsewhere"
+    for path in (run.merged, run.model, exported, elsewhere):
+        build_model().save_pretrained(path)
+        load_chat_model(run.adapter).tokenizer.save_pretrained(path)
+    found = [load_chat_model(path).system for path in (run.adapter, run.merged, run.model, exported)]
+    assert found == ["be brief"] * 4
+    assert load_chat_model(elsewhere).system is None
+
+
 def test_loading_errors_say_what_to_do(tmp_path, base):
     with pytest.raises(ModelError, match="no model directory"):
         load_chat_model(tmp_path / "nowhere")

@@ -14,6 +14,7 @@ from transformers import (
 )
 
 from mamba_sft.errors import UsageError
+from mamba_sft.inference.answering import generate, open_session
 from mamba_sft.inference.sampling import Sampling, SeenTokens, choose, kept_probabilities
 
 GREEDY = Sampling(repetition_penalty=1.7)
@@ -77,11 +78,31 @@ def test_the_penalty_counts_when_the_likeliest_token_is_taken():
 
 @pytest.mark.parametrize(
     "values",
-    [{"min_p": 1.5}, {"min_p": -0.1}, {"repetition_penalty": 0}, {"repetition_penalty": float("inf")}],
+    [
+        {"min_p": 1.5},
+        {"min_p": -0.1},
+        {"repetition_penalty": 0},
+        {"repetition_penalty": float("inf")},
+        {"seed": -1},
+        {"seed": 2**64},
+    ],
 )
 def test_values_out_of_range_are_named(values):
     with pytest.raises(UsageError, match=f"`{next(iter(values))}` must be .*{next(iter(values.values()))}"):
         Sampling(**values)
+
+
+def test_settings_that_change_nothing_are_told(chat_model, caplog):
+    assert Sampling(top_p=0.5, temperature=0.7).idle is None
+    assert Sampling(seed=3, repetition_penalty=2).idle is None
+    idle = Sampling(2, top_p=0.5, min_p=0.1)
+    for ask in (
+        lambda: generate(chat_model, "x", sampling=idle),
+        lambda: open_session(chat_model, sampling=idle),
+    ):
+        caplog.clear()
+        ask()
+        assert "`top_p` and `min_p` change nothing while `temperature` is 0" in caplog.text
 
 
 def test_stop_strings_are_texts():
