@@ -61,8 +61,8 @@ KINDS = (
         title="Falcon-Mamba-7B to an instruct model on a free T4",
         about="""4-bit base, float16, LoRA: fits the 16 GB of Colab's free T4 by plan, and the `plan` cell
 says how much is left. *Runtime → Change runtime type → T4 GPU*, then *Runtime → Run all*. The base is
-a download of 14 GiB. The training is 60 steps; the recipe estimates 30 to 45 minutes, which nobody has
-measured on a T4 yet.""",
+a download of 13.5 GiB. The training is 60 steps, about half an hour by plan; nobody has measured it on a T4
+yet.""",
         recipe="instruct-t4",
         changes=('"train.max_steps=60"',),
         prompts=QUESTIONS,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,11 @@ from typing import Any
 
 import pytest
 
+from mamba_sft.planning.memory import peak
+from mamba_sft.planning.plan import make_plan
+from mamba_sft.planning.sharing import shared_parts
 from mamba_sft.recipe.options import fields
+from mamba_sft.recipe.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 COMPUTED = ROOT / "docs/computed"
@@ -42,6 +47,21 @@ def test_every_block_is_what_is_computed(pages: Any) -> None:
         assert pages.with_computed(text) == text, page.name
     changed = (ROOT / "README.md").read_text(encoding="utf-8").replace("34.8 GiB", "34.7 GiB", 1)
     assert pages.with_computed(changed) != changed
+
+
+def test_recipes_say_the_memory_that_is_planned(pages: Any) -> None:
+    """The comment at a recipe's head, against the plan for the card that it is made for."""
+    said = 0
+    for name, (card, count, _) in importlib.import_module("recipe_table").CARDS.items():
+        head = (ROOT / f"recipes/{name}.yaml").read_text(encoding="utf-8").partition("\noutput_dir")[0]
+        found = re.search(r"not yet measured: (?:about )?([\d.]+) (?:GiB|of the)", head)
+        if found is None:
+            continue
+        plan = make_plan(Recipe.load(name), card)
+        planned = peak(shared_parts("ddp", plan.parts, plan.work, count)) / 2**30
+        assert float(found[1]) == pytest.approx(planned, abs=0.5), name
+        said += 1
+    assert said == 7
 
 
 def test_every_field_of_a_recipe_is_explained(pages: Any) -> None:

@@ -6,6 +6,7 @@ import importlib.util
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,13 @@ def test_the_readme_fits_and_has_the_two_commands() -> None:
     assert "\npip install -c constraints.txt -e . && mamba-sft train recipes/quickstart.yaml\n" in readme
     tests = "<!-- test command -->\n```\npip install -c constraints.txt -e '.[test]' && pytest -n auto\n```\n"
     assert tests in readme
+
+
+def test_every_extra_is_in_the_table_with_its_command() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    page = (ROOT / "docs/getting-started.md").read_text(encoding="utf-8")
+    named = re.findall(r"`([\w-]+)`", "".join(re.findall(r"^\|([^|]*)\|.*pip install", page, re.MULTILINE)))
+    assert set(project["optional-dependencies"]) <= set(named)
 
 
 def test_all_pages_are_in_the_site() -> None:

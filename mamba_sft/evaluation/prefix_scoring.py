@@ -24,7 +24,7 @@ from mamba_sft.inference.state_rows import rows_of, stacked
 logger = logging.getLogger(__name__)
 
 MAX_STATES = 64
-"""States kept at a time besides those of the batch that is read: 2.2 GB of a 7B, which has 34 MB each."""
+"""States kept at a time besides those of the batch that is read: 2.3 GiB of a 7B, which has 36 MiB each."""
 WORTH = 32
 """Tokens that must be saved for an edge to be read by itself: a forward more costs as much as some tokens."""
 _POSITIONS = 1024

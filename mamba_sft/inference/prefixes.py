@@ -17,7 +17,7 @@ import numpy as np
 LEAST = 64
 """Tokens of a beginning that is worth it: rows that start from a state are read in more calls."""
 KEPT = 8
-"""States that are kept at a time; one of a 7B is 34 MB."""
+"""States that are kept at a time; one of a 7B is 36 MiB."""
 WINDOW = 16
 """Batches whose prompts are put in order together. So no answer waits for all that were asked after it."""
 

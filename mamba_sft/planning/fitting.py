@@ -9,6 +9,7 @@ from itertools import product
 
 from mamba_sft.errors import TrainingError
 from mamba_sft.model.shape import find_shape
+from mamba_sft.planning.communication import Mode
 from mamba_sft.planning.environment import describe_device
 from mamba_sft.planning.extent import settled_accumulation
 from mamba_sft.planning.gpus import Accelerator, recognized
@@ -64,24 +65,32 @@ def _largest(fits: Callable[[int], bool], most: int) -> int:
     return low
 
 
-def fixes(work: Work, accumulation: int | None, accelerator: Accelerator) -> list[Fix]:
+def fixes(
+    work: Work, accumulation: int | None, accelerator: Accelerator, *, mode: Mode = "ddp", processes: int = 1
+) -> list[Fix]:
     """Returns up to three ways to make a recipe fit, the fastest first, that leave what is learned as it is.
 
     Tried are all smaller micro-batches (with accumulation in proportion), checkpointing policies and lengths
     of streamed chunks. Only where nothing of it fits, what is learned may change: a run of all weights gets
-    an optimizer with 8-bit states, or LoRA; one of LoRA gets NF4, which rounds the weights.
+    an optimizer with 8-bit states, or LoRA; one of LoRA gets NF4, which rounds the weights. What a recipe
+    refuses beside its `train.parallel` is left out.
 
     Args:
         work: What does not fit.
         accumulation: `train.gradient_accumulation_steps`; None where `train.batch_ramp` says the batch.
         accelerator: The device.
+        mode: `train.parallel`.
+        processes: How many train together.
     """
-    found = _best(_fitting(work, accumulation, accelerator))
+
+    def fitting(of: Work) -> list[Fix]:
+        return _best(_fitting(of, accumulation, accelerator, mode, processes))
+
+    found = fitting(work)
     if found:
         return found[:SHOWN]
-    ways = list(_other_ways(work))
-    for override, changed, most in ways:
-        other = _best(_fitting(changed, accumulation, accelerator))[:most]
+    for override, changed, most in _other_ways(work, mode):
+        other = fitting(changed)[:most]
         found += [replace(fix, overrides=(override, *fix.overrides)) for fix in other]
     return found
 
@@ -96,22 +105,24 @@ def _best(found: Iterable[Fix]) -> list[Fix]:
     return chosen
 
 
-def _other_ways(work: Work) -> Iterator[tuple[str, Work, int]]:
+def _other_ways(work: Work, mode: Mode) -> Iterator[tuple[str, Work, int]]:
     """What changes what is learned: an override, the work with it, and how many fixes with it to show."""
     if work.is_full:
-        if work.optim == "adamw_torch_fused":
+        if work.optim == "adamw_torch_fused" and mode == "ddp":  # bitsandbytes knows no parts of parameters
             yield "train.optim=adamw_8bit", replace(work, optim="adamw_8bit"), 1
         yield "adapter={}", replace(work, adapter=AdapterSection()), SHOWN - 1
     elif work.quantization != "nf4":
         yield "model.quantization=nf4", replace(work, quantization="nf4"), SHOWN
 
 
-def _fitting(work: Work, accumulation: int | None, accelerator: Accelerator) -> Iterator[Fix]:
+def _fitting(
+    work: Work, accumulation: int | None, accelerator: Accelerator, mode: Mode, processes: int
+) -> Iterator[Fix]:
     before = estimate(work, accelerator)
     divisors = [n for n in (1, 2, 4, 8, 16, 32, 64, 128) if work.rows % n == 0]
     names: tuple[Policy, ...] = ("none", "block") if work.is_full else ("none", "mamba", "block")
     policies = sorted(names, key=lambda name: name != work.policy)
-    for divisor, policy, stream in product(divisors, policies, _STREAMS):
+    for divisor, policy, stream in product(divisors, policies, _STREAMS if mode == "ddp" else (None,)):
         overrides = []
         if divisor > 1:
             overrides.append(f"train.per_device_train_batch_size={work.rows // divisor}")
@@ -125,10 +136,15 @@ def _fitting(work: Work, accumulation: int | None, accelerator: Accelerator) -> 
         if stream is not None:
             overrides.append(f"train.stream_tokens={stream}")
         changed = replace(work, rows=work.rows // divisor, policy=policy, chunk=chunk)
-        size, after = peak(planned_parts(changed)), estimate(changed, accelerator)
+        size, after = _size(changed, mode, processes), estimate(changed, accelerator)
         if size <= ROOM * accelerator.usable_bytes:
             slowdown = before.tokens_per_second / after.tokens_per_second if before and after else 1.0
             yield Fix(tuple(overrides), size, slowdown)
+
+
+def _size(work: Work, mode: Mode, processes: int) -> int:
+    """The memory of each process; where they cut the model in parts, each has loaded all of it."""
+    return max(peak(shared_parts(mode, planned_parts(work), work, processes)), weights(work))
 
 
 def trained_values(recipe: Recipe, *, trained_rows: int) -> int:
@@ -165,7 +181,7 @@ def refuse_what_cannot_fit(recipe: Recipe, *, longest: int, trained_rows: int, p
         recipe: What would be trained.
         longest: Tokens of the longest row.
         trained_rows: Rows of the vocabulary that are trained.
-        processes: How many train together. Where they cut the model in parts, each has loaded all of it.
+        processes: How many train together.
 
     Raises:
         TrainingError: The plan exceeds the memory by more than it can be off.
@@ -177,13 +193,13 @@ def refuse_what_cannot_fit(recipe: Recipe, *, longest: int, trained_rows: int, p
     shape, _ = find_shape(recipe.model)
     work = Work.of(recipe, shape, accelerator, length=longest, trained_rows=trained_rows)
     least = replace(work, rows=1) if recipe.train.auto_batch else work
-    shared = shared_parts(recipe.train.parallel, planned_parts(least), least, processes)
-    planned = max(peak(shared), weights(least))
+    planned = _size(least, recipe.train.parallel, processes)
     if planned <= usable:
         return
     what = f"this run needs {size_text(planned)} by plan, and {accelerator.name} has {size_text(usable)}"
     accumulation = None if recipe.train.batch_ramp else settled_accumulation(recipe.train, None)
-    hint = advice(fixes(work, accumulation, accelerator))
+    mode = recipe.train.parallel
+    hint = advice(fixes(work, accumulation, accelerator, mode=mode, processes=processes))
     if planned > (1 + TOLERANCE) * usable:
         raise TrainingError(what, hint=f"{hint}; see `mamba-sft plan`")
     logger.warning("%s: it may run out of memory; %s", what, hint)

@@ -152,7 +152,7 @@ def make_plan(recipe: Recipe, gpu: str | None = None) -> Plan:
     accumulation = extent.accumulation if extent else settled_accumulation(recipe.train, None)
     ramp = recipe.train.batch_ramp
     per_step = length * (ramp.to if ramp is not None else work.rows * accumulation)
-    usable = accelerator.usable_bytes
+    usable, mode = accelerator.usable_bytes, recipe.train.parallel
     rate = None if gpu else _measured_here(recipe, accelerator)
     return Plan(
         base=(recipe.model.base, source),
@@ -169,7 +169,9 @@ def make_plan(recipe: Recipe, gpu: str | None = None) -> Plan:
         most_tokens=_most_tokens(recipe, extent, per_step),
         rate=rate or estimate(work, accelerator, _rows(recipe, settled)),
         disk=_disk(recipe, work),
-        fixes=[] if peak(parts) <= usable else fixes(work, None if ramp else accumulation, accelerator),
+        fixes=[]
+        if peak(parts) <= usable
+        else fixes(work, None if ramp else accumulation, accelerator, mode=mode),
         wants_bfloat16=recipe.model.dtype == "bfloat16",
     )
 

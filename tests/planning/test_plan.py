@@ -174,6 +174,30 @@ def test_auto_batch_needs_one_row_to_fit(recipe: Any, monkeypatch: pytest.Monkey
     refuse_what_cannot_fit(recipe(*words, "train.auto_batch=true"), longest=4096, trained_rows=2)
 
 
+@pytest.mark.parametrize("mode", ["fsdp", "zero2"])
+def test_what_would_fit_is_what_the_recipe_takes_beside_parallel(mode: str) -> None:
+    """No 8-bit optimizer and no streaming, which are refused beside it."""
+    for words in (["adapter=none"], ["data.max_length=24000"]):
+        overrides = [*words, f"train.parallel={mode}"]
+        found = make_plan(Recipe.load("instruct", overrides=overrides), "a100-80").fixes
+        assert found
+        for fix in found:
+            assert Recipe.load("instruct", overrides=[*overrides, *fix.overrides])
+
+
+def test_processes_that_cut_the_model_in_parts_are_told_what_fits_all_of_them() -> None:
+    work = make_plan(Recipe.load("instruct", overrides=["adapter=none"]), "a100-80").work
+    card = recognized_card("a100-80")
+    alone, four = (fixes(work, 4, card, mode="fsdp", processes=count) for count in (1, 4))
+    assert all("adapter={}" in fix.overrides for fix in alone)
+    assert four
+    assert not any("adapter={}" in fix.overrides for fix in four)
+
+
+def recognized_card(name: str) -> Accelerator:
+    return make_plan(Recipe.load("instruct"), name).accelerator
+
+
 def test_a_model_too_large_for_a_device_has_no_fix() -> None:
     work = make_plan(Recipe.load("instruct"), "h100").work
     assert fixes(work, 1, Accelerator("tiny", 4 * 10**9, 4 * 10**9)) == []
