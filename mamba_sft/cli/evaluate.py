@@ -109,11 +109,11 @@ def evaluate(
     settings = _settings(
         chat_template, max_length, batch_size, limit, math_metric, data, data_dir, include_path, save_samples
     )
-    if tasks is not None or (suite or "").count("leaderboard"):  # whose data are of the hub
-        use_cache_if_unreachable()
     suites = _suites(suite, tasks)
     _refuse_unread(settings, suites)
     _refuse_together(base, against, resume, overwrite)
+    if any(each.name not in ("heldout", "instructions") for each in suites):  # whose data are of the hub
+        use_cache_if_unreachable()
     chosen = model_or_newest(model)
     from mamba_sft.run import evaluation_place
 
