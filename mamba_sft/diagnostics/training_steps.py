@@ -176,7 +176,7 @@ class _OnlyRows:
 class _Clock(TrainerCallback):
     """Times every step, from its begin until the device has done it."""
 
-    console = None  # as of one that shows progress: the trainer's own bar is off
+    shows_progress = True  # so that the trainer's own bar is off
 
     def __init__(self, tell: Tell, course: Course):
         self.tell = tell

@@ -112,7 +112,9 @@ def test_peft_gets_the_targets_that_it_takes() -> None:
 @pytest.mark.parametrize(
     "changes", [(), ("adapter=none",), ("train.checkpointing=block", "train.gradient_accumulation_steps=2")]
 )
-def test_both_sides_take_the_same_steps(recipe: Any, tmp_path: Path, changes: tuple[str, ...]) -> None:
+def test_both_sides_take_the_same_steps(
+    recipe: Any, tmp_path: Path, changes: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
     settings = recipe(*changes)
     (tmp_path / "bench").mkdir()
     ours: list[dict[str, Any]] = []
@@ -126,6 +128,7 @@ def test_both_sides_take_the_same_steps(recipe: Any, tmp_path: Path, changes: tu
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
     assert all(fact["peak_bytes"] > 0 and fact["cpu_seconds"] > 0 for fact in whole(ours) + whole(stock))
     assert not Path(settings.output_dir).exists()
+    assert capsys.readouterr().out == "", "no line of the trainer stands in the table or the JSON"
 
 
 def told_here(monkeypatch: pytest.MonkeyPatch) -> None:
