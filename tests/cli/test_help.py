@@ -174,7 +174,7 @@ def test_the_fields_are_those_of_the_recipe() -> None:
     assert all(field.about for field in known.values())
 
 
-@pytest.mark.parametrize("page", ["verbs.md", "recipes.md"])
+@pytest.mark.parametrize("page", ["verbs.md"])
 def test_the_pages_show_an_answer(page: str) -> None:
     text = (DOCS / page).read_text(encoding="utf-8")
     shown = r"^\$ mamba-sft (train .* --max-steps .*)\nerror: (.*)\nhint: (.*)$"

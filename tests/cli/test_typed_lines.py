@@ -114,7 +114,7 @@ def test_tab_completes_commands_settings_and_paths(tmp_path, monkeypatch):
     terminal.enter(f"/sa{TAB}my{TAB}of{TAB}", "/save my chats/of may.jsonl")
     terminal.enter(f"/und{TAB}", "/undo")
     terminal.enter(f"/set temp{TAB}0.5", "/set temperature 0.5")
-    assert "/system" in terminal.type(f"/s{TAB}{TAB}", "/set")
+    assert "/set" in terminal.type(f"/s{TAB}{TAB}", "/system")  # the last one that is listed
     terminal.enter(f"\x15plain m{TAB}", "plain m")
     assert terminal.end() == 0
 

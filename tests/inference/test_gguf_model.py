@@ -119,8 +119,16 @@ def test_beginnings_are_read_once_here_too(merged: ChatModel, talking: ChatModel
     assert [one.shared_tokens for one in found].count(100) == 3
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C reaches this process, which a shell may have started in the background, where it does not."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def test_an_interrupted_question_leaves_the_next_one_whole(
-    talking: ChatModel, monkeypatch: pytest.MonkeyPatch
+    talking: ChatModel, monkeypatch: pytest.MonkeyPatch, interruptible: None
 ) -> None:
     expected = generate(talking, TEXTS[:1], sampling=Sampling(8))
     exchange, asked = talking.model.process._exchange, 0
