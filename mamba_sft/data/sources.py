@@ -41,7 +41,7 @@ _CONVERTED = {
     ".arrow": "python -c \"import datasets; datasets.Dataset.from_file('{path}').to_json('data.jsonl')\"",
 }
 """Other kinds of files, and the command that makes one of ours of them."""
-_OF_THE_HUB = "; a data set of the hub is `owner/name`"
+_OF_THE_HUB = "a data set of the hub is `owner/name`"
 
 
 def read_source(source: SourceSection) -> Iterator[Row]:
@@ -171,13 +171,13 @@ def _missing(path: Path) -> DataError:
     if not path.parent.is_dir():
         return DataError(f"no file `{path}`: there is no directory `{path.parent}`")
     if close := _close_to(path):
-        return DataError(f"no file `{path}`", hint=f"did you mean `{close}`?{_OF_THE_HUB}")
+        return DataError(f"no file `{path}`", hint=f"did you mean `{close}`? ({_OF_THE_HUB})")
     names = [entry.name for entry in path.parent.iterdir()]
     readable = sorted(name for name in names if kind_of_file(Path(name)) in KINDS)[:8]
     listing = (
         f"`{path.parent}` has {', '.join(readable)}" if readable else "paths start from the working directory"
     )
-    return DataError(f"no file `{path}`", hint=listing + _OF_THE_HUB)
+    return DataError(f"no file `{path}`", hint=f"{listing}; {_OF_THE_HUB}")
 
 
 def _close_to(path: Path) -> Path | None:
