@@ -125,7 +125,7 @@ def push_files(files: Sequence[Path], options: HubOptions, progress: Progress) -
         raise ValueError("there is nowhere to push to")
     api = HfApi(token=token)
     ordered = sorted(files, key=lambda path: (path.name != MODEL_CARD, path.name))
-    new = [path for path in ordered if remote.hashes.get(path.name) not in _hashes(path)]
+    new = [path for path in ordered if not _is_there(path, remote)]
     stale = _stale(remote, [path.name for path in files])
     sizes = {path: path.stat().st_size for path in files}
     total, done = sum(sizes.values()), sum(size for path, size in sizes.items() if path not in new)
@@ -182,6 +182,12 @@ def _known(found: Any, repo: str, *, private: bool) -> Remote:
             hint="make it private in its settings on the hub, or give another name",
         )
     return Remote(hashes)
+
+
+def _is_there(path: Path, remote: Remote) -> bool:
+    """Whether a repository holds this very file; one of another name there is not read to find out."""
+    there = remote.hashes.get(path.name)
+    return there is not None and there in _hashes(path)
 
 
 def _hashes(path: Path) -> tuple[str, str]:
