@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from mamba_sft.evaluation.settings import Settings
     from mamba_sft.evaluation.suites import Problem, Suite
     from mamba_sft.evaluation.table import Table
-    from mamba_sft.run import Run
 
 
 def evaluate(
@@ -106,19 +105,34 @@ def evaluate(
     os.environ.setdefault(
         "TQDM_DISABLE", "1"
     )  # before tqdm is imported: lm-eval draws a bar a task over ours
-    settings = _settings(
-        chat_template, max_length, batch_size, limit, math_metric, data, data_dir, include_path, save_samples
+    from mamba_sft.evaluation.settings import Settings
+
+    settings = Settings(
+        chat_template=chat_template,  # type: ignore[arg-type]  # it refuses other words itself
+        max_length=max_length,
+        batch_size=batch_size,
+        limit=limit,
+        math_metric=math_metric,  # type: ignore[arg-type]
+        data_dir=_absolute(data_dir),
+        include_path=_absolute(include_path),
+        samples=save_samples,
+        rows=data,
     )
     suites = _suites(suite, tasks)
-    _refuse_unread(settings, suites)
-    _refuse_together(base, against, resume, overwrite)
+    from mamba_sft.evaluation.preflight import check_asked
+
+    check_asked(suites, settings, resume=resume, overwrite=overwrite)
+    if base is not None and against is not None:
+        raise UsageError("`--base` scores another model, `--against` reads its results", hint="give one")
     if any(each.name not in ("heldout", "instructions") for each in suites):  # whose data are of the hub
         use_cache_if_unreachable()
     chosen = model_or_newest(model)
     from mamba_sft.run import evaluation_place
 
     place_of_results = output if output is not None else evaluation_place(chosen)
-    subjects, problems = _subjects(chosen, base, dtype, quantization)
+    from mamba_sft.evaluation.measuring import find_subjects
+
+    subjects, problems = find_subjects(chosen, base, dtype=dtype, quantization=quantization)
     earlier = _read_against(against, suites)
     works = _prepare(suites, subjects, problems, settings, place_of_results, check, resume, overwrite)
     if works is None:
@@ -126,52 +140,18 @@ def evaluate(
         return
     _measure(works, subjects, settings, quantization)
     _compare(works, earlier)
-    _tell_the_report(chosen, output)
+    if output is None:
+        from mamba_sft.evaluation.report import refresh_report
+
+        refresh_report(chosen)
     if as_json:
         write_json([_as_json(work) for work in works])
     else:
         _show(works)
 
 
-def _settings(
-    chat_template: str,
-    max_length: int,
-    batch_size: int,
-    limit: int | None,
-    math_metric: str,
-    rows: str | None,
-    data_dir: Path | None,
-    include_path: Path | None,
-    samples: bool,
-) -> Settings:
-    from mamba_sft.evaluation.settings import Settings
-
-    template = _one_of("--chat-template", chat_template, ("auto", "on", "off"))
-    metric = _one_of("--math-metric", math_metric, ("original", "verify"))
-    for name, value in (("--max-length", max_length), ("--batch-size", batch_size), ("--limit", limit)):
-        if value is not None and value < 1:
-            raise UsageError(f"`{name} {value}` is not 1 or more")
-    return Settings(
-        chat_template=template,
-        max_length=max_length,
-        batch_size=batch_size,
-        limit=limit,
-        math_metric=metric,
-        data_dir=_absolute(data_dir),
-        include_path=_absolute(include_path),
-        samples=samples,
-        rows=rows,
-    )
-
-
 def _absolute(path: Path | None) -> Path | None:
     return None if path is None else path.expanduser().absolute()
-
-
-def _one_of(option: str, value: str, choices: Sequence[str]) -> Any:
-    if value not in choices:
-        raise UsageError(f"`{option} {value}`: there is {', '.join(f'`{one}`' for one in choices)}")
-    return value
 
 
 def _suites(names: str | None, tasks: str | None) -> list[Suite]:
@@ -188,46 +168,6 @@ def _suites(names: str | None, tasks: str | None) -> list[Suite]:
     if tasks is not None:
         found.append(find_tasks(tasks))
     return found
-
-
-def _refuse_unread(settings: Settings, suites: Sequence[Suite]) -> None:
-    """Refuses an option that none of the suites looks at."""
-    from mamba_sft.run import TASKS
-
-    template = None if settings.chat_template == "auto" else settings.chat_template
-    metric = None if settings.math_metric == "original" else settings.math_metric
-    more = "data sets of leaderboards and tasks lie under `--data-dir`"
-    for option, value, readers, hint in (
-        ("--data", settings.rows, ("heldout", "instructions"), more),
-        ("--data-dir", settings.data_dir, ("leaderboard-v2", "leaderboard-v1", TASKS), None),
-        ("--include-path", settings.include_path, (TASKS,), None),
-        ("--math-metric", metric, ("leaderboard-v2",), None),
-        ("--chat-template", template, ("leaderboard-v2", "leaderboard-v1", "instructions", TASKS), None),
-    ):
-        if value is not None and not any(suite.name.startswith(readers) for suite in suites):
-            whose = " and ".join("`--tasks`" if one == TASKS else f"`{one}`" for one in readers)
-            raise UsageError(f"nothing reads `{option} {value}`, which is for {whose}", hint=hint)
-
-
-def _refuse_together(base: str | None, against: Path | None, resume: bool, overwrite: bool) -> None:
-    if base is not None and against is not None:
-        raise UsageError("`--base` scores another model, `--against` reads its results", hint="give one")
-    if resume and overwrite:
-        raise UsageError("`--resume` goes on with results, `--overwrite` replaces them", hint="give one")
-
-
-def _subjects(
-    chosen: str | Run, base: str | None, dtype: str | None, quantization: str | None
-) -> tuple[list[Subject], list[Problem]]:
-    """The models to score; where one is not to be found, that is a problem to be told with all others."""
-    from mamba_sft.cli.completing import dtypes
-    from mamba_sft.evaluation.measuring import find_subjects
-
-    if dtype is not None:
-        _one_of("--dtype", dtype, dtypes())
-    if quantization is not None:
-        _one_of("--quantization", quantization, ("none", "nf4", "int8"))
-    return find_subjects(chosen, base, dtype=dtype, quantization=quantization)
 
 
 def _read_against(file: Path | None, suites: Sequence[Suite]) -> Results | None:
@@ -296,16 +236,6 @@ def _compare(works: Sequence[Work], earlier: Results | None) -> None:
             compare(work)
         else:
             compare(work, earlier)
-
-
-def _tell_the_report(chosen: str | Run, output: Path | None) -> None:
-    """The report of a run shows what was measured of it, once it has been measured."""
-    from mamba_sft.evaluation.report import write_report
-    from mamba_sft.run import Run
-
-    run = chosen if isinstance(chosen, Run) else Run(Path(chosen))
-    if output is None and run.report.is_file():
-        write_report(run)
 
 
 def _as_json(work: Work) -> dict[str, Any]:

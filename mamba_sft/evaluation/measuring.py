@@ -20,9 +20,10 @@ from mamba_sft.evaluation.paired import Difference, difference
 from mamba_sft.evaluation.preflight import has_template
 from mamba_sft.evaluation.results import Results, begin, differing, digest
 from mamba_sft.evaluation.scores import TaskScores
-from mamba_sft.evaluation.settings import Settings
+from mamba_sft.evaluation.settings import Settings, refuse_unknown
 from mamba_sft.evaluation.suites import Problem, Progress, Suite
 from mamba_sft.inference.model_places import ModelPlace, find_place, no_adapter
+from mamba_sft.inference.request import DTYPES, QUANTIZATIONS
 from mamba_sft.model.checkpoint import base_fingerprint, resolve_base
 from mamba_sft.run import ADAPTER_WEIGHTS, Run, result_file, samples_file, write_atomically
 
@@ -106,7 +107,14 @@ def find_subjects(
         base: Another to compare it with; `auto`: the base that it was trained from.
         dtype: What to compute in; None: as it was trained.
         quantization: How to hold weights in memory: `none`, `nf4` or `int8`; None: as it was trained.
+
+    Raises:
+        UsageError: There is no such number format or quantization.
     """
+    if dtype is not None:
+        refuse_unknown("--dtype", dtype, sorted({*DTYPES} - {"auto"}))
+    if quantization is not None:
+        refuse_unknown("--quantization", quantization, QUANTIZATIONS)
     problems: list[Problem] = []
     held = {"dtype": dtype, "quantization": quantization}
     changes = {name: value for name, value in held.items() if value is not None}

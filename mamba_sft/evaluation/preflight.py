@@ -20,6 +20,7 @@ from mamba_sft.evaluation.suites import Problem, Suite
 from mamba_sft.inference.model_places import ModelPlace
 from mamba_sft.model.checkpoint import base_fingerprint, resolve_base
 from mamba_sft.recipe.builtin import find_path
+from mamba_sft.run import TASKS
 from mamba_sft.wording import count_text
 
 LM_EVAL = "0.4.13"
@@ -30,6 +31,35 @@ _INSTALL = 'pip install "mamba-sft[eval]"'
 
 class PreflightError(UsageError):
     """What stands in the way of an evaluation; the message holds all of it, one a line."""
+
+
+def check_asked(suites: Sequence[Suite], settings: Settings, *, resume: bool, overwrite: bool) -> None:
+    """Checks that what is asked for makes sense together, without looking at any file.
+
+    Args:
+        suites: What is to be run.
+        settings: How.
+        resume: Go on with results that are there.
+        overwrite: Replace them.
+
+    Raises:
+        UsageError: None of the suites reads one of the settings, or results are to be kept and replaced.
+    """
+    template = None if settings.chat_template == "auto" else settings.chat_template
+    metric = None if settings.math_metric == "original" else settings.math_metric
+    more = "data sets of leaderboards and tasks lie under `--data-dir`"
+    for option, value, readers, hint in (
+        ("--data", settings.rows, ("heldout", "instructions"), more),
+        ("--data-dir", settings.data_dir, ("leaderboard-v2", "leaderboard-v1", TASKS), None),
+        ("--include-path", settings.include_path, (TASKS,), None),
+        ("--math-metric", metric, ("leaderboard-v2",), None),
+        ("--chat-template", template, ("leaderboard-v2", "leaderboard-v1", "instructions", TASKS), None),
+    ):
+        if value is not None and not any(suite.name.startswith(readers) for suite in suites):
+            whose = " and ".join("`--tasks`" if one == TASKS else f"`{one}`" for one in readers)
+            raise UsageError(f"nothing reads `{option} {value}`, which is for {whose}", hint=hint)
+    if resume and overwrite:
+        raise UsageError("`--resume` goes on with results, `--overwrite` replaces them", hint="give one")
 
 
 def problems_of(

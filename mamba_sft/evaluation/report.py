@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from datetime import UTC, datetime
+from pathlib import Path
 
 from mamba_sft.evaluation import run_figures as figures
 from mamba_sft.evaluation.losses import loss_warnings
@@ -35,6 +36,17 @@ def write_report(run: Run, progress: Progress | None = None) -> list[str]:
     write_atomically(run.report, report_page(facts, progress))
     write_atomically(run.report_text, markdown_text(facts, progress))
     return list(dict.fromkeys(facts.problems))
+
+
+def refresh_report(where: Run | str | Path) -> None:
+    """Writes the report of a run anew, where it has one: it shows what was measured of it since.
+
+    Args:
+        where: A run, or anything else, which has none.
+    """
+    run = where if isinstance(where, Run) else Run(Path(where))
+    if run.report.is_file():
+        write_report(run)
 
 
 def report_page(facts: RunFacts, progress: Progress | None = None) -> str:

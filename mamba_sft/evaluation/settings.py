@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
+
+from mamba_sft.errors import UsageError
 
 Template = Literal["auto", "on", "off"]
 MathMetric = Literal["original", "verify"]
@@ -26,6 +29,9 @@ class Settings:
         include_path: A directory with the user's own task files.
         samples: Whether what was asked and answered is kept too.
         rows: What `heldout` and `instructions` read instead of their own: a file, or a source of the recipe.
+
+    Raises:
+        UsageError: A word that means nothing here, or a number below 1.
     """
 
     chat_template: Template = "auto"
@@ -38,6 +44,14 @@ class Settings:
     samples: bool = False
     rows: str | None = None
 
+    def __post_init__(self) -> None:
+        refuse_unknown("--chat-template", self.chat_template, get_args(Template))
+        refuse_unknown("--math-metric", self.math_metric, get_args(MathMetric))
+        for name in ("max_length", "batch_size", "limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"`--{name.replace('_', '-')} {value}` is not 1 or more")
+
     def facts(self) -> dict[str, Any]:
         """Returns what scores depend on, JSON-safe; the size of a batch and places of files are no part."""
         return {
@@ -45,3 +59,13 @@ class Settings:
             "limit": self.limit,
             "math_metric": self.math_metric,
         }
+
+
+def refuse_unknown(option: str, value: str, choices: Sequence[str]) -> None:
+    """Refuses a word that an option does not have.
+
+    Raises:
+        UsageError: It is none of the choices.
+    """
+    if value not in choices:
+        raise UsageError(f"`{option} {value}`: there is {', '.join(f'`{one}`' for one in choices)}")

@@ -413,7 +413,8 @@ def evaluate(
     """
     speak_here()
     from mamba_sft.evaluation.measuring import compare, find_subjects, measure, start
-    from mamba_sft.evaluation.preflight import problems_of, refuse
+    from mamba_sft.evaluation.preflight import check_asked, problems_of, refuse
+    from mamba_sft.evaluation.report import refresh_report
     from mamba_sft.evaluation.settings import Settings
     from mamba_sft.evaluation.suite_names import find_suite, find_tasks
     from mamba_sft.run import evaluation_place
@@ -421,6 +422,7 @@ def evaluate(
     settings = settings or Settings()
     suites = [find_suite(name) for name in ([suite] if isinstance(suite, str) else suite)]
     suites += [find_tasks(tasks)] if tasks is not None else []
+    check_asked(suites, settings, resume=resume, overwrite=overwrite)
     place = Path(output) if output is not None else evaluation_place(model)
     subjects, problems = find_subjects(model, base, dtype=dtype, quantization=quantization)
     refuse([*problems, *problems_of(suites, [one.place for one in subjects], settings, place)])
@@ -440,6 +442,8 @@ def evaluate(
             measure(works, subjects, settings, quantization=quantization, progress=bar.update)
         for work in works:
             compare(work)
+        if output is None:
+            refresh_report(model)
     finally:
         _let_go()
     return Scored(works)

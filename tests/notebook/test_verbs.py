@@ -44,6 +44,10 @@ def test_each_has_an_example_and_those_that_are_cheap_are_true() -> None:
         ('generate("runs/none", "hello", output=".")', "is a directory"),
         ('evaluate("runs/none", "leaderbord")', "no suite `leaderbord`"),
         ('evaluate("runs/none")', "is not a directory here"),
+        ('evaluate("runs/none", dtype="bf16")', "`--dtype bf16`: there is `bfloat16`"),
+        ('evaluate("runs/none", resume=True, overwrite=True)', "`--resume` goes on with results"),
+        ('evaluate("runs/none", settings=Settings(math_metric="verify"))', "is for `leaderboard-v2`"),
+        ('evaluate("runs/none", settings=Settings(limit=0))', "`--limit 0` is not 1 or more"),
         ('chat("data/tiny-base", compare=True)', "no adapter"),
         ('Recipe.load("quickstart", ["train.learning_rte=1"])', "did you mean `learning_rate`"),
     ],
@@ -52,6 +56,7 @@ def test_a_mistake_is_told_before_torch_is_loaded(call: str, message: str) -> No
     code = f"""
 import sys
 from mamba_sft import *
+from mamba_sft.evaluation.settings import Settings
 try:
     {call}
 except MambaSFTError as error:
@@ -119,7 +124,10 @@ def test_the_names_of_the_package_are_listed() -> None:
 
 
 def test_an_evaluation_shows_the_tables_that_the_command_prints(tiny_run: Run) -> None:
+    before = tiny_run.report.read_text(encoding="utf-8")
     scored = evaluate(tiny_run, "heldout", base="auto")
+    assert "heldout" not in before
+    assert "heldout" in tiny_run.report.read_text(encoding="utf-8")
     found, base = scored.results["heldout"], scored.base_results["heldout"]
     assert {column.title for column, _ in found.figures} >= {"loss", "perplexity"}
     assert [figure for _, figure in found.figures] != [figure for _, figure in base.figures]
