@@ -31,6 +31,7 @@ _ANOTHER = "give another directory with `--output`"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What a system answers where there is a place but no more room in it."""
 _LONGEST_NAME = 255
+"""Bytes, on all common file systems."""
 _REASONS = {
     errno.EDQUOT: "your quota on its disk is used up",
     errno.EFBIG: "a file may not become that large there (see `ulimit -f`)",

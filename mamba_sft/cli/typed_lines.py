@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mamba_sft.credentials import without_secrets
-from mamba_sft.data.cache import cache_root
+from mamba_sft.data.cache import cache_home
 from mamba_sft.run import own_partial
 
 KEPT = 1000
@@ -27,7 +27,7 @@ LONGEST = 10_000
 
 def history_file() -> Path:
     """Returns where typed messages are kept: beside the prepared rows."""
-    return cache_root().parent / "chat-history.jsonl"
+    return cache_home() / "chat-history.jsonl"
 
 
 class TypedLines:

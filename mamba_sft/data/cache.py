@@ -53,10 +53,15 @@ class Entry:
     used: float
 
 
+def cache_home() -> Path:
+    """Returns the directory of all that is kept from one command to the next."""
+    general = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mamba-sft"
+    return Path(os.environ.get(PLACE) or general).expanduser()
+
+
 def cache_root() -> Path:
     """Returns the directory that the entries are in."""
-    general = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mamba-sft"
-    return Path(os.environ.get(PLACE) or general).expanduser() / "data"
+    return cache_home() / "data"
 
 
 def key_of(parts: Mapping[str, Any]) -> str:

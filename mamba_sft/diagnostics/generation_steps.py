@@ -21,7 +21,7 @@ from mamba_sft.inference.generation import PREFILL_CHUNK
 from mamba_sft.inference.model_places import find_place
 from mamba_sft.inference.next_token import NextToken, forward
 from mamba_sft.model.checkpoint import resolve_base
-from mamba_sft.training.pace import peak_memory
+from mamba_sft.training.pace import peak_memory, wait_for
 from mamba_sft.wording import count_text, size_text
 
 if TYPE_CHECKING:
@@ -70,11 +70,11 @@ def time_ours(tell: Tell, model: str, sizes: Sequence[int], lengths: Sequence[in
         begun, cache, logits = Moment.now(), None, None
         for start in range(0, ids.shape[1], PREFILL_CHUNK):
             logits, cache = forward(loaded, ids[:, start : start + PREFILL_CHUNK], cache)
-        _wait(ids)
+        wait_for(ids.device)
         read, next_token = Moment.now(), NextToken(loaded, cache)
         for _ in range(new_tokens):
             logits = next_token(logits.argmax(-1, keepdim=True))  # type: ignore[union-attr]
-        _wait(ids)
+        wait_for(ids.device)
         return Answer.between(begun, read, Moment.now())
 
     with evaluation_mode(loaded):
@@ -115,7 +115,7 @@ def time_stock(
             self.times: list[Moment] = []
 
         def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-            _wait(input_ids)
+            wait_for(input_ids.device)
             self.times.append(Moment.now())
             return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
@@ -186,8 +186,3 @@ def _too_large(taken: dict[str, Any], length: int, device: torch.device) -> str 
         return None
     tokens = count_text(length, "token")
     return f"at {tokens} it would take some {size_text(needed)}, and {size_text(free)} are free"
-
-
-def _wait(ids: Tensor) -> None:
-    if ids.is_cuda:
-        torch.cuda.synchronize(ids.device)

@@ -37,7 +37,7 @@ from mamba_sft.training.arguments import trainer_arguments
 from mamba_sft.training.callbacks import Interruption
 from mamba_sft.training.counts import Counts
 from mamba_sft.training.fine_tuning import Preparation, load_trainer
-from mamba_sft.training.pace import peak_memory
+from mamba_sft.training.pace import peak_memory, wait_for
 from mamba_sft.training.starting import find_start
 
 if TYPE_CHECKING:
@@ -186,13 +186,13 @@ class _Clock(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        _wait(args.device)
+        wait_for(args.device)
         self.started = Moment.now()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        _wait(args.device)
+        wait_for(args.device)
         tokens = int(self.course.tokens[state.global_step - 1])
         self.tell({"step": state.global_step} | self.started.facts(tokens, peak_memory(args.device)))
 
@@ -202,11 +202,6 @@ class _Clock(TrainerCallback):
         logs = kwargs.get("logs") or {}
         if "loss" in logs:
             self.tell({"step": state.global_step, "loss": float(logs["loss"])})
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 # --- stock transformers and PEFT ----------------------------------------------------------------------------
@@ -234,18 +229,18 @@ def take_stock_steps(tell: Tell, recipe: Recipe, count: int) -> None:
     for step in range(1, steps.course.steps + 1):
         batches = [_on_device(batch, device) for batch in _stock_batches(steps, step - 1, collate)]
         labels = sum(int((batch["labels"] != -100).sum()) for batch in batches)
-        _wait(device)
+        wait_for(device)
         started, loss = Moment.now(), torch.zeros((), device=device)
         tell({"step": step, "next_tokens": int(batches[0]["attention_mask"].sum())})
         for number, batch in enumerate(batches):
             loss += _backward(model, batch, dtype, labels)
-            _wait(device)
+            wait_for(device)
             tokens = int(batch["attention_mask"].sum())
             tell({"step": step, "batch": number} | started.facts(tokens, peak_memory(device)))
         torch.nn.utils.clip_grad_norm_(trained, steps.recipe.train.max_grad_norm or float("inf"))
         optimizer.step()
         optimizer.zero_grad()
-        _wait(device)
+        wait_for(device)
         tell({"step": step} | started.facts(int(steps.course.tokens[step - 1]), peak_memory(device)))
         tell({"step": step, "loss": float(loss)})
 

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import chdir, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from hashlib import blake2b
 from importlib.metadata import version
 from math import isclose
 from pathlib import Path
@@ -23,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from mamba_sft.errors import DataError, UsageError
 from mamba_sft.evaluation.leaderboards import TASK_FILES, Leaderboard, columns_of
 from mamba_sft.evaluation.normalisation import Column, Pool
-from mamba_sft.evaluation.scores import Scores, TaskScores
+from mamba_sft.evaluation.scores import Scores, TaskScores, document_keys, short_digest
 from mamba_sft.evaluation.settings import Settings
 from mamba_sft.evaluation.suites import Problem, Progress
 from mamba_sft.evaluation.task_names import (
@@ -142,7 +141,8 @@ class Harness:
         shots = {name: task.config.num_fewshot for name, task in self._tasks.items()}
         versions = {name: str(task.VERSION) for name, task in self._tasks.items()}
         found = {"lm_eval": version("lm-eval"), "seed": SEED, "shots": shots, "task_versions": versions}
-        files = {one.title: _digest(Path(one.name)) for one in self.asked if is_task_file(one.name)}
+        asked = {one.title: Path(one.name) for one in self.asked if is_task_file(one.name)}
+        files = {title: short_digest(file.read_bytes()) for title, file in asked.items()}
         return found | ({"files": files} if files else {})
 
     def columns(self) -> Sequence[Column]:
@@ -319,8 +319,8 @@ def _scores(name: str, task: Any, found: Any, seconds: float) -> TaskScores:
     return TaskScores(
         task=name,
         shots=int(task.config.num_fewshot or 0),
-        documents=tuple(_told_apart([_short(documents[at][0]) for at in order])),
-        prompts=tuple(_short(documents[at][1]) for at in order),
+        documents=document_keys(documents[at][0] for at in order),
+        prompts=tuple(short_digest(documents[at][1].encode()) for at in order),
         metrics=metrics,
         whole=whole,
         seconds=seconds,
@@ -331,7 +331,7 @@ def _samples(found: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], ...]:
     """What was asked and answered, a document and filter each."""
     return tuple(
         {
-            "document": _short(sample["doc_hash"]),
+            "document": short_digest(sample["doc_hash"].encode()),
             "filter": sample["filter"],
             "prompt": sample["arguments"][0][0],
             "choices": [given[1] for given in sample["arguments"] if isinstance(given[1], str)],
@@ -361,22 +361,6 @@ def _by_document(values: Sequence[Any]) -> Scores | None:
         with_marks = all(isinstance(mark, bool) for value in values for mark in value)
         return Scores(tuple(map(sum, values)), tuple(map(float, map(len, values)))) if with_marks else None
     return None
-
-
-def _told_apart(keys: Sequence[str]) -> Iterator[str]:
-    """The same document may occur twice in a task."""
-    seen: dict[str, int] = {}
-    for key in keys:
-        seen[key] = seen.get(key, 0) + 1
-        yield key if seen[key] == 1 else f"{key}#{seen[key]}"
-
-
-def _digest(file: Path) -> str:
-    return blake2b(file.read_bytes(), digest_size=8).hexdigest()
-
-
-def _short(digest: str) -> str:
-    return blake2b(digest.encode(), digest_size=8).hexdigest()
 
 
 class _Counter:

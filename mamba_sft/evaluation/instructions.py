@@ -10,14 +10,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mamba_sft.errors import DataError, MambaSFTError
 from mamba_sft.evaluation.normalisation import Column, Pool
 from mamba_sft.evaluation.prompts import Prompt, load_prompts
-from mamba_sft.evaluation.scores import Scores, TaskScores, document_keys
+from mamba_sft.evaluation.scores import Scores, TaskScores, document_keys, short_digest
 from mamba_sft.evaluation.settings import Settings
 from mamba_sft.evaluation.suites import Problem, Progress
 from mamba_sft.recipe.builtin import find_path
@@ -78,7 +77,7 @@ class Instructions:
             scored = [one for one in scored if one.small == is_small]
         self._prompts = scored[: settings.limit]
         self._longest = min(LONGEST_OF_SMALL if is_small else LONGEST, max(1, settings.max_length // 2))
-        digest = blake2b(path.read_bytes(), digest_size=8).hexdigest()
+        digest = short_digest(path.read_bytes())
         self._facts = {"prompts": len(scored), "digest": digest, "longest_answer": self._longest}
         return [NAME]
 

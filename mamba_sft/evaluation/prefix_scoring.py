@@ -19,7 +19,9 @@ import torch
 from mamba_sft.errors import UsageError
 from mamba_sft.inference.evaluating import evaluation_mode
 from mamba_sft.inference.generation import PREFILL_CHUNK
+from mamba_sft.inference.prefixes import common_length
 from mamba_sft.inference.state_rows import rows_of, stacked
+from mamba_sft.model.full_weights import without_wrapper
 
 logger = logging.getLogger(__name__)
 
@@ -156,7 +158,7 @@ def _tree(texts: _Texts) -> _Node:
     in_order = sorted(range(len(texts.read)), key=lambda number: texts.read[number].astype(">u4").tobytes())
     for number in in_order:
         ids = texts.read[number]
-        shared = _shared(before, ids)
+        shared = common_length(before, ids)
         below = None
         while path[-1].end > shared:
             below = path.pop()
@@ -173,13 +175,6 @@ def _tree(texts: _Texts) -> _Node:
         node.children = [kept for child in node.children for kept in _worth_reading(child, node)]
     _note_what_is_scored(root, texts)
     return root
-
-
-def _shared(one: np.ndarray, other: np.ndarray) -> int:
-    """How many tokens two texts begin with alike."""
-    length = min(len(one), len(other))
-    different = np.flatnonzero(one[:length] != other[:length])
-    return int(different[0]) if len(different) else length
 
 
 def _nodes(root: _Node) -> list[_Node]:
@@ -254,7 +249,7 @@ class _Reader:
         max_states: int,
         on_score: Callable[[int, Likelihood], None] | None,
     ):
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base = without_wrapper(model)
         self._backbone, self._head = base.backbone, base.get_output_embeddings()
         self._device = base.get_input_embeddings().weight.device
         self._texts, self._batch_size, self._max_states = texts, batch_size, max_states

@@ -111,7 +111,12 @@ def document_keys(texts: Iterable[str]) -> tuple[str, ...]:
     seen: dict[str, int] = {}
     keys = []
     for text in texts:
-        key = blake2b(text.encode(errors="backslashreplace"), digest_size=8).hexdigest()
+        key = short_digest(text.encode(errors="backslashreplace"))
         seen[key] = seen.get(key, 0) + 1
         keys.append(key if seen[key] == 1 else f"{key}#{seen[key]}")
     return tuple(keys)
+
+
+def short_digest(content: bytes) -> str:
+    """Returns a digest of 16 hex digits: it tells one document, prompt or file from another."""
+    return blake2b(content, digest_size=8).hexdigest()

@@ -101,7 +101,8 @@ def _best(rows: list[_Ids], least: int) -> list[_Part]:
     """The parts of sorted rows that save most, from the tree of what neighbours have in common."""
     open_ones = [_Interval(0, 0)]
     for number in range(1, len(rows)):
-        common = _common(rows[number - 1], rows[number])
+        left, right = rows[number - 1], rows[number]
+        common = min(common_length(left, right), max(min(len(left), len(right)) - 1, 0))  # one is left
         first, parts = number - 1, []
         while common < open_ones[-1].length:
             closed = open_ones.pop()
@@ -118,11 +119,16 @@ def _best(rows: list[_Ids], least: int) -> list[_Part]:
     return open_ones[0].parts
 
 
-def _common(left: _Ids, right: _Ids) -> int:
-    """How many first tokens two prompts share; one of each is left out."""
-    size = min(len(left), len(right)) - 1
+def common_length(left: np.ndarray, right: np.ndarray) -> int:
+    """Returns how many first tokens two texts have in common.
+
+    Args:
+        left: Token ids, (L,).
+        right: Those of the other, of any length.
+    """
+    size = min(len(left), len(right))
     differ = left[:size] != right[:size]
-    return int(differ.argmax()) if differ.any() else max(size, 0)
+    return int(differ.argmax()) if differ.any() else size
 
 
 def batches(beginnings: Beginnings, batch_size: int) -> Iterator[list[int]]:

@@ -9,6 +9,7 @@ import torch
 
 from mamba_sft.errors import DataError
 from mamba_sft.inference.evaluating import evaluation_mode
+from mamba_sft.model.full_weights import without_wrapper
 
 # Positions projected at a time: 65,024 float32 logits each make 0.25 GB, however long the rows.
 _POSITIONS = 1024
@@ -70,7 +71,7 @@ def score_rows(
         collator: Rows -> `input_ids`, `labels` (-100: not trained), `seq_idx`, all (B, L).
         batch_size: Rows at a time.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = without_wrapper(model)
     device = base.get_input_embeddings().weight.device
     for start in range(0, len(dataset), batch_size):
         rows = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]

@@ -27,7 +27,6 @@ _WEIGHT_FILES = ["*.safetensors"]
 # Config fields that saving a model again changes while the model stays the same.
 _INCIDENTAL = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
 _PROBES = 8
-"""Bytes, on all common file systems."""
 _PROBE_BYTES = 64
 
 

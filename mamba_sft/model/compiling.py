@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from mamba_sft.kernels.plain_ops import can_step, plain_step
+from mamba_sft.model.full_weights import without_wrapper
 from mamba_sft.wording import time_text
 
 logger = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ class CompiledStep:
     """
 
     def __init__(self, model: Any):
-        self._model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self._model = without_wrapper(model)
         self._step = torch.compile(plain_step)
 
     def __call__(self, ids: Any, cache: Any) -> Any:

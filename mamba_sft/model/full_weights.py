@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mamba_sft.errors import ModelError
+from mamba_sft.model.adapter import load_weights as load_adapter_weights
 from mamba_sft.model.adapter import own_gradient, save_adapter, save_tokenizer
 from mamba_sft.model.checkpoint import (
     INDEX_NAME,
@@ -145,6 +146,14 @@ def load_weights(model: Any, directory: str | Path) -> None:
     with torch.no_grad():
         for name, entry in entries.items():
             own[name].copy_(part_of(read_rows(entry).to(own[name].dtype), own[name]))
+
+
+def load_trained(model: Any, directory: str | Path) -> None:
+    """Gives a model what `save_trained` wrote: the adapter's values, or all weights where it has none."""
+    if hasattr(model, "peft_config"):
+        load_adapter_weights(model, directory)
+    else:
+        load_weights(model, directory)
 
 
 def save_trained(

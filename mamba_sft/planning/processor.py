@@ -15,10 +15,11 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from mamba_sft.data.cache import cache_root, key_of
+from mamba_sft.data.cache import cache_home, key_of
 from mamba_sft.planning.environment import package_versions, processor_name
 from mamba_sft.run import write_atomically
 from mamba_sft.wording import count_text
@@ -109,12 +110,18 @@ def this_processor(dtype: str) -> Processor:
 
 def place_of(threads: int, dtype: str) -> Path:
     """Returns the file that a measurement of this machine is kept in."""
-    versions = package_versions()
+    versions = _versions()
     parts = {
         "format": FORMAT, "processor": processor_name(), "threads": threads, "dtype": dtype,
         "torch": versions["torch"], "numba": versions["numba"], "mamba-sft": versions["mamba-sft"],
     }  # fmt: skip
-    return cache_root().with_name("processors") / f"{key_of(parts)}.json"
+    return cache_home() / "processors" / f"{key_of(parts)}.json"
+
+
+@cache
+def _versions() -> dict[str, str | None]:
+    """The installed versions, looked up once: a plan asks for this processor dozens of times."""
+    return package_versions()
 
 
 def _kept(path: Path) -> Processor | None:

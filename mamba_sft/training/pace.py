@@ -90,6 +90,12 @@ class Pace(TrainerCallback):
         return figures
 
 
+def wait_for(device: torch.device) -> None:
+    """Waits until a GPU has done all that it was given; a CPU has, always."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def peak_memory(device: torch.device) -> float:
     """Returns the most bytes in use so far: by tensors on a GPU, or by this process on a CPU."""
     if device.type == "cuda":

@@ -28,9 +28,8 @@ from trl import SFTTrainer
 
 from mamba_sft.data.packing import PADDING
 from mamba_sft.errors import TrainingError
-from mamba_sft.model import full_weights
-from mamba_sft.model.adapter import adapter_tensors, keep_float32, load_weights
-from mamba_sft.model.full_weights import is_undecayed, whole_weights, without_wrapper
+from mamba_sft.model.adapter import adapter_tensors, keep_float32
+from mamba_sft.model.full_weights import is_undecayed, load_trained, whole_weights, without_wrapper
 from mamba_sft.model.shards import whole
 from mamba_sft.planning.course import Course
 from mamba_sft.planning.schedule import make_scheduler
@@ -460,13 +459,6 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         elif self.args.should_save:
             self._save(directory, state_dict=weights)
 
-    def _load_trained(self, place: str | Path) -> None:
-        """Gives the model, or its adapter, the values of a resume point."""
-        if hasattr(self.model, "peft_config"):
-            load_weights(self.model, place)
-        else:
-            full_weights.load_weights(self.model, place)
-
     def _save_optimizer(self, directory: str, state: dict[str, Any] | None) -> None:
         if state is None:
             self._save_optimizer_and_scheduler(directory)
@@ -534,7 +526,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
             logger.warning("the best checkpoint `%s` is damaged: %s; the last weights are kept", best, fault)
             return
         if self.is_fsdp_enabled:
-            self._load_trained(best)
+            load_trained(self.model, best)
         else:
             super()._load_best_model()
 
@@ -563,7 +555,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         with _loading(resume_from_checkpoint):
             if self.is_fsdp_enabled:
-                self._load_trained(resume_from_checkpoint)
+                load_trained(self.model, resume_from_checkpoint)
             else:
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
 
