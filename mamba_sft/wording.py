@@ -71,5 +71,11 @@ def printable(text: str) -> str:
     return UNPRINTABLE.sub(_written_out, text.replace("\r\n", "\n"))
 
 
+def first_line(error: BaseException) -> str:
+    """Returns the first line of what an exception says, or its name where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def _written_out(match: re.Match[str]) -> str:
     return match[0].encode("unicode_escape").decode("ascii")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mamba_sft.wording import GIB, count_text, path_text, size_text, time_text
+from mamba_sft.wording import GIB, count_text, first_line, path_text, size_text, time_text
 
 
 @pytest.mark.parametrize(
@@ -40,3 +40,14 @@ def test_paths_start_at_the_working_directory(tmp_path: Path, monkeypatch: pytes
 
 def test_one_thing_has_no_s() -> None:
     assert [count_text(count, "step") for count in (0, 1, 2000)] == ["0 steps", "1 step", "2,000 steps"]
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (RuntimeError("disk full\nand more"), "disk full"), (ValueError(" \n first "), "first"),
+        (MemoryError(), "MemoryError"), (RuntimeError("\n"), "RuntimeError"),
+    ],
+)  # fmt: skip
+def test_an_exception_that_says_nothing_is_called_by_its_name(error: Exception, text: str) -> None:
+    assert first_line(error) == text

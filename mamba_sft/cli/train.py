@@ -17,9 +17,9 @@ from mamba_sft.wording import count_text
 
 if TYPE_CHECKING:
     from mamba_sft.run import Run
-    from mamba_sft.training.fine_tuning import Preparation
     from mamba_sft.training.first_checks import Checked
     from mamba_sft.training.launching import Launch
+    from mamba_sft.training.preparation import Preparation
 
 
 def train(
@@ -95,7 +95,8 @@ def train(
         from mamba_sft.cli.progress import TrainingBar
         from mamba_sft.cli.unsaved import ask_on_terminal
         from mamba_sft.data.summary import FITS_NO_CHAT
-        from mamba_sft.training.fine_tuning import prepare_checked, train_prepared
+        from mamba_sft.training.fine_tuning import train_prepared
+        from mamba_sft.training.preparation import prepare_checked
 
     preparation = prepare_checked(checked, allow_changed_data=allow_changed_data)
     fits_no_chat = preparation.data.summary.fits_no_chat

@@ -36,8 +36,9 @@ from mamba_sft.run import Run
 from mamba_sft.training.arguments import trainer_arguments
 from mamba_sft.training.callbacks import Interruption
 from mamba_sft.training.counts import Counts
-from mamba_sft.training.fine_tuning import Preparation, load_trainer
+from mamba_sft.training.fine_tuning import load_trainer
 from mamba_sft.training.pace import peak_memory, wait_for
+from mamba_sft.training.preparation import Preparation
 from mamba_sft.training.starting import find_start
 
 if TYPE_CHECKING:

@@ -8,23 +8,22 @@ dictionary, and the figures it adds up for groups are not used: each is wrong or
 
 from __future__ import annotations
 
-import logging
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import chdir, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from importlib.metadata import version
-from math import isclose
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mamba_sft.errors import DataError, UsageError
+from mamba_sft.errors import DataError
+from mamba_sft.evaluation.around_lm_eval import data_from, quiet
 from mamba_sft.evaluation.leaderboards import TASK_FILES, Leaderboard, columns_of
 from mamba_sft.evaluation.normalisation import Column, Pool
-from mamba_sft.evaluation.scores import Scores, TaskScores, document_keys, short_digest
+from mamba_sft.evaluation.scores import TaskScores, short_digest
 from mamba_sft.evaluation.settings import Settings
 from mamba_sft.evaluation.suites import Problem, Progress
+from mamba_sft.evaluation.task_documents import SEED, nothing_remembered, read_once, refused, settle
 from mamba_sft.evaluation.task_names import (
     ends_as_file,
     is_task_file,
@@ -34,17 +33,21 @@ from mamba_sft.evaluation.task_names import (
     similar,
     tasks_root,
 )
+from mamba_sft.evaluation.task_problems import (
+    data_problems,
+    length_problems,
+    read_task_file,
+    sentence_problems,
+)
+from mamba_sft.evaluation.task_scores import samples_of, scores_of
+from mamba_sft.wording import first_line
 
 if TYPE_CHECKING:
     from mamba_sft.inference.chat_model import ChatModel
     from mamba_sft.inference.model_places import ModelPlace
 
-SEED = 0
-"""Some tasks draw the order of their answers when they are built; all are built from this seed."""
 _BOOTSTRAP = 1000
 """Draws for standard errors that have no formula. 0 would leave out those that have one."""
-_DEFAULT_ANSWER = 256
-"""Tokens that are generated where a task does not say how many."""
 
 
 @dataclass(frozen=True)
@@ -96,9 +99,9 @@ class Harness:
             return found
         leaves = self._leaves(settings)
         return [
-            *_data_problems(leaves, settings),
-            *_length_problems(leaves, settings),
-            *_sentence_problems(leaves),
+            *data_problems(leaves, settings),
+            *length_problems(leaves, settings),
+            *sentence_problems(leaves),
         ]
 
     def prepare(self, place: ModelPlace, settings: Settings) -> list[str]:
@@ -110,18 +113,18 @@ class Harness:
         manager = self._index(settings)
         failures: list[str] = []
         groups: dict[str, list[str]] = {}
-        with _quiet(), _data_from(settings.data_dir), _nothing_remembered():
+        with quiet(), data_from(settings.data_dir), nothing_remembered():
             for one in self.asked:
                 try:
                     built = manager.load([one.name])["tasks"]
                     for task in built.values():
-                        _read_once(task)
+                        read_once(task)
                 except Exception as error:  # tasks are code of many authors
-                    failures.append(f"`{one.name}`: {type(error).__name__}: {_first_line(error)}")
+                    failures.append(f"`{one.name}`: {type(error).__name__}: {first_line(error)}")
                     continue
                 for name, task in built.items():
-                    failures += _refused(name, task)
-                    _settle(task, one.shots)
+                    failures += refused(name, task)
+                    settle(task, one.shots)
                     self._tasks[name] = task
                 groups[one.title] = list(built)
         if failures:
@@ -157,13 +160,13 @@ class Harness:
 
         template = self.uses_template(settings, bool(chat_model.tokenizer.chat_template))
         counter = _Counter(progress)
-        with _quiet():
+        with quiet():
             model = make_model(chat_model, settings, counter.count)
         for name in tasks:
             begun = time.monotonic()
             counter.begin(name, self._tasks[name])
             random.seed(SEED)
-            with _quiet():
+            with quiet():
                 found = evaluate(
                     model,
                     {"tasks": {name: self._tasks[name]}, "groups": {}, "group_map": {}},
@@ -172,8 +175,10 @@ class Harness:
                     apply_chat_template=template,
                     fewshot_as_multiturn=template,
                 )
-            scores = _scores(name, self._tasks[name], found, time.monotonic() - begun)
-            yield replace(scores, samples=_samples(found["samples"][name])) if settings.samples else scores
+            scores = scores_of(name, self._tasks[name], found, time.monotonic() - begun)
+            yield (
+                replace(scores, samples=samples_of(found["samples"][name])) if settings.samples else scores
+            )
 
     def _index(self, settings: Settings) -> Any:
         """lm-eval's index of tasks, as much of it as what is asked for needs."""
@@ -181,7 +186,7 @@ class Harness:
         if self.board is None and not self._manager_has_all and not self._is_complete():
             from lm_eval import tasks
 
-            with _quiet():
+            with quiet():
                 self._manager = tasks.TaskManager(include_path=_own_places(settings))  # ten seconds
             self._manager_has_all = True
         return self._manager
@@ -196,7 +201,7 @@ class Harness:
                 places = [*(root / name for name in self.board.directories), TASK_FILES]
             else:
                 places = [*likely_places(root, [one.name for one in self.asked]), *_own_places(settings)]
-            with _quiet():
+            with quiet():
                 self._manager = tasks.TaskManager(include_path=places, include_defaults=False)
         return self._manager
 
@@ -249,7 +254,7 @@ class Harness:
             if one.name in index:
                 walk(one.name)
             else:
-                found[one.name] = _read_task_file(one.name)
+                found[one.name] = read_task_file(one.name)
         return found
 
     def _columns_of(self, name: str, leaves: Sequence[str]) -> Iterator[Column]:
@@ -294,75 +299,6 @@ def make_model(chat_model: ChatModel, settings: Settings, on_request: Callable[[
     )
 
 
-def _scores(name: str, task: Any, found: Any, seconds: float) -> TaskScores:
-    """What `evaluate` says of one task, a document at a time."""
-    results, samples = found["results"][name], found["samples"][name]
-    documents: dict[int, tuple[str, str]] = {}
-    values: dict[str, dict[int, Any]] = {}
-    for sample in samples:
-        at = sample["doc_id"]
-        documents[at] = sample["doc_hash"], sample["prompt_hash"]
-        for metric in sample["metrics"]:
-            values.setdefault(f"{metric},{sample['filter']}", {})[at] = sample[metric]
-    order = sorted(documents)
-    metrics, whole = {}, {}
-    for key, value in results.items():
-        if "," not in key or "_stderr," in key or not isinstance(value, int | float):
-            continue
-        given = values.get(key, {})
-        scored = _by_document([given[at] for at in order]) if set(given) == set(order) else None
-        if scored is not None and isclose(scored.mean, value, rel_tol=1e-6, abs_tol=1e-9):
-            metrics[key] = scored
-        else:
-            error = results.get("{}_stderr,{}".format(*key.split(",", 1)))
-            whole[key] = float(value), float(error) if isinstance(error, int | float) else None
-    return TaskScores(
-        task=name,
-        shots=int(task.config.num_fewshot or 0),
-        documents=document_keys(documents[at][0] for at in order),
-        prompts=tuple(short_digest(documents[at][1].encode()) for at in order),
-        metrics=metrics,
-        whole=whole,
-        seconds=seconds,
-    )
-
-
-def _samples(found: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], ...]:
-    """What was asked and answered, a document and filter each."""
-    return tuple(
-        {
-            "document": short_digest(sample["doc_hash"].encode()),
-            "filter": sample["filter"],
-            "prompt": sample["arguments"][0][0],
-            "choices": [given[1] for given in sample["arguments"] if isinstance(given[1], str)],
-            "answers": [_plain(answer) for answer in sample["resps"]],
-            "taken": [_plain(answer) for answer in sample["filtered_resps"]],
-            "target": str(sample["target"]),
-            "metrics": {metric: _plain(sample[metric]) for metric in sample["metrics"]},
-        }
-        for sample in found
-    )
-
-
-def _plain(value: Any) -> Any:
-    """A value as JSON holds it."""
-    if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
-    if isinstance(value, str | bool | int | float) or value is None:
-        return value
-    return value.item() if hasattr(value, "item") else str(value)
-
-
-def _by_document(values: Sequence[Any]) -> Scores | None:
-    """Scores of documents that have a number each, or several marks; None where they have something else."""
-    if all(isinstance(value, int | float) or hasattr(value, "item") for value in values):
-        return Scores.of([float(value) for value in values])
-    if all(isinstance(value, list) and value for value in values):  # IFEval: a mark for each instruction
-        with_marks = all(isinstance(mark, bool) for value in values for mark in value)
-        return Scores(tuple(map(sum, values)), tuple(map(float, map(len, values)))) if with_marks else None
-    return None
-
-
 class _Counter:
     """Counts the requests of a task that have been answered.
 
@@ -386,54 +322,6 @@ class _Counter:
         self.progress(self.name, min(self.done, total), total)
 
 
-def _settle(task: Any, shots: int | None) -> None:
-    if shots is not None:
-        task.set_config(key="num_fewshot", value=shots)
-    elif task.get_config("num_fewshot") is None:
-        task.set_config(key="num_fewshot", value=0)
-    task.set_fewshot_seed(seed=1234)  # as lm-eval's own command does
-
-
-class _Once:
-    """A function of data sets that is computed once for each, and then remembered.
-
-    Args:
-        process: The function.
-    """
-
-    def __init__(self, process: Callable[[Any], Any]):
-        self.process = process
-        self.kept: list[tuple[Any, Any]] = []
-
-    def __call__(self, dataset: Any) -> Any:
-        """Returns what the function made of this very object."""
-        for given, made in self.kept:
-            if given is dataset:
-                return made
-        self.kept.append((dataset, self.process(dataset)))
-        return self.kept[-1][1]
-
-
-def _read_once(task: Any) -> None:
-    """Reads the documents of a task, so that every later look at them finds the same.
-
-    lm-eval makes them anew whenever it looks: as it asks, and again as it scores. Where they are shuffled
-    (GPQA), only a file that some earlier run left in a cache makes both the same, whoever's order that is.
-    """
-    for place in (getattr(task, "config", None), getattr(task, "fewshot_cfg", None)):
-        if getattr(place, "process_docs", None) is not None:
-            place.process_docs = _Once(place.process_docs)  # type: ignore[union-attr]
-    random.seed(SEED)  # for each, so that what else is asked for changes nothing
-    _ = task.eval_docs
-
-
-def _refused(name: str, task: Any) -> Iterator[str]:
-    if getattr(task, "UNSAFE_CODE", False):
-        yield f"`{name}` runs code that the model writes, which is not done here"
-    if getattr(task, "MULTIMODAL", False):
-        yield f"`{name}` shows pictures, which this model does not see"
-
-
 def _is_mean(aggregation: Any) -> bool:
     """Whether a task's score is the mean of its documents', so that documents of several can be pooled."""
     return getattr(aggregation, "__name__", "") in ("mean", "nanmean")
@@ -445,120 +333,3 @@ def _filters(task: Any) -> list[str]:
 
 def _own_places(settings: Settings) -> list[Path]:
     return [settings.include_path] if settings.include_path is not None else []
-
-
-def _read_task_file(name: str) -> Mapping[str, Any]:
-    from lm_eval.tasks._yaml_loader import load_yaml
-
-    try:
-        return dict(load_yaml(Path(name), resolve_func=False))
-    except Exception as error:  # any YAML, by anybody
-        raise UsageError(f"`{name}` cannot be read as a task: {_first_line(error)}") from error
-
-
-def _data_problems(leaves: Mapping[str, Mapping[str, Any]], settings: Settings) -> Iterator[Problem]:
-    """One for each data set that is neither here nor to be had."""
-    from datasets import load_dataset_builder
-
-    first: dict[tuple[str, str], tuple[str, Mapping[str, Any]]] = {}
-    for name, config in leaves.items():
-        if isinstance(config.get("dataset_path"), str):
-            key = config["dataset_path"], repr(config.get("dataset_kwargs"))  # of `json`, which files
-            first.setdefault(key, (name, config))
-    for (path, _), (name, config) in first.items():
-        extra = config.get("dataset_kwargs") or {}
-        try:
-            with _quiet(), _data_from(settings.data_dir):
-                load_dataset_builder(path, config.get("dataset_name"), **extra)
-        except Exception as error:  # what cannot be reached has as many errors as there are ways to it
-            yield _unreachable(path, name, error, settings, files=extra.get("data_files"))
-
-
-def _unreachable(path: str, task: str, error: Exception, settings: Settings, files: Any) -> Problem:
-    if files is not None:
-        place = settings.data_dir or Path.cwd()
-        return Problem(
-            f"the files of `{task}` cannot be read: {_first_line(error)}",
-            f"`data_files` with no `/` in front are looked for below `{place}`",
-        )
-    if "gated" in str(error):
-        return Problem(
-            f"the data set `{path}` of `{task}` is gated",
-            f"accept its terms at https://huggingface.co/datasets/{path}, then `hf auth login`",
-        )
-    where = f"in `{settings.data_dir}`, in the cache" if settings.data_dir is not None else "in the cache"
-    return Problem(
-        f"the data set `{path}` of `{task}` is neither {where} nor to be had: {_first_line(error)}",
-        f"where there is a network: `hf download {path} --repo-type dataset --local-dir DIR/{path}`;"
-        " then `--data-dir DIR`",
-    )
-
-
-def _length_problems(leaves: Mapping[str, Mapping[str, Any]], settings: Settings) -> Iterator[Problem]:
-    longest, which = 0, ""
-    for name, config in leaves.items():
-        if config.get("output_type") == "generate_until":
-            asked = config.get("generation_kwargs") or {}
-            tokens = next((asked[key] for key in ("max_gen_toks", "max_new_tokens") if key in asked), None)
-            tokens = _DEFAULT_ANSWER if not isinstance(tokens, int) else tokens
-            if tokens > longest:
-                longest, which = tokens, name
-    if settings.max_length <= longest:
-        yield Problem(
-            f"`--max-length {settings.max_length}` leaves no room for a prompt: answers of `{which}` have up"
-            f" to {longest:,} tokens",
-            f"`--max-length 2048`, or more than {longest:,}",
-        )
-
-
-def _sentence_problems(leaves: Mapping[str, Mapping[str, Any]]) -> Iterator[Problem]:
-    """IFEval counts sentences with data that is no package; without them it fails after all is generated."""
-    which = next((name for name in leaves if "ifeval" in name), None)
-    if which is None:
-        return
-    import nltk
-
-    try:
-        nltk.data.find("tokenizers/punkt_tab")
-    except LookupError:
-        yield Problem(
-            f"`{which}` counts sentences with nltk's `punkt_tab`, which is not on this machine",
-            "`python -m nltk.downloader punkt_tab`, or copy it below a directory that NLTK_DATA names",
-        )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """lm-eval tells what it does in hundreds of lines; what matters of it is told here."""
-    logger = logging.getLogger("lm_eval")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
-
-
-def _data_from(directory: Path | None) -> Any:
-    """`datasets` takes `owner/name` from below the working directory before it asks the hub."""
-    return chdir(directory) if directory is not None and directory.is_dir() else nullcontext()
-
-
-@contextmanager
-def _nothing_remembered() -> Iterator[None]:
-    """Documents that are shuffled when they are read come from the seed, and not from an earlier reading."""
-    import datasets
-
-    if not datasets.is_caching_enabled():
-        yield
-        return
-    datasets.disable_caching()
-    try:
-        yield
-    finally:
-        datasets.enable_caching()
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

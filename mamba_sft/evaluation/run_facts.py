@@ -18,6 +18,7 @@ from mamba_sft.json_lines import Row, read_json_lines
 from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.run import Run
 from mamba_sft.run_contents import is_finished
+from mamba_sft.wording import first_line
 
 _MOST_STEPS = 2**53
 
@@ -114,7 +115,7 @@ def _read_recipe(facts: RunFacts) -> None:
     except OSError as error:
         facts.problems.append(f"`{path.name}` cannot be read: {error.strerror or error}")
     except (MambaSFTError, RecursionError) as error:
-        facts.problems.append(f"`{path.name}` cannot be read as a recipe: {_first_line(error)}")
+        facts.problems.append(f"`{path.name}` cannot be read as a recipe: {_reason(error)}")
 
 
 def _json_object(facts: RunFacts, path: Path, *, needed: bool = False) -> dict[str, Any]:
@@ -125,7 +126,7 @@ def _json_object(facts: RunFacts, path: Path, *, needed: bool = False) -> dict[s
     except OSError as error:
         facts.problems.append(f"`{path.name}` cannot be read: {error.strerror or error}")
     except (ValueError, RecursionError) as error:
-        facts.problems.append(f"`{path.name}` cannot be read: {_first_line(error)}")
+        facts.problems.append(f"`{path.name}` cannot be read: {_reason(error)}")
     else:
         if isinstance(value, dict):
             return value
@@ -143,7 +144,7 @@ def _lines(facts: RunFacts, path: Path, parse: Callable[[Any], Any]) -> Iterator
             try:
                 yield parse(_value(row))
             except (KeyError, TypeError, ValueError, OverflowError) as error:
-                bad.append(f"line {row.where.rsplit(':', 1)[-1]}: {_first_line(error)}")
+                bad.append(f"line {row.where.rsplit(':', 1)[-1]}: {_reason(error)}")
     except OSError as error:
         bad.append(str(error.strerror or error))
     if bad:
@@ -202,6 +203,5 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, float) or abs(value) < _MOST_STEPS**4
 
 
-def _first_line(error: BaseException) -> str:
-    text = str(error).splitlines()[0] if str(error) else ""
-    return f"no {text}" if isinstance(error, KeyError) else text or type(error).__name__
+def _reason(error: BaseException) -> str:
+    return f"no {error}" if isinstance(error, KeyError) else first_line(error)

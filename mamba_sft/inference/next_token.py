@@ -16,6 +16,7 @@ import torch
 
 from mamba_sft.model.compiling import compiled_step
 from mamba_sft.model.shards import is_sharded
+from mamba_sft.wording import first_line
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +80,7 @@ class NextToken:
                 raise RuntimeError("it does not give what the model gives")
         except RuntimeError as error:
             _UNFIT.add(self._model)
-            _say_once(str(error).strip().splitlines()[0])
+            _say_once(first_line(error))
             _restore(self._cache, before)
             return self._step(ids, self._cache)
         self._graph, self._scores = graph, scores

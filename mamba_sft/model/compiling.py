@@ -16,7 +16,7 @@ import torch
 
 from mamba_sft.kernels.plain_ops import can_step, plain_step
 from mamba_sft.model.full_weights import without_wrapper
-from mamba_sft.wording import time_text
+from mamba_sft.wording import first_line, time_text
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ def compile_step(model: Any) -> None:
                 raise RuntimeError(f"the model's activation is `{block.mixer.activation}`, not `silu`")
         _check(model, step)
     except Exception as error:  # a compiler, and whatever it calls, has errors of many kinds
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         logger.warning("torch.compile does not make the step of one token, so it is as without: %s", reason)
         return
     _STEPS[model] = step

@@ -151,7 +151,8 @@ def train(
     from mamba_sft.training.first_checks import check_first
 
     checked = check_first(chosen, resume=resume, overwrite=overwrite)
-    from mamba_sft.training.fine_tuning import prepare_checked, train_prepared
+    from mamba_sft.training.fine_tuning import train_prepared
+    from mamba_sft.training.preparation import prepare_checked
 
     preparation = prepare_checked(checked, allow_changed_data=allow_changed_data)
     shown: list[TrainerCallback] = []

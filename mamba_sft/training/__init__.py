@@ -1,9 +1,10 @@
 """From a recipe to a run directory.
 
     first_checks: what files and names tell, before torch is loaded
-    fine_tuning:  prepare  ->  load, attach  ->  answers before  ->  train  ->  answers after  ->  save
-                  (all checks                                        |
-                  before weights)      trainer (TRL's, as configured)
+    preparation:  data, settings, memory and disk: all checks that need no weights
+    fine_tuning:  load, attach  ->  answers before  ->  train  ->  answers after  ->  save
+                                    (sample_answers)     |
+                                       trainer (TRL's, as configured)
                                          +- arguments      TRL's configuration, from the recipe
                                          +- step_loader    all rows of an optimizer step at once
                                          +- figures        loss and metrics, left on the device
@@ -18,7 +19,9 @@
                                          +- sharding       FSDP: each process holds a part of the model
                                          +- zero           ZeRO-2: the whole model, a part of the optimizer
                                          +- dealing        sample prompts, some to each process
-                                         +- resume_points  written whole, known by their hashes
+                                         +- resumable      writes resume points, and goes on from them
+                                         |    resume_points  directories written whole, known by their hashes
+                                         +- bad_steps      a loss or gradient that is no number
                                          +- spikes         steps far outside of their course, and their rows
                                          +- counts         tokens, losses and time of all sessions
                                          +- pace           tokens a second, memory, time a step
@@ -29,5 +32,5 @@
 run may take the place of; `keeping` holds a trained adapter in memory until a disk takes it;
 `launching` starts the processes of a run on many GPUs, and says what ended them.
 
-Read `fine_tuning` first, then `trainer`, then what it uses.
+Read `preparation` and `fine_tuning` first, then `trainer`, then what it uses.
 """

@@ -1,6 +1,6 @@
 """From a recipe to a run: data, model, adapter and trainer, put together in the order they are needed.
 
-Everything that can be checked without weights is checked first (`prepare`, which `--dry-run` stops after).
+Everything that can be checked without weights is checked first (`preparation`; `--dry-run` stops after it).
 """
 
 from __future__ import annotations
@@ -10,23 +10,18 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from shlex import quote
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 
 from mamba_sft.data.packing import Collator
-from mamba_sft.data.preparing import PreparedData, read_corpus
 from mamba_sft.disk import disk_errors_explained
 from mamba_sft.errors import TrainingError
-from mamba_sft.evaluation.prompts import Prompt, pair, prompts_digest, write_samples
-from mamba_sft.inference.generation import answers, stop_token_ids
-from mamba_sft.inference.sampling import Sampling
+from mamba_sft.evaluation.prompts import pair, write_samples
 from mamba_sft.kernels import automatic
 from mamba_sft.model.adapter import (
     adapter_weights,
@@ -34,53 +29,38 @@ from mamba_sft.model.adapter import (
     load_weights,
     trained_digest,
 )
-from mamba_sft.model.chat_template import TemplateSetup, render
 from mamba_sft.model.checkpoint import base_fingerprint, resolve_base
 from mamba_sft.model.full_weights import in_float32, save_trained, train_all_weights, whole_weights
 from mamba_sft.model.loading import apply_setup, load_model, recommend_sampling, resolve_dtype
 from mamba_sft.model.shards import held_bytes, is_sharded
-from mamba_sft.planning.course import Course
 from mamba_sft.planning.environment import describe_call, describe_device, describe_environment
-from mamba_sft.planning.extent import RunLength
-from mamba_sft.planning.fitting import refuse_what_cannot_fit, trained_values
-from mamba_sft.planning.settling import settle
 from mamba_sft.planning.storage import (
     ANOTHER_PLACE,
     FILES,
     checkpoint_sizes,
-    refuse_too_small_a_disk,
     result_bytes,
 )
 from mamba_sft.recipe.mixtures import source_ids
 from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.run import Run, atomic_directory, write_atomically
-from mamba_sft.run_reading import read_object
 from mamba_sft.training.activations import keep_activations
-from mamba_sft.training.arguments import trainer_arguments
 from mamba_sft.training.callbacks import AdapterWatch, Interruption, MetricsLog
 from mamba_sft.training.counts import Counts
-from mamba_sft.training.data_record import record_data, settle_changes
-from mamba_sft.training.dealing import deal_out
-from mamba_sft.training.first_checks import Checked, check_first, check_sharing
 from mamba_sft.training.keeping import Ask, save_surely
 from mamba_sft.training.live_report import LiveReport
 from mamba_sft.training.overwriting import sole_writer, start_anew
+from mamba_sft.training.preparation import Preparation, prepare
 from mamba_sft.training.resume_points import step_in_name, sweep
-from mamba_sft.training.resuming import newest_resume_point, processes_at_start
+from mamba_sft.training.resuming import newest_resume_point
+from mamba_sft.training.sample_answers import answers_after, answers_before, watch_answers
 from mamba_sft.training.saving import CheckpointSaves, file_errors_explained, left_out_if_refused
-from mamba_sft.training.starting import check_base, check_vocabulary
-from mamba_sft.training.step_samples import StepSamples
+from mamba_sft.training.starting import check_base
 from mamba_sft.training.trainer import Trainer
 from mamba_sft.training.zero import full_gradient
 from mamba_sft.wording import count_text
 
-if TYPE_CHECKING:
-    from trl import SFTConfig
-
 logger = logging.getLogger(__name__)
 
-ANSWERED_TOGETHER = 32
-"""Sample prompts answered in one batch."""
 _CAUSES = ("learning_rate", "grad_norm")
 
 
@@ -89,131 +69,6 @@ class RunInterruptedError(TrainingError):
 
     exit_code = 130
     heading = "stopped"
-
-
-@dataclass(frozen=True)
-class Preparation:
-    """Everything a run needs before the weights.
-
-    Args:
-        run: Where it will be written.
-        setup: The tokenizer with its chat template and special tokens settled.
-        data: The prepared rows and what was seen while preparing them.
-        arguments: The trainer's own configuration.
-        course: Which rows each optimizer step takes.
-        prompts: Sample prompts to answer before and after.
-        length: What the rows come to: the optimizer steps of the whole run, and whether they are too few.
-        start: The adapter that training starts from, where `model.adapter` names one, or None.
-        resumed: Whether this goes on with what is in the run directory.
-        resume_point: What training goes on from; None where it begins at nothing.
-        record: What the run keeps of its data.
-        trained: Values that are trained.
-        seen: What was in the run's directory, by `contents_of`.
-    """
-
-    recipe: Recipe
-    run: Run
-    setup: TemplateSetup
-    data: PreparedData
-    arguments: SFTConfig
-    course: Course
-    prompts: list[Prompt]
-    length: RunLength
-    start: Path | None
-    resumed: bool
-    resume_point: Path | None
-    record: dict[str, Any]
-    trained: int
-    seen: frozenset[tuple[str, int]]
-
-    @property
-    def max_steps(self) -> int:
-        """Optimizer steps of the whole run."""
-        return self.length.steps
-
-
-def prepare(
-    recipe: Recipe, *, resume: bool = False, overwrite: bool = False, allow_changed_data: bool = False
-) -> Preparation:
-    """Does everything that comes before the weights: reads and renders the data, checks every setting.
-
-    Args:
-        recipe: What to train.
-        resume: Go on from the newest complete checkpoint in `recipe.output_dir`.
-        overwrite: Delete what is in `recipe.output_dir` when training starts.
-        allow_changed_data: Resume with other rows, or other prompts, than the run was started with.
-
-    Raises:
-        MambaSFTError: Anything in recipe, base, data, memory or output directory that would make it fail.
-    """
-    checked = check_first(recipe, resume=resume, overwrite=overwrite)
-    return prepare_checked(checked, allow_changed_data=allow_changed_data)
-
-
-def prepare_checked(checked: Checked, *, allow_changed_data: bool = False) -> Preparation:
-    """Does what `prepare` does after the first checks.
-
-    Args:
-        checked: From `check_first`.
-        allow_changed_data: Resume with other rows, or other prompts, than the run was started with.
-    """
-    recipe, run = checked.recipe, checked.run
-    processes = PartialState(cpu=not torch.cuda.is_available())  # as the trainer asks; else each is the first
-    check_sharing(recipe, processes.num_processes)
-    setup, data = read_corpus(recipe)
-    if checked.start is not None:
-        check_vocabulary(checked.start, setup)
-    settled = settle(recipe, data, processes=_processes_at_start(checked, processes.num_processes))
-    recipe, data, course, length = settled.recipe, settled.data, settled.course, settled.length
-    longest = int(settled.lengths.max(initial=0))
-    refuse_what_cannot_fit(
-        recipe,
-        longest=longest,
-        trained_rows=len(setup.trained_token_ids),
-        processes=processes.num_processes,
-    )
-    trained = trained_values(recipe, trained_rows=len(setup.trained_token_ids))
-    if processes.is_main_process:
-        validates = data.validation_rows is not None
-        refuse_too_small_a_disk(
-            run, recipe, trained, steps=length.steps, validates=validates, resumes=checked.resumed
-        )
-    has_validation = data.validation_rows is not None
-    arguments = trainer_arguments(
-        recipe, run, steps=course.steps, has_validation=has_validation, processes=processes.num_processes
-    )
-    record = record_data(recipe, data, setup.tokenizer, length, checked.prompts)
-    if settled.mixture is not None:
-        record["mixture"] = settled.mixture.to_dict()
-    if checked.resumed:
-        record["changes"] = settle_changes(run, record, checked.resume_point, allowed=allow_changed_data)
-    return Preparation(
-        recipe=recipe,
-        run=run,
-        setup=setup,
-        data=data,
-        arguments=arguments,
-        course=course,
-        prompts=checked.prompts,
-        length=length,
-        start=checked.start,
-        resumed=checked.resumed,
-        resume_point=checked.resume_point,
-        record=record,
-        trained=trained,
-        seen=checked.seen,
-    )
-
-
-def _processes_at_start(checked: Checked, now: int) -> int:
-    """With how many processes the run was started: a run that goes on keeps the rows of its steps."""
-    found = (processes_at_start(checked.run) if checked.resumed else None) or now
-    if found != now:
-        logger.info(
-            "the run was started with %s and goes on with %d: each step reads the same rows",
-            count_text(found, "process", "processes"), now,
-        )  # fmt: skip
-    return found
 
 
 def train(
@@ -273,8 +128,8 @@ def _train(
     _say_what_is_left(preparation)
     trainer = load_trainer(preparation, counts, interruption, callbacks)
     start = trained_digest(trainer.model)
-    before = _answers_before(preparation, trainer)
-    _watch_answers(preparation, trainer, before)
+    before = answers_before(preparation, trainer)
+    watch_answers(preparation, trainer, before)
     report = LiveReport(run, preparation.max_steps, writes=trainer.is_world_process_zero())
     trainer.add_callback(report)  # the last one: it tells what the others have written
     explained = file_errors_explained(run, lambda: trainer.state.global_step)
@@ -285,7 +140,7 @@ def _train(
             raise _interrupted(run, interruption)
         interruption.where = "stopped after training, before all was written"
         _refuse_unchanged(trainer, start, recipe.trains)
-        after = _answer(preparation, trainer, "after")
+        after = answers_after(preparation, trainer)
         weights = _whole_weights(preparation, trainer)
         held = gather_object([held_bytes(trainer.model)])
         if trainer.is_world_process_zero():
@@ -470,71 +325,6 @@ def _say_what_is_left(preparation: Preparation) -> None:
         logger.info("going on from step %d of %d", step_in_name(point), steps)
     else:
         logger.info("going on from step %d of %d: training is done, the rest is left", steps, steps)
-
-
-def _answers_before(preparation: Preparation, trainer: Trainer) -> list[str]:
-    """The answers of the model that training starts from; a resumed run has them from its first session."""
-    path, digest = preparation.run.answers_before, prompts_digest(preparation.prompts)
-    main = trainer.is_world_process_zero()
-    count, asked = len(preparation.prompts), preparation.resumed and main
-    kept = [_kept_answers(path, digest, count) if asked else None]
-    broadcast_object_list(kept)
-    if kept[0] is not None:
-        return kept[0]
-    given = _answer(preparation, trainer, "before")
-    if given and main:
-        text = json.dumps({"digest": digest, "answers": given}, ensure_ascii=False) + "\n"
-        with left_out_if_refused(path):
-            write_atomically(path, text)
-    return given
-
-
-def _kept_answers(path: Path, digest: str, count: int) -> list[str] | None:
-    """Answers to the same prompts that were kept, or None: then they are asked again, of the same model."""
-    kept = read_object(path)
-    given = kept.get("answers")
-    if kept.get("digest") != digest or not isinstance(given, list) or len(given) != count:
-        return None
-    return [str(answer) for answer in given]
-
-
-def _watch_answers(preparation: Preparation, trainer: Trainer, before: list[str]) -> None:
-    every = preparation.recipe.eval.sample_steps
-    if every is not None and preparation.prompts:
-        answer = partial(_given, preparation, trainer)
-        trainer.add_callback(StepSamples(preparation.run, preparation.prompts, before, every, answer))
-
-
-def _answer(preparation: Preparation, trainer: Trainer, when: str) -> list[str]:
-    prompts = preparation.prompts
-    if not prompts:
-        return []
-    logger.info("answering %d sample prompts %s training", len(prompts), when)
-    return _given(preparation, trainer, prompts)
-
-
-def _given(preparation: Preparation, trainer: Trainer, prompts: Sequence[Prompt]) -> list[str]:
-    """The model's answers to prompts, as it is now, in every process.
-
-    The processes share the prompts out, unless each of them holds a part of the model: then they give every
-    answer together.
-    """
-    answer = partial(_own_answers, preparation, trainer)
-    return answer(prompts) if is_sharded(trainer.model) else deal_out(answer, prompts)
-
-
-def _own_answers(preparation: Preparation, trainer: Trainer, prompts: Sequence[Prompt]) -> list[str]:
-    recipe, tokenizer = preparation.recipe, preparation.setup.tokenizer
-    chats = [prompt.messages(recipe.chat.system) for prompt in prompts]
-    given = answers(
-        trainer.model,
-        tokenizer,
-        [render(tokenizer, chat, add_generation_prompt=True)[0] for chat in chats],
-        sampling=Sampling(max_new_tokens=recipe.eval.max_new_tokens),
-        stop_ids=stop_token_ids(trainer.model, tokenizer),
-        batch_size=ANSWERED_TOGETHER,
-    )
-    return [answer.text for answer in given]
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """What can be said of a run within a second: arguments, places, and what lies there. Imports no torch.
 
 Loading torch, transformers and peft takes seconds. A typing mistake, a file that is not there or a run that
-is finished already are told before; `fine_tuning.prepare` goes on from here.
+is finished already are told before; `preparation.prepare` goes on from here.
 """
 
 from __future__ import annotations

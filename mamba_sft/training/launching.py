@@ -32,7 +32,7 @@ from mamba_sft.errors import TrainingError, UsageError
 from mamba_sft.processes import LAUNCHED, is_one_of_many
 from mamba_sft.run import Run
 from mamba_sft.training.resuming import newest_resume_point
-from mamba_sft.wording import count_text
+from mamba_sft.wording import count_text, first_line
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -218,9 +218,8 @@ def launch(asked: Launch, words: Sequence[str], run: Run, grace_seconds: float) 
         except (RuntimeError, OSError, TimeoutError) as error:  # what the store and the rendezvous raise
             if asked.nodes == 1:
                 raise
-            first = str(error).strip().splitlines()[0]
             raise TrainingError(
-                f"the {asked.nodes} machines did not meet at `{asked.master}`: {first}",
+                f"the {asked.nodes} machines did not meet at `{asked.master}`: {first_line(error)}",
                 hint=f"each of them needs the same command within {JOIN_SECONDS} seconds, with `--rank` 0 on "
                 f"the machine that is called `{asked.host}`, where port {asked.port} is free and reachable",
             ) from None

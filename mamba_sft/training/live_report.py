@@ -13,6 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from mamba_sft.evaluation.report import write_report
 from mamba_sft.evaluation.run_figures import Progress
 from mamba_sft.run import Run
+from mamba_sft.wording import first_line
 
 logger = logging.getLogger(__name__)
 
@@ -66,9 +67,8 @@ class LiveReport(TrainerCallback):
         try:
             yield
         except BaseException as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
             done = self._progress
-            self._progress = Progress(done.step, done.steps, ended=f"ended early: {reason}")
+            self._progress = Progress(done.step, done.steps, ended=f"ended early: {first_line(error)}")
             self._write()
             raise
 

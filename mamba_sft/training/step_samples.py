@@ -12,6 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from mamba_sft.evaluation.prompts import Prompt, StepSample, read_step_samples, write_step_samples
 from mamba_sft.run import Run
+from mamba_sft.wording import first_line
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +80,7 @@ class StepSamples(TrainerCallback):
             # several processes answer together: one whose disk is full goes on with the others
             self._writes = False
             self._stopped = isinstance(error, torch.OutOfMemoryError) or args.world_size == 1
-            logger.warning("no more sample answers while training goes on: %s", str(error).splitlines()[0])
+            logger.warning("no more sample answers while training goes on: %s", first_line(error))
 
     def _keep(self, step: int, answers: Sequence[str]) -> None:
         pairs = zip(self.prompts, answers, strict=False)

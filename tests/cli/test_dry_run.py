@@ -15,7 +15,8 @@ from mamba_sft.cli.app import app
 from mamba_sft.errors import AdapterError, TrainingError
 from mamba_sft.planning import fitting
 from mamba_sft.planning.gpus import Accelerator
-from mamba_sft.training.fine_tuning import RunInterruptedError, prepare, train, train_prepared
+from mamba_sft.training.fine_tuning import RunInterruptedError, train, train_prepared
+from mamba_sft.training.preparation import prepare
 from tests.training.test_fine_tuning import SignalAt
 
 SKIP = "data.on_bad_row=skip"

@@ -22,7 +22,7 @@ from mamba_sft.planning.speed import estimate, flops, measured
 from mamba_sft.recipe.builtin import builtin_recipes
 from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.run import Run
-from mamba_sft.training.fine_tuning import prepare
+from mamba_sft.training.preparation import prepare
 
 CARDS_OF = {
     "instruct": "a100-80", "instruct-qlora": "4090", "instruct-t4": "t4", "long-context": "4090",

@@ -20,7 +20,8 @@ from transformers import TrainerCallback
 
 from mamba_sft import Recipe
 from mamba_sft.errors import TrainingError
-from mamba_sft.training.fine_tuning import prepare, train_prepared
+from mamba_sft.training.fine_tuning import train_prepared
+from mamba_sft.training.preparation import prepare
 
 ROOT = Path(__file__).parents[2]
 

@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 from mamba_sft import Run
 from mamba_sft.cli.app import app
 from mamba_sft.errors import DataError, RecipeError, TrainingError
-from mamba_sft.training.fine_tuning import RunInterruptedError, prepare, train, train_prepared
+from mamba_sft.training.fine_tuning import RunInterruptedError, train, train_prepared
+from mamba_sft.training.preparation import prepare
 from tests.training.test_fine_tuning import SignalAt
 
 

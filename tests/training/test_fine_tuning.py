@@ -15,7 +15,8 @@ from transformers import TrainerCallback
 from mamba_sft import Recipe, Run
 from mamba_sft.errors import AdapterError, MambaSFTError, RecipeError, TrainingError
 from mamba_sft.planning.extent import run_length
-from mamba_sft.training.fine_tuning import RunInterruptedError, prepare, train, train_prepared
+from mamba_sft.training.fine_tuning import RunInterruptedError, train, train_prepared
+from mamba_sft.training.preparation import prepare
 from mamba_sft.training.resuming import differences, newest_resume_point
 from mamba_sft.training.trainer import Trainer
 

@@ -23,7 +23,8 @@ from mamba_sft.planning.memory import Work, planned_parts
 from mamba_sft.planning.storage import checkpoint_sizes, result_bytes
 from mamba_sft.run_contents import strangers
 from mamba_sft.training import fine_tuning
-from mamba_sft.training.fine_tuning import RunInterruptedError, prepare, train, train_prepared
+from mamba_sft.training.fine_tuning import RunInterruptedError, train, train_prepared
+from mamba_sft.training.preparation import prepare
 from mamba_sft.training.resume_points import fault_of
 from tests.training.test_fine_tuning import SignalAt, losses
 

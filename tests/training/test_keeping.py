@@ -28,10 +28,10 @@ SCRIPT = """
 import errno, resource, sys
 from pathlib import Path
 from mamba_sft.cli import app
-from mamba_sft.training import fine_tuning, keeping
+from mamba_sft.training import fine_tuning, keeping, sample_answers
 keeping.RETRY_PAUSE = 0.2
 keeping.RETRY_SECONDS = {seconds}
-answer, save = fine_tuning._answer, fine_tuning.save_trained
+answer, save = sample_answers._answer, fine_tuning.save_trained
 def limit(preparation, trainer, when):
     if when == "after" and {limited}:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
@@ -41,7 +41,7 @@ def refuse(model, directory, **more):
         (directory / "half").write_text("x")
         raise OSError(errno.EDQUOT, "Disk quota exceeded")
     save(model, directory, **more)
-fine_tuning._answer, fine_tuning.save_trained = limit, refuse
+sample_answers._answer, fine_tuning.save_trained = limit, refuse
 sys.argv = ["mamba-sft", "train", {recipe!r}]
 app.main()
 """

@@ -12,7 +12,8 @@ from mamba_sft import Run
 from mamba_sft.cli.app import app
 from mamba_sft.errors import TrainingError
 from mamba_sft.planning.extent import ENOUGH
-from mamba_sft.training.fine_tuning import RunInterruptedError, prepare, train, train_prepared
+from mamba_sft.training.fine_tuning import RunInterruptedError, train, train_prepared
+from mamba_sft.training.preparation import prepare
 from tests.training.test_fine_tuning import SignalAt, adapter
 
 UNDERFLOW = "train.learning_rate=1e-60"

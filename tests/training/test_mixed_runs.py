@@ -11,7 +11,8 @@ from transformers import TrainerCallback
 
 from mamba_sft import Run, train
 from mamba_sft.model.checksums import file_checksum
-from mamba_sft.training.fine_tuning import RunInterruptedError, prepare
+from mamba_sft.training.fine_tuning import RunInterruptedError
+from mamba_sft.training.preparation import prepare
 
 STAGES = "train.stages=[{until: 0.5, max_length: 40, sources: {chats: 0.5, more: 0.5}}, {sources: {more: 1}}]"
 

@@ -12,8 +12,9 @@ import pytest
 from mamba_sft.errors import RecipeError, TrainingError, UsageError
 from mamba_sft.run import Run
 from mamba_sft.run_contents import is_marked, remove, strangers
-from mamba_sft.training.fine_tuning import prepare, train
+from mamba_sft.training.fine_tuning import train
 from mamba_sft.training.overwriting import start_anew
+from mamba_sft.training.preparation import prepare
 
 HALF = "0123abcd-4567-89abcdef"  # a process of some host
 

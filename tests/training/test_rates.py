@@ -11,7 +11,8 @@ from mamba_sft.errors import RecipeError
 from mamba_sft.planning.extent import course_of
 from mamba_sft.planning.schedule import learning_rates
 from mamba_sft.run import Run
-from mamba_sft.training.fine_tuning import Preparation, RunInterruptedError, prepare, train, train_prepared
+from mamba_sft.training.fine_tuning import RunInterruptedError, train, train_prepared
+from mamba_sft.training.preparation import Preparation, prepare
 from tests.training.test_fine_tuning import SignalAt
 
 OWN = (

@@ -21,8 +21,9 @@ from typer.testing import CliRunner
 from mamba_sft import Recipe, Run
 from mamba_sft.cli.app import app
 from mamba_sft.errors import TrainingError
-from mamba_sft.training import fine_tuning, resume_points
-from mamba_sft.training.fine_tuning import RunInterruptedError, prepare, train, train_prepared
+from mamba_sft.training import fine_tuning, resume_points, sample_answers
+from mamba_sft.training.fine_tuning import RunInterruptedError, train, train_prepared
+from mamba_sft.training.preparation import prepare
 from mamba_sft.training.resume_points import COUNTS, MANIFEST, fault_of, find_good, rotate, write_whole
 from tests.training.test_fine_tuning import SignalAt, adapter
 
@@ -213,7 +214,7 @@ def test_a_run_that_died_after_its_last_step_takes_no_step_more(
     options = ("train.max_steps=6", "train.lr_scheduler_type=constant", "eval.max_new_tokens=4",
                "data.validation=6", "eval.eval_steps=2", f"eval.prompts={prompts}")  # fmt: skip
     whole = train(recipe(*options, name="whole"))
-    answer = fine_tuning._answer
+    answer = sample_answers._answer
     asked: list[str] = []
 
     def failing(preparation: Any, trainer: Any, when: str) -> list[str]:
@@ -222,7 +223,7 @@ def test_a_run_that_died_after_its_last_step_takes_no_step_more(
             raise OSError("gone")
         return answer(preparation, trainer, when)
 
-    monkeypatch.setattr(fine_tuning, "_answer", failing)
+    monkeypatch.setattr(sample_answers, "_answer", failing)
     with pytest.raises(OSError, match="gone"):
         train(recipe(*options))
     saved = sorted(path.name for path in Run(tmp_path / "run").checkpoints.iterdir())
@@ -371,7 +372,7 @@ def test_a_signal_while_answering_stops_at_once(
 ) -> None:
     (tmp_path / "prompts.txt").write_text("hello 3\n")
     options = ("eval.max_new_tokens=4", f"eval.prompts={tmp_path / 'prompts.txt'}")
-    whole, answer = train(recipe(*options, name="whole")), fine_tuning._answer
+    whole, answer = train(recipe(*options, name="whole")), sample_answers._answer
 
     def stopped(preparation: Any, trainer: Any, now: str) -> list[str]:
         if now == when:
@@ -379,7 +380,7 @@ def test_a_signal_while_answering_stops_at_once(
         return answer(preparation, trainer, now)
 
     with monkeypatch.context() as patch:
-        patch.setattr(fine_tuning, "_answer", stopped)
+        patch.setattr(sample_answers, "_answer", stopped)
         with pytest.raises(RunInterruptedError, match=f"stopped {when} training") as caught:
             train(recipe(*options))
     assert (caught.value.exit_code, caught.value.heading) == (130, "stopped")

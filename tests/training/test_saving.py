@@ -22,7 +22,8 @@ from mamba_sft.planning.storage import checkpoints_at_once, run_sizes
 from mamba_sft.run_contents import mark
 from mamba_sft.training import fine_tuning, live_report, saving
 from mamba_sft.training.callbacks import Interruption
-from mamba_sft.training.fine_tuning import prepare, train, train_prepared
+from mamba_sft.training.fine_tuning import train, train_prepared
+from mamba_sft.training.preparation import prepare
 from mamba_sft.training.resuming import newest_resume_point
 from mamba_sft.training.saving import Lines
 from mamba_sft.training.trainer import Trainer

@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 
 from mamba_sft import Recipe, Run
 from mamba_sft.cli.app import app
-from mamba_sft.training.fine_tuning import RunInterruptedError, prepare, train_prepared
+from mamba_sft.training.fine_tuning import RunInterruptedError, train_prepared
+from mamba_sft.training.preparation import prepare
 from tests.training.test_fine_tuning import SignalAt, adapter
 
 CASES = Path(__file__).parents[3] / "shared" / "cases"

@@ -13,7 +13,8 @@ from transformers import TrainerCallback
 from mamba_sft import Run
 from mamba_sft.errors import TrainingError
 from mamba_sft.training import spikes
-from mamba_sft.training.fine_tuning import RunInterruptedError, prepare, train, train_prepared
+from mamba_sft.training.fine_tuning import RunInterruptedError, train, train_prepared
+from mamba_sft.training.preparation import prepare
 from mamba_sft.training.spikes import FAR, FLOOR, LEAST, WINDOW, SpikeWatch, named
 from tests.training.test_fine_tuning import SignalAt, adapter
 

@@ -18,7 +18,8 @@ from mamba_sft.cli.app import app
 from mamba_sft.errors import AdapterError, RecipeError, TrainingError
 from mamba_sft.inference.chat_model import load_chat_model
 from mamba_sft.planning.plan import make_plan
-from mamba_sft.training.fine_tuning import RunInterruptedError, prepare, train, train_prepared
+from mamba_sft.training.fine_tuning import RunInterruptedError, train, train_prepared
+from mamba_sft.training.preparation import prepare
 from tests.conftest import build_model
 from tests.training.test_fine_tuning import SignalAt, adapter, losses
 from tests.training.test_learning import UNDERFLOW, recipes_take_any_rate  # noqa: F401

@@ -17,7 +17,8 @@ from mamba_sft import Run
 from mamba_sft.data.rows import row_lengths
 from mamba_sft.errors import TrainingError
 from mamba_sft.training.figures import Figures
-from mamba_sft.training.fine_tuning import RunInterruptedError, prepare, train, train_prepared
+from mamba_sft.training.fine_tuning import RunInterruptedError, train, train_prepared
+from mamba_sft.training.preparation import prepare
 from mamba_sft.training.steps import ChunkedSteps
 from tests.training.test_fine_tuning import SignalAt, adapter, assert_same_adapter, losses
 

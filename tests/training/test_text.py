@@ -12,7 +12,8 @@ import pytest
 
 from mamba_sft import Recipe
 from mamba_sft.data.rows import IGNORED
-from mamba_sft.training.fine_tuning import prepare, train
+from mamba_sft.training.fine_tuning import train
+from mamba_sft.training.preparation import prepare
 
 MIX = ("data.mixture={}", "data.validation=6", "eval.eval_steps=4", "train.save_steps=4", "train.max_steps=8",
        "data.too_long=split")  # fmt: skip
