@@ -63,10 +63,13 @@ class Run(Showing):
     Example: `Run.open("runs/quickstart").metrics`, or `Run.newest()` as the last line of a cell.
 
     Args:
-        path: The directory, e.g. `runs/quickstart`.
+        path: The directory, e.g. `runs/quickstart`; a text becomes a `Path`.
     """
 
     path: Path
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", Path(self.path))
 
     @property
     def mark(self) -> Path:
@@ -228,9 +231,16 @@ class Run(Showing):
     def open(cls, where: Run | str | Path) -> Run:
         """Returns the run at `where`.
 
+        Example: `Run.open("runs/quickstart").samples()`.
+
         Raises:
-            UsageError: `where` is not a run directory.
+            UsageError: `where` is not a run directory, or nothing that could name one.
         """
+        if not isinstance(where, Run | str | Path):
+            raise UsageError(
+                f"a run is a `Run` or the path of one, and this is a `{type(where).__name__}`",
+                hint="`train` returns the run; `Run.newest()` is the one that was trained last",
+            )
         run = where if isinstance(where, Run) else cls(Path(where))
         refuse_gguf(run.path)
         if not run.path.is_dir():
@@ -259,6 +269,8 @@ class Run(Showing):
     @classmethod
     def newest(cls, root: str | Path = RUNS_ROOT) -> Run:
         """Returns the most recently trained run under `root`, by the age of its recipe.
+
+        Example: `run = Run.newest()` after a restart of the notebook.
 
         Raises:
             UsageError: There is none.

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,6 +29,17 @@ def test_newest_run_is_the_youngest_recipe(tmp_path: Path) -> None:
     assert Run.newest(tmp_path) == new
     os.utime(old.recipe, (3000, 3000))
     assert Run.newest(tmp_path) == old
+
+
+def test_a_run_takes_its_path_as_text(tmp_path: Path) -> None:
+    assert Run(str(tmp_path)) == Run(tmp_path)  # type: ignore[arg-type]
+    assert Run(str(tmp_path)).metrics.empty  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("wrong", [None, 5, ["runs/x"]])
+def test_what_is_no_path_is_no_run(wrong: Any) -> None:
+    with pytest.raises(UsageError, match=f"and this is a `{type(wrong).__name__}`"):
+        Run.open(wrong)
 
 
 def test_no_run_says_how_to_make_one(tmp_path: Path) -> None:

@@ -118,9 +118,10 @@ def evaluate(
         samples=save_samples,
         rows=data,
     )
-    suites = _suites(suite, tasks)
     from mamba_sft.evaluation.preflight import check_asked
+    from mamba_sft.evaluation.suite_names import asked_suites
 
+    suites = asked_suites(suite, tasks)
     check_asked(suites, settings, resume=resume, overwrite=overwrite)
     if base is not None and against is not None:
         raise UsageError("`--base` scores another model, `--against` reads its results", hint="give one")
@@ -154,22 +155,6 @@ def _absolute(path: Path | None) -> Path | None:
     return None if path is None else path.expanduser().absolute()
 
 
-def _suites(names: str | None, tasks: str | None) -> list[Suite]:
-    from mamba_sft.evaluation.suite_names import find_suite, find_tasks
-    from mamba_sft.run import SUITES
-
-    if names is None and tasks is None:
-        raise UsageError(
-            "say what to score on with `--suite` or `--tasks`",
-            hint=f"suites are {', '.join(SUITES)}; for example `--suite {SUITES[0]}`",
-        )
-    words = [word.strip() for word in (names or "").split(",") if word.strip()]
-    found = [find_suite(word) for word in dict.fromkeys(words)]
-    if tasks is not None:
-        found.append(find_tasks(tasks))
-    return found
-
-
 def _read_against(file: Path | None, suites: Sequence[Suite]) -> Results | None:
     from mamba_sft.evaluation.results import Results
 
@@ -193,7 +178,7 @@ def _prepare(
     overwrite: bool,
 ) -> list[Work] | None:
     """Looks for all problems, then reads what is asked; returns what is to be done, None for a check."""
-    from mamba_sft.evaluation.measuring import start
+    from mamba_sft.evaluation.measuring import start_all
     from mamba_sft.evaluation.preflight import problems_of, refuse
 
     with loading("lm-eval and its tasks"):
@@ -201,13 +186,10 @@ def _prepare(
     refuse(problems)
     from mamba_sft.cli.progress import StageBar  # which loads transformers
 
-    works = []
     with StageBar(err) as bar:
-        for number, suite in enumerate(suites):
-            bar.update("reading tasks", number, len(suites))
-            tasks = suite.prepare(subjects[-1].place, settings)
-            works.append(start(suite, tasks, subjects, settings, output, resume=resume, overwrite=overwrite))
-        bar.update("reading tasks", len(suites), len(suites))
+        works = start_all(
+            suites, subjects, settings, output, resume=resume, overwrite=overwrite, progress=bar.update
+        )
     return None if check else works
 
 

@@ -91,12 +91,12 @@ def generate(
         raise UsageError("`--output` writes JSON Lines already", hint="leave out `--json`")
     if resume and output is None:
         raise UsageError("`--resume` goes on with an `--output`", hint="say which, or leave `--resume` out")
-    if batch_size < 1:
-        raise UsageError(f"`batch_size` must be at least 1, not {batch_size}")
     _refuse_file_names(prompt or [])
     from mamba_sft.inference.model_places import find_place
     from mamba_sft.inference.prompt_rows import read_prompts
-    from mamba_sft.inference.request import Running, check_files, check_system
+    from mamba_sft.inference.request import Running, check_batch_size, check_files, check_system
+
+    check_batch_size(batch_size)
 
     running = Running(device, dtype, quantization, compile_)
     check_system(system, raw=raw)

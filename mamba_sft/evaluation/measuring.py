@@ -172,6 +172,36 @@ def start(
     return work
 
 
+def start_all(
+    suites: Sequence[Suite],
+    subjects: Sequence[Subject],
+    settings: Settings,
+    output: Path,
+    *,
+    resume: bool,
+    overwrite: bool,
+    progress: Progress = lambda stage, done, total: None,
+) -> list[Work]:
+    """Prepares suites and starts each of them: tasks are read, weights are not.
+
+    Args:
+        suites: What is to be run.
+        subjects: The models, from `find_subjects`.
+        settings: How.
+        output: The directory of the results.
+        resume: Go on with results that are there.
+        overwrite: Replace them.
+        progress: Told how many suites are prepared.
+    """
+    works = []
+    for number, suite in enumerate(suites):
+        progress("reading tasks", number, len(suites))
+        tasks = suite.prepare(subjects[-1].place, settings)
+        works.append(start(suite, tasks, subjects, settings, output, resume=resume, overwrite=overwrite))
+    progress("reading tasks", len(suites), len(suites))
+    return works
+
+
 def measure(
     works: Sequence[Work],
     subjects: Sequence[Subject],

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from mamba_sft.errors import UsageError
@@ -16,6 +17,29 @@ from mamba_sft.evaluation.harness import Asked, Harness
 from mamba_sft.evaluation.leaderboards import LEADERBOARDS
 from mamba_sft.evaluation.suites import Suite
 from mamba_sft.run import SUITES, TASKS
+
+
+def asked_suites(names: str | Sequence[str] | None, tasks: str | None) -> list[Suite]:
+    """Returns what is to be scored on, each suite once; they are not prepared yet.
+
+    Args:
+        names: Suites, as a list or with commas; None for none.
+        tasks: Single tasks, as `find_tasks` takes them; None for none.
+
+    Raises:
+        UsageError: There is no such suite or task, or nothing was asked for.
+    """
+    listed = [names] if isinstance(names, str) else (names or [])
+    words = [word.strip() for entry in listed for word in entry.split(",")]
+    found = [find_suite(word) for word in dict.fromkeys(filter(None, words))]
+    if tasks is not None:
+        found.append(find_tasks(tasks))
+    if not found:
+        raise UsageError(
+            "say what to score on with `--suite` or `--tasks`",
+            hint=f"suites are {', '.join(SUITES)}; for example `--suite {SUITES[0]}`",
+        )
+    return found
 
 
 def find_suite(name: str) -> Suite:

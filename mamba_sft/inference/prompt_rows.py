@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,12 @@ def read_prompts(prompts: Prompt | Path | Iterable[Prompt]) -> list[PromptRow]:
     if isinstance(prompts, Path):
         check_files(prompts, None)
         return [_parse(row) for row in read_prompt_file(prompts)]
+    if isinstance(prompts, Mapping) or hasattr(prompts, "columns") or not isinstance(prompts, Iterable):
+        raise UsageError(  # a mapping and a table of pandas would be asked the names in them
+            f"prompts are a text, a list of them or a `Path`, and this is a `{type(prompts).__name__}`",
+            hint='for example `["What is the capital of France?"]`; of a table give the column, of a message'
+            ' a list: `[{"role": "user", "content": "Hello"}]`',
+        )
     listed: list[Any] = [prompts] if isinstance(prompts, str) else list(prompts)
     if listed and isinstance(listed[0], dict):  # one conversation
         listed = [listed]
@@ -76,6 +82,8 @@ def _check_prompt(prompt: Any, where: str, kind: type[UsageError | DataError]) -
             raise kind(f"{where}: the prompt is empty")
         check_text(prompt, where, kind)
         return
+    if not isinstance(prompt, Sequence):
+        raise kind(f"{where}: a prompt is a text or a list of messages, not `{prompt!r:.80}`")
     if not prompt:
         raise kind(f"{where}: there are no messages")
     for message in prompt:

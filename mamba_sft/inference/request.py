@@ -116,6 +116,16 @@ def check_files(prompts: Path | None, output: str | Path | None) -> None:
         check_writable(Path(output).parent, UsageError, hint="choose another place for `--output`")
 
 
+def check_batch_size(batch_size: int) -> None:
+    """Checks how many prompts are answered together.
+
+    Raises:
+        UsageError: It is no number of prompts.
+    """
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise UsageError(f"`batch_size` must be at least 1, not {batch_size}")
+
+
 def check_system(system: str | None, *, raw: bool) -> None:
     """Checks the system message that is asked for.
 

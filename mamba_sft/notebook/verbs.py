@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mamba_sft.noise import quiet_loading
+from mamba_sft.notebook.arguments import check_kind, check_rows
 from mamba_sft.notebook.cell import in_notebook, speak_here
+from mamba_sft.notebook.letting_go import LettingGo
 from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.run import Run
 
@@ -109,6 +111,7 @@ def preview(recipe: Recipe | str | Path, *, rows: int = 3) -> Preview:
         MambaSFTError: The base, its tokenizer, the template or the data cannot be used.
     """
     speak_here()
+    check_rows(rows)
     chosen = _recipe(recipe)
     from mamba_sft.data.sources import check_source
 
@@ -163,10 +166,8 @@ def train(
         quiet_loading()
         warnings = [FITS_NO_CHAT] * preparation.data.summary.fits_no_chat + preparation.length.warnings()
         shown.append(LiveTraining(preparation.run, warnings))
-    try:
+    with LettingGo():
         return train_prepared(preparation, callbacks=[*shown, *callbacks])
-    finally:
-        _let_go()
 
 
 def merge(
@@ -204,12 +205,9 @@ def merge(
     from mamba_sft.notebook.stages import StageBar
 
     quiet_loading()
-    try:
-        with StageBar("merge") as bar:
-            shown = progress or bar.update
-            return merge_run(run, output=output, dtype=dtype, onto=onto, progress=shown)
-    finally:
-        _let_go()
+    with LettingGo(), StageBar("merge") as bar:
+        shown = progress or bar.update
+        return merge_run(run, output=output, dtype=dtype, onto=onto, progress=shown)
 
 
 def export(
@@ -248,20 +246,19 @@ def export(
     speak_here()
     from mamba_sft.exporting.export_run import check_request
     from mamba_sft.exporting.export_run import export as export_run
+    from mamba_sft.exporting.request import GGUFOptions, HubOptions
 
+    check_kind("options", options, HubOptions if format == "hf" else GGUFOptions, HubOptions, GGUFOptions)
     names = [quantization] if isinstance(quantization, str) else list(quantization or [])
     check_request(run, format, names, adapter_only, options)
     from mamba_sft.notebook.stages import StageBar
 
     quiet_loading()
-    try:
-        with StageBar("export") as bar:
-            return export_run(
-                run, format=format, quantization=quantization, output=output, name=name,
-                adapter_only=adapter_only, options=options, progress=progress or bar.update,
-            )  # fmt: skip
-    finally:
-        _let_go()
+    with LettingGo(), StageBar("export") as bar:
+        return export_run(
+            run, format=format, quantization=quantization, output=output, name=name,
+            adapter_only=adapter_only, options=options, progress=progress or bar.update,
+        )  # fmt: skip
 
 
 def generate(
@@ -301,17 +298,20 @@ def generate(
     """
     speak_here()
     from mamba_sft.inference.model_places import find_place
-    from mamba_sft.inference.request import check_files
+    from mamba_sft.inference.prompt_rows import read_prompts
+    from mamba_sft.inference.request import check_batch_size, check_files
+    from mamba_sft.inference.sampling import Sampling
 
+    check_kind("sampling", sampling, Sampling)
+    check_batch_size(batch_size)
     check_files(None, output)
     place = find_place(model) if isinstance(model, Run | str | Path) else model
+    rows = read_prompts(prompts)
     from mamba_sft.inference.answering import answer_prompts
     from mamba_sft.inference.chat_model import load_base
-    from mamba_sft.inference.prompt_rows import read_prompts
     from mamba_sft.notebook.answers import Answers
     from mamba_sft.notebook.stages import StageBar
 
-    rows = read_prompts(prompts)
     quiet_loading()
     name = "base" if isinstance(place, Recipe) else place.name
 
@@ -328,10 +328,8 @@ def generate(
                 sampling=sampling, system=system, raw=raw, batch_size=batch_size, on_answer=count,
             )  # fmt: skip
 
-    try:
+    with LettingGo():
         given = give()
-    finally:
-        _let_go()
     return Answers(given, [_shown(row.prompt) for row in rows], name)
 
 
@@ -363,7 +361,9 @@ def chat(
     """
     speak_here()
     from mamba_sft.inference.model_places import find_place
+    from mamba_sft.inference.sampling import Sampling
 
+    check_kind("sampling", sampling, Sampling)
     asked = (
         find_place(model, merged=merged, needs_adapter=compare)
         if isinstance(model, Run | str | Path)
@@ -396,7 +396,8 @@ def evaluate(
 
     Args:
         model: A run, a model directory or a hub id.
-        suite: One or several of `leaderboard-v2`, `leaderboard-v1`, `heldout`, `instructions`.
+        suite: One or several of `leaderboard-v2`, `leaderboard-v1`, `heldout`, `instructions`, as a list
+            or with commas; none of them where there are `tasks`: `[]`.
         tasks: Single tasks of lm-eval as well: `gsm8k:8,mine.yaml`.
         base: Score this one too and compare; `auto`: the base that the model was trained from.
         settings: Template, lengths, limits, and where data are: a `mamba_sft.evaluation.settings.Settings`.
@@ -413,16 +414,16 @@ def evaluate(
         MambaSFTError: Something stands in the way: all of it, in one message.
     """
     speak_here()
-    from mamba_sft.evaluation.measuring import compare, find_subjects, measure, start
+    from mamba_sft.evaluation.measuring import compare, find_subjects, measure, start_all
     from mamba_sft.evaluation.preflight import check_asked, problems_of, refuse
     from mamba_sft.evaluation.report import refresh_report
     from mamba_sft.evaluation.settings import Settings
-    from mamba_sft.evaluation.suite_names import find_suite, find_tasks
+    from mamba_sft.evaluation.suite_names import asked_suites
     from mamba_sft.run import evaluation_place
 
+    check_kind("settings", settings, Settings)
     settings = settings or Settings()
-    suites = [find_suite(name) for name in ([suite] if isinstance(suite, str) else suite)]
-    suites += [find_tasks(tasks)] if tasks is not None else []
+    suites = asked_suites(suite, tasks)
     check_asked(suites, settings, resume=resume, overwrite=overwrite)
     place = Path(output) if output is not None else evaluation_place(model)
     subjects, problems = find_subjects(model, base, dtype=dtype, quantization=quantization)
@@ -430,23 +431,15 @@ def evaluate(
     from mamba_sft.notebook.scored import Scored
     from mamba_sft.notebook.stages import StageBar
 
-    works = [
-        start(
-            each, each.prepare(subjects[-1].place, settings), subjects, settings, place,
-            resume=resume, overwrite=overwrite,
-        )
-        for each in suites
-    ]  # fmt: skip
+    works = start_all(suites, subjects, settings, place, resume=resume, overwrite=overwrite)
     quiet_loading()
-    try:
+    with LettingGo():
         with StageBar("scoring") as bar:
             measure(works, subjects, settings, quantization=quantization, progress=bar.update)
         for work in works:
             compare(work)
         if output is None:
             refresh_report(model)
-    finally:
-        _let_go()
     return Scored(works)
 
 
@@ -481,14 +474,3 @@ def _recipe(recipe: Recipe | str | Path) -> Recipe:
 def _shown(prompt: Prompt) -> str:
     """A prompt as a table has it: of a conversation its last message."""
     return prompt if isinstance(prompt, str) else str(prompt[-1].get("content") or "")
-
-
-def _let_go() -> None:
-    """Gives memory back that nothing holds any more: the next cell may load another model."""
-    import gc
-
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

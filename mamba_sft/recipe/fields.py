@@ -24,7 +24,9 @@ from pydantic import (
 )
 
 from mamba_sft.credentials import has_credentials
+from mamba_sft.errors import RecipeError
 from mamba_sft.recipe.spans import TokenCount, span_of
+from mamba_sft.wording import shown
 
 
 def _whole_from_one(value: float) -> float:
@@ -139,6 +141,14 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuses what pydantic would refuse, too, in words that say what to do instead."""
+        raise RecipeError(
+            f"a recipe does not change once it is made, and so `{shown(name)}` stays as it is",
+            hint='make another: `Recipe.load("quickstart", ["train.max_steps=20"])`, or'
+            ' `Recipe.from_text(recipe.to_yaml(), overrides=["train.max_steps=20"])`',
+        )
 
 
 class ModelSection(Section):

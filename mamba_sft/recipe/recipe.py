@@ -73,6 +73,8 @@ class Recipe(Showing, Section):
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         """Reads a recipe file or a built-in recipe.
 
+        Example: `Recipe.load("instruct-t4", ["train.max_steps=60", "data.validation=200"])`.
+
         Args:
             path: A YAML file, or the name of a built-in recipe (`quickstart`).
             overrides: `section.field=value` texts that win over the file, the value in YAML.
@@ -87,6 +89,8 @@ class Recipe(Showing, Section):
     def from_text(cls, text: str, name: str = "recipe", overrides: Sequence[str] = ()) -> Recipe:
         """Reads a recipe from YAML text; `name` stands for the file in messages.
 
+        Example: `Recipe.from_text(recipe.to_yaml(), overrides=["seed=1"])`.
+
         Raises:
             RecipeError: The text has problems: all of them, by line.
         """
@@ -94,7 +98,9 @@ class Recipe(Showing, Section):
 
     @classmethod
     def build(cls, **values: Any) -> Recipe:
-        """Makes a recipe from Python values: `Recipe.build(output_dir=..., model={"base": ...}, data={...})`.
+        """Makes a recipe from Python values; a path may be a `Path`.
+
+        Example: `Recipe.build(output_dir="runs/a", model={"base": "b"}, data={"sources": [{"path": "c"}]})`.
 
         Raises:
             RecipeError: The values have problems: all of them.
@@ -107,7 +113,10 @@ class Recipe(Showing, Section):
         return "model" if self.adapter is None else "adapter"
 
     def to_yaml(self) -> str:
-        """The whole recipe, every value written out; reading it back gives an equal recipe."""
+        """The whole recipe, every value written out; reading it back gives an equal recipe.
+
+        Example: `Path("mine.yaml").write_text(recipe.to_yaml())`.
+        """
         return yaml_text.dump(self.model_dump())
 
 

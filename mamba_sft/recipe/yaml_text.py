@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, ClassVar, TypeVar
 
 import yaml
@@ -138,7 +138,7 @@ def load(model: type[Model], text: str, name: str, overrides: Sequence[str]) -> 
         raise RecipeError(
             f"{name}:1: a recipe must consist of fields (`name: value`), got {shown_value(tree)}"
         )
-    for order, override in enumerate(overrides, start=1):
+    for order, override in enumerate(_override_texts(overrides), start=1):
         place = Place(order, 0, f"override `{shown(masked(override), 120)}`")
         try:
             _apply(tree, override, place, source)
@@ -147,13 +147,33 @@ def load(model: type[Model], text: str, name: str, overrides: Sequence[str]) -> 
     return _validate(model, tree, source.places | {(): Place(0, 1, f"{name}:1")}, source.findings)
 
 
+def _override_texts(overrides: Any) -> Sequence[str]:
+    """The overrides one by one; a single text is one, and not a list of letters."""
+    listed = [overrides] if isinstance(overrides, str) else overrides
+    if isinstance(listed, Sequence) and all(isinstance(one, str) for one in listed):
+        return listed
+    given = shown(masked(str(overrides)), 120)
+    raise RecipeError(
+        f"overrides are a list of texts, each `section.field=value`, not `{given}`",
+        hint='for example `["train.max_steps=20"]`',
+    )
+
+
 def build(model: type[Model], values: dict[str, Any]) -> Model:
-    """Validates Python values.
+    """Validates Python values; a path may be a `Path`.
 
     Raises:
         RecipeError: All problems.
     """
-    return _validate(model, values, {(): Place(0, 1, "recipe")}, [])
+    return _validate(model, _without_paths(values), {(): Place(0, 1, "recipe")}, [])
+
+
+def _without_paths(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_paths(entry) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [_without_paths(entry) for entry in value]
+    return str(value) if isinstance(value, PurePath) else value
 
 
 def _validate(

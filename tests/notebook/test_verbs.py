@@ -50,11 +50,29 @@ def test_each_has_an_example_and_those_that_are_cheap_are_true() -> None:
         ('evaluate("runs/none", settings=Settings(limit=0))', "`--limit 0` is not 1 or more"),
         ('chat("data/tiny-base", compare=True)', "no adapter"),
         ('Recipe.load("quickstart", ["train.learning_rte=1"])', "did you mean `learning_rate`"),
+        ('Recipe.load("quickstart", {"train.max_steps": 5})', "overrides are a list of texts"),
+        ('Recipe.load("quickstart", [5])', "each `section.field=value`, not `[5]`"),
+        ('Recipe.load("quickstart").seed = 1', "does not change once it is made"),
+        ('merge(Recipe.load("quickstart"))', "and this is a `Recipe`\nhint: `train` returns the run"),
+        ("report([Run(Path('a'))])", "and this is a `list`"),
+        ('preview("quickstart", rows=-1)', "`rows` must be a whole number from 0, not -1"),
+        ('preview("quickstart", rows="2")', "`rows` must be a whole number from 0, not '2'"),
+        ('generate("data/tiny-base", "a", batch_size=0)', "`batch_size` must be at least 1, not 0"),
+        ('generate("data/tiny-base", "a", sampling={"top_k": 5})', "`sampling=Sampling(top_k=5)`"),
+        ('generate("data/tiny-base", 5)', "and this is a `int`"),
+        ('generate("data/tiny-base", {"role": "user", "content": "a"})', "and this is a `dict`"),
+        ('generate("data/tiny-base", ["a", float("nan")])', "prompt 2: a prompt is a text or a list"),
+        ('chat("data/tiny-base", sampling=5)', "`sampling` is a `Sampling`, not a `int`"),
+        ('evaluate("runs/none", settings={"limit": 4})', "`settings=Settings(limit=4)`"),
+        ('evaluate("runs/none", [])', "say what to score on"),
+        ('export("runs/none", format="hf", options={"private": True})', "`options=HubOptions(private=True)`"),
+        ('export("runs/none", options=5)', "`options` is a `GGUFOptions` or a `HubOptions`, not a `int`"),
     ],
 )
 def test_a_mistake_is_told_before_torch_is_loaded(call: str, message: str) -> None:
     code = f"""
 import sys
+from pathlib import Path
 from mamba_sft import *
 from mamba_sft.evaluation.settings import Settings
 try:
@@ -82,7 +100,7 @@ def models_held() -> int:
     from transformers import FalconMambaForCausalLM
 
     gc.collect()
-    return sum(type(one) is FalconMambaForCausalLM for one in gc.get_objects())
+    return sum(issubclass(type(one), FalconMambaForCausalLM) for one in gc.get_objects())
 
 
 def test_nothing_holds_a_model_when_a_verb_is_done(
@@ -90,12 +108,39 @@ def test_nothing_holds_a_model_when_a_verb_is_done(
 ) -> None:
     """The next cell may need the memory: a 7B does not fit a T4 twice."""
     before = models_held()
-    answers = generate(tiny_run, "hello", sampling=Sampling(max_new_tokens=2))
+    seen: list[int] = []
+    answers = generate(
+        tiny_run,
+        "hello",
+        sampling=Sampling(max_new_tokens=2),
+        on_answer=lambda *_: seen.append(models_held()),
+    )
+    assert seen == [before + 1], "or nothing is counted here"
     assert models_held() <= before
     run = train(tiny_recipe.model_copy(update={"output_dir": str(tmp_path / "run")}))
     assert models_held() <= before
     assert len(answers) == 1
     assert run.adapter.is_dir()
+
+
+def stopped(number: int, answer: object) -> None:
+    raise KeyboardInterrupt
+
+
+def refused(number: int, answer: object) -> None:
+    raise UsageError("no") from TrainingError("first")
+
+
+@pytest.mark.parametrize(("end", "kind"), [(stopped, KeyboardInterrupt), (refused, UsageError)])
+def test_nothing_holds_a_model_after_a_stop(
+    end: Any, kind: type[BaseException], tiny_run: Run, kernel: Kernel
+) -> None:
+    """A notebook keeps the last error and, by its traceback, all that the functions held."""
+    before = models_held()
+    with pytest.raises(kind) as kept:
+        generate(tiny_run, "hello", sampling=Sampling(max_new_tokens=2), on_answer=end)
+    assert models_held() <= before
+    assert kept.value.__traceback__ is not None, "the lines of the cell are still told"
 
 
 def test_training_twice_needs_a_word(tiny_recipe: Recipe, tiny_run: Run) -> None:
@@ -137,3 +182,5 @@ def test_an_evaluation_shows_the_tables_that_the_command_prints(tiny_run: Run) -
     assert (tiny_run.eval / "heldout.json").is_file()
     with pytest.raises(UsageError, match="has results of the same model and settings"):
         evaluate(tiny_run, "heldout", base="auto")
+    twice = evaluate(tiny_run, ["heldout", "heldout,heldout"], base="auto", resume=True)
+    assert len(twice.works) == 1, "a suite that is named twice is scored once"

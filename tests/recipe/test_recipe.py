@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from mamba_sft.errors import RecipeError, UsageError
 from mamba_sft.recipe.builtin import builtin_recipes, bundled_root, find_path
@@ -103,8 +103,27 @@ def test_every_field_has_help_and_every_number_bounds(section: type[BaseModel]) 
 
 def test_recipe_is_frozen() -> None:
     recipe = Recipe.from_text(MINIMAL)
-    with pytest.raises(ValidationError):
-        recipe.train.learning_rate = 1.0  # type: ignore[misc]
+    with pytest.raises(RecipeError, match="`learning_rate` stays as it is"):
+        recipe.train.learning_rate = 1.0
+    with pytest.raises(RecipeError, match="`seed` stays as it is"):
+        recipe.seed = 1
+    assert recipe == Recipe.from_text(MINIMAL)
+
+
+def test_overrides_are_texts() -> None:
+    """A text alone is one override, not a list of its letters."""
+    assert Recipe.from_text(MINIMAL, overrides="seed=3").seed == 3
+    assert Recipe.from_text(MINIMAL, overrides=("seed=3", "seed=4")).seed == 4
+    for wrong in ({"seed": 3}, [3], 3, None):
+        with pytest.raises(RecipeError, match="overrides are a list of texts"):
+            Recipe.from_text(MINIMAL, overrides=wrong)  # type: ignore[arg-type]
+
+
+def test_paths_may_be_paths() -> None:
+    built = Recipe.build(
+        output_dir=Path("runs/x"), model={"base": Path("b")}, data={"sources": [{"path": Path("c.jsonl")}]}
+    )
+    assert (built.output_dir, built.model.base, built.data.sources[0].path) == ("runs/x", "b", "c.jsonl")
 
 
 def test_import_is_light() -> None:
