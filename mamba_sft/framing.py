@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import textwrap
 
 from mamba_sft.credentials import without_secrets
@@ -12,8 +13,26 @@ _WIDTH = 96
 _COLORS = {"error": "31", "hint": "36"}
 _OTHER = "33"
 _OPTION = re.compile(r"`--([a-z][a-z-]*)(?: ([^`]+))?`")
-_TAKE_VALUES = {"output", "name", "dtype", "onto", "format", "quantization", "system"}
+_TAKE_VALUES = {
+    "output", "name", "dtype", "onto", "format", "quantization", "system", "card", "suite", "tasks", "base",
+    "data_dir", "include_path", "chat_template", "math_metric", "limit", "batch_size", "max_length",
+}  # fmt: skip
 """Options of the commands that are no switches, and arguments of the functions."""
+_COMMAND = re.compile(r"`((?:mamba-sft|hf) [^`]+)`")
+CALLS = {
+    "chat": ("chat", {"compare", "merged", "system"}),
+    "doctor": ("doctor", set[str]()),
+    "eval": (
+        "evaluate",
+        {"suite", "tasks", "base", "dtype", "quantization", "output", "resume", "overwrite"},
+    ),
+    "export": ("export", {"format", "quantization", "output", "name", "adapter_only"}),
+    "merge": ("merge", {"output", "dtype", "onto"}),
+    "plan": ("plan", {"card"}),
+    "report": ("report", {"output"}),
+    "train": ("train", {"resume", "overwrite", "allow_changed_data"}),
+}
+"""By verb, the function that does the same, and the options that it has as arguments."""
 
 
 def error_box(heading: str, message: str, hint: str | None) -> list[str]:
@@ -36,9 +55,34 @@ def error_box(heading: str, message: str, hint: str | None) -> list[str]:
     return [*lines, _colored("╰" + "─" * (_WIDTH + 3), color)]
 
 
+def in_cell(command: str) -> str:
+    """Returns a command as a notebook runs it: the call of our function, or the command behind a `!`.
+
+    Args:
+        command: Such as `mamba-sft train recipe.yaml --resume`.
+    """
+    try:
+        program, verb, *words = [*shlex.split(command), ""]
+    except ValueError:  # a quote that does not end
+        return f"!{command}"
+    if program != "mamba-sft" or verb not in CALLS:
+        return f"!{command}"
+    function, options = CALLS[verb]
+    given, left = [], iter(words[:-1])
+    for word in left:
+        name = "quantization" if word == "-q" else word.removeprefix("--").replace("-", "_")
+        if not word.startswith("-") and "=" not in word:
+            given.append(f'"{word}"')
+        elif name in options:
+            given.append(f'{name}="{next(left, "")}"' if name in _TAKE_VALUES else f"{name}=True")
+        else:  # such as what a recipe is changed by, which no function takes
+            return f"!{command}"
+    return f"{function}({', '.join(given)})"
+
+
 def _in_python(text: str) -> str:
-    """`--overwrite` is `overwrite=True` to those who call a function; a whole command stays one."""
-    return _OPTION.sub(_argument, text)
+    """What is to be typed, as those type it who call functions: `--overwrite` is `overwrite=True`."""
+    return _OPTION.sub(_argument, _COMMAND.sub(lambda found: f"`{in_cell(found[1])}`", text))
 
 
 def _argument(match: re.Match[str]) -> str:

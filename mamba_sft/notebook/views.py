@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from mamba_sft.framing import in_cell
 from mamba_sft.notebook.markup import Bars, Block, Cell, Fold, Pairs, Table, Text, View
 from mamba_sft.wording import GIB, path_text, size_text, time_text
 
@@ -129,7 +130,7 @@ def _run(run: Run) -> View:
         samples = samples_of(run)
         blocks += [Fold(f"sample answers, {samples.heading}", samples.view(whole=False).blocks)]
     state = figures.state_text(facts, None)
-    commands = [(what, command) for what, command in figures.next_commands(facts, None)]
+    commands = [(what, in_cell(command)) for what, command in figures.next_commands(facts, None)]
     return View(f"run {path_text(run.path)}: {state}", [*blocks, Fold("what to do next", [Pairs(commands)])])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import re
@@ -10,8 +11,10 @@ from typing import Any
 import pytest
 from transformers import TrainerState
 
+import mamba_sft
 from mamba_sft import MambaSFTError, Run
 from mamba_sft.errors import UsageError
+from mamba_sft.framing import CALLS, in_cell
 from mamba_sft.notebook import cell, live, stages
 from mamba_sft.notebook.live import LiveTraining
 from mamba_sft.notebook.stages import StageBar
@@ -55,7 +58,7 @@ def test_an_error_is_one_box_with_message_and_hint() -> None:
     text = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(lines))
     assert text.startswith("╭─ error ─")
     assert "│ no run at `runs/x`\\x1b[2J\n" in text
-    assert "│ hint: `mamba-sft train RECIPE` makes one\n" in text
+    assert '│ hint: `train("RECIPE")` makes one\n' in text
     assert lines[-1].startswith("\x1b[31m╰")
     stopped = "\n".join(RunInterruptedError("stopped at step 3 of 9")._render_traceback_())
     assert "╭─ stopped ─" in stopped
@@ -67,8 +70,40 @@ def test_options_are_arguments_in_python() -> None:
     hint = "`--overwrite`, `--dtype bfloat16`, another `--output`, or `mamba-sft train a.yaml --resume`"
     text = "\n".join(UsageError("`--onto` is wrong", hint=hint)._render_traceback_())
     assert "│\x1b[0m `onto=...` is wrong" in text
-    assert '`overwrite=True`, `dtype="bfloat16"`, another `output=...`, or `mamba-sft train' in text
-    assert "--resume`" in text
+    assert '`overwrite=True`, `dtype="bfloat16"`, another `output=...`, or' in text
+    assert "resume=True)`" in text
+    assert "`card=...`" in "\n".join(UsageError("no `--card`")._render_traceback_())
+
+
+@pytest.mark.parametrize(
+    ("command", "cell"),
+    [
+        ("mamba-sft train 'runs/a b/recipe.yaml' --resume", 'train("runs/a b/recipe.yaml", resume=True)'),
+        ("mamba-sft chat runs/a --compare", 'chat("runs/a", compare=True)'),
+        (
+            "mamba-sft export runs/a -q Q4_K_M --format ollama",
+            'export("runs/a", quantization="Q4_K_M", format="ollama")',
+        ),
+        ("mamba-sft report runs/a runs/OTHER", 'report("runs/a", "runs/OTHER")'),
+        ("mamba-sft doctor", "doctor()"),
+        ("mamba-sft doctor --why", "!mamba-sft doctor --why"),
+        ("mamba-sft train instruct train.max_steps=5", "!mamba-sft train instruct train.max_steps=5"),
+        ("mamba-sft recipes show quickstart", "!mamba-sft recipes show quickstart"),
+        ("mamba-sft generate base --raw --prompt 'Once'", "!mamba-sft generate base --raw --prompt 'Once'"),
+        ("mamba-sft", "!mamba-sft"),
+        ("mamba-sft chat it's", "!mamba-sft chat it's"),
+        ("hf download owner/name", "!hf download owner/name"),
+    ],
+)
+def test_a_command_is_what_a_cell_can_run(command: str, cell: str) -> None:
+    assert in_cell(command) == cell
+    if command != "mamba-sft":
+        assert f"`{cell}`" in "\n".join(UsageError("no", hint=f"`{command}`")._render_traceback_())
+
+
+def test_the_calls_are_those_of_the_package() -> None:
+    for function, options in CALLS.values():
+        assert options <= set(inspect.signature(getattr(mamba_sft, function)).parameters), function
 
 
 def test_a_long_word_of_an_error_stays_whole() -> None:

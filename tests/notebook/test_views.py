@@ -86,7 +86,7 @@ def test_a_run(tiny_run: Run) -> None:
     assert "finished" in text
     assert "best validation loss" in text
     assert "<svg" in html
-    assert "mamba-sft chat" in html
+    assert f"chat(&quot;{tiny_run.path}&quot;, compare=True)" in html
     assert "nothing there yet" in str(Run(Path("runs/none")))
 
 
