@@ -12,6 +12,8 @@ from mamba_sft.framing import error_box
 class MambaSFTError(Exception):
     """An expected failure: what went wrong, where, and how to mend it.
 
+    Example: `except MambaSFTError as error: print(error.message, error.hint)`.
+
     Args:
         message: One or more lines: what, where (file and line), the value seen. No full stop on one sentence.
         hint: The likely fix, or None.

@@ -166,7 +166,8 @@ SETTINGS_WORDS = """## Settings
 A built-in recipe and what to change of it. Every field: `!mamba-sft recipes schema`; your own data:
 `"data.sources=[{path: chats.jsonl}]"`."""
 DATA_WORDS = """## What it learns from
-Rows as tokens. What is green is trained: the assistant's words and the mark that ends them, nothing else."""
+Rows as tokens. What is coloured is trained: the assistant's words and the mark that ends them, nothing
+else."""
 BEFORE = """from mamba_sft import Sampling, generate
 
 short = Sampling(max_new_tokens=LONGEST)
@@ -174,7 +175,9 @@ before = generate(recipe, PROMPTS, sampling=short)
 before"""
 TRAIN_WORDS = """## Training
 First the memory as it is now. The bar and the curve below it move while it trains; *Stop* saves a checkpoint,
-and `train(recipe, resume=True)` goes on from there. `overwrite=True` replaces an earlier run of this name."""
+and `train(recipe, resume=True)` goes on from there. `overwrite=True` replaces an earlier run of this name.
+After a restart of the runtime, run the cells above anew and, in place of the training,
+`from mamba_sft import Run; run = Run.newest()`."""
 METRICS = """figures = ["loss", "eval_loss", "grad_norm", "tokens_per_second", "peak_memory"]
 run.metrics.reindex(columns=figures).tail()"""
 AFTER = """after = generate(run, PROMPTS, sampling=short)

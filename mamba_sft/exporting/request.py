@@ -26,6 +26,8 @@ Progress = Callable[[str, int, int], None]
 class HubOptions:
     """How what is exported is described and published.
 
+    Example: `export("runs/quickstart", format="hf", options=HubOptions(push_to_hub="you/model"))`.
+
     Args:
         languages: Codes of the languages it speaks, for the model card.
         push_to_hub: A repository to push to, `owner/name`, or None.
@@ -40,6 +42,8 @@ class HubOptions:
 @dataclass(frozen=True)
 class GGUFOptions:
     """How GGUF files are made.
+
+    Example: `export("runs/quickstart", quantization="Q2_K", options=GGUFOptions(imatrix=True))`.
 
     Args:
         fix_epsilon: Scale `ssm_x` so that llama.cpp's norms of dt, B and C are the model's; see

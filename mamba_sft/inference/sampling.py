@@ -14,6 +14,8 @@ from mamba_sft.errors import UsageError
 class Sampling:
     """How the next token is chosen and when an answer ends, by the names `transformers` uses.
 
+    Example: `generate("runs/quickstart", "Hello", sampling=Sampling(max_new_tokens=32, temperature=0.7))`.
+
     Args:
         max_new_tokens: Longest answer, in tokens.
         temperature: 0 takes the likeliest token; above 0 samples.

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mamba_sft.disk import check_writable
+from mamba_sft.errors import UsageError
 from mamba_sft.evaluation.run_facts import read_facts
 from mamba_sft.evaluation.run_figures import loss_curves
 from mamba_sft.evaluation.svg_plot import Curve, svg_text
@@ -32,8 +34,16 @@ class LossPlot(Showing):
         return svg_text(self.curves, title=self.title, width=760, height=260, legend=True)
 
     def save(self, path: str | Path) -> None:
-        """Writes the drawing into an SVG file."""
-        write_atomically(Path(path), self.svg + "\n")
+        """Writes the drawing into an SVG file.
+
+        Raises:
+            UsageError: It cannot be written there.
+        """
+        place = Path(path)
+        if place.is_dir():
+            raise UsageError(f"`{place}` is a directory", hint=f"for example `{place / 'loss.svg'}`")
+        check_writable(place.parent, UsageError, hint="choose another place")
+        write_atomically(place, self.svg + "\n")
 
     def view(self) -> View:
         """The drawing under its title."""

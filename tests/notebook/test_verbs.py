@@ -26,6 +26,10 @@ def test_each_has_an_example_and_those_that_are_cheap_are_true() -> None:
         text = getattr(mamba_sft, name).__doc__
         assert "Example:" in text, name
         assert f">>> {name}(" in text or f"= {name}(" in text, name
+    kinds = [getattr(mamba_sft, name) for name in mamba_sft.__all__ if not name.islower()]
+    methods = (Recipe.load, Recipe.from_text, Recipe.build, Recipe.to_yaml, Run.open, Run.newest, Run.plot)
+    for one in (*kinds, *methods, Run.samples):
+        assert "Example: `" in (one.__doc__ or ""), one
     found = doctest.testmod(verbs, extraglobs={name: getattr(mamba_sft, name) for name in mamba_sft.__all__})
     assert found.attempted >= 3
     assert found.failed == 0

@@ -106,6 +106,9 @@ def test_the_plot(tiny_run: Run, tmp_path: Path) -> None:
     html, _ = shown(tiny_run.plot())
     assert html.count("<svg") == 1
     tiny_run.plot().save(tmp_path / "loss.svg")
+    for place in (tmp_path, tmp_path / "loss.svg" / "loss.svg"):
+        with pytest.raises(UsageError, match=r"is a (directory|file)"):
+            tiny_run.plot().save(place)
     assert (tmp_path / "loss.svg").read_text().startswith("<svg ")
     assert "nothing was logged yet" in str(Run(tmp_path).plot())
 
