@@ -12,6 +12,7 @@ from rich.table import Table
 from mamba_sft.cli import completing
 from mamba_sft.cli.console import Json, err, loading, out, quiet_loading, run_or_newest, write_json
 from mamba_sft.errors import UsageError
+from mamba_sft.json_lines import python_text
 from mamba_sft.wording import size_text, time_text
 
 if TYPE_CHECKING:
@@ -216,7 +217,8 @@ def _show_next(done: Exported, where: str | Run, format: str) -> None:
     if format == "gguf" and done.files and done.files[-1].method != "LoRA":
         lines.append(f"serve:  llama-server -m {shlex.quote(str(done.files[0].path))} --jinja")
     if format == "hf":
-        lines.append(f'load:   AutoModelForCausalLM.from_pretrained("{done.directory}")')
+        place = python_text(done.directory)
+        lines.append(f"load:   AutoModelForCausalLM.from_pretrained({place})")
         if done.pushed is None:
             run = shlex.quote(str(getattr(where, "path", where)))
             lines.append(f"push:   mamba-sft export {run} --format hf --push-to-hub owner/name")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -122,7 +123,8 @@ def _show_end(run: Run, then: str) -> None:
     if warnings := loss_warnings(run.read_metrics()):
         err.print(WarningList(warnings), crop=False)
     out.print(f"trained: {run.path}  (report: {run.report})")
-    out.print(f"next:    mamba-sft chat {run.path}   or   mamba-sft {then} {run.path}")
+    place = shlex.quote(str(run.path))
+    out.print(f"next:    mamba-sft chat {place}   or   mamba-sft {then} {place}")
 
 
 def _start_processes(launch: Launch, words: list[str], checked: Checked) -> None:
