@@ -39,6 +39,12 @@ def builtin_recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(paths, key=lambda path: path.stem)}
 
 
+def about_builtin() -> dict[str, str]:
+    """What each built-in recipe is for, by its name: its first line, a comment."""
+    texts = {name: path.read_text(encoding="utf-8") for name, path in builtin_recipes().items()}
+    return {name: text.partition("\n")[0].lstrip("# ") for name, text in texts.items()}
+
+
 def find_path(text: str) -> Path:
     """Finds a file, directory or glob: from the working directory, then from `bundled_root()`.
 
