@@ -58,6 +58,7 @@ def train(
     Example: mamba-sft train quickstart train.max_steps=20
     """
     from mamba_sft.recipe.recipe import Recipe
+    from mamba_sft.recipe.yaml_text import overridden
     from mamba_sft.training.launching import asked_launch
     from mamba_sft.training.overwriting import refuse_both
 
@@ -73,7 +74,7 @@ def train(
     from mamba_sft.training.first_checks import check_first
     from mamba_sft.training.resuming import own_recipe_moved
 
-    if resume and not any(change.startswith("output_dir=") for change in changes):
+    if resume and "output_dir" not in overridden(changes):
         loaded = own_recipe_moved(find_recipe(recipe), loaded)
     replaces = overwrite or (dry_run and not resume)  # a dry run asks what a run would do
     writes = launch is None or launch.rank == 0

@@ -161,10 +161,11 @@ def _read_parquet(path: Path) -> Iterator[Row]:
 
     try:
         number = 0
-        for batch in pq.ParquetFile(path).iter_batches(_BATCH):
-            for value, problem in _values(batch):
-                number += 1
-                yield Row(str(path), f"{path}: row {number}", value, problem)
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(_BATCH):
+                for value, problem in _values(batch):
+                    number += 1
+                    yield Row(str(path), f"{path}: row {number}", value, problem)
     except (pa.ArrowException, ValueError, OverflowError, MemoryError) as error:
         raise DataError(f"`{path}` is not a readable parquet file: {error}") from error
 

@@ -72,7 +72,7 @@ def load_gguf(path: Path) -> tuple[GGUFModel, Any]:
             raise ModelError(
                 f"the tokenizer in `{path}` (`{facts.pre}`) cuts {text!r} into other tokens here than in "
                 f"llama.cpp: {ours[:8]}, and {theirs[:8]} there",
-                hint=_elsewhere(path),
+                hint=f"`llama-cli -m {shlex.quote(str(path))}` talks to it",
             )
     return GGUFModel(process, facts.state_bytes), tokenizer
 
@@ -112,9 +112,5 @@ def _pre_tokenizer(path: Path, pre: str) -> Any:
         return pre_tokenizers.Sequence(steps)
     raise ModelError(
         f"`{path}` splits text as `{pre}`, which is not known here; Falcon's own way is `falcon`",
-        hint=_elsewhere(path),
+        hint=f"`llama-cli -m {shlex.quote(str(path))}` talks to it",
     )
-
-
-def _elsewhere(path: Path) -> str:
-    return f"`llama-cli -m {shlex.quote(str(path))}` talks to it"

@@ -114,16 +114,18 @@ def _find_in_run(name: str, run: Run, merged: bool) -> ModelPlace:
         )
     if merged:
         if not run.merged.is_dir():
-            command = shlex.join(["mamba-sft", "merge", str(run.path)])
-            raise UsageError(f"`{run.path}` has no merged checkpoint", hint=f"`{command}` makes one")
+            raise UsageError(
+                f"`{run.path}` has no merged checkpoint",
+                hint=f"`mamba-sft merge {shlex.quote(str(run.path))}` makes one",
+            )
         return ModelPlace(name, _section_of(str(run.merged)), recipe=recipe)
     if run.model.is_dir():
         return ModelPlace(name, _section_of(str(run.model)), recipe=recipe)
     if not run.adapter.is_dir():
-        command = shlex.join(["mamba-sft", "train", str(run.recipe), "--resume"])
+        file = shlex.quote(str(run.recipe))
         raise UsageError(
             f"`{run.path}` has no {recipe.trains} yet: its training has not finished",
-            hint=f"finish it with `{command}`, or give one of its checkpoints",
+            hint=f"finish it with `mamba-sft train {file} --resume`, or give one of its checkpoints",
         )
     return ModelPlace(name, recipe.model, run.adapter, recipe, BaseFacts.read(run.adapter))
 

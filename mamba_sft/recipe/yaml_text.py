@@ -262,6 +262,11 @@ class _Source:
             yield key_node.value, self._convert(value_node, here)
 
 
+def overridden(overrides: Sequence[str]) -> set[str]:
+    """Returns the fields that overrides set, by the names that they have there."""
+    return {override.partition("=")[0].strip() for override in overrides}
+
+
 def _apply(tree: dict[str, Any], override: str, place: Place, source: _Source) -> None:
     """Sets in `tree` what `override` says, and notes `place` for it."""
     field, equals, text = override.partition("=")

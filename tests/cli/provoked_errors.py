@@ -603,6 +603,12 @@ ERRORS = {
         1,
         "none of the first 2 rows can be read: array.json:1: not an object but a number",
     ),
+    "data: --prepare --json": Provoked(
+        "data recipe.yaml --prepare --json",
+        2,
+        "`--prepare` shows no rows, and prints no JSON",
+        "leave one of the two out",
+    ),
     "data: semicolons.csv": Provoked(
         "data recipe.yaml data.sources.0.path=semicolons.csv",
         1,

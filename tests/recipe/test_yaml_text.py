@@ -14,7 +14,7 @@ from pydantic import BaseModel, JsonValue
 
 from mamba_sft.errors import RecipeError
 from mamba_sft.recipe.recipe import Recipe, recipe_schema
-from mamba_sft.recipe.yaml_text import EXPONENT, dump, flow_text, load
+from mamba_sft.recipe.yaml_text import EXPONENT, dump, flow_text, load, overridden
 
 MINIMAL = """\
 output_dir: runs/x
@@ -350,3 +350,9 @@ def test_a_text_inside_braces_is_read_back(text: str) -> None:
         recipe = Recipe.from_text(MINIMAL, overrides=[f"data.sources.0={value}"])
         assert recipe.data.sources[0].columns["prompt"] == text
     assert yaml.safe_load(f"{{a: {flow_text(text)}}}") == {"a": text}
+
+
+def test_what_overrides_set_is_known_by_name_whatever_blanks_are_in_them() -> None:
+    changes = [" output_dir = runs/other", "train.max_steps=2", "chat.system=a=b"]
+    assert overridden(changes) == {"output_dir", "train.max_steps", "chat.system"}
+    assert Recipe.from_text(MINIMAL, overrides=changes[:2]).output_dir == "runs/other"
