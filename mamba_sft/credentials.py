@@ -33,7 +33,11 @@ def without_secrets(text: str) -> str:
 
     Nothing is judged by its look, so the text of rows and answers stays what it is.
     """
-    for name, value in os.environ.items():
-        if len(value) >= _LEAST and value in text and _NAME.search(name.upper()):
-            text = text.replace(value, _HIDDEN)
+    found = {
+        value
+        for name, value in os.environ.items()
+        if len(value) >= _LEAST and value in text and _NAME.search(name.upper())
+    }
+    for value in sorted(found, key=len, reverse=True):  # one may be the beginning of another
+        text = text.replace(value, _HIDDEN)
     return text

@@ -140,7 +140,8 @@ def disk_errors_explained(
             raise kind(f"cannot write to `{output}`: {why}; {need}", hint=hint) from error
         named = _named(error, output)
         if named is not None:
-            raise kind(f"`{named}`: {reason(error, named)}") from error
+            gone = number == errno.ENOENT and not os.path.lexists(named)
+            raise kind(f"`{named}`: {'it is not there' if gone else reason(error, named)}") from error
         raise kind(f"cannot write to `{output}`: {reason(error, output)}") from error
 
 
@@ -187,7 +188,8 @@ def _named(error: BaseException, output: Path) -> Path | None:
     name = getattr(error, "filename", None)
     if not isinstance(name, str):
         return None
-    inside = os.path.abspath(name).startswith(os.path.abspath(output))  # or in its `.partial`
+    place, path = os.path.abspath(output).rstrip(os.sep), os.path.abspath(name)
+    inside = path.startswith(place) and path[len(place) :][:1] in ("", os.sep, ".")  # or in its `.partial`
     return None if inside else Path(name)
 
 

@@ -1,7 +1,7 @@
 """The errors a user can cause, each with one clear message and, where there is one, the likely fix.
 
-`cli.py` prints `error: MESSAGE` (or another `heading`) and `hint: HINT` and exits with `exit_code`; anything
-else that is raised is a bug and keeps its traceback.
+`cli/app.py` prints `error: MESSAGE` (or another `heading`) and `hint: HINT` and exits with `exit_code`;
+anything else that is raised is a bug and keeps its traceback.
 """
 
 from __future__ import annotations

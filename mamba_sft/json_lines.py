@@ -25,7 +25,10 @@ LONGEST = 256_000_000
 """Bytes or characters of a row that is taken: a packed file of some MB may unpack to a line of many GB."""
 _HOW = 'one a line, as JSON: {"prompt": "What is a haiku?"}, or as they are in a file called .txt'
 """How prompts stand in a file."""
-_TABLES = {".csv": "read_csv('{}')", ".tsv": "read_csv('{}', sep='\\t')", ".parquet": "read_parquet('{}')"}
+_TABLES = {
+    ".csv": ("read_csv", {}), ".tsv": ("read_csv", {"sep": "\t"}), ".parquet": ("read_parquet", {}),
+}  # fmt: skip
+"""Endings of tables, the function of pandas that reads each, and its arguments."""
 TOO_DEEP = f"nested too deeply, more than {DEEPEST} levels"
 
 
@@ -134,24 +137,23 @@ def read_prompt_file(path: Path, kind: str = "prompts", hint: str | None = None)
     """
     ending = kind_of_file(path)
     if ending in _TABLES and path.exists():
-        command = _lines_of(path, _TABLES[ending])
+        read, how = _TABLES[ending]
+        command = pandas_command(path, read, **how)
         raise DataError(f"`{path}` is a table, and {kind} are JSON Lines", hint=command)
-    read = _text_prompts if ending == ".txt" else read_json_lines
+    read_rows = _text_prompts if ending == ".txt" else read_json_lines
     try:
-        rows = list(read(path))
+        rows = list(read_rows(path))
     except CANNOT_READ as error:
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"cannot read the {kind} `{path}`: {reason}", hint=hint) from error
     if not rows:
-        raise DataError(
-            f"`{path}` holds no prompts",
-            hint=_HOW,
-        )
+        raise DataError(f"`{path}` holds no prompts", hint=_HOW)
     first = rows[0]
     if problem := _other_file(path, first):
         raise problem
     if isinstance(first.value, list) or (first.problem and str(first.value).startswith("[")):
-        raise DataError(f"{first.where}: an array, where one prompt a line is needed", hint=_lines_of(path))
+        command = pandas_command(path, "read_json")
+        raise DataError(f"{first.where}: an array, where one prompt a line is needed", hint=command)
     for row in rows:
         if row.problem is not None:
             raise DataError(f"{row.where}: {row.problem}", hint=_HOW)
@@ -183,14 +185,35 @@ def _is_prompt(text: str) -> bool:
 
 
 def _renamed(path: Path, ending: str) -> str:
-    return shlex.join(["mv", str(path), str(path.with_name(path.name.partition(".")[0] + ending))])
+    """The command that gives a file the ending of what it holds; a packed one stays packed."""
+    packed = path.suffix if is_packed(path) else ""
+    stem = Path(path.name.removesuffix(packed)).stem
+    return shlex.join(["mv", str(path), str(path.with_name(stem + ending + packed))])
 
 
-def _lines_of(path: Path, read: str = "read_json('{}')") -> str:
-    """The command that makes JSON Lines of a JSON array, or of a table."""
-    return (
-        f'python -c "import pandas; pandas.{read.format(path)}'
-        f".to_json('{path.stem}.jsonl', orient='records', lines=True)\""
+def python_command(code: str) -> str:
+    """Returns the command that runs a line of Python, as a shell takes it."""
+    return f"python -c {shlex.quote(code)}"
+
+
+def python_text(text: str | Path) -> str:
+    """Returns a text as a line of Python has it, in double quotes: the shell's around it are single."""
+    return json.dumps(str(text), ensure_ascii=False)
+
+
+def pandas_command(path: Path, read: str, **how: str) -> str:
+    """Returns the command that writes a table anew as JSON Lines, into the working directory.
+
+    Args:
+        path: The table, or a JSON array.
+        read: The function of pandas that reads it.
+        how: More arguments of that.
+    """
+    arguments = ", ".join([python_text(path), *(f"{name}={python_text(text)}" for name, text in how.items())])
+    written = python_text(f"{path.stem}.jsonl")
+    return python_command(
+        f"import pandas; pandas.{read}({arguments})"
+        f'.to_json({written}, orient="records", lines=True, force_ascii=False)'
     )
 
 

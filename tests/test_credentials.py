@@ -46,6 +46,12 @@ def test_the_environment_s_secrets_are_known_by_their_values(monkeypatch: pytest
     assert without_secrets(f"a {VALUE} b an-ordinary-value word") == "a *** b an-ordinary-value word"
 
 
+def test_of_a_secret_that_begins_with_another_nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("A_TOKEN", VALUE)
+    monkeypatch.setenv("B_TOKEN", f"{VALUE}-and-more")
+    assert without_secrets(f"{VALUE}-and-more {VALUE}") == "*** ***"
+
+
 @pytest.mark.parametrize("field", [
     "data.sources.0.path=https://me:{}@host/x.jsonl", "output_dir=runs/{}", "chat.system={}", "model.base={}",
     "eval.prompts={}", "{}=1", "train.trainer_arguments.hub_token={}", "model.revision={}",

@@ -218,10 +218,24 @@ def test_other_errors_are_left_alone(tmp_path: Path) -> None:
 
 def test_a_file_that_cannot_be_read_is_not_called_the_output(tmp_path: Path) -> None:
     output = tmp_path / "out"
-    for name, words in (("base/shard", "base/shard`: "), ("out.partial/x", "cannot write to `.*out`: ")):
+    for name, words in (
+        ("base/shard", "base/shard`: "),
+        ("output-of-another/x", "output-of-another/x`: "),
+        ("out.partial/x", "cannot write to `.*out`: "),
+        ("out/x", "cannot write to `.*out`: "),
+        ("out", "cannot write to `.*out`: "),
+    ):
         error = PermissionError(errno.EACCES, "Permission denied", str(tmp_path / name))
         with (
             pytest.raises(MergeError, match=words + "this user has no permission"),
             disk_errors_explained(output, "it", MergeError),
         ):
             raise error
+
+
+def test_a_file_that_is_not_there_to_be_read_is_no_place_to_write(tmp_path: Path) -> None:
+    with (
+        pytest.raises(MergeError, match=r"base/shard`: it is not there$"),
+        disk_errors_explained(tmp_path / "out", "it", MergeError),
+    ):
+        (tmp_path / "base" / "shard").open("rb")

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import gzip
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -58,11 +61,34 @@ def test_a_text_file_is_one_prompt_a_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", [b'[{"prompt": "a"}]', b'[\n  {\n "prompt": "a"\n}\n]\n'])
 def test_an_array_of_prompts_comes_with_the_command(tmp_path: Path, content: bytes) -> None:
-    path = tmp_path / "prompts.json"
+    path = tmp_path / 'it\'s a "list".json'
     path.write_bytes(content)
     with pytest.raises(DataError) as caught:
         load_prompts(path)
-    assert str(caught.value.hint).endswith(".to_json('prompts.jsonl', orient='records', lines=True)\"")
+    python, *line = shlex.split(str(caught.value.hint))
+    assert python == "python"
+    subprocess.run([sys.executable, *line], check=True, cwd=tmp_path)
+    assert [prompt.prompt for prompt in load_prompts(path.with_suffix(".jsonl"))] == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("my v1.5 prompts.txt", b'{"prompt": "hello"}\n'),
+        ("prompts.txt.gz", gzip.compress(b'{"prompt": "hello"}\n')),
+        ("prompts.jsonl.gz", gzip.compress(b"hello\n")),
+        ("it's prompts.jsonl", b"hello\n"),
+    ],
+)
+def test_a_wrong_ending_comes_with_the_command(tmp_path: Path, name: str, content: bytes) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        load_prompts(path)
+    subprocess.run(str(caught.value.hint), shell=True, check=True)
+    (renamed,) = tmp_path.iterdir()
+    assert [prompt.prompt for prompt in load_prompts(renamed)] == ["hello"]
+    assert renamed.name.startswith(name.partition(".txt")[0].partition(".jsonl")[0])
 
 
 def test_a_packed_file_of_prompts(tmp_path: Path) -> None:

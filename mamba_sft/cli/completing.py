@@ -27,12 +27,9 @@ def recipes(ctx: Any, args: list[str], incomplete: str) -> Offers:
 
 def builtin(ctx: Any, args: list[str], incomplete: str) -> Offers:
     """Offers the built-in recipes."""
-    from mamba_sft.recipe.builtin import builtin_recipes
+    from mamba_sft.recipe.builtin import about_builtin
 
-    return [
-        (name, _short(path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")))
-        for name, path in builtin_recipes().items()
-    ]
+    return [(name, _short(about)) for name, about in about_builtin().items()]
 
 
 def overrides(ctx: Any, args: list[str], incomplete: str) -> Offers:
@@ -41,7 +38,7 @@ def overrides(ctx: Any, args: list[str], incomplete: str) -> Offers:
 
     known = {field.name: field for field in fields()}
     before = list(ctx.params.get("overrides") or [])
-    if before[-1:] == ["="] and before[-2] in known:  # bash
+    if len(before) > 1 and before[-1] == "=" and before[-2] in known:  # bash
         return [(word, "") for word in known[before[-2]].choices]
     name, equals, _ = incomplete.partition("=")
     if equals and name in known:

@@ -44,6 +44,8 @@ def data(
             raise UsageError("`--cached` is about all recipes", hint="leave out the recipe and `--prepare`")
         _show_cached(as_json, clear=clear)
         return
+    if prepare and as_json:
+        raise UsageError("`--prepare` shows no rows, and prints no JSON", hint="leave one of the two out")
     if recipe is None:
         raise UsageError("which recipe?", hint="`mamba-sft data RECIPE`, or `mamba-sft data --cached`")
     from mamba_sft.recipe.recipe import Recipe

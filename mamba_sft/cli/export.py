@@ -10,8 +10,9 @@ import typer
 from rich.table import Table
 
 from mamba_sft.cli import completing
-from mamba_sft.cli.console import Json, err, loading, out, quiet_loading, run_or_newest, write_json
+from mamba_sft.cli.console import Json, err, loading, model_or_newest, out, quiet_loading, write_json
 from mamba_sft.errors import UsageError
+from mamba_sft.json_lines import python_text
 from mamba_sft.wording import size_text, time_text
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ def export(
     options = hub if format == "hf" else GGUFOptions(epsilon_fix, verify, imatrix, hub=hub)
     if language and format != "hf" and push_to_hub is None:
         raise UsageError("`--language` is of a model card: of `--format hf`, or of a push")
-    where = run if run is not None else run_or_newest(None)
+    where = model_or_newest(run)
     if dry_run and (format == "hf" or adapter_only):
         raise UsageError("`--dry-run` plans a model's GGUF files; a checkpoint is as large as its base")
     check_request(where, format, quantization or [], adapter_only, options)
@@ -216,7 +217,8 @@ def _show_next(done: Exported, where: str | Run, format: str) -> None:
     if format == "gguf" and done.files and done.files[-1].method != "LoRA":
         lines.append(f"serve:  llama-server -m {shlex.quote(str(done.files[0].path))} --jinja")
     if format == "hf":
-        lines.append(f'load:   AutoModelForCausalLM.from_pretrained("{done.directory}")')
+        place = python_text(done.directory)
+        lines.append(f"load:   AutoModelForCausalLM.from_pretrained({place})")
         if done.pushed is None:
             run = shlex.quote(str(getattr(where, "path", where)))
             lines.append(f"push:   mamba-sft export {run} --format hf --push-to-hub owner/name")

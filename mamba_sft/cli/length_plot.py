@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from itertools import cycle
 from typing import Any
 
 from mamba_sft.evaluation.svg_plot import Curve, number_text, svg_text
@@ -11,7 +12,8 @@ from mamba_sft.wording import GIB
 
 WIDTH, HEIGHT = 60, 7
 """Columns and rows of a panel, without its axes."""
-MARKS = "ox+*#@%&"
+MARKS = "ox+*#@%&" + "abcdefghijklmnpqrstuvwyz"
+"""One for each curve; of more curves than these, marks come again."""
 PANELS = {
     "prefill_tokens_per_second": "prefill, tokens/s",
     "decode_tokens_per_second": "decoding, tokens/s",
@@ -35,7 +37,10 @@ def series(result: dict[str, Any], name: str) -> Series:
 
 
 def terminal_plots(result: dict[str, Any]) -> Iterator[str]:
-    """Yields the lines of all panels: lengths on a logarithmic axis, values from 0 or, far apart, too."""
+    """Yields the lines of all panels: lengths on a logarithmic axis, values from 0 up.
+
+    Values of which the highest is more than 20 times the lowest have a logarithmic axis too.
+    """
     if len(result["settings"]["lengths"]) < 2:
         return
     for name, title in PANELS.items():
@@ -44,14 +49,14 @@ def terminal_plots(result: dict[str, Any]) -> Iterator[str]:
 
 
 def _panel(title: str, curves: Series) -> Iterator[str]:
-    names = [f"{mark} {name}" for mark, name in zip(MARKS, curves, strict=False)]
+    names = [f"{mark} {name}" for mark, name in zip(cycle(MARKS), curves, strict=False)]
     points = [point for curve in curves.values() for point in curve]
     low, high = (end(y for _, y in points) for end in (min, max))
     logarithmic = 0 < 20 * low < high
     lengths = [math.log2(x) for x, _ in points]
     first, span = min(lengths), max(lengths) - min(lengths) or 1.0
     grid = [[" "] * WIDTH for _ in range(HEIGHT)]
-    for mark, curve in zip(MARKS, curves.values(), strict=False):
+    for mark, curve in zip(cycle(MARKS), curves.values(), strict=False):
         for x, y in curve:
             share = math.log(y / low) / math.log(high / low) if logarithmic else y / (high or 1.0)
             column = round((math.log2(x) - first) / span * (WIDTH - 1))

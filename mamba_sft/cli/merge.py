@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from typing import TYPE_CHECKING, Annotated
 
@@ -58,7 +59,7 @@ def merge(
         return
     _show_merge(report)
     out.print(f"merged: {report.path}")
-    out.print(f"next:   mamba-sft chat {report.path}")
+    out.print(f"next:   mamba-sft chat {shlex.quote(str(report.path))}")
 
 
 def _show_merge(report: MergeResult) -> None:

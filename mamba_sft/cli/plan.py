@@ -154,6 +154,8 @@ def _room(made: Plan) -> Iterator[Text]:
 
 def _fixes(made: Plan, recipe: str, overrides: list[str]) -> Iterator[Text]:
     """What would fit, each way as a command to paste."""
+    from mamba_sft.recipe.yaml_text import overridden
+
     if made.fits:
         return
     if not made.fixes:
@@ -161,8 +163,8 @@ def _fixes(made: Plan, recipe: str, overrides: list[str]) -> Iterator[Text]:
     for number, fix in enumerate(made.fixes):
         cost = f"{size_text(fix.peak)}, {fix.slowdown:.2f} times the time"
         yield _line("change" if number == 0 else "", cost)
-        changed = {override.partition("=")[0] for override in fix.overrides}
-        kept = [override for override in overrides if override.partition("=")[0].strip() not in changed]
+        changed = overridden(fix.overrides)
+        kept = [override for override in overrides if overridden([override]).isdisjoint(changed)]
         for line in pasteable(["mamba-sft", "train", recipe, *kept, *fix.overrides], out.width):
             yield Text(line, "cyan")
 

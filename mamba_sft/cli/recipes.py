@@ -31,12 +31,9 @@ def recipes(context: typer.Context, as_json: Json = False) -> None:
         if as_json:
             raise UsageError("`--json` is for the list of recipes", hint="`mamba-sft recipes --json`")
         return
-    from mamba_sft.recipe.builtin import builtin_recipes
+    from mamba_sft.recipe.builtin import about_builtin
 
-    found = {
-        name: path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
-        for name, path in builtin_recipes().items()
-    }
+    found = about_builtin()
     if as_json:
         write_json([{"name": name, "for": about} for name, about in found.items()])
         return

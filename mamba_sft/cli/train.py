@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -57,6 +58,7 @@ def train(
     Example: mamba-sft train quickstart train.max_steps=20
     """
     from mamba_sft.recipe.recipe import Recipe
+    from mamba_sft.recipe.yaml_text import overridden
     from mamba_sft.training.launching import asked_launch
     from mamba_sft.training.overwriting import refuse_both
 
@@ -72,7 +74,7 @@ def train(
     from mamba_sft.training.first_checks import check_first
     from mamba_sft.training.resuming import own_recipe_moved
 
-    if resume and not any(change.startswith("output_dir=") for change in changes):
+    if resume and "output_dir" not in overridden(changes):
         loaded = own_recipe_moved(find_recipe(recipe), loaded)
     replaces = overwrite or (dry_run and not resume)  # a dry run asks what a run would do
     writes = launch is None or launch.rank == 0
@@ -122,7 +124,8 @@ def _show_end(run: Run, then: str) -> None:
     if warnings := loss_warnings(run.read_metrics()):
         err.print(WarningList(warnings), crop=False)
     out.print(f"trained: {run.path}  (report: {run.report})")
-    out.print(f"next:    mamba-sft chat {run.path}   or   mamba-sft {then} {run.path}")
+    place = shlex.quote(str(run.path))
+    out.print(f"next:    mamba-sft chat {place}   or   mamba-sft {then} {place}")
 
 
 def _start_processes(launch: Launch, words: list[str], checked: Checked) -> None:

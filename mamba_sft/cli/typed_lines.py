@@ -123,7 +123,7 @@ def _write(path: Path, text: str, how: int) -> None:
     """Writes to a file that nobody else may read."""
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | how, 0o600), "wb") as file:
         os.chmod(path, 0o600)  # one that was there
-        file.write(text.encode("ascii"))
+        file.write(text.encode("utf-8"))
 
 
 def _readline_for(complete: Callable[[str], list[str]]) -> Any:

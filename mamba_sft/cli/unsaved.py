@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mamba_sft.cli.console import err
+from mamba_sft.errors import UsageError
+from mamba_sft.recipe.builtin import expanded
 
 if TYPE_CHECKING:
     from mamba_sft.training.keeping import Ask, Unsaved
@@ -43,7 +45,14 @@ class _Question:
         self.said, self.warned = "", False
         if answer.lower() == _GIVE_UP:
             raise KeyboardInterrupt
-        return Path(answer) if answer else None
+        return self._place(answer) if answer else None
+
+    def _place(self, answer: str) -> Path | None:
+        try:
+            return expanded(answer)
+        except UsageError as error:  # there is no such user, say: what is in memory must not go for that
+            err.print(error.message, style="bold red", soft_wrap=True)
+            return None
 
     def _say(self, unsaved: Unsaved, seconds: float) -> None:
         said = f"{unsaved.place}: {unsaved.reason.partition('(')[0]}"  # in brackets is what is left

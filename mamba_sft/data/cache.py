@@ -55,8 +55,9 @@ class Entry:
 
 def cache_home() -> Path:
     """Returns the directory of all that is kept from one command to the next."""
-    general = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mamba-sft"
-    return Path(os.environ.get(PLACE) or general).expanduser()
+    if named := os.environ.get(PLACE):
+        return Path(named).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "mamba-sft"
 
 
 def cache_root() -> Path:

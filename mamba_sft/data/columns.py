@@ -13,6 +13,7 @@ from typing import Any
 
 from mamba_sft.data.keys import HARMLESS
 from mamba_sft.data.values import BadRowError, from_json
+from mamba_sft.recipe.yaml_text import flow_text
 
 Columns = Mapping[str, str]
 """Part -> column."""
@@ -176,4 +177,4 @@ def likeliest_columns(row: Mapping[str, Any], layout: Layout) -> str | None:
         answered = rest.pop()
     if asked is None or answered is None:
         return None
-    return f"columns: {{prompt: {asked}, response: {answered}}}"
+    return f"columns: {{prompt: {flow_text(asked)}, response: {flow_text(answered)}}}"

@@ -7,7 +7,8 @@ of rows. No more than one row of them is in memory at a time.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+import shlex
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, islice, repeat
@@ -20,7 +21,17 @@ from mamba_sft.data.roles import ROLES, fold_role
 from mamba_sft.data.turns import ROLE_KEYS, looks_like_turns
 from mamba_sft.data.values import kind_of
 from mamba_sft.errors import DataError
-from mamba_sft.json_lines import BOM, TOO_DEEP, Row, is_too_deep, read_json_lines, refuse_too_long
+from mamba_sft.json_lines import (
+    BOM,
+    TOO_DEEP,
+    Row,
+    is_too_deep,
+    pandas_command,
+    python_command,
+    python_text,
+    read_json_lines,
+    refuse_too_long,
+)
 from mamba_sft.packed_files import open_bytes
 
 _LINE = 1 << 20
@@ -51,21 +62,8 @@ def read_json(path: Path) -> Iterator[Row]:
 
 def from_latin(path: Path) -> str:
     """Returns the command for a file that is not UTF-8."""
-    return f"if it is latin-1, as older programs write: iconv -f LATIN1 -t UTF-8 {path} > utf8-{path.name}"
-
-
-def pandas_command(path: Path, read: str, how: str = "") -> str:
-    """Returns the command that writes a table anew as one object a line.
-
-    Args:
-        path: The table.
-        read: The function of pandas that reads it.
-        how: More arguments of it, each behind a comma.
-    """
-    return (
-        f"python -c \"import pandas; pandas.{read}('{path}'{how}).to_json('{path.stem}.jsonl',"
-        " orient='records', lines=True, force_ascii=False)\""
-    )
+    old, new = shlex.quote(str(path)), shlex.quote(f"utf8-{path.name}")
+    return f"if it is latin-1, as older programs write: iconv -f LATIN1 -t UTF-8 {old} > {new}"
 
 
 def _is_line(line: bytes) -> bool:
@@ -136,9 +134,14 @@ def _read_arrays(path: Path, text: JsonText) -> Iterator[Row]:
 
 
 def _entries(path: Path, text: JsonText) -> Iterator[tuple[str, Any]]:
-    """Where each entry of an array stands, and the entry: many may stand in one line."""
+    """Where each entry of an array stands, and the entry."""
+    return _placed(path, text.items())
+
+
+def _placed(path: Path, values: Iterable[tuple[int, Any]]) -> Iterator[tuple[str, Any]]:
+    """A place of its own for each of some values with their lines: many may stand in one line."""
     before = 0
-    for number, (line, value) in enumerate(text.items(), start=1):
+    for number, (line, value) in enumerate(values, start=1):
         yield f"{path}:{line}" + (f", entry {number}" if line == before else ""), value
         before = line
 
@@ -169,9 +172,13 @@ def _read_wrapped(path: Path, text: JsonText, key: str) -> Iterator[Row]:
 
 
 def _read_values(path: Path, text: JsonText) -> Iterator[Row]:
+    return (_row(path, where, value) for where, value in _placed(path, _values(text)))
+
+
+def _values(text: JsonText) -> Iterator[tuple[int, Any]]:
     while text.next():
         line = text.line
-        yield _row(path, f"{path}:{line}", text.value())
+        yield line, text.value()
         text.take(",")
 
 
@@ -226,12 +233,12 @@ class _Shape:
         elif {"columns", "data"} <= keys <= {"columns", "data", "index"} and not self.lists:
             orient = "split"
         if orient:
-            how = "" if orient == "columns" else f", orient='{orient}'"
+            how = {} if orient == "columns" else {"orient": orient}
             raise DataError(
                 f"`{path}` holds columns, not rows: it is what pandas writes"
                 + (f" with `orient='{orient}'`" if how else " by default"),
                 hint="`df.to_json('data.jsonl', orient='records', lines=True)`, or "
-                + pandas_command(path, "read_json", how),
+                + pandas_command(path, "read_json", **how),
             )
 
     def refuse_several(self, path: Path) -> None:
@@ -241,9 +248,13 @@ class _Shape:
             DataError: There are several.
         """
         if len(self.lists) > 1:
-            one = self.lists[0]
+            old, one = python_text(path), python_text(self.lists[0])
+            new = python_text(f"{path.stem}-1.json")
+            command = python_command(
+                f'import json; rows = json.load(open({old}, encoding="utf-8-sig"))[{one}];'
+                f' json.dump(rows, open({new}, "w"))'
+            )
             raise DataError(
                 f"`{path}` holds several lists of rows: {', '.join(f'`{key}`' for key in self.lists)}",
-                hint=f"one list a file: python -c \"import json; rows = json.load(open('{path}'))['{one}'];"
-                f" json.dump(rows, open('{one}.json', 'w'))\"",
+                hint=f"one list a file: {command}",
             )

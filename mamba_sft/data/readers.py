@@ -10,9 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from mamba_sft import json_lines
-from mamba_sft.data.json_files import from_latin, pandas_command, read_json
+from mamba_sft.data.json_files import from_latin, read_json
 from mamba_sft.errors import DataError
-from mamba_sft.json_lines import TOO_DEEP, Row, is_too_deep, numbered_lines, refuse_too_long
+from mamba_sft.json_lines import (
+    TOO_DEEP,
+    Row,
+    is_too_deep,
+    numbered_lines,
+    pandas_command,
+    refuse_too_long,
+)
 from mamba_sft.packed_files import open_bytes
 
 _BATCH = 1000
@@ -123,7 +130,7 @@ def _checked_header(path: Path, line: int, fields: list[str]) -> list[str]:
         if len(fields) == 1 and delimiter in fields[0]:
             raise DataError(
                 f"{path}:{line}: the columns are separated by {name}, not commas",
-                hint=pandas_command(path, "read_csv", f", sep={delimiter!r}"),
+                hint=pandas_command(path, "read_csv", sep=delimiter),
             )
     return fields
 
@@ -154,10 +161,11 @@ def _read_parquet(path: Path) -> Iterator[Row]:
 
     try:
         number = 0
-        for batch in pq.ParquetFile(path).iter_batches(_BATCH):
-            for value, problem in _values(batch):
-                number += 1
-                yield Row(str(path), f"{path}: row {number}", value, problem)
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(_BATCH):
+                for value, problem in _values(batch):
+                    number += 1
+                    yield Row(str(path), f"{path}: row {number}", value, problem)
     except (pa.ArrowException, ValueError, OverflowError, MemoryError) as error:
         raise DataError(f"`{path}` is not a readable parquet file: {error}") from error
 

@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from mamba_sft.data.values import BadRowError
+from mamba_sft.recipe.yaml_text import flow_text
 
 ROLES = {
     "system": "system", "developer": "system",
@@ -41,7 +42,7 @@ def read_role(number: int, name: Any, roles: Mapping[str, str]) -> str:
     role = roles.get(fold_role(name)) if isinstance(name, str) else None
     if role is None:
         close = get_close_matches(str(name).casefold(), roles, n=1, cutoff=0.7)
-        mapped = f"say who it is: `roles: {{{name}: user}}` on the source"
+        mapped = f"say who it is: `roles: {{{flow_text(str(name))}: user}}` on the source"
         suggestion = f"did you mean `{close[0]}`?" if close else mapped
         raise BadRowError(f"turn {number}: unknown role {name!r:.60}; {suggestion}")
     return role

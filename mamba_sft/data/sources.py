@@ -6,6 +6,7 @@ Reading never judges what a row means; it only says which rows could not be read
 from __future__ import annotations
 
 import glob
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from mamba_sft.data.readers import KINDS, READERS, TEXT_READERS, without_nulls
 from mamba_sft.errors import DataError
-from mamba_sft.json_lines import TOO_DEEP, Row, is_too_deep
+from mamba_sft.json_lines import TOO_DEEP, Row, is_too_deep, python_command, python_text
 from mamba_sft.model.checkpoint import is_hub_id
 from mamba_sft.model.checksums import file_checksum
 from mamba_sft.packed_files import CANNOT_READ, PACKED, is_packed, kind_of_file, open_bytes
@@ -30,17 +31,20 @@ _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 _BATCH = 1000
 _SAVED = ("dataset_dict.json", "state.json")
 """What tells a directory that `save_to_disk` wrote."""
-_CONVERTED = {
+_UNPACKED = {
     ".zip": "unzip {path}",
     ".7z": "7z x {path}",
     ".tar": "tar -xf {path}",
     ".tgz": "tar -xf {path}",
-    ".xlsx": "python -c \"import pandas; pandas.read_excel('{path}').to_csv('data.csv', index=False)\"",
-    ".pkl": "python -c \"import pandas; pandas.read_pickle('{path}').to_parquet('data.parquet')\"",
-    ".feather": "python -c \"import pandas; pandas.read_feather('{path}').to_parquet('data.parquet')\"",
-    ".arrow": "python -c \"import datasets; datasets.Dataset.from_file('{path}').to_json('data.jsonl')\"",
 }
-"""Other kinds of files, and the command that makes one of ours of them."""
+"""Archives, and the command that makes one of our files of them."""
+_REWRITTEN = {
+    ".xlsx": 'import pandas; pandas.read_excel({path}).to_csv("data.csv", index=False)',
+    ".pkl": 'import pandas; pandas.read_pickle({path}).to_parquet("data.parquet")',
+    ".feather": 'import pandas; pandas.read_feather({path}).to_parquet("data.parquet")',
+    ".arrow": 'import datasets; datasets.Dataset.from_file({path}).to_json("data.jsonl")',
+}
+"""Other kinds of files, and the line of Python that does the same."""
 _OF_THE_HUB = "a data set of the hub is `owner/name`"
 
 
@@ -255,14 +259,18 @@ def _refuse_utf16(path: Path) -> None:
         coding = "UTF-16BE" if start[0] == 0 else "UTF-16LE"
     else:
         return
-    hint = f"iconv -f {coding} -t UTF-8 {path} > converted{kind_of_file(path)}"
+    hint = f"iconv -f {coding} -t UTF-8 {shlex.quote(str(path))} > converted{kind_of_file(path)}"
     raise DataError(f"`{path}` is UTF-16", hint=f"unpack it, then {hint}" if is_packed(path) else hint)
 
 
 def _unknown_kind(path: Path) -> DataError:
-    command = _CONVERTED.get(path.suffix.lower()) or _CONVERTED.get(kind_of_file(path))
     hint = f"data files end in {', '.join(KINDS)}, and all but parquet may be packed: {', '.join(PACKED)}"
-    return DataError(f"cannot read `{path}`", hint=command.format(path=path) if command else hint)
+    for kind in (kind_of_file(path), path.suffix.lower()):
+        if kind in _UNPACKED:
+            hint = _UNPACKED[kind].format(path=shlex.quote(str(path)))
+        if kind in _REWRITTEN:
+            hint = python_command(_REWRITTEN[kind].format(path=python_text(path)))
+    return DataError(f"cannot read `{path}`", hint=hint)
 
 
 def _read_hub(source: SourceSection, path: str) -> Iterator[Row]:

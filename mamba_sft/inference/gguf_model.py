@@ -6,6 +6,7 @@ streaming are the same code. Its tokenizer is built from what the file holds, an
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -71,7 +72,7 @@ def load_gguf(path: Path) -> tuple[GGUFModel, Any]:
             raise ModelError(
                 f"the tokenizer in `{path}` (`{facts.pre}`) cuts {text!r} into other tokens here than in "
                 f"llama.cpp: {ours[:8]}, and {theirs[:8]} there",
-                hint=f"`llama-cli -m {path}` talks to it",
+                hint=f"`llama-cli -m {shlex.quote(str(path))}` talks to it",
             )
     return GGUFModel(process, facts.state_bytes), tokenizer
 
@@ -111,5 +112,5 @@ def _pre_tokenizer(path: Path, pre: str) -> Any:
         return pre_tokenizers.Sequence(steps)
     raise ModelError(
         f"`{path}` splits text as `{pre}`, which is not known here; Falcon's own way is `falcon`",
-        hint=f"`llama-cli -m {path}` talks to it",
+        hint=f"`llama-cli -m {shlex.quote(str(path))}` talks to it",
     )

@@ -5,6 +5,7 @@ So that a name that is wrong is told at once, before seconds of loading librarie
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,21 +115,23 @@ def _find_in_run(name: str, run: Run, merged: bool) -> ModelPlace:
     if merged:
         if not run.merged.is_dir():
             raise UsageError(
-                f"`{run.path}` has no merged checkpoint", hint=f"`mamba-sft merge {run.path}` makes one"
+                f"`{run.path}` has no merged checkpoint",
+                hint=f"`mamba-sft merge {shlex.quote(str(run.path))}` makes one",
             )
         return ModelPlace(name, _section_of(str(run.merged)), recipe=recipe)
     if run.model.is_dir():
         return ModelPlace(name, _section_of(str(run.model)), recipe=recipe)
     if not run.adapter.is_dir():
+        file = shlex.quote(str(run.recipe))
         raise UsageError(
             f"`{run.path}` has no {recipe.trains} yet: its training has not finished",
-            hint=f"finish it with `mamba-sft train {run.recipe} --resume`, or give one of its checkpoints",
+            hint=f"finish it with `mamba-sft train {file} --resume`, or give one of its checkpoints",
         )
     return ModelPlace(name, recipe.model, run.adapter, recipe, BaseFacts.read(run.adapter))
 
 
 def _find_adapter(name: str, path: Path) -> ModelPlace:
-    run = Run(path.resolve().parents[1])
+    run = Run(path.resolve().parent.parent)
     if run.checkpoints == path.resolve().parent and run.recipe.is_file():
         recipe = Recipe.load(str(run.recipe))
         return ModelPlace(name, recipe.model, path, recipe)

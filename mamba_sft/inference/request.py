@@ -10,6 +10,7 @@ from typing import get_args
 from mamba_sft.disk import check_writable
 from mamba_sft.errors import DataError, UsageError
 from mamba_sft.inference.model_places import ModelPlace, no_adapter
+from mamba_sft.packed_files import is_packed
 from mamba_sft.recipe.fields import ModelSection
 from mamba_sft.wording import shown
 
@@ -106,6 +107,8 @@ def check_files(prompts: Path | None, output: str | Path | None) -> None:
         raise DataError(f"no file `{prompts}`", hint="prompts are JSON Lines, or a .txt with one a line")
     if output is not None and Path(output).is_dir():
         raise UsageError(f"the output `{output}` is a directory", hint="for example `answers.jsonl`")
+    if output is not None:
+        refuse_packed(Path(output))
     if output is not None and Path(output).exists() and not Path(output).is_file():
         raise UsageError(  # the file of answers takes the place of what is there: of `/dev/null`, too
             f"the output `{output}` is a device or a pipe", hint="leave `--output` out to print answers"
@@ -124,6 +127,19 @@ def check_batch_size(batch_size: int) -> None:
     """
     if not isinstance(batch_size, int) or batch_size < 1:
         raise UsageError(f"`batch_size` must be at least 1, not {batch_size}")
+
+
+def refuse_packed(output: Path) -> None:
+    """Refuses a name that says that the file is packed: lines are written as they come, and as they are.
+
+    Raises:
+        UsageError: It does.
+    """
+    if is_packed(output):
+        raise UsageError(
+            f"`{output}` has the name of a packed file, and what is written is not packed",
+            hint=f"for example `{output.with_suffix('')}`",
+        )
 
 
 def check_system(system: str | None, *, raw: bool) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mamba_sft.errors import DataError, UsageError
+from mamba_sft.inference.request import refuse_packed
 from mamba_sft.json_lines import read_json_lines
 from mamba_sft.packed_files import CANNOT_READ
 from mamba_sft.wording import shown
@@ -17,8 +18,9 @@ def add_chat(path: Path, messages: list[dict[str, str]]) -> None:
     """Adds a conversation to the end of a file, which is made if there is none.
 
     Raises:
-        UsageError: The file cannot be written.
+        UsageError: The file cannot be written, or its name says that it is packed.
     """
+    refuse_packed(path)
     line = json.dumps({"messages": messages}, ensure_ascii=False) + "\n"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,7 @@ def read_facts(path: Path) -> GGUFFacts:
         what = f"`{kind}`" if kind != "mamba" else "plain Mamba, without the norms of Falcon-Mamba"
         raise ModelError(
             f"the model in `{path}` is {what}; here it has to be a Falcon-Mamba",
-            hint=f"`llama-cli -m {path}` talks to it",
+            hint=f"`llama-cli -m {shlex.quote(str(path))}` talks to it",
         )
     if value("tokenizer.ggml.model") != "gpt2" or not value("tokenizer.ggml.merges"):
         raise ModelError(f"the tokenizer in `{path}` is no byte-level BPE, which Falcon-Mamba's is")

@@ -61,8 +61,9 @@ class BaseFacts:
             facts._check()
             return facts
         except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+            said = getattr(error, "strerror", None) or error
             raise AdapterError(
-                f"`{path}` does not say which base the adapter was trained on: {error}",
+                f"`{path}` does not say which base the adapter was trained on: {said}",
                 hint="training writes it beside the adapter: copy the whole directory, or give the run",
             ) from None
 

@@ -173,8 +173,13 @@ class _Planner:
             weights, self.pieces.up_to(longest), by=self.mixture.by, temperature=self.mixture.temperature
         )
         lacking = [self.ids[index] for index, weight in weights.items() if weight and index not in found]
+        most = f" of at most {longest:,} tokens" if longest is not None else ""
+        if lacking and not self.recipe.train.stages:
+            raise DataError(
+                f"`data.mixture` reads `{lacking[0]}`, which has no row{most} to train on",
+                hint="leave the source out, or lower `data.validation` if that holds its rows out",
+            )
         if lacking:
-            most = f" of at most {longest:,} tokens" if longest is not None else ""
             raise DataError(
                 f"stage {number + 1} of `train.stages` reads `{lacking[0]}`, which has no row{most}",
                 hint="raise the stage's `max_length`, or leave the source out of it",

@@ -35,7 +35,7 @@ class Plan(Showing):
         base: The base model, and where its sizes were read.
         accelerator: The device it is planned for.
         work: The training step.
-        parts: Bytes of each part of its memory, see `planning_memory.memory`.
+        parts: Bytes of each part of its memory, see `memory.planned_parts`.
         peak: Bytes held at once, at most.
         largest_rows: Micro-batch that still fits; 0: none.
         largest_length: Tokens of a row that still fit at the recipe's micro-batch.

@@ -43,7 +43,7 @@ FORWARD_MOVED, BACKWARD_MOVED = 4, 9
 """The same for the scan, without the states it saves: u, dt, z, y; the gradients, dB and dC in parts."""
 NF4_MOVED = 2.55
 CPU_EFFICIENCY = 0.88
-"""Of a CPU's parts put together, by ten runs on an idle machine (LOG.md of benchmarks)."""
+"""Of a CPU's parts put together, by ten runs on an idle machine (`benchmarks/LOG.md`)."""
 EXTRA_LAYERS = 3
 """What a micro-batch takes beside layers, products and loss, in layers without tokens."""
 _STEPS_SEEN = 50

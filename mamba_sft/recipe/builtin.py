@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import json
 import os
 import re
 import shlex
@@ -13,6 +12,7 @@ from pathlib import Path
 from mamba_sft.errors import RecipeError, UsageError
 from mamba_sft.packed_files import CANNOT_READ, kind_of_file, open_bytes
 from mamba_sft.recipe.globs import matching
+from mamba_sft.recipe.yaml_text import flow_text
 from mamba_sft.run import Run
 from mamba_sft.wording import shown
 
@@ -37,6 +37,12 @@ def builtin_recipes() -> dict[str, Path]:
     """The built-in recipes by name, sorted."""
     paths = (bundled_root() / "recipes").glob("*.yaml")
     return {path.stem: path for path in sorted(paths, key=lambda path: path.stem)}
+
+
+def about_builtin() -> dict[str, str]:
+    """What each built-in recipe is for, by its name: its first line, a comment."""
+    texts = {name: path.read_text(encoding="utf-8") for name, path in builtin_recipes().items()}
+    return {name: text.partition("\n")[0].lstrip("# ") for name, text in texts.items()}
 
 
 def find_path(text: str) -> Path:
@@ -129,8 +135,7 @@ def _refuse_other_files(text: str, path: Path) -> None:
         )
     if kind not in _DATA and not (kind in (".json", ".txt") and _holds_rows(path)):
         return
-    written = text if re.fullmatch(r"[\w./-]+", text) else json.dumps(text)
-    change = shlex.quote(f"data.sources=[{{path: {written}}}]")
+    change = shlex.quote(f"data.sources=[{{path: {flow_text(text)}}}]")
     raise RecipeError(
         f"`{shown(text)}` is a file of data, not a recipe",
         hint=f"name it in a recipe, for example: mamba-sft train instruct-qlora {change}",

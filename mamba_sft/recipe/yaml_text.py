@@ -6,6 +6,7 @@ The reader follows YAML 1.2's core schema, not PyYAML's 1.1: `1e-5` is a number,
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -113,6 +114,13 @@ def _too_large(name: str, nbytes: int) -> RecipeError:
         f"`{name}` has {size_text(nbytes)}, and a recipe has at most {size_text(LARGEST)}",
         hint="a recipe holds settings; data goes into files that `data.sources` names",
     )
+
+
+def flow_text(text: str) -> str:
+    """Returns a text as YAML has it inside `{...}`: in quotes where it would be read as something else."""
+    plain = re.fullmatch(r"[\w./~][\w./ -]*(?<! )", text) is not None
+    is_text = _Loader("").resolve(yaml.ScalarNode, text, (True, False)) == f"{TAG}str"  # type: ignore[no-untyped-call]
+    return text if plain and is_text else json.dumps(text, ensure_ascii=False)
 
 
 def load(model: type[Model], text: str, name: str, overrides: Sequence[str]) -> Model:
@@ -272,6 +280,11 @@ class _Source:
             first_lines[key_node.value] = line
             self.places[here] = self.place_of(line)
             yield key_node.value, self._convert(value_node, here)
+
+
+def overridden(overrides: Sequence[str]) -> set[str]:
+    """Returns the fields that overrides set, by the names that they have there."""
+    return {override.partition("=")[0].strip() for override in overrides}
 
 
 def _apply(tree: dict[str, Any], override: str, place: Place, source: _Source) -> None:

@@ -603,11 +603,17 @@ ERRORS = {
         1,
         "none of the first 2 rows can be read: array.json:1: not an object but a number",
     ),
+    "data: --prepare --json": Provoked(
+        "data recipe.yaml --prepare --json",
+        2,
+        "`--prepare` shows no rows, and prints no JSON",
+        "leave one of the two out",
+    ),
     "data: semicolons.csv": Provoked(
         "data recipe.yaml data.sources.0.path=semicolons.csv",
         1,
         "semicolons.csv:1: the columns are separated by semicolons, not commas",
-        "python -c \"import pandas; pandas.read_csv('semicolons.csv',",
+        'python -c \'import pandas; pandas.read_csv("semicolons.csv",',
     ),
     "data: header.csv": Provoked(
         "data recipe.yaml data.sources.0.path=header.csv",
@@ -1026,7 +1032,7 @@ ERRORS = {
         "generate runs/tiny --input asked.csv",
         1,
         "`asked.csv` is a table, and prompts are JSON Lines",
-        'python -c "import pandas;',
+        "python -c 'import pandas;",
     ),
     "generate: none.txt": Provoked(
         "generate runs/tiny --input none.txt",
@@ -1174,6 +1180,11 @@ SHELL = {
     "data: latin-1": ("iconv", "utf8-latin.jsonl", "data recipe.yaml data.sources.0.path={}"),
     "data: text.jsonl": ("mv", "text.txt", "data recipe.yaml data.sources.0.path={}"),
     "data: semicolons.csv": ("python", "semicolons.jsonl", "data recipe.yaml data.sources.0.path={}"),
+    "generate: asked.csv": (
+        "python",
+        "asked.jsonl",
+        "generate tiny-base --raw --input {} --max-new-tokens 2",
+    ),
     "generate: asked.md": ("mv", "asked.txt", "generate tiny-base --raw --input {} --max-new-tokens 2"),
 }
 """Hints that are a command of the shell: how it begins, the file it makes, and what takes that file."""

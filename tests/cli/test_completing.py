@@ -106,6 +106,10 @@ def test_fields_and_their_words(shell: str) -> None:
     assert offered("mamba-sft train quickstart train.learning_rate=1", shell) == []
 
 
+def test_a_lone_equals_sign_ends_no_completion() -> None:
+    assert offered("mamba-sft train quickstart = ", "bash")
+
+
 def test_methods_are_those_that_files_have() -> None:
     types = pytest.importorskip("mamba_sft.exporting.gguf.types")
     assert list(types.METHODS) == [*names.QUANTIZED, *names.FLOATS]

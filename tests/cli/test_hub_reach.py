@@ -94,4 +94,5 @@ def test_which_names_can_be_of_the_hub(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "chats").mkdir()
     assert may_name_the_hub(["a.jsonl", "HuggingFaceH4/ultrachat_200k"])
+    assert not may_name_the_hub(["data/quickstart.jsonl", "data/*"]), "comes with the package"
     assert not may_name_the_hub(["chats.jsonl", "data/chats", "./a/b", "/a/b", "~/b", "a/b/c", "quickstart"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shlex
 from pathlib import Path
 
 import pytest
@@ -55,3 +56,12 @@ def test_without_expected_answers_nothing_is_marked(tmp_path: Path, monkeypatch:
 
 def test_no_samples_no_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert shown(Run(tmp_path), [], monkeypatch) == []
+
+
+def test_the_commands_behind_a_run_can_be_pasted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = Run(tmp_path / "my run")
+    train_module._show_end(run, "merge")
+    *_, told = capsys.readouterr().out.splitlines()
+    chat, merge = told.removeprefix("next:").split("   or   ")
+    assert shlex.split(chat) == ["mamba-sft", "chat", str(run.path)]
+    assert shlex.split(merge) == ["mamba-sft", "merge", str(run.path)]

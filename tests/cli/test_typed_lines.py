@@ -173,6 +173,13 @@ def test_what_is_kept_stays_small_and_private(tmp_path, typed, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["history.jsonl"]
 
 
+def test_what_an_editor_left_open_is_closed_whatever_letters_it_has(tmp_path, typed):
+    history = tmp_path / "history.jsonl"
+    history.write_text('"caf\u00e9"\n"th\u00e9', encoding="utf-8")
+    typed(history).remember("tea")
+    assert [json.loads(line) for line in history.read_text("utf-8").splitlines()] == ["caf\u00e9", "tea"]
+
+
 def test_a_pipe_is_read_as_it_is_and_nothing_of_it_kept(tmp_path, monkeypatch):
     read, write = os.pipe()
     os.write(write, b"caf\xe9\nlast")

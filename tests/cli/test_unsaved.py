@@ -65,6 +65,14 @@ def test_answers(answers: list[object], shown: io.StringIO) -> None:
         ask(FULL, 10)
 
 
+def test_a_place_of_nobody_is_asked_for_again(answers: list[object], shown: io.StringIO) -> None:
+    answers += ["~no-such-user/x", "~/x"]
+    ask = question()
+    assert ask(FULL, 10) is None
+    assert "there is no user `no-such-user` here" in shown.getvalue()
+    assert ask(FULL, 10) == Path.home() / "x"
+
+
 def test_ctrl_c_has_to_be_meant(answers: list[object], shown: io.StringIO) -> None:
     answers += [KeyboardInterrupt(), None, "", KeyboardInterrupt(), KeyboardInterrupt()]
     ask = question()

@@ -102,6 +102,17 @@ def test_whatever_decides_the_rows_has_a_name_of_its_own(setup: TemplateSetup, p
     assert len(cache.entries()) == len(seen) == 9
 
 
+def test_a_place_that_is_named_needs_no_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    for name in ("XDG_CACHE_HOME", cache.PLACE):
+        monkeypatch.setenv(name, str(tmp_path))
+        assert cache.cache_home().is_relative_to(tmp_path)
+        monkeypatch.delenv(name)
+
+
 def test_two_at_once_are_made_once(root: Path) -> None:
     made: list[Path] = []
     start = threading.Barrier(4)

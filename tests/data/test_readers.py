@@ -6,6 +6,9 @@ import bz2
 import gzip
 import json
 import lzma
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -125,8 +128,8 @@ def test_a_broken_first_line_is_one_bad_row_not_a_broken_file(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("name", "content", "message", "hint"),
     [
-        ("a.csv", "prompt;response\na;b\n", "separated by semicolons", "sep=';'"),
-        ("a.csv", "prompt\tresponse\na\tb\n", "separated by tabs", "to_json('a.jsonl'"),
+        ("a.csv", "prompt;response\na;b\n", "separated by semicolons", 'sep=";"'),
+        ("a.csv", "prompt\tresponse\na\tb\n", "separated by tabs", 'to_json("a.jsonl"'),
         ("a.json", '{"text": {"0": "one", "1": "two"}}', "holds columns, not rows", "orient='records'"),
         ("a.json", '[{"text": "caf\xe9"}]'.encode("latin-1"), "not UTF-8", "iconv -f LATIN1 -t UTF-8"),
         ("a.jsonl.gz", None, "cannot read", None),
@@ -134,10 +137,10 @@ def test_a_broken_first_line_is_one_bad_row_not_a_broken_file(tmp_path: Path) ->
         ("a.jsonl.xz", None, "cannot read", None),
         ("a.jsonl.zst", None, "cannot read", None),
         ("a.zip", "x", "cannot read", "unzip"),
-        ("a.csv", "prompt|response\na|b\n", "separated by bars", "sep='|'"),
-        ("a.json", '{"0": {"text": "one"}, "1": {"text": "two"}}', "orient='index'", "orient='index')"),
-        ("a.json", '{"columns": ["text"], "data": [["one"]]}', "orient='split'", "orient='split')"),
-        ("a.json", json.dumps({"train": ROWS, "dev": ROWS}), "several lists of rows: `train`", "['train']"),
+        ("a.csv", "prompt|response\na|b\n", "separated by bars", 'sep="|"'),
+        ("a.json", '{"0": {"text": "one"}, "1": {"text": "two"}}', "orient='index'", 'orient="index")'),
+        ("a.json", '{"columns": ["text"], "data": [["one"]]}', "orient='split'", 'orient="split")'),
+        ("a.json", json.dumps({"train": ROWS, "dev": ROWS}), "several lists of rows: `train`", '["train"]'),
         ("a.json", '{"a": 1,\n "b": [1,\n 2}\n', r"a\.json:3: not JSON: `,` is missing before '}", None),
         ("a.jsonl", LINES.encode("utf-16"), "is UTF-16", "iconv -f UTF-16 -t"),
         ("a.jsonl", LINES.encode("utf-16-le"), "is UTF-16", "iconv -f UTF-16LE -t"),
@@ -156,6 +159,33 @@ def test_what_is_refused_comes_with_what_mends_it(
     with pytest.raises(DataError, match=message) as caught:
         read(path)
     assert hint is None or hint in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "written"),
+    [
+        ("it's a $table.csv", "prompt\tresponse\none\ttwo\n", "it's a $table.jsonl"),
+        ('two "columns".json', '{"text": {"0": "one", "1": "two"}}', 'two "columns".jsonl'),
+        ("it's lists.json", json.dumps({"it's": ROWS, "dev": ROWS}), "it's lists-1.json"),
+        ("in latin.json", '[{"text": "caf\xe9"}]'.encode("latin-1"), "utf8-in latin.json"),
+        ("two bytes.jsonl", LINES.encode("utf-16"), "converted.jsonl"),
+    ],
+)
+def test_a_shell_takes_the_command_whatever_a_file_is_called(
+    tmp_path: Path, name: str, content: str | bytes, written: str
+) -> None:
+    with pytest.raises(DataError) as caught:
+        read(write(tmp_path / name, content))
+    command = str(caught.value.hint)
+    command = command[command.index("iconv" if "iconv" in command else "python -c") :]
+    shell = command.replace("python ", f"{shlex.quote(sys.executable)} ", 1)
+    subprocess.run(shell, shell=True, check=True, cwd=tmp_path)
+    assert all(row.problem is None for row in read(tmp_path / written))
+
+
+def test_objects_in_one_line_have_places_of_their_own(tmp_path: Path) -> None:
+    places = [row.where for row in read(write(tmp_path / "a.json", '{"n": 1} {"n": 2}\n\n{"n": 3}'))]
+    assert places == [f"{tmp_path}/a.json:1", f"{tmp_path}/a.json:1, entry 2", f"{tmp_path}/a.json:3"]
 
 
 def test_latin_1_in_a_row_comes_with_the_command(tmp_path: Path) -> None:

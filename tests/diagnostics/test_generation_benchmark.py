@@ -122,6 +122,20 @@ def test_the_plot_fits_a_terminal_and_has_every_point() -> None:
     assert list(terminal_plots(result() | {"settings": result()["settings"] | {"lengths": [8]}})) == []
 
 
+def test_every_curve_is_drawn_however_many_there_are() -> None:
+    sizes = [2**number for number in range(30)]
+    rows = [
+        {
+            "of": "mamba-sft", "batch_size": size, "length": length, "peak_bytes": size,
+            "prefill_tokens_per_second": size * length, "decode_tokens_per_second": size,
+        }
+        for size in sizes
+        for length in (8, 16)
+    ]  # fmt: skip
+    lines = list(terminal_plots({"settings": {"lengths": [8, 16], "batch_sizes": sizes}, "rows": rows}))
+    assert lines[1].count("batch ") == len(sizes)
+
+
 def test_the_picture_is_svg_with_all_three_panels() -> None:
     root = ET.fromstring(svg_plots(result()))
     panels = [child for child in root if child.tag.endswith("svg")]

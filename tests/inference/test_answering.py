@@ -96,6 +96,7 @@ def test_generate_refuses_early(tmp_path):
         ([], {}, UsageError, "no prompts"),
         (tmp_path / "none.jsonl", {}, DataError, "no file"),
         ("x", {"output": tmp_path}, UsageError, "is a directory"),
+        ("x", {"output": tmp_path / "answers.jsonl.gz"}, UsageError, "the name of a packed file"),
         ("x", {"output": "/dev/null"}, UsageError, "is a device or a pipe"),
         ("a\udcff", {}, UsageError, "prompt 1: .*udcff is half a character"),
         ("x", {"system": "\ud800"}, UsageError, "the system message: .*ud800 is half a character"),

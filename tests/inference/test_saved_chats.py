@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,17 @@ def test_the_last_one_comes_back_whatever_an_editor_did(tmp_path: Path) -> None:
     add_chat(file, CHAT)
     assert last_chat(file) == CHAT
     assert len(file.read_text().split("\n")) == 3
+
+
+def test_a_packed_file_is_left_as_it_is(tmp_path: Path) -> None:
+    file = tmp_path / "chats.jsonl.gz"
+    file.write_bytes(gzip.compress(json.dumps({"messages": CHAT}).encode()))
+    before = file.read_bytes()
+    with pytest.raises(UsageError, match="packed") as caught:
+        add_chat(file, CHAT)
+    assert caught.value.hint == f"for example `{tmp_path / 'chats.jsonl'}`"
+    assert file.read_bytes() == before
+    assert last_chat(file) == CHAT
 
 
 @pytest.mark.parametrize(

@@ -124,6 +124,14 @@ def test_a_stage_whose_rows_are_all_too_long_is_refused() -> None:
         plan_mixture(recipe(max_steps=10, stages=stages), PIECES)
 
 
+def test_a_source_without_rows_is_told_where_there_are_no_stages() -> None:
+    lacking = Pieces(PIECES.source[:300], PIECES.length[:300], PIECES.difficulty[:300])
+    with pytest.raises(DataError) as caught:
+        plan_mixture(recipe(max_steps=10), lacking)
+    assert caught.value.message.startswith("`data.mixture` reads `long`, which has no row")
+    assert "stage" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("stages", "told"),
     [

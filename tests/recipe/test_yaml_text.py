@@ -14,7 +14,7 @@ from pydantic import BaseModel, JsonValue
 
 from mamba_sft.errors import RecipeError
 from mamba_sft.recipe.recipe import Recipe, recipe_schema
-from mamba_sft.recipe.yaml_text import EXPONENT, dump, load
+from mamba_sft.recipe.yaml_text import EXPONENT, dump, flow_text, load, overridden
 
 MINIMAL = """\
 output_dir: runs/x
@@ -334,3 +334,25 @@ def test_round_trip(text: str, rate: float, beta: float) -> None:
 def test_exponent_pattern_is_what_the_reader_takes(number: float) -> None:
     for text in (f"{number!r}", f"{number:e}"):
         assert isinstance(yaml.safe_load(text), float) or re.match(EXPONENT, text)
+
+
+@pytest.mark.parametrize("text", ["task", "my column", "./a b.csv", "~/x", "no"])
+def test_a_text_that_is_plain_inside_braces_stays_so(text: str) -> None:
+    assert flow_text(text) == text
+
+
+@pytest.mark.parametrize(
+    "text", ["a: b", "a, b", "#x", "x ", " x", "", "null", "true", "1.5", "123", '"', "}"]
+)
+def test_a_text_inside_braces_is_read_back(text: str) -> None:
+    value = f"{{path: rows.jsonl, columns: {{prompt: {flow_text(text)}, response: r}}}}"
+    if text.strip():
+        recipe = Recipe.from_text(MINIMAL, overrides=[f"data.sources.0={value}"])
+        assert recipe.data.sources[0].columns["prompt"] == text
+    assert yaml.safe_load(f"{{a: {flow_text(text)}}}") == {"a": text}
+
+
+def test_what_overrides_set_is_known_by_name_whatever_blanks_are_in_them() -> None:
+    changes = [" output_dir = runs/other", "train.max_steps=2", "chat.system=a=b"]
+    assert overridden(changes) == {"output_dir", "train.max_steps", "chat.system"}
+    assert Recipe.from_text(MINIMAL, overrides=changes[:2]).output_dir == "runs/other"
