@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -165,3 +166,24 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     for name in (*mamba_sft.__all__, "selective_scan"):
         assert re.search(rf'id="[\w.]*\b{name}"', api), name
     assert not (tmp_path / "site/computed").exists()
+
+
+def test_own_data_behind_a_recipe_is_taken_as_a_page_says() -> None:
+    """Of a file a split means nothing, so the whole list of sources has to be replaced, not a path in it."""
+    page = (ROOT / "docs/one-24gb-card.md").read_text(encoding="utf-8")
+    shown = re.search(r"^\| your own data \| `([^`]+)`", page, re.MULTILINE)
+    assert shown is not None
+    (source,) = Recipe.load("instruct-qlora", overrides=shlex.split(shown[1])).data.sources
+    assert (source.path, source.split, source.limit) == ("mine.jsonl", "train", None)
+
+
+def test_the_chat_template_of_the_page_trains_the_answer_and_its_end(tmp_path: Path) -> None:
+    page = (ROOT / "docs/data.md").read_text(encoding="utf-8")
+    shown = re.search(r"^```jinja\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    assert shown is not None
+    template = tmp_path / "mine.jinja"
+    template.write_text(shown[1], encoding="utf-8")
+    words = ["data", "quickstart", f"chat.template={template}", "data.sources.0.limit=60", "--rows", "1"]
+    said = CliRunner().invoke(app, words)
+    assert said.exit_code == 0, said.output
+    assert re.search(r"### Answer:.*\n.*⟦The last word is rug\.<\|endoftext\|>⟧", said.output), said.output

@@ -11,8 +11,8 @@ PACKAGE = Path(__file__).parents[2] / "mamba_sft"
 ROOMS = {
     "recipe": "Recipes", "data": "Data", "model": "Base models and adapters", "planning": "Plans",
     "training": "Training", "evaluation": "Evaluation and reports", "inference": "Chat and answers",
-    "merging": "Merging", "exporting": "Export", "diagnostics": "Doctor and benchmarks",
-    "cli": "Options and arguments", "": "Files, places and runs",
+    "merging": "Merging", "exporting": "Export", "llama_cpp": "GGUF files", "notebook": "Notebooks",
+    "diagnostics": "Doctor and benchmarks", "cli": "Options and arguments", "": "Files, places and runs",
 }  # fmt: skip
 """Rooms in the order in which a user meets them; the last is what all rooms share."""
 KINDS = re.compile(r"Error$|^kind$|^error$")

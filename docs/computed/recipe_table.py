@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from mamba_sft.planning.plan import make_plan
+from mamba_sft.planning.plan import Plan, make_plan
 from mamba_sft.recipe.builtin import builtin_recipes
 from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.wording import size_text, time_text
@@ -40,7 +40,8 @@ def text() -> str:
     lines.append("\nMeasured: " + "; ".join(_where(name, made) for name, made in measured.items()) + ".")
     lines.append(
         "All else is planned for one of the cards named, by `mamba-sft plan RECIPE --card NAME`, and not "
-        "measured: memory of one card, speed of all without what they send, time at most."
+        "measured: memory of one card, speed of all without what they send, time at most, as if every row "
+        "were as long as `data.max_length`."
     )
     return "\n".join(lines)
 
@@ -61,9 +62,17 @@ def _planned(name: str) -> str:
     card, count, about = CARDS.get(name, ("h100", 1, "one 80 GB card"))
     plan = make_plan(recipe, card)
     speed = f"{count * plan.rate.tokens_per_second:,.0f} tokens/s" if plan.rate else ""
-    time = time_text(plan.seconds / count) if plan.seconds else "by the data"
-    cells = [_base(recipe), size_text(plan.peak), speed, time, "", ""]
+    cells = [_base(recipe), size_text(plan.peak), speed, _planned_time(plan, count), "", ""]
     return f"| `{name}` | {about} | " + " | ".join(cells) + " |"
+
+
+def _planned_time(plan: Plan, count: int) -> str:
+    """The time of a run whose tokens the plan knows; of others that of a million tokens."""
+    if plan.seconds:
+        return time_text(plan.seconds / count)
+    if plan.rate is None:
+        return "by the data"
+    return f"{time_text(1e6 / (count * plan.rate.tokens_per_second))} for 1M tokens"
 
 
 def _where(name: str, made: dict[str, str]) -> str:

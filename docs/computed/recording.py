@@ -3,8 +3,8 @@
     python docs/computed/recording.py                                        # the quickstart, minutes
     python docs/computed/recording.py --output plan.svg mamba-sft plan instruct-t4 --card t4
 
-They run where there is nothing but a copy of `recipes/` and `data/`. A screen is kept every few seconds,
- and whenever half of it has scrolled away; the last one is shown longer, and alone to whoever asks
+They run where there is nothing but a copy of `recipes/` and `data/`. A screen is kept every few seconds
+and whenever half of it has scrolled away; the last one is shown longer, and alone to whoever asks
 for less motion. Nothing is drawn that was not on the screen.
 """
 

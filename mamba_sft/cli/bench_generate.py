@@ -11,7 +11,8 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from mamba_sft.cli.console import Json, ModelArgument, err, model_or_newest, out, write_json
+from mamba_sft.cli import completing
+from mamba_sft.cli.console import Json, err, model_or_newest, out, write_json
 from mamba_sft.cli.measured import OutputFile, machine_line, write_result
 from mamba_sft.cli.output_files import check_output_file, write_output
 from mamba_sft.errors import UsageError
@@ -23,7 +24,14 @@ _NUMBER = re.compile(r"(\d{1,9})(k?)", re.IGNORECASE)
 
 
 def bench_generate(
-    model: ModelArgument = None,
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[RUN|MODEL]",
+            help="A run, model directory or hub id; default: newest.",
+            autocompletion=completing.models,
+        ),
+    ] = None,
     lengths: Annotated[str, typer.Option(metavar="N,N,...", help="Tokens of the prompts.")] = LENGTHS,
     batch_sizes: Annotated[str, typer.Option(metavar="N,N,...", help="Prompts read together.")] = "1",
     new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens decoded for each.")] = 32,

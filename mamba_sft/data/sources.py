@@ -240,7 +240,8 @@ def _refuse_idle_fields(source: SourceSection, path: Path) -> None:
     if idle:
         raise DataError(
             f"`{path}` is a file, for which `{'` and `'.join(idle)}` means nothing",
-            hint="`split`, `name` and `stream` are for data sets of the hub; name the file that you mean",
+            hint=f"leave that out: it is for data sets of the hub; behind a recipe that names one, write"
+            f" `'data.sources=[{{path: {path}}}]'`",
         )
     if source.sample_by != "paragraph" and kind_of_file(path) != ".txt":
         raise DataError(

@@ -640,7 +640,7 @@ ERRORS = {
         "data recipe.yaml data.sources.0.split=test",
         1,
         "`chats.jsonl` is a file, for which `split: test` means nothing",
-        "`split`, `name` and `stream` are for data sets of the hub; name the",
+        "write `'data.sources=[{path: chats.jsonl}]'`",
     ),
     "data: no such column": Provoked(
         "data recipe.yaml 'data.sources.0.columns={prompt: task}'",
