@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,9 @@ def out(tmp_path: Path) -> Path:
 
 
 def test_a_score_is_what_one_computes_by_hand(reachable: Path, scored_base: Path, out: Path) -> None:
+    drawn = random.getstate()
     run_eval(scored_base, "--tasks", "leaderboard_musr", "--data-dir", reachable, "--output", out)
+    assert random.getstate() == drawn
     (file,) = out.glob("*.json")
     model = load_chat_model(scored_base, needs_template=False)
     for split in MUSR_CHOICES:
@@ -400,8 +403,10 @@ def test_documents_that_are_shuffled_come_from_the_seed_and_stay(
     def right_answers(task: Any) -> list[str]:
         return [doc["answer"] for doc in task.eval_docs]
 
+    drawn = random.getstate()
     task = prepared("leaderboard_gpqa_extended")
     first = right_answers(task)
     assert len(set(first)) > 1
     assert right_answers(task) == first  # as it is asked, and as it is scored
     assert right_answers(prepared("leaderboard_gpqa_main,leaderboard_gpqa_extended")) == first
+    assert random.getstate() == drawn  # what a caller draws is the caller's
