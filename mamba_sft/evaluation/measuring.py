@@ -22,7 +22,7 @@ from mamba_sft.evaluation.results import Results, begin, differing
 from mamba_sft.evaluation.scores import TaskScores
 from mamba_sft.evaluation.settings import Settings, refuse_unknown
 from mamba_sft.evaluation.suites import Problem, Progress, Suite
-from mamba_sft.inference.fingerprint import fingerprint
+from mamba_sft.inference.fingerprints import fingerprint
 from mamba_sft.inference.model_places import ModelPlace, find_place, no_adapter
 from mamba_sft.inference.request import DTYPES, QUANTIZATIONS
 from mamba_sft.run import Run, result_file, samples_file, write_atomically

@@ -16,7 +16,7 @@ from typing import Any
 from mamba_sft.disk import reason
 from mamba_sft.errors import UsageError
 from mamba_sft.inference.answer import Answer, row_line
-from mamba_sft.inference.fingerprint import fingerprint
+from mamba_sft.inference.fingerprints import fingerprint
 from mamba_sft.inference.model_places import ModelPlace
 from mamba_sft.inference.prompt_rows import PromptRow
 from mamba_sft.inference.request import Running
