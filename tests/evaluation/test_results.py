@@ -86,7 +86,7 @@ def test_one_goes_on_where_nothing_differs(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="has results of the same model and settings, 2 tasks"):
         begin(path, results(), resume=False, overwrite=False)
     results(1).write(path)
-    with pytest.raises(UsageError, match=r"settings, 1 task$"):
+    with pytest.raises(UsageError, match=r"settings, 1 task\n"):
         begin(path, results(), resume=False, overwrite=False)
 
 
