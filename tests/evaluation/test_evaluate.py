@@ -141,7 +141,7 @@ def test_a_run_that_was_stopped_goes_on_after_the_last_task(
     (file,) = out.glob("*.json")
     assert list(scores(file)) == measured == MUSR[:1]
     assert json.loads(file.read_text())["complete"] is False
-    with pytest.raises(UsageError, match="has results of the same model and settings, 1 tasks"):
+    with pytest.raises(UsageError, match="has results of the same model and settings, 1 task\\n"):
         run_eval(*asked)
     with pytest.raises(UsageError, match="max_length: 2048 there, 1000 now"):
         run_eval(*asked, "--resume", "--max-length", 1000)
