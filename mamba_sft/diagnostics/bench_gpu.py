@@ -1,7 +1,7 @@
 """The kernels on a GPU, at Falcon-Mamba-7B's shapes: against mamba_ssm, causal_conv1d and the GPU's limits.
 
 Every case has two rows, `forward` and `both` (forward and backward): milliseconds, the share of the floor
-(`bench_card`), bandwidth, memory. Gradients are those of LoRA training: for activations, not for the frozen
+(`gpu_limits`), bandwidth, memory. Gradients are those of LoRA training: for activations, not for the frozen
 A, D, dt_bias and filters (the compiled peers compute those too; they know no other way).
 """
 

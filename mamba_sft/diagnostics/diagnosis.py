@@ -68,14 +68,14 @@ def diagnose() -> Diagnosis:
 def _hardware() -> tuple[list[Finding], dict[str, Any]]:
     from mamba_sft.diagnostics import hardware
 
-    probe = hardware.start_nf4_probe()
-    try:
-        environment = describe_environment()
-        facts = environment["device"]
-        found = [*hardware.device(facts), *hardware.compute(facts)]
-        return [*found, hardware.nf4(probe, facts["type"])], environment
-    finally:
-        probe.kill()
+    with hardware.start_nf4_probe() as probe:
+        try:
+            environment = describe_environment()
+            facts = environment["device"]
+            found = [*hardware.device(facts), *hardware.compute(facts)]
+            return [*found, hardware.nf4(probe, facts["type"])], environment
+        finally:
+            probe.kill()
 
 
 def _advice(environment: dict[str, Any]) -> Iterator[Finding]:

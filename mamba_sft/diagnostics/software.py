@@ -118,6 +118,9 @@ def storage() -> Iterator[Finding]:
     yield _room("hub cache", cache, needed, BASE, "free some, or set HF_HOME to another disk")
     if cached:
         yield Finding("storage", "7B base", "ok", f"{BASE} is in the cache")
+    elif cached is None:
+        fix = f"hf download {BASE} --force-download"
+        yield Finding("storage", "7B base", "note", f"{BASE} in the cache is damaged: see its index", fix)
     elif constants.HF_HUB_OFFLINE:
         fix = f"unset HF_HUB_OFFLINE, or `hf download {BASE}` where there is a network; quickstart needs none"
         yield Finding("storage", "7B base", "note", f"{BASE} is not in the cache, and the hub is off", fix)
@@ -145,12 +148,15 @@ def _room(name: str, path: Path, needed: float, by: str, fix: str) -> Finding:
     return Finding("storage", name, "ok", text)
 
 
-def base_is_cached() -> bool:
-    """Returns whether every weight file of the 7B base is in the hub's cache."""
+def base_is_cached() -> bool | None:
+    """Returns whether every weight file of the 7B base is in the hub's cache; None: its index is damaged."""
     from huggingface_hub import try_to_load_from_cache
 
     index = try_to_load_from_cache(BASE, "model.safetensors.index.json")
     if not isinstance(index, str):
         return False
-    shards = set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
+    try:
+        shards = set(map(str, json.loads(Path(index).read_bytes())["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
     return all(isinstance(try_to_load_from_cache(BASE, shard), str) for shard in shards)

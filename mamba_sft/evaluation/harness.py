@@ -8,7 +8,6 @@ dictionary, and the figures it adds up for groups are not used: each is wrong or
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +22,14 @@ from mamba_sft.evaluation.normalisation import Column, Pool
 from mamba_sft.evaluation.scores import TaskScores, short_digest
 from mamba_sft.evaluation.settings import Settings
 from mamba_sft.evaluation.suites import Problem, Progress
-from mamba_sft.evaluation.task_documents import SEED, nothing_remembered, read_once, refused, settle
+from mamba_sft.evaluation.task_documents import (
+    SEED,
+    nothing_remembered,
+    read_once,
+    refused,
+    seeded,
+    settle,
+)
 from mamba_sft.evaluation.task_names import (
     ends_as_file,
     is_task_file,
@@ -116,7 +122,8 @@ class Harness:
         with quiet(), data_from(settings.data_dir), nothing_remembered():
             for one in self.asked:
                 try:
-                    built = manager.load([one.name])["tasks"]
+                    with seeded():
+                        built = manager.load([one.name])["tasks"]
                     for task in built.values():
                         read_once(task)
                 except Exception as error:  # tasks are code of many authors
@@ -165,8 +172,7 @@ class Harness:
         for name in tasks:
             begun = time.monotonic()
             counter.begin(name, self._tasks[name])
-            random.seed(SEED)
-            with quiet():
+            with quiet(), seeded():
                 found = evaluate(
                     model,
                     {"tasks": {name: self._tasks[name]}, "groups": {}, "group_map": {}},

@@ -18,20 +18,19 @@ from mamba_sft.evaluation.heldout import Heldout
 from mamba_sft.evaluation.normalisation import Column
 from mamba_sft.evaluation.paired import Difference, difference
 from mamba_sft.evaluation.preflight import has_template
-from mamba_sft.evaluation.results import Results, begin, differing, digest
+from mamba_sft.evaluation.results import Results, begin, differing
 from mamba_sft.evaluation.scores import TaskScores
 from mamba_sft.evaluation.settings import Settings, refuse_unknown
 from mamba_sft.evaluation.suites import Problem, Progress, Suite
+from mamba_sft.inference.fingerprints import fingerprint
 from mamba_sft.inference.model_places import ModelPlace, find_place, no_adapter
 from mamba_sft.inference.request import DTYPES, QUANTIZATIONS
-from mamba_sft.model.checkpoint import base_fingerprint, resolve_base
-from mamba_sft.run import ADAPTER_WEIGHTS, Run, result_file, samples_file, write_atomically
+from mamba_sft.run import Run, result_file, samples_file, write_atomically
 
 if TYPE_CHECKING:
     from mamba_sft.inference.chat_model import ChatModel
 
 Role = Literal["tuned", "base"]
-_TEMPLATE_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
 @dataclass(frozen=True)
@@ -163,7 +162,11 @@ def start(
         file = result_file(output, suite.name, limit=settings.limit, is_base=subject.role == "base")
         wanted = Results(
             suite.name,
-            {"name": subject.name, "role": subject.role, "fingerprint": fingerprint(subject)},
+            {
+                "name": subject.name,
+                "role": subject.role,
+                "fingerprint": fingerprint(subject.place, adapted=not subject.under_adapter),
+            },
             _settings_facts(suite, subject, settings),
             made_with=_made_with(),
         )
@@ -256,18 +259,6 @@ def compare(work: Work, against: Results | None = None) -> None:
         ],
     }
     tuned.write(work.files["tuned"])
-
-
-def fingerprint(subject: Subject) -> str:
-    """Returns a digest of a model's weights, by samples of them, and of its tokenizer and template."""
-    place = subject.place
-    base = resolve_base(place.section.base, place.section.revision)
-    parts: list[bytes | str] = [base_fingerprint(base)]
-    if place.adapter is not None and not subject.under_adapter:
-        parts.append((place.adapter / ADAPTER_WEIGHTS).read_bytes())
-    texts = place.adapter or base
-    parts += [file.read_bytes() for name in _TEMPLATE_FILES if (file := texts / name).is_file()]
-    return digest(*parts)
 
 
 def uses_template(suite: Suite, place: ModelPlace, settings: Settings) -> bool | None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from math import exp, fsum, sqrt
+from math import exp, fsum, inf, sqrt
 from typing import Literal
 
 from mamba_sft.evaluation.scores import Scores, TaskScores
@@ -144,14 +144,22 @@ def as_shown(column: Column, pool: Pool, mean: float) -> float:
     """Returns the mean of a pool on the scale of its column."""
     if column.kind == "percent":
         return rescale(mean, pool.chance)
-    return exp(mean) if column.kind == "perplexity" else mean
+    return _perplexity(mean) if column.kind == "perplexity" else mean
 
 
 def slope(column: Column, pool: Pool, mean: float) -> float:
     """Returns how fast the shown value moves with the mean, where nothing is clipped."""
     if column.kind == "percent":
         return 100.0 / (1.0 - pool.chance)
-    return exp(mean) if column.kind == "perplexity" else 1.0
+    return _perplexity(mean) if column.kind == "perplexity" else 1.0
+
+
+def _perplexity(loss: float) -> float:
+    """The exponential of a loss; of one that no number can hold, as a broken model has, infinity."""
+    try:
+        return exp(loss)
+    except OverflowError:
+        return inf
 
 
 def influences(column: Column, scored: Mapping[str, TaskScores]) -> dict[str, float] | None:

@@ -11,7 +11,6 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any, get_args
 
@@ -20,6 +19,7 @@ from mamba_sft.evaluation.normalisation import Column, Figure, Kind, average, fi
 from mamba_sft.evaluation.scores import TaskScores
 from mamba_sft.json_lines import parse_json
 from mamba_sft.run import SUITES, TASKS, write_atomically
+from mamba_sft.wording import count_text
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ class Results:
             return cls(
                 str(found["suite"]), model, settings, made_with, scored, figures, _checked(found["compared"])
             )
-        except (KeyError, TypeError, ValueError, AttributeError, OSError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError, OSError) as error:
             raise UsageError(
                 f"`{path}` does not hold results of `mamba-sft eval`: {type(error).__name__} {error}",
                 hint="give another file, or remove this one",
@@ -245,18 +245,9 @@ def begin(path: Path, wanted: Results, *, resume: bool, overwrite: bool) -> Resu
             hint="`--overwrite` replaces them, `--output DIR` writes elsewhere",
         )
     if not resume:
-        tasks = f"{len(there.scored)} tasks"
+        tasks = count_text(len(there.scored), "task")
         raise UsageError(
             f"`{path}` has results of the same model and settings, {tasks}",
             hint="`--resume` goes on from there (and shows what is there), `--overwrite` measures again",
         )
     return there
-
-
-def digest(*contents: bytes | str) -> str:
-    """Returns a digest of texts and bytes, one after the other."""
-    found = blake2b(digest_size=16)
-    for each in contents:
-        data = each.encode() if isinstance(each, str) else each
-        found.update(len(data).to_bytes(8, "little") + data)
-    return found.hexdigest()

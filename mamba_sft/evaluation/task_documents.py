@@ -20,6 +20,17 @@ def settle(task: Any, shots: int | None) -> None:
     task.set_fewshot_seed(seed=1234)  # as lm-eval's own command does
 
 
+@contextmanager
+def seeded() -> Iterator[None]:
+    """What tasks draw in the block comes from the seed; afterwards the caller draws on as if nothing was."""
+    before = random.getstate()
+    random.seed(SEED)
+    try:
+        yield
+    finally:
+        random.setstate(before)
+
+
 class _Once:
     """A function of data sets that is computed once for each, and then remembered.
 
@@ -49,8 +60,8 @@ def read_once(task: Any) -> None:
     for place in (getattr(task, "config", None), getattr(task, "fewshot_cfg", None)):
         if getattr(place, "process_docs", None) is not None:
             place.process_docs = _Once(place.process_docs)  # type: ignore[union-attr]
-    random.seed(SEED)  # for each, so that what else is asked for changes nothing
-    _ = task.eval_docs
+    with seeded():  # for each, so that what else is asked for changes nothing
+        _ = task.eval_docs
 
 
 def refused(name: str, task: Any) -> Iterator[str]:

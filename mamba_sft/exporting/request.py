@@ -47,7 +47,7 @@ class GGUFOptions:
 
     Args:
         fix_epsilon: Scale `ssm_x` so that llama.cpp's norms of dt, B and C are the model's; see
-            `gguf_tensors`.
+            `gguf/tensors.py`.
         verify: Load every file through llama.cpp and hold it against the model.
         imatrix: Weigh rounding errors by an importance matrix.
         imatrix_tokens: How much text the matrix is made from.

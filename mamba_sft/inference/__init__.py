@@ -9,5 +9,5 @@ and `model_places` (what is asked for, and of which model),
 `sessions` (conversations with one model, or with tuned and base) with `unread` (what of one is still to be
 read), `repetition` (answers that go round in a circle) and `saved_chats` (a conversation in a file),
 `answering` (what the verbs `generate` and `chat` do), `answer` and `answer_file` (where answers go, as they
-come) and `unfinished` (gone on with later).
+come) and `unfinished` (gone on with later, by the same model: `fingerprints`).
 """

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from hashlib import blake2b
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,12 @@ from typing import Any
 from mamba_sft.disk import reason
 from mamba_sft.errors import UsageError
 from mamba_sft.inference.answer import Answer, row_line
+from mamba_sft.inference.fingerprints import fingerprint
 from mamba_sft.inference.model_places import ModelPlace
 from mamba_sft.inference.prompt_rows import PromptRow
 from mamba_sft.inference.request import Running
 from mamba_sft.inference.sampling import Sampling
 from mamba_sft.json_lines import parse_json
-from mamba_sft.model.checkpoint import base_fingerprint, resolve_base
 from mamba_sft.wording import shown
 
 Asked = Mapping[str, Any]
@@ -138,7 +137,7 @@ def asked_of(identity: Asked, sampling: Sampling, system: str | None, raw: bool)
 
 
 def identity_of(place: ModelPlace, running: Running) -> dict[str, Any]:
-    """Returns what tells a model from others, and how it is held, without reading all of its weights.
+    """Returns what tells a model from others, and how it is held.
 
     Args:
         place: Where it is.
@@ -147,16 +146,7 @@ def identity_of(place: ModelPlace, running: Running) -> dict[str, Any]:
     Raises:
         ModelError: The model is not there, or not complete.
     """
-    digest = blake2b(digest_size=16)
-    if place.gguf is not None:
-        status = place.gguf.stat()
-        digest.update(f"{status.st_size} {status.st_mtime_ns}".encode())
-    else:
-        section = place.section
-        digest.update(base_fingerprint(resolve_base(section.base, section.revision)).encode())
-    for file in sorted(place.adapter.glob("*.safetensors")) if place.adapter is not None else ():
-        digest.update(file.read_bytes())
     held = {
         name: getattr(running, name) or getattr(place.section, name) for name in ("dtype", "quantization")
     }
-    return {"model": place.name, "weights": digest.hexdigest(), **held}
+    return {"model": place.name, "fingerprint": fingerprint(place), **held}

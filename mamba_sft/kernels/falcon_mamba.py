@@ -57,9 +57,8 @@ def install(model: Model, backend: str = "auto") -> Model:
         ours = REPLACEMENTS.get(type(module))
         if ours is not None:
             module.__class__ = ours
-            if "_old_forward" in vars(
-                module
-            ):  # accelerate's hooks call the forward they found when they were added
+            # accelerate's hooks call the forward they found when they were added
+            if "_old_forward" in vars(module):
                 module._old_forward = MethodType(ours.forward, module)
         if isinstance(module, FalconMambaMixer):
             module.backend = backend

@@ -210,8 +210,9 @@ def _write(key: str, choice: Choice) -> None:
     path = _path(key)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-            json.dump({"key": key, "choice": asdict(choice)}, file)
-        os.replace(file.name, path)
+        with tempfile.TemporaryDirectory(dir=path.parent) as place:  # goes, whatever the disk takes
+            whole = Path(place, path.name)
+            whole.write_text(json.dumps({"key": key, "choice": asdict(choice)}), encoding="utf-8")
+            os.replace(whole, path)
     except OSError as error:
         logger.debug("the choice is not kept: %s", error)

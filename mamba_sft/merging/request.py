@@ -52,9 +52,10 @@ def check_request(
     """
     run = Run.open(run)
     if run.model.is_dir():
+        place = shlex.quote(str(run.path))
         raise UsageError(
             f"`{run.path}` has nothing to merge: it trained all weights, and `{run.model}` is the model",
-            hint=f"take it as it is: `mamba-sft chat {run.path}`, or `mamba-sft export {run.path}`",
+            hint=f"take it as it is: `mamba-sft chat {place}`, or `mamba-sft export {place}`",
         )
     if dtype is not None and dtype not in DTYPE_NAMES:
         close = meant(dtype, list(DTYPE_NAMES))

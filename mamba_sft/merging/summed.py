@@ -22,17 +22,8 @@ _TOKENIZER_FILES = (
     "vocab.json", "merges.txt", "chat_template.jinja",
 )  # fmt: skip
 _NOT_COPIED = (
-    ".safetensors",
-    ".bin",
-    ".pt",
-    ".pth",
-    ".h5",
-    ".msgpack",
-    ".gguf",
-    ".onnx",
-    ".index.json",
-    ".py",
-)
+    ".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json", ".py",
+)  # fmt: skip
 
 
 class MergedTensors:
@@ -86,9 +77,8 @@ def write_companions(prepared: PreparedMerge, directory: Path) -> None:
     own = prepared.run.adapter
     ours = {path.name for path in own.iterdir() if path.name in _TOKENIZER_FILES}
     for path in sorted(prepared.base.iterdir()):
-        stale = (
-            path.name in _TOKENIZER_FILES and ours
-        )  # the base's stop token must not come back with its files
+        # the base's stop token must not come back with its files
+        stale = path.name in _TOKENIZER_FILES and ours
         if _is_companion(path) and not stale:
             shutil.copyfile(path, directory / path.name)
     for name in sorted(ours | {"generation_config.json"}):
@@ -98,7 +88,8 @@ def write_companions(prepared: PreparedMerge, directory: Path) -> None:
     if (prepared.base / INDEX_NAME).is_file():
         index = json.loads((prepared.base / INDEX_NAME).read_text(encoding="utf-8"))
         files = {layout.name: file for file, shard in prepared.shards.items() for layout in shard}
-        metadata = index.get("metadata", {}) | {"total_size": prepared.nbytes}
+        known = index.get("metadata")
+        metadata = (known if isinstance(known, dict) else {}) | {"total_size": prepared.nbytes}
         if "total_parameters" in metadata:
             metadata["total_parameters"] = sum(prod(layout.shape) for layout in prepared.layouts)
         index = {"metadata": metadata, "weight_map": dict(sorted(files.items()))}

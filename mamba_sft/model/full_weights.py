@@ -28,7 +28,7 @@ from mamba_sft.model.checkpoint import (
 )
 from mamba_sft.model.checksums import new_digest
 from mamba_sft.model.loading import resolve_dtype
-from mamba_sft.model.shards import part_of, whole
+from mamba_sft.model.shards import part_of
 from mamba_sft.model.tensor_files import DTYPES, Layout, as_bytes, read_rows, row_blocks, write_shard
 from mamba_sft.run import MODEL_FACTS
 
@@ -108,24 +108,6 @@ def dead_weights(
     return [name for name in trained if not alive.get(name)]
 
 
-def whole_weights(model: Any, dtype: torch.dtype, *, keep: bool) -> dict[str, torch.Tensor]:
-    """Returns the weights of a model that processes hold in parts, by name, in host memory.
-
-    All of them ask for it together, and one weight at a time is whole on their GPUs.
-
-    Args:
-        model: Sharded.
-        dtype: What they are rounded to.
-        keep: Whether this process wants them; else it only helps, and gets nothing.
-    """
-    kept = {}
-    for name, tensor in model.state_dict().items():
-        together = whole(tensor.detach())
-        if keep:
-            kept[name] = together.to(dtype).cpu()
-    return kept
-
-
 def load_weights(model: Any, directory: str | Path) -> None:
     """Gives a model the weights of a checkpoint, in place; one that is sharded takes its parts of them.
 
@@ -186,7 +168,7 @@ def save_model(
         directory: Where to; made if absent.
         section: The base it began as; its `dtype` is what is written.
         setup: The tokenizer and special tokens it was trained with.
-        weights: From `whole_weights`, where one process writes what several hold.
+        weights: From `whole_tensors`, where one process writes what several hold.
     """
     directory.mkdir(parents=True, exist_ok=True)
     dtype = resolve_dtype(section, model.device)

@@ -5,6 +5,7 @@ Both are asked for by all processes together, in the same order.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,6 +22,24 @@ def is_sharded(model: torch.nn.Module) -> bool:
 def whole(tensor: Tensor) -> Tensor:
     """Returns the whole of a tensor; one that is not sharded is returned as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_tensors(
+    tensors: Mapping[str, Tensor], *, keep: bool, dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """Returns tensors put together, by name, in host memory; one at a time is whole on the GPUs.
+
+    Args:
+        tensors: Each sharded, or of the same values in every process.
+        keep: Whether this process wants them; else it only helps, and gets nothing.
+        dtype: What they are rounded to; None: as they are.
+    """
+    kept = {}
+    for name, tensor in tensors.items():
+        together = whole(tensor.detach())
+        if keep:
+            kept[name] = together.to(dtype or together.dtype).cpu()
+    return kept
 
 
 def part_of(tensor: Tensor, like: Any) -> Tensor:

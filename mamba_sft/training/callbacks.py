@@ -23,6 +23,7 @@ from mamba_sft.model.full_weights import dead_weights
 from mamba_sft.processes import is_one_of_many
 from mamba_sft.run import write_atomically
 from mamba_sft.training.saving import Lines
+from mamba_sft.wording import count_text
 
 logger = logging.getLogger(__name__)
 
@@ -125,8 +126,8 @@ class AdapterWatch(TrainerCallback):
         if dead:
             names = "\n".join(f"  {name}" for name in dead)
             raise AdapterError(
-                f"no gradient reaches {len(dead)} {'adapter' if adapted else 'model'} tensors, so they would "
-                f"never learn:\n{names}",
+                f"no gradient reaches {count_text(len(dead), 'tensor')} of the "
+                f"{'adapter' if adapted else 'model'}, so that nothing is learned there:\n{names}",
                 hint="remove them from `adapter.target_modules`, or report this as a bug with the recipe"
                 if adapted
                 else "report this as a bug with the recipe",

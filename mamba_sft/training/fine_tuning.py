@@ -23,23 +23,13 @@ from mamba_sft.disk import disk_errors_explained
 from mamba_sft.errors import TrainingError
 from mamba_sft.evaluation.prompts import pair, write_samples
 from mamba_sft.kernels import automatic
-from mamba_sft.model.adapter import (
-    adapter_weights,
-    attach_adapter,
-    load_weights,
-    trained_digest,
-)
+from mamba_sft.model.adapter import adapter_weights, attach_adapter, load_weights, trained_digest
 from mamba_sft.model.checkpoint import base_fingerprint, resolve_base
-from mamba_sft.model.full_weights import in_float32, save_trained, train_all_weights, whole_weights
+from mamba_sft.model.full_weights import in_float32, save_trained, train_all_weights
 from mamba_sft.model.loading import apply_setup, load_model, recommend_sampling, resolve_dtype
-from mamba_sft.model.shards import held_bytes, is_sharded
+from mamba_sft.model.shards import held_bytes, is_sharded, whole_tensors
 from mamba_sft.planning.environment import describe_call, describe_device, describe_environment
-from mamba_sft.planning.storage import (
-    ANOTHER_PLACE,
-    FILES,
-    checkpoint_sizes,
-    result_bytes,
-)
+from mamba_sft.planning.storage import ANOTHER_PLACE, FILES, checkpoint_sizes, result_bytes
 from mamba_sft.recipe.mixtures import source_ids
 from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.run import Run, atomic_directory, write_atomically
@@ -194,7 +184,7 @@ def _whole_weights(preparation: Preparation, trainer: Trainer) -> dict[str, torc
     if not is_sharded(trainer.model):
         return None
     dtype = resolve_dtype(preparation.recipe.model, trainer.model.device)
-    return whole_weights(trainer.model, dtype, keep=trainer.is_world_process_zero())
+    return whole_tensors(trainer.model.state_dict(), keep=trainer.is_world_process_zero(), dtype=dtype)
 
 
 def _settle_base(preparation: Preparation) -> None:
@@ -280,7 +270,8 @@ def _build_trainer(
 
 
 def _interrupted(run: Run, interruption: Interruption) -> RunInterruptedError:
-    kept, again = newest_resume_point(run), f"continue with `mamba-sft train {run.recipe} --resume`"
+    kept = newest_resume_point(run)
+    again = f"continue with `mamba-sft train {quote(str(run.recipe))} --resume`"
     if kept is not None:
         told = "saved" if step_in_name(kept) == interruption.step else "the newest checkpoint is"
         return RunInterruptedError(f"{interruption.where}; {told} `{kept}`", hint=again)

@@ -25,6 +25,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
+from shlex import join, quote
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
@@ -258,21 +259,20 @@ def _has_timeout(config: type) -> bool:
 @contextmanager
 def _as_launcher(asked: Launch, words: Sequence[str]) -> Iterator[None]:
     """What the processes find in their environment, and how this process behaves while they run."""
-    import shlex
-
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = str(max(1, cores // asked.processes))
-    ours = {LAUNCHED: shlex.join(["mamba-sft", *words, *asked.options])}
+    ours = {LAUNCHED: join(["mamba-sft", *words, *asked.options])}
     for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"):
         ours[name] = os.environ.get(name, threads)
     before = {name: os.environ.get(name) for name in (*ours, "TORCHELASTIC_SIGNALS_TO_HANDLE")}
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     os.environ.update(ours)
-    logging.disable(logging.ERROR)  # the agent's own account of what we tell in one message
+    silent = logging.root.manager.disable
+    logging.disable(max(silent, logging.ERROR))  # the agent's own account of what we tell in one message
     try:
         yield
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(silent)
         for number, handler in handlers.items():
             signal.signal(number, handler)
         for name, value in before.items():
@@ -376,4 +376,4 @@ class _Ended:
         if newest_resume_point(self.run) is None:
             return None
         words = " ".join(self.asked.options)
-        return f"continue with `mamba-sft train {self.run.recipe} {words} --resume`"
+        return f"continue with `mamba-sft train {quote(str(self.run.recipe))} {words} --resume`"

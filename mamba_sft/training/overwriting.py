@@ -6,6 +6,7 @@ import glob
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from shlex import quote
 
 from mamba_sft.disk import PROBE
 from mamba_sft.errors import RecipeError, TrainingError, UsageError
@@ -46,7 +47,7 @@ def refuse_to_overwrite(run: Run, *, overwrite: bool) -> None:
     if overwrite and run.path.is_symlink():
         raise TrainingError(
             f"`{run.path}` is a link to `{run.path.resolve()}`, and `--overwrite` follows none",
-            hint=f"name the directory itself: `output_dir={run.path.resolve()}`",
+            hint=f"name the directory itself: `output_dir={quote(str(run.path.resolve()))}`",
         )
     held = sorted(name for name, _ in contents_of(run))
     if not held:

@@ -17,9 +17,7 @@ from mamba_sft.planning.course import Course
 from mamba_sft.planning.extent import RunLength
 from mamba_sft.planning.fitting import refuse_what_cannot_fit, trained_values
 from mamba_sft.planning.settling import settle
-from mamba_sft.planning.storage import (
-    refuse_too_small_a_disk,
-)
+from mamba_sft.planning.storage import refuse_too_small_a_disk
 from mamba_sft.recipe.recipe import Recipe
 from mamba_sft.run import Run
 from mamba_sft.training.arguments import trainer_arguments
@@ -40,6 +38,7 @@ class Preparation:
     """Everything a run needs before the weights.
 
     Args:
+        recipe: What is trained, with what was settled of it.
         run: Where it will be written.
         setup: The tokenizer with its chat template and special tokens settled.
         data: The prepared rows and what was seen while preparing them.
@@ -117,14 +116,13 @@ def prepare_checked(checked: Checked, *, allow_changed_data: bool = False) -> Pr
         processes=processes.num_processes,
     )
     trained = trained_values(recipe, trained_rows=len(setup.trained_token_ids))
+    validates = data.validation_rows is not None
     if processes.is_main_process:
-        validates = data.validation_rows is not None
         refuse_too_small_a_disk(
             run, recipe, trained, steps=length.steps, validates=validates, resumes=checked.resumed
         )
-    has_validation = data.validation_rows is not None
     arguments = trainer_arguments(
-        recipe, run, steps=course.steps, has_validation=has_validation, processes=processes.num_processes
+        recipe, run, steps=course.steps, has_validation=validates, processes=processes.num_processes
     )
     record = record_data(recipe, data, setup.tokenizer, length, checked.prompts)
     if settled.mixture is not None:

@@ -20,8 +20,8 @@ from trl import SFTTrainer
 
 from mamba_sft.errors import TrainingError
 from mamba_sft.model.adapter import adapter_tensors
-from mamba_sft.model.full_weights import load_trained, whole_weights, without_wrapper
-from mamba_sft.model.shards import whole
+from mamba_sft.model.full_weights import load_trained, without_wrapper
+from mamba_sft.model.shards import whole_tensors
 from mamba_sft.planning.course import Course
 from mamba_sft.run import Run
 from mamba_sft.training.callbacks import Interruption, StepGivenUp
@@ -167,9 +167,9 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
         """What is trained, put together where no process has it as a whole."""
         if not self.is_fsdp_enabled:
             return None
-        if hasattr(self.model, "peft_config"):
-            return {name: whole(x.detach()).cpu() for name, x in adapter_tensors(self.model).items()}
-        return whole_weights(self.model, torch.float32, keep=self.args.should_save)
+        adapted = hasattr(self.model, "peft_config")
+        trained = adapter_tensors(self.model) if adapted else self.model.state_dict()
+        return whole_tensors(trained, keep=self.args.should_save)
 
     def _whole_optimizer(self) -> dict[str, Any] | None:
         """The optimizer's numbers, put together where no process has them as a whole."""

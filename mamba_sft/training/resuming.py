@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from mamba_sft.errors import RecipeError, TrainingError
@@ -61,7 +62,8 @@ def find_resume_point(run: Run, recipe: Recipe) -> tuple[Recipe, Path | None]:
     changed = [entry for entry in differences(trained, recipe) if entry[0] not in CHANGEABLE]
     if changed:
         lines = [f"  `{name}` was {old!r}, now {new!r}" for name, old, new in changed]
-        own = f"go on with its own: `mamba-sft train {run.recipe} --resume`, or set another `output_dir`"
+        its = quote(str(run.recipe))
+        own = f"go on with its own: `mamba-sft train {its} --resume`, or set another `output_dir`"
         longer = any(name in LENGTH for name, _, _ in changed)
         raise RecipeError(
             "\n".join([f"`{run.path}` was started with another recipe:", *lines]),
@@ -70,7 +72,7 @@ def find_resume_point(run: Run, recipe: Recipe) -> tuple[Recipe, Path | None]:
     if is_finished(run) and run.report.is_file():  # without its page, that is what is left to do
         raise TrainingError(
             f"`{run.path}` is finished",
-            hint=f"next: `mamba-sft {_next(recipe)} {run.path}`; {_more(run, recipe)}",
+            hint=f"next: `mamba-sft {_next(recipe)} {quote(str(run.path))}`; {_more(run, recipe)}",
         )
     return recipe, _newest_good(run)
 
@@ -142,12 +144,16 @@ def _next(recipe: Recipe) -> str:
 
 def _more(run: Run, recipe: Recipe) -> str:
     """How to train on when a run's own steps are done: its learning rate has come down to its end."""
-    first = "" if run.result else f"finish it first, with `mamba-sft train {run.recipe} --resume`; "
+    first = (
+        "" if run.result else f"finish it first, with `mamba-sft train {quote(str(run.recipe))} --resume`; "
+    )
     if recipe.trains == "model":
-        return f"{first}to train on, start from its model: `model.base={run.model} output_dir=runs/NAME`"
+        model = quote(str(run.model))
+        return f"{first}to train on, start from its model: `model.base={model} output_dir=runs/NAME`"
+    path, merged = quote(str(run.path)), quote(str(run.merged))
     return (
-        f"{first}to train on, start a new run from its adapter: `model.adapter={run.path} "
-        f"output_dir=runs/NAME`; or `mamba-sft merge {run.path}`, then `model.base={run.merged} "
+        f"{first}to train on, start a new run from its adapter: `model.adapter={path} "
+        f"output_dir=runs/NAME`; or `mamba-sft merge {path}`, then `model.base={merged} "
         "output_dir=runs/NAME`"
     )
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from mamba_sft.kernels.falcon_mamba import FalconMambaBlock
-from mamba_sft.model.shards import part_of, whole
+from mamba_sft.model.shards import part_of, whole_tensors
 
 SETTINGS = {
     "version": 2,
@@ -72,9 +72,12 @@ def own_environment() -> Iterator[None]:
     try:
         yield
     finally:
-        for name in os.environ.keys() - before.keys():
+        for name in os.environ.keys() | before.keys():
             if name.startswith(("ACCELERATE_", "FSDP_")):
-                del os.environ[name]
+                if name in before:
+                    os.environ[name] = before[name]
+                else:
+                    del os.environ[name]
 
 
 def compute_as_ddp(accelerator: Any, model: Any) -> None:
@@ -105,17 +108,11 @@ def whole_state(optimizer: Any, *, keep: bool) -> dict[str, Any]:
     state: dict[str, Any] = optimizer.state_dict()
     numbers: dict[Any, dict[str, Any]] = {}
     for place, values in state["state"].items():
-        together = {name: _in_host_memory(x, keep) for name, x in values.items()}
+        tensors = {name: x for name, x in values.items() if isinstance(x, Tensor)}
+        together = whole_tensors(tensors, keep=keep)
         if keep:
-            numbers[place] = together
+            numbers[place] = values | together
     return state | {"state": numbers}
-
-
-def _in_host_memory(value: Any, keep: bool) -> Any:
-    if not isinstance(value, Tensor):
-        return value
-    together = whole(value)
-    return together.cpu() if keep else None
 
 
 def load_whole_state(optimizer: Any, state: dict[str, Any]) -> None:

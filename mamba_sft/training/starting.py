@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from mamba_sft.errors import AdapterError, RecipeError
@@ -84,7 +85,7 @@ def check_base(path: Path, section: ModelSection) -> None:
     if base_fingerprint(resolve_base(section.base, section.revision)) != facts.fingerprint:
         raise AdapterError(
             f"`{section.base}` is not the base that `{path}` was trained on, which was `{facts.base}`",
-            hint=f"set `model.base={facts.base}`; an adapter that was merged needs no `model.adapter`",
+            hint=f"set `model.base={quote(facts.base)}`; an adapter that was merged needs no `model.adapter`",
         )
 
 
@@ -95,12 +96,12 @@ def _directory(where: str) -> Path:
         if run.model.is_dir():
             raise AdapterError(
                 f"`model.adapter: {where}`: that run has no adapter, it trained all weights",
-                hint=f"start from its model: `model.base={run.model}`, without `model.adapter`",
+                hint=f"start from its model: `model.base={quote(str(run.model))}`, without `model.adapter`",
             )
         if not run.adapter.is_dir():
             raise AdapterError(
                 f"`model.adapter: {where}`: that run has no adapter yet, its training has not finished",
-                hint=f"finish it first: `mamba-sft train {run.recipe} --resume`",
+                hint=f"finish it first: `mamba-sft train {quote(str(run.recipe))} --resume`",
             )
         return run.adapter
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
@@ -126,7 +127,7 @@ def _check_shape(path: Path, section: AdapterSection) -> None:
         lines = [f"  `{name}` is {ours}, and {its} there" for name, its, ours in wrong]
         raise AdapterError(
             "\n".join([f"the adapter in `{path}` does not fit the recipe:", *lines]),
-            hint="take its own: " + " ".join(f"{name}={its}" for name, its, _ in wrong),
+            hint="take its own: " + " ".join(f"{name}={quote(its)}" for name, its, _ in wrong),
         )
 
 

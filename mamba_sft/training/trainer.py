@@ -10,12 +10,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import AutocastKwargs, gather_object
-from transformers import (
-    EarlyStoppingCallback,
-    PrinterCallback,
-    TrainerCallback,
-    TrainerControl,
-)
+from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, TrainerControl
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
 from mamba_sft.data.packing import PADDING
@@ -35,10 +30,7 @@ from mamba_sft.training.largest_residual import LargestResidual
 from mamba_sft.training.pace import Pace
 from mamba_sft.training.resumable import ResumableTrainer, TakeUp
 from mamba_sft.training.saving import CheckpointSaves
-from mamba_sft.training.sharding import (
-    own_environment,
-    shard_anywhere,
-)
+from mamba_sft.training.sharding import own_environment, shard_anywhere
 from mamba_sft.training.spikes import SpikeWatch
 from mamba_sft.training.step_loader import Batch, count_rows, load_steps
 from mamba_sft.training.steps import ChunkedSteps

@@ -187,6 +187,10 @@ def test_a_cached_base_needs_no_room(monkeypatch, tmp_path):
     assert (found["hub cache"].status, found["7B base"].status) == ("ok", "ok")
     files.remove("b.safetensors")
     assert not software.base_is_cached()
+    for damaged in ('{"weight_map": {"x', "[]", "{}", '{"weight_map": 3}', "\xff"):
+        index.write_text(damaged, encoding="latin-1")
+        found = by_name(software.storage())["7B base"]
+        assert (found.status, found.fix) == ("note", f"hf download {software.BASE} --force-download")
 
 
 # --- hardware -----------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,9 @@ def out(tmp_path: Path) -> Path:
 
 
 def test_a_score_is_what_one_computes_by_hand(reachable: Path, scored_base: Path, out: Path) -> None:
+    drawn = random.getstate()
     run_eval(scored_base, "--tasks", "leaderboard_musr", "--data-dir", reachable, "--output", out)
+    assert random.getstate() == drawn
     (file,) = out.glob("*.json")
     model = load_chat_model(scored_base, needs_template=False)
     for split in MUSR_CHOICES:
@@ -138,7 +141,7 @@ def test_a_run_that_was_stopped_goes_on_after_the_last_task(
     (file,) = out.glob("*.json")
     assert list(scores(file)) == measured == MUSR[:1]
     assert json.loads(file.read_text())["complete"] is False
-    with pytest.raises(UsageError, match="has results of the same model and settings, 1 tasks"):
+    with pytest.raises(UsageError, match="has results of the same model and settings, 1 task\\n"):
         run_eval(*asked)
     with pytest.raises(UsageError, match="max_length: 2048 there, 1000 now"):
         run_eval(*asked, "--resume", "--max-length", 1000)
@@ -400,8 +403,10 @@ def test_documents_that_are_shuffled_come_from_the_seed_and_stay(
     def right_answers(task: Any) -> list[str]:
         return [doc["answer"] for doc in task.eval_docs]
 
+    drawn = random.getstate()
     task = prepared("leaderboard_gpqa_extended")
     first = right_answers(task)
     assert len(set(first)) > 1
     assert right_answers(task) == first  # as it is asked, and as it is scored
     assert right_answers(prepared("leaderboard_gpqa_main,leaderboard_gpqa_extended")) == first
+    assert random.getstate() == drawn  # what a caller draws is the caller's

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import exp, sqrt
+from math import exp, inf, sqrt
 from pathlib import Path
 
 import pytest
@@ -162,6 +162,13 @@ def test_numbers_and_perplexities_are_shown_as_they_are() -> None:
     perplexity = figure(Column("ppl", (Pool(("rows",), "loss"),), kind="perplexity"), {"rows": losses})
     assert perplexity is not None
     assert perplexity.value == pytest.approx(exp(2))
+
+
+def test_a_loss_that_no_perplexity_can_be_made_of_is_told_all_the_same() -> None:
+    losses = TaskScores("rows", 0, ("a", "b"), ("a", "b"), {"loss": Scores((999.0, 998.0), (1.0, 1.0))})
+    found = figure(Column("ppl", (Pool(("rows",), "loss"),), kind="perplexity"), {"rows": losses})
+    assert found is not None
+    assert (found.value, found.raw) == (inf, 998.5)
 
 
 def test_one_document_has_no_standard_error() -> None:

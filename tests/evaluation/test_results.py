@@ -69,6 +69,14 @@ def test_another_file_is_no_results(tmp_path: Path, content: str) -> None:
         Results.read(tmp_path / "x.json")
 
 
+def test_a_count_that_no_integer_is_makes_it_no_results(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    results(1).write(path)
+    path.write_text(path.read_text().replace('"n": 4', '"n": Infinity', 1))
+    with pytest.raises(UsageError, match="OverflowError"):
+        Results.read(path)
+
+
 def test_one_goes_on_where_nothing_differs(tmp_path: Path) -> None:
     path = tmp_path / "leaderboard-v2.json"
     assert begin(path, results(), resume=True, overwrite=False).scored == {}  # there is nothing to go on with
@@ -76,6 +84,9 @@ def test_one_goes_on_where_nothing_differs(tmp_path: Path) -> None:
     assert set(begin(path, results(), resume=True, overwrite=False).scored) == {"IFEval", "BBH"}
     assert begin(path, results(), resume=False, overwrite=True).scored == {}
     with pytest.raises(UsageError, match="has results of the same model and settings, 2 tasks"):
+        begin(path, results(), resume=False, overwrite=False)
+    results(1).write(path)
+    with pytest.raises(UsageError, match=r"settings, 1 task\n"):
         begin(path, results(), resume=False, overwrite=False)
 
 

@@ -90,10 +90,11 @@ def test_exporting_again_replaces_only_its_own(tmp_path: Path) -> None:
     assert (target / "stray.txt").exists()
     foreign = tmp_path / "foreign"
     foreign.mkdir()
-    (foreign / "README.md").write_text("my notes on mamba-sft")
-    with pytest.raises(UsageError, match="not an earlier export"):
-        export(made.run, format="hf", output=foreign)
-    assert (foreign / "README.md").read_text() == "my notes on mamba-sft"
+    for notes in (b"my notes on mamba-sft", "größere Notizen".encode("latin-1")):
+        (foreign / "README.md").write_bytes(notes)
+        with pytest.raises(UsageError, match="not an earlier export"):
+            export(made.run, format="hf", output=foreign)
+        assert (foreign / "README.md").read_bytes() == notes
     with pytest.raises(UsageError, match="what would be exported"):
         export(made.run, format="hf", output=made.run.adapter)
 

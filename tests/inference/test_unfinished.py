@@ -164,7 +164,11 @@ def test_a_model_that_was_trained_again_is_another(tmp_path: Path, base: Path) -
     tensors = load_file(file)
     next(iter(tensors.values())).add_(1)
     save_file(tensors, file)
-    assert identity_of(place, Running())["weights"] != first["weights"]
+    trained_again = identity_of(place, Running())
+    assert trained_again["fingerprint"] != first["fingerprint"]
+    template = run.adapter / "chat_template.jinja"
+    template.write_text(template.read_text() + " ")
+    assert identity_of(place, Running())["fingerprint"] != trained_again["fingerprint"]
 
 
 def test_where_nothing_is_unfinished(chat_model: ChatModel, prompts: Path, tmp_path: Path) -> None:

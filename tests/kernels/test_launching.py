@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -80,6 +82,16 @@ def test_a_broken_or_foreign_entry_is_searched_again(text):
 def test_a_cache_that_cannot_be_written_fails_nothing(tmp_path):
     (tmp_path / "mamba-sft").write_text("a file where the directory should be", encoding="utf-8")
     assert launching.fastest("k", WAYS, lambda way: way.waves) == WAYS[2]
+
+
+def test_a_full_disk_keeps_no_half_of_a_choice(monkeypatch):
+    def full(self, *arguments, **more):
+        self.touch()
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    assert launching.fastest("k", WAYS, lambda way: way.waves) == WAYS[2]
+    assert list(launching.cache_directory().iterdir()) == []
 
 
 def test_a_way_without_memory_is_not_chosen():

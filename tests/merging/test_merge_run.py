@@ -261,6 +261,16 @@ def test_a_tied_matrix_stored_twice_stays_one(tmp_path: Path) -> None:
     assert relative(merged_logits(made.run.merged), made.logits()) < 2e-6
 
 
+@pytest.mark.parametrize("metadata", [None, [], "total"])
+def test_an_index_that_says_nothing_of_itself_gets_its_size(tmp_path: Path, metadata: Any) -> None:
+    made = make_run(tmp_path)
+    place = made.base / "model.safetensors.index.json"
+    place.write_text(json.dumps(json.loads(place.read_text()) | {"metadata": metadata}))
+    report = merge(made.run)
+    written = json.loads((made.run.merged / place.name).read_text())
+    assert written["metadata"] == {"total_size": report.nbytes}
+
+
 def test_files_are_the_bases_with_our_template_and_stop_ids(tmp_path: Path) -> None:
     made = make_run(tmp_path, base_dtype=torch.bfloat16)
     (made.base / "README.md").write_text("card of the base", encoding="utf-8")

@@ -172,7 +172,7 @@ class Kill(TrainerCallback):
 
 
 def test_a_weight_that_cannot_learn_ends_the_run(full: Any) -> None:
-    with pytest.raises(AdapterError, match="no gradient reaches 1 model tensors") as caught:
+    with pytest.raises(AdapterError, match="no gradient reaches 1 tensor of the model") as caught:
         train_prepared(prepare(full()), callbacks=[Kill()])
     assert "backbone.layers.1.mixer.D" in caught.value.message
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import signal
 import time
 from pathlib import Path
@@ -15,7 +16,14 @@ import torch
 from mamba_sft.cli.launched import leave_report
 from mamba_sft.errors import DataError, UsageError
 from mamba_sft.run import Run
-from mamba_sft.training.launching import Launch, LaunchedError, _Ended, asked_launch, refuse_impossible
+from mamba_sft.training.launching import (
+    Launch,
+    LaunchedError,
+    _as_launcher,
+    _Ended,
+    asked_launch,
+    refuse_impossible,
+)
 
 
 def test_what_is_asked_for() -> None:
@@ -178,6 +186,13 @@ def test_a_report_cut_off_is_no_report(left: Left) -> None:
     path = left.place / "attempt_0" / "0" / "error.json"
     path.write_text(path.read_text()[:40])
     assert "exit code 1" in left.told(r0=(1, 101)).message
+
+
+def test_what_was_not_logged_before_is_not_logged_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logging.root.manager, "disable", logging.CRITICAL)
+    with _as_launcher(Launch(2), ["train", "quickstart"]):
+        assert logging.root.manager.disable == logging.CRITICAL
+    assert logging.root.manager.disable == logging.CRITICAL
 
 
 def test_torchrun_can_read_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

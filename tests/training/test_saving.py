@@ -20,7 +20,7 @@ from mamba_sft.errors import TrainingError
 from mamba_sft.planning import storage
 from mamba_sft.planning.storage import checkpoints_at_once, run_sizes
 from mamba_sft.run_contents import mark
-from mamba_sft.training import fine_tuning, live_report, saving
+from mamba_sft.training import fine_tuning, live_report, preparation, saving
 from mamba_sft.training.callbacks import Interruption
 from mamba_sft.training.fine_tuning import train, train_prepared
 from mamba_sft.training.preparation import prepare
@@ -341,7 +341,7 @@ def test_what_stays_is_no_room(recipe: Any, monkeypatch: pytest.MonkeyPatch, tmp
 def test_a_place_that_cannot_be_written_to_is_said_before_the_data_is_read(
     recipe: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, resume: bool
 ) -> None:
-    monkeypatch.setattr(fine_tuning, "read_corpus", lambda recipe: pytest.fail("read too early"))
+    monkeypatch.setattr(preparation, "read_corpus", lambda recipe: pytest.fail("read too early"))
     (tmp_path / "file").write_text("x")
     for place, words in (("file", "is a file"), ("file/run", "is a file")):
         with pytest.raises(TrainingError, match=words) as caught:

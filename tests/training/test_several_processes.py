@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +16,7 @@ from mamba_sft import Run
 from mamba_sft.errors import TrainingError
 from mamba_sft.training.fine_tuning import train
 from mamba_sft.training.first_checks import check_sharing
+from mamba_sft.training.sharding import own_environment
 from tests.conftest import build_model
 from tests.training.several import Launch, launch
 from tests.training.test_fine_tuning import assert_same_adapter, losses
@@ -189,6 +191,16 @@ def test_a_launcher_that_says_otherwise_is_refused(recipe: Any, monkeypatch: pyt
     with pytest.raises(TrainingError, match="was told to use fsdp"):
         check_sharing(recipe(), 2)
     check_sharing(recipe("train.parallel=fsdp"), 2)
+
+
+def test_what_accelerate_writes_into_the_environment_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
+    monkeypatch.setenv("FSDP_VERSION", "1")
+    before = dict(os.environ)
+    with own_environment():
+        os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_OFFLOAD_PARAMS": "true"}
+        del os.environ["FSDP_VERSION"]
+    assert dict(os.environ) == before
 
 
 def test_zero2_without_deepspeed_is_refused(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,7 +38,7 @@ class PreparedFiles:
         vocabulary: The tokenizer.
         files: Path, size and method of each.
         layouts: The same files' types and places.
-        scale: What `ssm_x` is multiplied with; see `gguf_tensors`.
+        scale: What `ssm_x` is multiplied with; see `tensors`.
         of: What they hold: the run's `model`, or the `base` of an adapter that is a file of its own.
     """
 

@@ -80,9 +80,8 @@ def write_adapter(path: Path, merge: PreparedMerge, *, name: str, fix_epsilon: b
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        with path.open(
-            "r+b"
-        ) as file:  # a full disk shows now; numpy, which writes below, does not say why it fails
+        # a full disk shows now; numpy, which writes below, does not say why it fails
+        with path.open("r+b") as file:
             os.posix_fallocate(file.fileno(), 0, padded(path.stat().st_size) + total)
         for _, _, load in sources:
             pair = load()

@@ -110,7 +110,7 @@ def _check(model: FullModel, directory: Path) -> None:
 def _check_output(output: Path, model: FullModel) -> None:
     check_output(output, model.sources, "exported")
     card = output / MODEL_CARD
-    ours = card.is_file() and f"\n- {MARK}\n" in card.read_text(encoding="utf-8")
+    ours = card.is_file() and f"\n- {MARK}\n".encode() in card.read_bytes()  # anybody's file, of any kind
     check_replaceable(output, ours, "an earlier export", f"its `{MODEL_CARD}` is not from here")
     beside = [place for place in model.sources if place is not None]
     refuse_strangers(output, [path.name for place in beside for path in place.iterdir()])
