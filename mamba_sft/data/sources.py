@@ -6,6 +6,7 @@ Reading never judges what a row means; it only says which rows could not be read
 from __future__ import annotations
 
 import glob
+import os
 import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from mamba_sft.model.checksums import file_checksum
 from mamba_sft.packed_files import CANNOT_READ, PACKED, is_packed, kind_of_file, open_bytes
 from mamba_sft.recipe.builtin import find_path
 from mamba_sft.recipe.globs import matching
+from mamba_sft.wording import printable
 
 if TYPE_CHECKING:
     from mamba_sft.recipe.fields import SourceSection
@@ -168,7 +170,26 @@ def _matches(pattern: str, found: Path) -> list[Path]:
             f"no file matches `{pattern}`",
             hint="globs start from the working directory; `**` crosses directories",
         )
+    for path in paths:
+        _refuse_unwritable_name(path)
     return paths
+
+
+def _in_bash(path: Path) -> str:
+    """A path as bash and zsh take it, whatever its bytes are."""
+    plain = {byte for byte in range(32, 127) if chr(byte) not in "'\\"}
+    return "$'" + "".join(chr(x) if x in plain else f"\\x{x:02x}" for x in os.fsencode(path)) + "'"
+
+
+def _refuse_unwritable_name(path: Path) -> None:
+    """Every row says which file it is from, in files that are UTF-8."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise DataError(
+            f"the name of `{printable(str(path))}` is not UTF-8",
+            hint=f"rename it: `mv {_in_bash(path)} {shlex.quote(str(path.with_stem('renamed')))}`",
+        ) from None
 
 
 def _missing(path: Path) -> DataError:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +147,16 @@ def test_globs_are_sorted_and_the_limit_spans_files(tmp_path: Path, monkeypatch:
     monkeypatch.chdir(tmp_path)
     assert [row.value["text"] for row in read("*.jsonl", limit=3)] == ["a0", "a1", "b0"]
     assert [row.file for row in read("[ab].jsonl")] == ["a.jsonl", "a.jsonl", "b.jsonl", "b.jsonl"]
+
+
+def test_a_name_that_is_not_utf8_is_told_and_its_hint_renames_it(tmp_path: Path) -> None:
+    strange = os.fsdecode(os.fsencode(tmp_path / "it's ") + b"\xff.jsonl")
+    Path(strange).write_text('{"text": "a"}\n')
+    with pytest.raises(DataError, match=r"`.*it's \\udcff\.jsonl` is not UTF-8") as caught:
+        read(tmp_path / "*.jsonl")
+    command = (caught.value.hint or "").partition("`")[2].rstrip("`")
+    subprocess.run(["bash", "-c", command], check=True)
+    assert [row.where for row in read(tmp_path / "*.jsonl")] == [f"{tmp_path / 'renamed.jsonl'}:1"]
 
 
 def test_a_file_whose_name_looks_like_a_glob_is_read(tmp_path: Path) -> None:
