@@ -8,11 +8,11 @@ import socket
 import sys
 from collections.abc import Iterable
 from http.client import HTTPException
-from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 from mamba_sft.cli.console import err
+from mamba_sft.recipe.builtin import is_here
 
 OFFLINE, ENDPOINT = "HF_HUB_OFFLINE", "HF_ENDPOINT"
 PATIENCE = 5.0
@@ -42,7 +42,7 @@ def may_name_the_hub(names: Iterable[str]) -> bool:
 
 
 def _may_be_of_the_hub(name: str) -> bool:
-    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists()
+    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not is_here(name)
 
 
 def _has_socks_proxy() -> bool:
