@@ -58,7 +58,7 @@ def test_a_release_refuses_a_tag_that_is_not_the_version(tag: str, unlike: str |
     environment = {**os.environ, "GITHUB_REF_NAME": f"v{tag}"}
     done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == (0 if unlike is None else 1), done.stdout
-    assert done.stdout.startswith("" if unlike is None else f"::error file={unlike}::the tag is of {tag}, ")
+    assert done.stdout.startswith("" if unlike is None else f"::error file={unlike}::the tag is of {tag}; ")
 
 
 @pytest.fixture
