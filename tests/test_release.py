@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -39,6 +43,75 @@ def test_one_version_everywhere() -> None:
     assert set(re.findall(r"^### (.+)$", log, re.MULTILINE)) <= {
         "Added", "Changed", "Deprecated", "Removed", "Fixed", "Security",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("tag", "unlike"), [(mamba_sft.__version__, None), ("0.0.9", "pyproject.toml"), ("0.1", "pyproject.toml")]
+)
+def test_a_release_refuses_a_tag_that_is_not_the_version(tag: str, unlike: str | None) -> None:
+    (step,) = [
+        one
+        for one in read(ROOT / ".github/workflows/release.yml")["jobs"]["same-version"]["steps"]
+        if "run" in one
+    ]
+    words = ["bash", "-e", "-c", step["run"]]
+    environment = {**os.environ, "GITHUB_REF_NAME": f"v{tag}"}
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == (0 if unlike is None else 1), done.stdout
+    assert done.stdout.startswith("" if unlike is None else f"::error file={unlike}::the tag is of {tag}; ")
+
+
+@pytest.fixture
+def build_hook(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """`hatch_build.py`, which only a build imports: hatchling is not installed here."""
+    interface = SimpleNamespace(MetadataHookInterface=object)
+    monkeypatch.setitem(sys.modules, "hatchling.metadata.plugin.interface", interface)
+    spec = importlib.util.spec_from_file_location("hatch_build", ROOT / "hatch_build.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+ADDRESS = "https://github.com/someone/mamba-sft"
+
+
+def test_the_page_of_an_index_leads_into_the_repository(
+    build_hook: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hook = build_hook.IndexPage()
+    hook.root = str(ROOT)
+    known: dict[str, Any] = {"version": "1.2.3"}
+    monkeypatch.setenv("REPOSITORY_URL", ADDRESS + "/")
+    hook.update(known)
+    page = known["readme"]["text"]
+    assert "REPOSITORY" not in page
+    links = re.findall(r"\]\(([^)]+)\)", page)
+    assert links
+    assert not [link for link in links if not link.startswith("https://")]
+    for link in [*links, *known["urls"].values()]:
+        file = re.fullmatch(re.escape(ADDRESS) + r"/(blob|raw)/v1\.2\.3/([^#]+)(#.*)?", link)
+        assert file is None or (ROOT / file[2]).exists(), link
+        assert file is None or (file[1] == "raw") == link.endswith(".svg")
+    assert f"![A recording of the quickstart's terminal]({ADDRESS}/raw/v1.2.3/docs/quickstart.svg)" in page
+
+    unknown: dict[str, Any] = {"version": "1.2.3"}
+    monkeypatch.delenv("REPOSITORY_URL")
+    hook.update(unknown)
+    assert unknown["readme"]["text"] == (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "urls" not in unknown  # no address is made up
+
+
+def test_pages_that_a_workflow_builds_know_the_address() -> None:
+    built = [
+        (file, step["env"]["REPOSITORY_URL"])
+        for file, _, job in jobs()
+        for step in job.get("steps", [])
+        if "python -m build" in step.get("run", "") or "mkdocs build" in step.get("run", "")
+    ]
+    address = "${{ github.server_url }}/${{ github.repository }}"
+    assert built == [("docs.yml", address), ("wheel.yml", address)]
 
 
 def test_the_workflows_are_those_that_a_release_needs() -> None:

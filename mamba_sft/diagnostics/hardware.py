@@ -26,6 +26,7 @@ ELSEWHERE = {
 }
 TOLERANCE = 1e-5
 """Relative RMS difference from the definition in float32 that counts as the same."""
+NO_CARD = "none"
 
 PROBE = """
 import sys
@@ -95,7 +96,18 @@ def _processor(facts: dict[str, Any]) -> Iterator[Finding]:
     memory = psutil.virtual_memory()
     text = f"{size_text(memory.available)} of {size_text(memory.total)} free"
     yield Finding("device", "memory", "ok", text)
-    yield _unused_card()
+    unused = _unused_card()
+    yield unused
+    if unused.text == NO_CARD:
+        yield _build()
+
+
+def _build() -> Finding:
+    """Which build of torch a machine without a card has: each works, one is far larger."""
+    if torch.version.cuda is None:
+        return Finding("device", "build of torch", "ok", "without CUDA: the right one here")
+    text = f"for CUDA {torch.version.cuda}: works here, and takes some 5 GB that the one without does not"
+    return Finding("device", "build of torch", "ok", text)
 
 
 def _unused_card() -> Finding:
@@ -104,7 +116,7 @@ def _unused_card() -> Finding:
         fix = (
             "the 7B base wants an NVIDIA GPU of 16 GB or more; the CPU is for the tiny base and for checking"
         )
-        return Finding("device", "GPU", "note", "none", fix)
+        return Finding("device", "GPU", "note", NO_CARD, fix)
     name, driver = gpu
     if torch.version.cuda is None:
         fix = "install torch's CUDA build: pip install --force-reinstall torch"

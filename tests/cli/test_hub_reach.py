@@ -17,6 +17,7 @@ import pytest
 
 from mamba_sft.cli import hub_reach
 from mamba_sft.cli.hub_reach import ENDPOINT, OFFLINE, may_name_the_hub
+from mamba_sft.recipe.recipe import Recipe
 
 ASK = (
     "import os; from mamba_sft.cli.hub_reach import use_cache_if_unreachable as ask; ask(); "
@@ -96,3 +97,13 @@ def test_which_names_can_be_of_the_hub(tmp_path: Path, monkeypatch: pytest.Monke
     assert may_name_the_hub(["a.jsonl", "HuggingFaceH4/ultrachat_200k"])
     assert not may_name_the_hub(["data/quickstart.jsonl", "data/*"]), "comes with the package"
     assert not may_name_the_hub(["chats.jsonl", "data/chats", "./a/b", "/a/b", "~/b", "a/b/c", "quickstart"])
+    (tmp_path / "data" / "b.jsonl").touch()
+    assert not may_name_the_hub(["data/*.jsonl"])
+    assert may_name_the_hub(["data/*.csv"])
+
+
+def test_what_the_package_brings_asks_no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In an empty directory `data/quickstart.jsonl` could be a data set's name, and is the package's file."""
+    monkeypatch.chdir(tmp_path)
+    loaded = Recipe.load("quickstart")
+    assert not may_name_the_hub(source.path for source in loaded.data.sources)

@@ -252,6 +252,17 @@ def test_a_card_that_lies_idle_is_pointed_out(monkeypatch, cuda, fix):
     assert fix in found.fix
 
 
+@pytest.mark.parametrize(("cuda", "said"), [(None, "the right one"), ("13.0", "some 5 GB")])
+def test_without_a_card_the_build_of_torch_is_named(monkeypatch, cuda, said):
+    monkeypatch.setattr(hardware, "nvidia_smi", lambda query: None)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    found = by_name(hardware.device(PROCESSOR))["build of torch"]
+    assert said in found.text
+    assert (cuda or "without CUDA") in found.text
+    monkeypatch.setattr(hardware, "nvidia_smi", lambda query: ["NVIDIA L4", "535.9"])
+    assert "build of torch" not in by_name(hardware.device(PROCESSOR))  # the GPU's own line says it
+
+
 def test_nvidia_smi_is_asked_and_may_fail(monkeypatch, tmp_path):
     program = tmp_path / "nvidia-smi"
     program.write_text('#!/bin/sh\ncase "$*" in *--id=1*) exit 9;; esac\necho "NVIDIA L4, 550.2"\n')
