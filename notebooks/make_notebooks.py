@@ -17,8 +17,8 @@ from typing import Any
 import nbformat
 
 HERE = Path(__file__).parent
-REPOSITORY = "mamba-sft/mamba-sft"
-"""Owner and name on GitHub."""
+REPOSITORY = "_OWNER_/mamba-sft"
+"""Owner and name on GitHub. None is settled yet, and nobody can take this one: GitHub's names have no `_`."""
 COLAB = "https://colab.research.google.com/github"
 BADGE = "https://colab.research.google.com/assets/colab-badge.svg"
 
@@ -161,6 +161,7 @@ def _title(kind: Kind) -> str:
 
 
 INSTALL = f'''# Keeps the torch, numpy, pandas and matplotlib that are here: nothing is pinned.
+# `_OWNER_` stands for the account that this project is under: put it in.
 %pip install -q "mamba-sft[gguf,notebook] @ git+https://github.com/{REPOSITORY}"'''
 SETTINGS_WORDS = """## Settings
 A built-in recipe and what to change of it. Every field: `!mamba-sft recipes schema`; your own data:
