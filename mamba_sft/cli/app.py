@@ -34,7 +34,7 @@ from mamba_sft.cli import (
 from mamba_sft.cli.console import err, out
 from mamba_sft.cli.help import Verb, Verbs
 from mamba_sft.cli.launched import leave_report
-from mamba_sft.cli.printable import PrintableFormatter, printable
+from mamba_sft.cli.printable import ConsoleHandler, PrintableFormatter, printable
 from mamba_sft.disk import FULL, reason
 from mamba_sft.errors import MambaSFTError
 from mamba_sft.noise import quiet_libraries
@@ -119,13 +119,14 @@ def options(
     ] = False,
 ) -> None:
     """Sets up messages: ours always, those of the libraries on request."""
-    handler = logging.StreamHandler(sys.stderr)
+    speaks = is_first()  # one of several processes
+    handler = ConsoleHandler(err) if speaks else logging.StreamHandler(sys.stderr)
     handler.setFormatter(PrintableFormatter("%(message)s"))
     logger = logging.getLogger("mamba_sft")
     logger.handlers = [handler]
     logger.setLevel(logging.INFO)
     logger.propagate = False
-    if not is_first():  # one of several processes speaks
+    if not speaks:
         out.quiet = err.quiet = True
         logger.setLevel(logging.WARNING)
     # Waiting threads sleep instead of spinning. Spinning gains nothing measurable on an idle machine; with

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
+from itertools import takewhile
 from typing import Annotated
 
 import typer
@@ -12,6 +14,9 @@ from mamba_sft.cli import completing
 from mamba_sft.cli.console import Json, out, write_json
 from mamba_sft.cli.help import Verb, Verbs
 from mamba_sft.errors import UsageError
+
+_LEAST = 30
+"""Columns of a text beside a name, in the narrowest of terminals."""
 
 recipes_app = typer.Typer(
     no_args_is_help=False,
@@ -33,15 +38,20 @@ def recipes(context: typer.Context, as_json: Json = False) -> None:
         return
     from mamba_sft.recipe.builtin import builtin_recipes
 
-    found = {
-        name: path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
-        for name, path in builtin_recipes().items()
-    }
+    found = {name: _about(path.read_text(encoding="utf-8")) for name, path in builtin_recipes().items()}
     if as_json:
         write_json([{"name": name, "for": about} for name, about in found.items()])
         return
+    width = max(map(len, found)) + 1
     for name, about in found.items():
-        out.print(f"{name:<20} {about}")
+        lines = textwrap.wrap(about, max(out.width - width - 1, _LEAST)) if out.is_terminal else [about]
+        out.print(f"{name:<{width}} " + f"\n{'':<{width}} ".join(lines))
+
+
+def _about(recipe: str) -> str:
+    """What a recipe is for: the first paragraph of the comment that it begins with."""
+    lines = takewhile(lambda line: line.strip("# "), recipe.splitlines())
+    return " ".join(line.lstrip("# ").rstrip() for line in lines)
 
 
 @recipes_app.command("show", cls=Verb)
