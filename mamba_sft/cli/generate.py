@@ -36,6 +36,7 @@ from mamba_sft.cli.console import (
     write_json_lines,
 )
 from mamba_sft.errors import UsageError
+from mamba_sft.wording import count_text
 
 if TYPE_CHECKING:
     from mamba_sft.inference.answer import Answer
@@ -134,7 +135,7 @@ def generate(
             on_answer=take,
         )  # fmt: skip
     if output is not None:
-        err.print(f"{len(found)} answers: {output}")
+        err.print(f"{count_text(len(found), 'answer')}: {output}")
 
 
 def _writer(rows: Sequence[PromptRow], *, as_json: bool) -> Callable[[int, Answer], None]:
