@@ -7,6 +7,7 @@ Data goes to stdout, progress and messages to stderr. Exit codes: 0 done, 1 an e
 from __future__ import annotations
 
 import errno
+import io
 import logging
 import os
 import sys
@@ -69,6 +70,11 @@ def main() -> None:
 
 
 def _run() -> None:
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by who started this process
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115  # as long as it runs
+    if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.encoding.lower().startswith("utf"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr has it: no character is a traceback
     try:
         app()
     except MambaSFTError as error:

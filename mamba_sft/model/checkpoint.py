@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from mamba_sft.errors import ModelError
 from mamba_sft.model.tensor_headers import TensorEntry, read_header
 from mamba_sft.recipe.builtin import bundled_root, find_path
 from mamba_sft.run import ADAPTER_CONFIG, Run, refuse_gguf
+from mamba_sft.wording import shown
 
 BASE_MODEL = "tiiuae/falcon-mamba-7b"
 MODEL_TYPE = "falcon_mamba"
@@ -221,6 +223,12 @@ def _download(base: str, revision: str | None, *, weights: bool) -> Path:
         RevisionNotFoundError,
     )
 
+    endpoint = os.environ.get("HF_ENDPOINT", "https://")
+    if not endpoint.startswith(("http://", "https://")):
+        raise ModelError(
+            f"`HF_ENDPOINT={shown(endpoint)}` is no address, so `{base}` cannot be fetched",
+            hint="`unset HF_ENDPOINT`, or give an address that begins with `https://`",
+        )
     patterns = _TOKENIZER_FILES + (_WEIGHT_FILES if weights else [])
     try:
         return Path(snapshot_download(base, revision=revision, allow_patterns=patterns))

@@ -68,7 +68,7 @@ WORD_ERRORS = {
         "`recipe.yaml` is a file; a run is a directory",
         "give the directory that `mamba-sft train` wrote, the recipe's `output_dir`",
     ),
-    "merge: no such dtype": Provoked(
+    "merge: a dtype by its short name": Provoked(
         "merge runs/tiny --dtype fp16",
         2,
         "no such dtype `fp16`; did you mean `float16`?",
@@ -174,7 +174,7 @@ WORD_ERRORS = {
 
 WORD_MENDED = {
     "train: a run as the base": (
-        "train recipe.yaml model.base=tiny-base model.adapter=runs/tiny --dry-run",
+        "train recipe.yaml model.base=tiny-base model.adapter=runs/tiny adapter.r=4 --dry-run",
         "model.adapter: runs/tiny",
     ),
     "export: a format in capitals": ("export runs/tiny --format gguf --dry-run", "did you mean `gguf`?"),
@@ -182,7 +182,7 @@ WORD_MENDED = {
         "export runs/tiny -q q4_k_m -q q8_0 --dry-run",
         "-q q4_k_m -q q8_0",
     ),
-    "merge: no such dtype": ("merge runs/tiny --dtype float16", "did you mean `float16`?"),
+    "merge: a dtype by its short name": ("merge runs/tiny --dtype float16", "did you mean `float16`?"),
 }
 """As `MENDED` in `provoked_errors`."""
 

@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -226,3 +227,15 @@ def on_screen(text: str) -> list[str]:
         elif not piece.startswith("\x1b") and piece != "\r":
             line += piece
     return [shown for shown in [*lines, line] if shown]
+
+
+def test_a_terminal_without_utf8_gets_escapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    monkeypatch.setattr(sys, "argv", ["mamba-sft", "--version"])
+    with pytest.raises(SystemExit) as stop:
+        app_module.main()
+    assert stop.value.code == 0
+    console.out.print("\u27e6caf\xe9")
+    sys.stdout.flush()
+    assert written.getvalue().endswith(b"\\u27e6caf\\xe9\n")
