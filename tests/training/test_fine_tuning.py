@@ -272,7 +272,7 @@ def test_an_existing_run_is_not_lost(recipe: Any) -> None:
 def test_overwrite_loses_nothing_when_the_new_run_cannot_start(recipe: Any) -> None:
     run = train(recipe("train.max_steps=1"))
     before = adapter(run)
-    with pytest.raises(AdapterError, match="layers.9.mixer.in_proj"):  # only the model can tell
+    with pytest.raises(AdapterError, match=r"layers\.9"):  # only the model can tell
         train(recipe("adapter.target_modules=[layers.9.mixer.in_proj]"), overwrite=True)
     assert adapter(run).keys() == before.keys()
 
