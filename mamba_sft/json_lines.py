@@ -6,6 +6,7 @@ but say nothing, and what is wrong with a line is told with its file, line and c
 
 from __future__ import annotations
 
+import ast
 import json
 import shlex
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mamba_sft.errors import DataError
+from mamba_sft.other_files import other_file
 from mamba_sft.packed_files import CANNOT_READ, is_packed, kind_of_file, open_bytes
 from mamba_sft.wording import size_text
 
@@ -29,6 +31,8 @@ _TABLES = {
     ".csv": ("read_csv", {}), ".tsv": ("read_csv", {"sep": "\t"}), ".parquet": ("read_parquet", {}),
 }  # fmt: skip
 """Endings of tables, the function of pandas that reads each, and its arguments."""
+_LONGEST_SHOWN = 100_000
+"""Characters of a line that is tried as a Python value."""
 TOO_DEEP = f"nested too deeply, more than {DEEPEST} levels"
 
 
@@ -136,6 +140,8 @@ def read_prompt_file(path: Path, kind: str = "prompts", hint: str | None = None)
         DataError: It cannot be read, a line of it cannot, or it holds no prompts.
     """
     ending = kind_of_file(path)
+    if other := other_file(path):
+        raise DataError(f"`{path}` is {other.what}", hint=other.hint)
     if ending in _TABLES and path.exists():
         read, how = _TABLES[ending]
         command = pandas_command(path, read, **how)
@@ -210,10 +216,12 @@ def pandas_command(path: Path, read: str, **how: str) -> str:
         how: More arguments of that.
     """
     arguments = ", ".join([python_text(path), *(f"{name}={python_text(text)}" for name, text in how.items())])
-    written = python_text(f"{path.stem}.jsonl")
+    written = Path(f"{path.stem}.jsonl")
+    if written.exists() and path.exists() and written.samefile(path):  # it would be written over
+        written = Path(f"{path.stem}-lines.jsonl")
     return python_command(
         f"import pandas; pandas.{read}({arguments})"
-        f'.to_json({written}, orient="records", lines=True, force_ascii=False)'
+        f'.to_json({python_text(written)}, orient="records", lines=True, force_ascii=False)'
     )
 
 
@@ -234,9 +242,27 @@ def _parse(file: str, where: str, line: bytes) -> Row:
         shown = line.decode("utf-8", errors="backslashreplace").strip()
         return Row(file, where, shown, _not_utf8(line, error))
     except json.JSONDecodeError as error:
-        return Row(file, where, line.decode("utf-8").strip(), f"not JSON: {error.msg}, column {error.colno}")
+        text = line.decode("utf-8").strip()
+        return Row(file, where, text, _not_json(text, error))
     except ValueError as error:
-        return Row(file, where, line.decode("utf-8").strip()[:1000], f"not readable as JSON: {error}")
+        reason = str(error).partition("; use sys.")[0]  # advice for programs
+        return Row(file, where, line.decode("utf-8").strip()[:1000], f"not readable as JSON: {reason}")
+
+
+def _not_json(text: str, error: json.JSONDecodeError) -> str:
+    """Why a line is not JSON; for what Python prints of its own values, how JSON is made of it."""
+    if len(text) <= _LONGEST_SHOWN and text[:1] in "{[" and "'" in text[:3]:
+        try:
+            ast.literal_eval(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            pass
+        else:
+            return "a Python value, not JSON: `json.dumps(row)` writes it, not `str(row)`"
+    comma = error.pos if text.startswith(",", error.pos) else len(text[: error.pos].rstrip()) - 1
+    closing = text[comma + 1 :].lstrip()[:1]
+    if text[comma : comma + 1] == "," and closing and closing in "}]":
+        return f"not JSON: a comma before `{closing}`, column {comma + 1}"
+    return f"not JSON: {error.msg}, column {error.colno}"
 
 
 def _not_utf8(line: bytes, error: UnicodeDecodeError) -> str:

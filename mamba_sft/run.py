@@ -243,6 +243,11 @@ class Run(Showing):
             )
         run = where if isinstance(where, Run) else cls(Path(where))
         refuse_gguf(run.path)
+        if run.path.is_file():
+            raise UsageError(
+                f"`{run.path}` is a file; a run is a directory",
+                hint="give the directory that `mamba-sft train` wrote, the recipe's `output_dir`",
+            )
         if not run.path.is_dir():
             names = [one.path.name for one in cls.all_under(run.path.parent)]
             close = get_close_matches(run.path.name, names, n=1)

@@ -186,6 +186,8 @@ def _take(file: Path, own: Holder, directory: Path) -> Holder | None:
             f"`{directory}` has a lock that cannot be read: `{file}`",
             hint=f"if nothing is writing there, remove it: `rm {shlex.quote(str(file))}`",
         )
+        if not os.path.lexists(file):  # as in /proc, where no file can be made
+            refusal = LockedError(f"no file can be made in `{file.parent}`", hint="choose another directory")
         if holder is not None and holder.runs is not False:
             raise holder.refusal(directory, file)
         if holder is not None:

@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).parents[1] / "mamba_sft"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 GROUND = {
-    "errors", "wording", "credentials", "packed_files", "json_lines", "noise", "disk",
+    "errors", "wording", "credentials", "packed_files", "other_files", "json_lines", "noise", "disk",
     "processes", "run", "run_contents", "run_lock", "run_reading", "framing", "showing",
 }  # fmt: skip
 """Single files that every room but the kernels may import."""

@@ -7,6 +7,7 @@ Data goes to stdout, progress and messages to stderr. Exit codes: 0 done, 1 an e
 from __future__ import annotations
 
 import errno
+import io
 import logging
 import os
 import sys
@@ -34,7 +35,7 @@ from mamba_sft.cli import (
 from mamba_sft.cli.console import err, out
 from mamba_sft.cli.help import Verb, Verbs
 from mamba_sft.cli.launched import leave_report
-from mamba_sft.cli.printable import PrintableFormatter, printable
+from mamba_sft.cli.printable import ConsoleHandler, PrintableFormatter, printable
 from mamba_sft.disk import FULL, reason
 from mamba_sft.errors import MambaSFTError
 from mamba_sft.noise import quiet_libraries
@@ -69,6 +70,11 @@ def main() -> None:
 
 
 def _run() -> None:
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by who started this process
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115  # as long as it runs
+    if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.encoding.lower().startswith("utf"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr has it: no character is a traceback
     try:
         app()
     except MambaSFTError as error:
@@ -119,13 +125,14 @@ def options(
     ] = False,
 ) -> None:
     """Sets up messages: ours always, those of the libraries on request."""
-    handler = logging.StreamHandler(sys.stderr)
+    speaks = is_first()  # one of several processes
+    handler = ConsoleHandler(err) if speaks else logging.StreamHandler(sys.stderr)
     handler.setFormatter(PrintableFormatter("%(message)s"))
     logger = logging.getLogger("mamba_sft")
     logger.handlers = [handler]
     logger.setLevel(logging.INFO)
     logger.propagate = False
-    if not is_first():  # one of several processes speaks
+    if not speaks:
         out.quiet = err.quiet = True
         logger.setLevel(logging.WARNING)
     # Waiting threads sleep instead of spinning. Spinning gains nothing measurable on an idle machine; with

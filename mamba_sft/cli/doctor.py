@@ -57,11 +57,13 @@ def _show_why(as_json: bool) -> None:
 
     quiet_loading()
     found = []
-    with err.status("trying stock tools on the tiny base"):  # seconds, and half a minute the first time
+    with err.status("trying stock tools on the tiny base") as status:  # half a minute the first time
         for claim in claims():
             found.append(claim)
             if not as_json:
+                status.stop()  # else what goes to stdout would stand in its line
                 out.print(_claim(claim))
+                status.start()
     if as_json:
         write_json([claim.to_dict() for claim in found])
     if not all(claim.kept for claim in found):

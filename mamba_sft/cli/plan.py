@@ -14,7 +14,7 @@ import typer
 from rich.text import Text
 
 from mamba_sft.cli import completing
-from mamba_sft.cli.console import Json, Overrides, RecipeArgument, err, out
+from mamba_sft.cli.console import Json, Overrides, RecipeArgument, err, loading, out
 from mamba_sft.cli.output_files import check_output_file, write_output
 from mamba_sft.wording import GIB, size_text
 
@@ -69,10 +69,10 @@ def plan(
     loaded = Recipe.load(recipe, overrides=overrides or [])
     if gpu is not None:
         known_gpu(gpu)  # before torch is loaded
-    from mamba_sft.cli.plan_many import many_lines, plan_asked
-
     check_output_file(plot_file, ".svg", "--plot-file")
-    from mamba_sft.planning.plan import make_plan
+    with loading("torch and transformers"):
+        from mamba_sft.cli.plan_many import many_lines, plan_asked
+        from mamba_sft.planning.plan import make_plan
 
     with err.status("planning"):
         made = make_plan(loaded, gpu)

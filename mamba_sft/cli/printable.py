@@ -60,6 +60,25 @@ def _printable_text(text: Text) -> Text:
     return shown
 
 
+class ConsoleHandler(logging.Handler):
+    """Writes log records on a console: above a bar or a spinner that is drawn there, not into its line.
+
+    Args:
+        console: Where to.
+    """
+
+    def __init__(self, console: Console):
+        super().__init__()
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Writes one record; what goes wrong is told as `logging` tells it."""
+        try:
+            self._console.print(Text(self.format(record)), soft_wrap=True)
+        except Exception:
+            self.handleError(record)
+
+
 class PrintableFormatter(logging.Formatter):
     """Formats log records in the printable form."""
 

@@ -217,4 +217,6 @@ class TaskBar:
         console = self.bar.bar.console
         if self.name and not console.is_terminal:
             console.print(f"{self.begun}/{self.total}  {self.name}", highlight=False)
+        if self.name:
+            self.bar.update("tasks", self.begun, self.total)
         self.name, self.done = "", 0

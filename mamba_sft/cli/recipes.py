@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 from typing import Annotated
 
 import typer
@@ -12,6 +13,9 @@ from mamba_sft.cli import completing
 from mamba_sft.cli.console import Json, out, write_json
 from mamba_sft.cli.help import Verb, Verbs
 from mamba_sft.errors import UsageError
+
+_LEAST = 30
+"""Columns of a text beside a name, in the narrowest of terminals."""
 
 recipes_app = typer.Typer(
     no_args_is_help=False,
@@ -37,8 +41,10 @@ def recipes(context: typer.Context, as_json: Json = False) -> None:
     if as_json:
         write_json([{"name": name, "for": about} for name, about in found.items()])
         return
+    width = max(map(len, found)) + 1
     for name, about in found.items():
-        out.print(f"{name:<20} {about}")
+        lines = textwrap.wrap(about, max(out.width - width - 1, _LEAST)) if out.is_terminal else [about]
+        out.print(f"{name:<{width}} " + f"\n{'':<{width}} ".join(lines))
 
 
 @recipes_app.command("show", cls=Verb)

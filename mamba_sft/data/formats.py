@@ -145,7 +145,8 @@ def _no_format(seen: str, row: dict[str, Any], reading: Reading) -> DataError:
         said = f"{seen}; no format has these"
     line = likeliest_columns(row, layout)
     name_them = f"say under `data.sources` what they are, such as `{line}`; " if line else ""
-    return DataError(said, hint=f"{name_them}rows need " + "; or ".join(NEEDS.values()))
+    needs = [need for name, need in NEEDS.items() if name != "plain_completion"]  # the columns of another
+    return DataError(said, hint=f"{name_them}rows need " + "; or ".join(needs))
 
 
 def _parts_text(row: dict[str, Any], reading: Reading) -> str:

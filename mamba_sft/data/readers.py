@@ -94,7 +94,7 @@ def _read_table(path: Path, delimiter: str) -> Iterator[Row]:
             for fields in reader:
                 lines.start, lines.length = reader.line_num + 1, 0
                 if fields and not header:
-                    header = _checked_header(path, line, fields)
+                    header = _checked_header(path, line, fields, delimiter)
                 elif fields:
                     yield _parse_fields(f"{path}:{line}", str(path), header, fields)
                 line = reader.line_num + 1
@@ -121,16 +121,17 @@ class _RowLines:
             yield line
 
 
-def _checked_header(path: Path, line: int, fields: list[str]) -> list[str]:
+def _checked_header(path: Path, line: int, fields: list[str], delimiter: str) -> list[str]:
     if not _is_utf8(fields):
         raise DataError(f"{path}:{line}: the header is not UTF-8", hint=from_latin(path))
     if len(set(fields)) < len(fields) or not all(fields):
         raise DataError(f"{path}:{line}: the header names a column twice or not at all: {', '.join(fields)}")
-    for delimiter, name in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars")):
-        if len(fields) == 1 and delimiter in fields[0]:
+    wanted = "tabs" if delimiter == "\t" else "commas"
+    for other, name in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars"), (",", "commas")):
+        if len(fields) == 1 and other in fields[0]:
             raise DataError(
-                f"{path}:{line}: the columns are separated by {name}, not commas",
-                hint=pandas_command(path, "read_csv", sep=delimiter),
+                f"{path}:{line}: the columns are separated by {name}, not {wanted}",
+                hint=pandas_command(path, "read_csv", sep=other),
             )
     return fields
 

@@ -21,6 +21,7 @@ from mamba_sft.errors import DataError
 from mamba_sft.json_lines import TOO_DEEP, Row, is_too_deep, python_command, python_text
 from mamba_sft.model.checkpoint import is_hub_id
 from mamba_sft.model.checksums import file_checksum
+from mamba_sft.other_files import fetching, other_file
 from mamba_sft.packed_files import CANNOT_READ, PACKED, is_packed, kind_of_file, open_bytes
 from mamba_sft.recipe.builtin import find_path
 from mamba_sft.recipe.globs import matching
@@ -121,7 +122,7 @@ def _places(source: SourceSection) -> list[Path] | None:
         return [found]
     if is_hub_dataset(source.path) and "/" in source.path and _close_to(found) is None:
         return None  # the hub would be asked for a misspelt name too, half a minute where it is out of reach
-    raise _missing(found)
+    raise _missing(source.path, found)
 
 
 def _read_directory(source: SourceSection, path: Path) -> Iterator[Row]:
@@ -192,7 +193,19 @@ def _refuse_unwritable_name(path: Path) -> None:
         ) from None
 
 
-def _missing(path: Path) -> DataError:
+def _missing(name: str, path: Path) -> DataError:
+    """What is said of a source that is not there.
+
+    Args:
+        name: As the recipe has it: `Path` makes one slash of two.
+        path: Where it would be.
+    """
+    if "://" in name:
+        web = name.startswith(("http://", "https://"))
+        hint = f"fetch it first: {fetching(name)}" if web else f"copy it here first; {_OF_THE_HUB}"
+        return DataError(f"`{name}` is an address, not a file", hint=hint)
+    if path.is_symlink():
+        return DataError(f"no file `{path}`: it is a link to `{path.readlink()}`, which leads nowhere")
     if not path.parent.is_dir():
         return DataError(f"no file `{path}`: there is no directory `{path.parent}`")
     if close := _close_to(path):
@@ -233,6 +246,8 @@ def _reader_of(source: SourceSection, path: Path) -> Callable[[Path], Iterator[R
     if reader is None:
         raise _unknown_kind(path)
     _refuse_idle_fields(source, path)
+    if other := other_file(path):
+        raise DataError(f"`{path}` is {other.what}", hint=other.hint)
     with _damage_told(path):
         if kind != ".parquet":
             _refuse_utf16(path)
@@ -244,7 +259,9 @@ def _damage_told(path: Path) -> Iterator[None]:
     try:
         yield
     except CANNOT_READ as error:
-        raise DataError(f"cannot read `{path}`: {getattr(error, 'strerror', None) or error}") from error
+        hint = "it is damaged, or a download that broke off: fetch it again" if is_packed(path) else None
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"cannot read `{path}`: {reason}", hint=hint) from error
 
 
 def _refuse_idle_fields(source: SourceSection, path: Path) -> None:

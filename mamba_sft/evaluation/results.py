@@ -19,7 +19,7 @@ from mamba_sft.evaluation.normalisation import Column, Figure, Kind, average, fi
 from mamba_sft.evaluation.scores import TaskScores
 from mamba_sft.json_lines import parse_json
 from mamba_sft.run import SUITES, TASKS, write_atomically
-from mamba_sft.wording import count_text
+from mamba_sft.wording import count_text, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -120,8 +120,10 @@ class Results:
                 str(found["suite"]), model, settings, made_with, scored, figures, _checked(found["compared"])
             )
         except (KeyError, TypeError, ValueError, OverflowError, AttributeError, OSError) as error:
+            said = "it is laid out otherwise" if isinstance(error, TypeError) else first_line(error)
+            said = f"it has no `{error.args[0]}`" if isinstance(error, KeyError) else said
             raise UsageError(
-                f"`{path}` does not hold results of `mamba-sft eval`: {type(error).__name__} {error}",
+                f"`{path}` does not hold results of `mamba-sft eval`: {said}",
                 hint="give another file, or remove this one",
             ) from error
 

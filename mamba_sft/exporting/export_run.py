@@ -103,7 +103,8 @@ def check_request(
     from mamba_sft.exporting.request import GGUFOptions, HubOptions
 
     if format not in FORMATS:
-        raise UsageError(f"no format `{format}`", hint=f"there are {', '.join(FORMATS)}")
+        question = f"; did you mean `{format.lower()}`?" if format.lower() in FORMATS else ""
+        raise UsageError(f"no format `{format}`{question}", hint=f"there are {', '.join(FORMATS)}")
     refuse_unknown(quantization)
     if not isinstance(run, Run) and not adapter_only and (Path(run) / "config.json").is_file():
         read_config(Path(run))  # a model of another kind is told before anything is loaded

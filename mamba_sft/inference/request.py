@@ -10,6 +10,7 @@ from typing import get_args
 from mamba_sft.disk import check_writable
 from mamba_sft.errors import DataError, UsageError
 from mamba_sft.inference.model_places import ModelPlace, no_adapter
+from mamba_sft.json_lines import read_json_lines
 from mamba_sft.packed_files import is_packed
 from mamba_sft.recipe.fields import ModelSection
 from mamba_sft.wording import shown
@@ -115,8 +116,22 @@ def check_files(prompts: Path | None, output: str | Path | None) -> None:
         )
     if prompts is not None and output is not None and Path(output).exists() and prompts.samefile(output):
         raise UsageError(f"the output `{output}` is the file of prompts", hint="for example `answers.jsonl`")
+    if output is not None and not _may_be_replaced(Path(output)):
+        raise UsageError(
+            f"the output `{output}` is there and holds no answers",
+            hint="give another file with `--output`, or remove this one",
+        )
     if output is not None:
         check_writable(Path(output).parent, UsageError, hint="choose another place for `--output`")
+
+
+def _may_be_replaced(file: Path) -> bool:
+    """Whether nothing is lost with a file: it is not there, empty, or begins with an answer."""
+    try:
+        first = next((row for row in read_json_lines(file)), None)
+    except (OSError, DataError):
+        return not file.exists()
+    return first is None or (isinstance(first.value, dict) and "finish_reason" in first.value)
 
 
 def check_batch_size(batch_size: int) -> None:

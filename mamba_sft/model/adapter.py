@@ -40,13 +40,13 @@ from mamba_sft.model.checksums import file_checksum, new_digest, tensor_checksum
 from mamba_sft.model.portable import settle_tokenizer_config
 from mamba_sft.model.shards import part_of, whole
 from mamba_sft.model.trained_rows import keep_rows_on_device
+from mamba_sft.recipe.fields import TARGETS
 from mamba_sft.run import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 if TYPE_CHECKING:
     from mamba_sft.model.chat_template import TemplateSetup
     from mamba_sft.recipe.fields import AdapterSection, ModelSection
 
-TARGETS = ("in_proj", "x_proj", "dt_proj", "out_proj")
 _ADAPTER = "default"
 _REFUSED = {
     "conv1d": "it is a depthwise convolution, not a projection, and its kernel reads the weight directly",

@@ -9,6 +9,8 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,10 @@ from mamba_sft.disk import is_file_name
 from mamba_sft.errors import ModelError
 from mamba_sft.model.tensor_headers import TensorEntry, read_header
 from mamba_sft.recipe.builtin import bundled_root, find_path
-from mamba_sft.run import ADAPTER_CONFIG, refuse_gguf
+from mamba_sft.run import ADAPTER_CONFIG, Run, refuse_gguf
+from mamba_sft.wording import shown
 
+BASE_MODEL = "tiiuae/falcon-mamba-7b"
 MODEL_TYPE = "falcon_mamba"
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -67,7 +71,7 @@ def resolve_base(base: str, revision: str | None = None, *, weights: bool = True
             )
         directory = path
     elif path.exists():
-        raise ModelError(f"`{path}` is a file; a base model is a directory", hint=f"try `{path.parent}`")
+        raise _no_directory(path)
     elif _looks_local(base):
         raise ModelError(f"no model directory `{base}`", hint=_similar(base))
     else:
@@ -77,6 +81,17 @@ def resolve_base(base: str, revision: str | None = None, *, weights: bool = True
             directory = _download(base, revision, weights=True)
     read_config(directory)
     return directory
+
+
+def _no_directory(path: Path) -> ModelError:
+    """What is said of a file where a model's directory goes."""
+    if (path.parent / "config.json").is_file():
+        hint = f"try `{path.parent}`"
+    elif path.suffix in (".yaml", ".yml"):
+        hint = f"if it is a recipe, `mamba-sft train {path}` makes a run of it; give that"
+    else:
+        hint = "give the directory of a run or of a checkpoint, or a hub id such as `owner/name`"
+    return ModelError(f"`{path}` is a file; a model is a directory", hint=hint)
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -92,6 +107,11 @@ def read_config(directory: Path) -> dict[str, Any]:
                 f"`{directory}` is an adapter, not a base model: it has no `config.json`",
                 hint="give the base model it was trained on, or merge it first with `mamba-sft merge`",
             )
+        if (Run(directory).adapter / ADAPTER_CONFIG).is_file():
+            raise ModelError(
+                f"`{directory}` is a run, not a base model: it has no `config.json`",
+                hint=f"`model.adapter: {directory}` trains its adapter further; or give its base",
+            )
         raise ModelError(
             f"`{directory}` is not a model: it has no `config.json`",
             hint="give a directory that `save_pretrained` wrote, or a hub id",
@@ -100,7 +120,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     if config.get("model_type") != MODEL_TYPE:
         raise ModelError(
             f"`{directory}` is a `{config.get('model_type')}` model; mamba-sft trains `{MODEL_TYPE}` models",
-            hint="try `tiiuae/falcon-mamba-7b`",
+            hint=f"try `{BASE_MODEL}`",
         )
     if config.get("quantization_config"):
         told = config["quantization_config"]
@@ -176,6 +196,8 @@ def _parents(base: str) -> list[Path]:
 
 
 def _similar(base: str) -> str:
+    if page := re.match(r"https?://(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)", base):
+        return f"its hub id is `{page[1]}`"
     return _meant(base).strip() or "give a directory, or a hub id such as `owner/name`"
 
 
@@ -185,6 +207,9 @@ def _meant(base: str) -> str:
         names = [entry.name for entry in parent.iterdir() if entry.is_dir()] if parent.is_dir() else []
         for name in difflib.get_close_matches(Path(base).name, names, n=1):
             return f"did you mean `{Path(base).parent / name}`? "
+    named = base.lower().rpartition("/")[2]
+    if base != BASE_MODEL and difflib.get_close_matches(named, [BASE_MODEL.rpartition("/")[2]], cutoff=0.9):
+        return f"did you mean `{BASE_MODEL}`? "
     return ""
 
 
@@ -198,6 +223,12 @@ def _download(base: str, revision: str | None, *, weights: bool) -> Path:
         RevisionNotFoundError,
     )
 
+    endpoint = os.environ.get("HF_ENDPOINT", "https://")
+    if not endpoint.startswith(("http://", "https://")):
+        raise ModelError(
+            f"`HF_ENDPOINT={shown(endpoint)}` is no address, so `{base}` cannot be fetched",
+            hint="`unset HF_ENDPOINT`, or give an address that begins with `https://`",
+        )
     patterns = _TOKENIZER_FILES + (_WEIGHT_FILES if weights else [])
     try:
         return Path(snapshot_download(base, revision=revision, allow_patterns=patterns))

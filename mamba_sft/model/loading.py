@@ -51,13 +51,16 @@ def load_config(section: ModelSection) -> Any:
     Raises:
         ModelError: The base is missing, not FalconMamba, or its config has values `transformers` refuses.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import FalconMambaConfig
 
     directory = resolve_base(section.base, section.revision, weights=False)
     try:
         return FalconMambaConfig.from_pretrained(directory, local_files_only=True)
-    except (TypeError, ValueError) as error:
-        raise ModelError(f"`{directory / 'config.json'}` is not usable: {error}") from error
+    except (TypeError, ValueError, StrictDataclassError) as error:
+        said = " ".join(str(error).split())
+        path = directory / "config.json"
+        raise ModelError(f"`{path}` is not usable: {said}", hint="download it again") from error
 
 
 def load_tokenizer(section: ModelSection) -> Any:
@@ -266,7 +269,7 @@ def _explain_loading(error: BaseException, section: ModelSection, device: torch.
         return ModelError(f"not enough memory on {device} to load `{section.base}`", hint=smaller)
     if "mismatch" in str(error):
         return ModelError(
-            f"the weights of `{section.base}` do not have the shapes that its config gives: {error}",
+            f"the weights of `{section.base}` do not have the shapes that its config gives",
             hint="config.json and the shards come from different models; download both again",
         )
     return None

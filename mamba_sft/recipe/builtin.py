@@ -7,9 +7,11 @@ import os
 import re
 import shlex
 from difflib import get_close_matches
+from itertools import takewhile
 from pathlib import Path
 
 from mamba_sft.errors import RecipeError, UsageError
+from mamba_sft.other_files import fetching, other_file
 from mamba_sft.packed_files import CANNOT_READ, kind_of_file, open_bytes
 from mamba_sft.recipe.globs import matching
 from mamba_sft.recipe.yaml_text import flow_text
@@ -40,9 +42,13 @@ def builtin_recipes() -> dict[str, Path]:
 
 
 def about_builtin() -> dict[str, str]:
-    """What each built-in recipe is for, by its name: its first line, a comment."""
-    texts = {name: path.read_text(encoding="utf-8") for name, path in builtin_recipes().items()}
-    return {name: text.partition("\n")[0].lstrip("# ") for name, text in texts.items()}
+    """What each built-in recipe is for, by its name: the first paragraph of the comment it begins with."""
+    return {name: _about(path.read_text(encoding="utf-8")) for name, path in builtin_recipes().items()}
+
+
+def _about(recipe: str) -> str:
+    lines = takewhile(lambda line: line.strip("# "), recipe.splitlines())
+    return " ".join(line.lstrip("# ").rstrip() for line in lines)
 
 
 def find_path(text: str) -> Path:
@@ -98,6 +104,8 @@ def find_recipe(text: str) -> Path:
         RecipeError: There is neither; lists the built-in names. Or it is a file of data, or of a model.
     """
     built_in = builtin_recipes()
+    if not text:
+        raise RecipeError("the recipe's name is empty", hint="built-in recipes: " + ", ".join(built_in))
     for path in (expanded(text), bundled_root() / text):
         if os.path.isfile(path):
             _refuse_other_files(text, path)
@@ -109,10 +117,26 @@ def find_recipe(text: str) -> Path:
         hint = f"its recipe is `{own}`" if own.is_file() else None
         hint = hint or "give a YAML file or the name of a built-in recipe"
         raise RecipeError(f"recipe `{shown(text)}` is a directory", hint=hint)
-    close = _recipes_like(expanded(text)) or get_close_matches(Path(text).stem, built_in, n=1)
+    raise _no_recipe(text, list(built_in))
+
+
+def _no_recipe(text: str, built_in: list[str]) -> RecipeError:
+    """What is said where nothing is that a recipe's name means."""
+    said, path = shown(text, 300), expanded(text)
+    if re.match(r"[a-z][a-z_.0-9]*=", text):
+        return RecipeError(
+            f"`{said}` changes a field, and no recipe is named",
+            hint=f"the recipe comes first: mamba-sft train quickstart {shlex.quote(text)}",
+        )
+    if path.is_symlink():
+        return RecipeError(f"no recipe `{said}`: it is a link to `{os.readlink(path)}`, which leads nowhere")
+    if "://" in text:
+        return RecipeError(f"`{said}` is an address, not a file", hint=f"fetch it first: {fetching(text)}")
+    own = [path.stem] if path.stem in built_in else []
+    close = own or _recipes_like(path) or get_close_matches(path.stem, built_in, n=1)
     question = f"; did you mean `{close[0]}`?" if close else ""
-    raise RecipeError(
-        f"no recipe `{shown(text, 300)}`: neither a file nor a built-in recipe{question}",
+    return RecipeError(
+        f"no recipe `{said}`: neither a file nor a built-in recipe{question}",
         hint="built-in recipes: " + ", ".join(built_in),
     )
 
@@ -126,8 +150,18 @@ def _recipes_like(path: Path) -> list[str]:
     return [shown(str(path.with_name(name)), 300) for name in get_close_matches(path.name, names, n=1)]
 
 
+_NO_RECIPES = {".ipynb": "a notebook", ".py": "a program", ".md": "a page of text", ".toml": "TOML"}
+
+
 def _refuse_other_files(text: str, path: Path) -> None:
     kind = kind_of_file(path)
+    if other := other_file(path):
+        raise RecipeError(f"`{shown(text)}` is {other.what}", hint=other.hint)
+    if kind in _NO_RECIPES:
+        raise RecipeError(
+            f"`{shown(text)}` is {_NO_RECIPES[kind]}, not a recipe",
+            hint="a recipe is YAML; `mamba-sft recipes show quickstart` prints one",
+        )
     if kind in _MODELS:
         raise RecipeError(
             f"`{shown(text)}` is a model's file, not a recipe",

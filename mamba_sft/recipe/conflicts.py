@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from mamba_sft.recipe.fields import (
+    TARGETS,
     AdapterSection,
     DataSection,
     EvalSection,
@@ -102,7 +103,7 @@ def refuse_conflicts(
         *rate_conflicts(train),
         *ramp_conflicts(train),
         *_parallel_conflicts(model, adapter, train),
-        *(_duplicates(("adapter", "target_modules"), adapter.target_modules) if adapter is not None else ()),
+        *(_target_conflicts(adapter.target_modules) if adapter is not None else ()),
         *_duplicates(("train", "report_to"), train.report_to),
     ]
     if problems:
@@ -180,6 +181,14 @@ def _column_conflicts(path: Keys, source: SourceSection) -> Iterator[Problem]:
                 f"must not have `{part}` with `format: {source.format}`; leave the format out",
                 ((*path, "format"),),
             )
+
+
+def _target_conflicts(targets: Sequence[str]) -> Iterator[Problem]:
+    path = ("adapter", "target_modules")
+    yield from _duplicates(path, targets)
+    if other := [f"`{target}`" for target in targets if target.rpartition(".")[2] not in TARGETS]:
+        names = ", ".join(f"`{name}`" for name in TARGETS)
+        yield Problem(path, f"names {', '.join(other)}; the linear layers of this model are {names}")
 
 
 def _duplicates(path: Keys, values: Sequence[str]) -> Iterator[Problem]:

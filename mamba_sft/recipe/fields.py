@@ -132,6 +132,8 @@ Name = Annotated[str, Field(min_length=1, max_length=255), AfterValidator(_one_l
 FileName = Annotated[str, Field(min_length=1, max_length=1024), AfterValidator(_file_name)]
 """A path, a glob, or an id of the hub; a longer path cannot be opened everywhere."""
 LayerName = Annotated[str, Field(min_length=1, max_length=255), AfterValidator(_layer_name)]
+TARGETS = ("in_proj", "x_proj", "dt_proj", "out_proj")
+"""The linear layers of a mixer, on which LoRA can go."""
 ORDINARY = BeforeValidator(_empty_is_default)  # `eval:` with nothing under it is a section of defaults
 
 

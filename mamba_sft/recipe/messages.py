@@ -192,6 +192,8 @@ def homes(model: type[BaseModel], path: Keys = ()) -> Iterator[tuple[str, Keys]]
 
 def _suggestion(model: type[BaseModel], path: Keys) -> str:
     key = str(path[-1])
+    if ":" in key:  # `base:x` is one word to YAML
+        return "; a blank goes behind the colon"
     word = key.strip().lower().replace("-", "_")
     at = dict(homes(model))
     section = section_at(model, path[:-1])
@@ -255,7 +257,10 @@ def _expectation(error: Error) -> str:
     if rule is None:
         return f"is not valid: {error['msg'][:1].lower()}{error['msg'][1:]}"
     got = "" if kind in ("string_too_short", "too_short") else f", got {shown_value(value)}"
-    fix = _adapter_fix(value) if isinstance(context.get("error"), NoSectionError) else _fix(kind, value)
+    if isinstance(context.get("error"), NoSectionError):
+        fix = _adapter_fix(value)
+    else:
+        fix = _source_fix(error["loc"], value) or _fix(kind, value)
     return rule.format(**context) + got + fix
 
 
@@ -281,9 +286,20 @@ def _fix(kind: str, value: Any) -> str:
         return f"; write {BOOLEANS[shown_number(value).lower()]}"
     if kind == "string_type" and isinstance(value, int | float):
         return "; put it in quotes"
+    if kind == "list_type" and value in ("all-linear", "all"):  # PEFT's word for `target_modules`
+        return "; leave the line out for in_proj, x_proj and out_proj"
     if kind == "list_type" and isinstance(value, str) and value.isprintable() and len(value) <= 80:
         return f"; write [{', '.join(value.replace(',', ' ').split())}]" if value != "none" else "; write []"
     return ""
+
+
+def _source_fix(path: Keys, value: Any) -> str:
+    """A source as it should have been written, where only its path was."""
+    is_path = isinstance(value, str) and re.fullmatch(r"[\w.~/][\w./*~-]{0,80}", value)
+    if "sources" not in path[-2:] or not is_path:
+        return ""
+    source = f"{{path: {value}}}"
+    return f"; write [{source}]" if path[-1] == "sources" else f"; write {source}"
 
 
 def _adapter_fix(value: Any) -> str:

@@ -57,6 +57,25 @@ class SyntaxProblem(Exception):  # noqa: N818
         self.line, self.text = line, text
 
 
+def _in_plain_words(error: yaml.MarkedYAMLError) -> SyntaxProblem:
+    """What PyYAML says of broken YAML; the mistakes that people make are told in plain words."""
+    problem, context = error.problem or "", error.context or ""
+    mark = error.problem_mark or error.context_mark
+    words = f"not valid YAML: {problem}"
+    if "'\\t'" in problem:
+        words = "tabs cannot indent YAML; use spaces"
+    elif "alias" in context:
+        words = "not valid YAML: a text that begins with `*` needs quotes of its own: `'*.jsonl'`"
+    elif "quoted scalar" in context and "end of stream" in problem:
+        mark = error.context_mark or mark
+        words = "not valid YAML: a quotation mark opens here and nothing closes it"
+    elif "another document" in problem:
+        words = "not valid YAML: `---` begins a second document, and a recipe is one"
+    elif "mapping values" in problem:
+        words = "not valid YAML: this line is indented further than the one above, or has a second `:`"
+    return SyntaxProblem(mark.line + 1 if mark else 1, words)
+
+
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}  # type: ignore[misc]
 
@@ -232,12 +251,7 @@ class _Source:
             node = loader.get_single_node()  # type: ignore[no-untyped-call]
             return None if node is None else self._convert(node, path)
         except yaml.MarkedYAMLError as error:
-            mark = error.problem_mark or error.context_mark
-            tab = "'\\t'" in (error.problem or "")
-            words = "tabs cannot indent YAML; use spaces" if tab else f"not valid YAML: {error.problem}"
-            if "alias" in (error.context or ""):
-                words = "not valid YAML: a text that begins with `*` needs quotes of its own: `'*.jsonl'`"
-            raise SyntaxProblem(mark.line + 1 if mark else 1, words) from None
+            raise _in_plain_words(error) from None
         except yaml.reader.ReaderError as error:
             line = text[: error.position].count("\n") + 1
             raise SyntaxProblem(line, f"not valid YAML: control character #x{error.character:02x}") from None

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import logging
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from mamba_sft.cli import train as train_module
 from mamba_sft.cli.app import app
 from mamba_sft.cli.console import loading, write_json
 from mamba_sft.cli.lines import WarningList, WholeLine
-from mamba_sft.cli.printable import PrintableConsole, PrintableFormatter, printable
+from mamba_sft.cli.printable import ConsoleHandler, PrintableConsole, PrintableFormatter, printable
 from mamba_sft.errors import DataError, MambaSFTError, ModelError
 from mamba_sft.evaluation.prompts import Prompt, Sample, write_samples
 from mamba_sft.model.checkpoint import read_config, read_tensors
@@ -197,3 +199,43 @@ def test_a_line_that_goes_again_leaves_the_cursor_where_it_was(monkeypatch: pyte
     with loading("torch"):
         pass
     assert file.getvalue() == "loading torch ...\r\x1b[2K"
+
+
+def test_a_log_line_stands_above_what_is_drawn() -> None:
+    file = io.StringIO()
+    console = PrintableConsole(file=file, width=60, force_terminal=True, color_system=None)
+    handler = ConsoleHandler(console)
+    handler.setFormatter(PrintableFormatter("%(message)s"))
+    record = logging.LogRecord("mamba_sft", logging.INFO, "", 0, "read %s", (ODD,), None)
+    with console.status("planning"):
+        handler.handle(record)
+    assert on_screen(file.getvalue()) == [f"read {SHOWN}"]
+
+
+def on_screen(text: str) -> list[str]:
+    """What is on a terminal's screen after `text`, of which only lines that are erased go."""
+    lines: list[str] = []
+    line = ""
+    for piece in re.split(r"(\x1b\[[0-9;?]*[A-Za-z]|\r|\n)", text):
+        if piece == "\n":
+            lines.append(line)
+            line = ""
+        elif piece == "\x1b[2K":
+            line = ""
+        elif piece == "\x1b[1A":
+            line = lines.pop()
+        elif not piece.startswith("\x1b") and piece != "\r":
+            line += piece
+    return [shown for shown in [*lines, line] if shown]
+
+
+def test_a_terminal_without_utf8_gets_escapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    monkeypatch.setattr(sys, "argv", ["mamba-sft", "--version"])
+    with pytest.raises(SystemExit) as stop:
+        app_module.main()
+    assert stop.value.code == 0
+    console.out.print("\u27e6caf\xe9")
+    sys.stdout.flush()
+    assert written.getvalue().endswith(b"\\u27e6caf\\xe9\n")

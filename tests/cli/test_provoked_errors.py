@@ -16,7 +16,13 @@ import pytest
 
 from mamba_sft.cli import app
 from mamba_sft.run import Run
-from tests.cli.provoked_errors import ERRORS, MENDED, SHELL, prepare
+from tests.cli import provoked_errors
+from tests.cli.provoked_by_files import FILE_ERRORS, FILE_MENDED, FILE_SHELL, prepare_files
+from tests.cli.provoked_by_words import WORD_ERRORS, WORD_MENDED, WORD_SHELL
+
+ERRORS = provoked_errors.ERRORS | FILE_ERRORS | WORD_ERRORS
+MENDED = provoked_errors.MENDED | FILE_MENDED | WORD_MENDED
+SHELL = provoked_errors.SHELL | FILE_SHELL | WORD_SHELL
 
 
 class Outcome(NamedTuple):
@@ -27,7 +33,8 @@ class Outcome(NamedTuple):
 @pytest.fixture(scope="module")
 def filled(tmp_path_factory: pytest.TempPathFactory, run: Run, base: Path) -> Path:
     path = tmp_path_factory.mktemp("mistakes")
-    prepare(path, run, base)
+    provoked_errors.prepare(path, run, base)
+    prepare_files(path)
     return path
 
 
@@ -71,7 +78,8 @@ def everything(place: Path) -> set[str]:
 
 
 def test_there_are_a_hundred_and_each_says_something() -> None:
-    assert len(ERRORS) >= 100
+    assert len(ERRORS) == sum(map(len, (provoked_errors.ERRORS, FILE_ERRORS, WORD_ERRORS))), "a name twice"
+    assert len(ERRORS) >= 240
     assert len({error.command for error in ERRORS.values()}) == len(ERRORS)
     assert all(error.says for error in ERRORS.values())
     verbs = {error.command.split()[0] for error in ERRORS.values()}

@@ -94,9 +94,15 @@ def test_json_is_yaml() -> None:
             "seed: 1\nmodel: {base: b\ndata: 3\n",
             "r.yaml:3: not valid YAML: expected ',' or '}', but got ':'",
         ),
-        ("seed: 1\n base: 3\n", "r.yaml:2: not valid YAML: mapping values are not allowed here"),
-        ("seed: 1\n'abc\n", "r.yaml:3: not valid YAML: found unexpected end of stream"),
-        ("seed: 1\n---\nseed: 2\n", "r.yaml:2: not valid YAML: but found another document"),
+        (
+            "seed: 1\n base: 3\n",
+            "r.yaml:2: not valid YAML: this line is indented further than the one above, or has a second `:`",
+        ),
+        ("seed: 1\n'abc\n", "r.yaml:2: not valid YAML: a quotation mark opens here and nothing closes it"),
+        (
+            "seed: 1\n---\nseed: 2\n",
+            "r.yaml:2: not valid YAML: `---` begins a second document, and a recipe is one",
+        ),
         (
             "seed: 1\nmodel: &m {base: b}\n",
             "r.yaml:2: anchors and aliases (`&name`, `*name`) are not allowed; write the value out",

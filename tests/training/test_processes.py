@@ -27,7 +27,7 @@ from mamba_sft.training.trainer import Trainer
 
 rank, mode, where, said = int(os.environ["RANK"]), "", {}, {}
 spikes.LEAST = 3
-compute, take, save = Trainer.compute_loss, Trainer._take_micro_batch, Trainer._save_rng_state
+compute, take, save = Trainer.compute_loss, Trainer.take_micro_batch, Trainer._save_rng_state
 
 def compute_loss(self, model, inputs, *args, **more):
     loss = compute(self, model, inputs, *args, **more)
@@ -64,7 +64,7 @@ class At(TrainerCallback):
         if mode == "full" and rank == 0 and step == 3:
             film.unlink()
 
-Trainer.compute_loss, Trainer._take_micro_batch = compute_loss, take_step
+Trainer.compute_loss, Trainer.take_micro_batch = compute_loss, take_step
 Trainer._save_rng_state = save_numbers
 for path in sys.argv[2:]:
     mode = Path(path).stem

@@ -33,6 +33,9 @@ def refuse_unknown(names: Sequence[str]) -> None:
     known = ("all", *QUANTIZED, *FLOATS)
     for name in names:
         if name.upper() not in map(str.upper, known):
+            if "," in name:
+                each = " ".join(f"-q {part.strip()}" for part in name.split(","))
+                raise UsageError(f"no quantization `{shown(name)}`", hint=f"one at a time: `{shown(each)}`")
             close = meant_method(name)
             question = f"; did you mean `{close}`?" if close else ""
             there_are = f"there are {', '.join(known)}"
