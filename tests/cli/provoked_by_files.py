@@ -289,13 +289,13 @@ FILE_ERRORS = {
         "data recipe.yaml data.sources.0.path=bars.csv",
         1,
         "bars.csv:1: the columns are separated by bars, not commas",
-        "python -c \"import pandas; pandas.read_csv('bars.csv',",
+        'python -c \'import pandas; pandas.read_csv("bars.csv", sep="|")',
     ),
     "data: commas.tsv": Provoked(
         "data recipe.yaml data.sources.0.path=commas.tsv",
         1,
         "commas.tsv:1: the columns are separated by commas, not tabs",
-        "python -c \"import pandas; pandas.read_csv('commas.tsv',",
+        'python -c \'import pandas; pandas.read_csv("commas.tsv", sep=",")',
     ),
     "data: ragged.csv": Provoked(
         "data recipe.yaml data.sources.0.path=ragged.csv",
@@ -341,13 +341,13 @@ FILE_ERRORS = {
         "data recipe.yaml data.sources.0.path=several.json",
         1,
         "`several.json` holds several lists of rows: `train`, `test`",
-        'one list a file: python -c "import json; rows =',
+        "one list a file: python -c 'import json; rows =",
     ),
     "data: a spreadsheet": Provoked(
         "data recipe.yaml data.sources.0.path=sheet.xlsx",
         1,
         "cannot read `sheet.xlsx`",
-        'python -c "import pandas;',
+        "python -c 'import pandas;",
     ),
     "data: an address": Provoked(
         "data recipe.yaml data.sources.0.path=https://example.com/chats.jsonl",
@@ -394,6 +394,6 @@ FILE_SHELL = {
     "data: packed without an ending": ("mv", "unnamed.jsonl.gz", "data recipe.yaml data.sources.0.path={}"),
     "data: bars.csv": ("python", "bars.jsonl", "data recipe.yaml data.sources.0.path={}"),
     "data: commas.tsv": ("python", "commas.jsonl", "data recipe.yaml data.sources.0.path={}"),
-    "data: several lists": ("python", "train.json", "data recipe.yaml data.sources.0.path={}"),
+    "data: several lists": ("python", "several-1.json", "data recipe.yaml data.sources.0.path={}"),
 }
 """As `SHELL` in `provoked_errors`."""

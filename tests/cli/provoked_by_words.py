@@ -140,7 +140,7 @@ WORD_ERRORS = {
         "generate runs/tiny --input array-prompts.jsonl",
         1,
         "array-prompts.jsonl:1: an array, where one prompt a line is needed",
-        'python -c "import pandas;',
+        "python -c 'import pandas;",
     ),
     "generate: Python's prompts": Provoked(
         "generate runs/tiny --input python-prompts.jsonl",
@@ -189,7 +189,7 @@ WORD_MENDED = {
 WORD_SHELL = {
     "generate: an array of prompts": (
         "python",
-        "array-prompts.jsonl",
+        "array-prompts-lines.jsonl",
         "generate tiny-base --raw --input {} --max-new-tokens 2",
     ),
 }
