@@ -21,9 +21,13 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 if not torch.cuda.is_available():  # read when the kernels are defined: they then run as Python on the CPU
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# No machine is too slow: what takes long is measured in benchmarks/.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 atexit.register(shutil.rmtree, os.environ["MAMBA_SFT_CACHE"], ignore_errors=True)
 
 SHARED_FALCON = Path(__file__).parents[2] / "shared" / "falcon-tokenizer"

@@ -59,7 +59,7 @@ LIVES_IN = {
     "lm_eval": {"evaluation"},
     "nltk": {"evaluation"},
     "numba": {"kernels", "diagnostics"},
-    "packaging": {"diagnostics"},
+    "packaging": {"diagnostics", "training"},
     "pandas": {"run"},
     "peft": {"model", "merging", "diagnostics"},
     "psutil": {"processes", "merging", "diagnostics"},

@@ -26,6 +26,12 @@ def _no_hub_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mamba_sft.model.shape._cached_config", lambda section: None)
 
 
+@pytest.fixture(autouse=True)
+def _pinned_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans count the kernels as the Triton here compiles them; the pages have those of the pinned one."""
+    monkeypatch.setattr("mamba_sft.kernels.launching.TRITON", (3, 7))
+
+
 @pytest.fixture(scope="module")
 def pages() -> Iterator[Any]:
     before = list(sys.path)

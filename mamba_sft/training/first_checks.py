@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+
+from packaging.version import Version
 
 from mamba_sft.data.sources import check_source
 from mamba_sft.disk import check_writable
@@ -105,6 +108,8 @@ def check_first(
 
 _SWITCHES = {"fsdp": "ACCELERATE_USE_FSDP", "zero2": "ACCELERATE_USE_DEEPSPEED"}
 """What `accelerate launch` sets where its own configuration asks for one of the modes."""
+_FSDP = Version("2.13")
+"""The first torch whose `fully_shard` takes norm and head as one group, called apart; 2.11 and 2.12 crash."""
 
 
 def check_sharing(recipe: Recipe, processes: int) -> None:
@@ -130,6 +135,12 @@ def check_sharing(recipe: Recipe, processes: int) -> None:
         raise TrainingError(
             "`train.parallel: zero2` needs DeepSpeed, which is not installed",
             hint="pip install 'mamba-sft[deepspeed]', or set `train.parallel=ddp`",
+        )
+    if parallel == "fsdp" and Version(version("torch")) < _FSDP:
+        raise TrainingError(
+            f"`train.parallel: fsdp` needs torch 2.13, and this is {version('torch')}: the backward would "
+            "crash, because weights are given back before it has used them",
+            hint="install torch 2.13 or newer, or set `train.parallel=ddp`",
         )
     if parallel == "fsdp" and find_shape(recipe.model)[0].tied:
         raise TrainingError(

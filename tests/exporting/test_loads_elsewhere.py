@@ -236,7 +236,7 @@ def test_llama_cpps_server_answers_with_our_template(tmp_path: Path) -> None:
         {"role": "user", "content": "b"},
     ]
     command = [sys.executable, "-c", SERVING, str(file.path), json.dumps(chat)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    done = subprocess.run(command, check=True, capture_output=True, encoding="utf-8", errors="replace")
     found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("found"))[6:])
     tokenizer = AutoTokenizer.from_pretrained(made.run.adapter)
     wanted = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)

@@ -115,7 +115,7 @@ def test_the_numbers_are_what_they_say():
 
 
 def test_the_tiny_base_goes_round_and_is_found_out():
-    base = load_chat_model(TINY, needs_template=False)
+    base = load_chat_model(TINY, needs_template=False, dtype="float32")  # else each processor says its own
     for prompt in ("What is the opposite of hot?", "hi"):
         watch, pieces = RepetitionWatch(), TextStream(base.tokenizer)
         ids = base.tokenizer.encode(prompt, add_special_tokens=False)
@@ -126,4 +126,4 @@ def test_the_tiny_base_goes_round_and_is_found_out():
             said += piece
             found.append(watch.repeats(token, piece))
         assert len(found) == 512  # it would have gone on
-        assert found.index(True) < 420, said
+        assert found.index(True) < 150, said

@@ -9,15 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers.utils import chat_template_utils
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from mamba_sft.errors import DataError
 from mamba_sft.model import template_process
-from mamba_sft.model.chat_template import prepare_tokenizer, split_rendered
+from mamba_sft.model.chat_template import _with_every_name, prepare_tokenizer, split_rendered
 from mamba_sft.model.template_process import EndlessTemplateError, TemplateProcess, built_in_template
 from mamba_sft.model.template_rendering import LONGEST, RefusedError, rendered
 from mamba_sft.recipe.fields import ChatSection
 
+NAMES_REASONING = hasattr(chat_template_utils, "_alias_reasoning_fields")
+"""Whether this transformers gives a message's reasoning every name that templates know it by, as we do."""
 CHATS: list[list[dict[str, Any]]] = [
     [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "world 😀"}],
     [
@@ -67,8 +70,9 @@ def test_renders_as_transformers_does(tiny_tokenizer: Any, number: int, tools: A
     special = tiny_tokenizer.special_tokens_map
     process = TemplateProcess(TEMPLATES[number])
     for chat in CHATS:
+        named = chat if NAMES_REASONING else [_with_every_name(message) for message in chat]
         texts, marks = render_jinja_template(
-            [chat], tools, None, TEMPLATES[number], return_assistant_tokens_mask=True,
+            [named], tools, None, TEMPLATES[number], return_assistant_tokens_mask=True,
             add_generation_prompt=prompt, **special,
         )  # fmt: skip
         tiny_tokenizer.chat_template = TEMPLATES[number]

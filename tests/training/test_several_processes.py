@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.version import Version
 from safetensors.torch import load_file
 
 from mamba_sft import Run
@@ -21,6 +24,7 @@ from tests.conftest import build_model
 from tests.training.several import Launch, launch
 from tests.training.test_fine_tuning import assert_same_adapter, losses
 
+NO_FSDP = Version(version("torch")) < Version("2.13")
 EXACT = 1e-5
 """How far losses and adapters may be apart: two processes add up in another order."""
 OPTIONS = (
@@ -72,6 +76,8 @@ def test_two_processes_equal_one(recipe: Any, tmp_path: Path, parallel: str) -> 
     """From the start, resumed bit for bit, and resumed by one process more or fewer."""
     if parallel == "zero2" and find_spec("deepspeed") is None:
         pytest.skip("DeepSpeed is not installed: `pip install 'mamba-sft[deepspeed]'`")
+    if parallel == "fsdp" and NO_FSDP:
+        pytest.skip("`train.parallel: fsdp` needs torch 2.13")
     more = (*OPTIONS, with_prompts(tmp_path), f"train.parallel={parallel}")
     one, two = ((*more, f"train.gradient_accumulation_steps={n}") for n in (4, 2))
     theirs = train(recipe(*one, name="of-one"))
@@ -100,6 +106,8 @@ def test_two_processes_train_all_weights_as_one_does(recipe: Any, tmp_path: Path
     """The whole model in parts: from the start, resumed, and resumed by one process more or fewer."""
     if parallel == "zero2" and find_spec("deepspeed") is None:
         pytest.skip("DeepSpeed is not installed: `pip install 'mamba-sft[deepspeed]'`")
+    if parallel == "fsdp" and NO_FSDP:
+        pytest.skip("`train.parallel: fsdp` needs torch 2.13")
     more = (*OPTIONS, with_prompts(tmp_path), f"train.parallel={parallel}", "adapter=none",
             "train.weight_decay=0.1")  # fmt: skip
     one, two = ((*more, f"train.gradient_accumulation_steps={n}") for n in (4, 2))
@@ -169,6 +177,7 @@ def check_parts(parallel: str, seen: Any, run: Run) -> None:
     assert told["held_bytes"] == [4 * rank["held"] for rank in seen]
 
 
+@pytest.mark.skipif(NO_FSDP, reason="`train.parallel: fsdp` needs torch 2.13")
 def test_quantized_weights_are_in_parts_too(recipe: Any, tmp_path: Path) -> None:
     """With DoRA, which reads them, in 16 bits, and with answers in between."""
     more = (*OPTIONS, with_prompts(tmp_path), "model.quantization=nf4", "model.dtype=bfloat16",
@@ -190,7 +199,13 @@ def test_a_launcher_that_says_otherwise_is_refused(recipe: Any, monkeypatch: pyt
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(TrainingError, match="was told to use fsdp"):
         check_sharing(recipe(), 2)
+    monkeypatch.setattr("mamba_sft.training.first_checks.version", lambda name: "2.13.0")
     check_sharing(recipe("train.parallel=fsdp"), 2)
+    for old in ("2.12.1+cu130", "2.11.0"):
+        monkeypatch.setattr("mamba_sft.training.first_checks.version", lambda name, old=old: old)
+        check_sharing(recipe("train.parallel=fsdp"), 1)
+        with pytest.raises(TrainingError, match=re.escape(f"needs torch 2.13, and this is {old}:")):
+            check_sharing(recipe("train.parallel=fsdp"), 2)
 
 
 def test_what_accelerate_writes_into_the_environment_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,7 +226,10 @@ def test_zero2_without_deepspeed_is_refused(recipe: Any, monkeypatch: pytest.Mon
     assert "mamba-sft[deepspeed]" in (caught.value.hint or "")
 
 
-def test_a_tied_base_is_not_cut_in_parts(recipe: Any, tiny_base: Path) -> None:
+def test_a_tied_base_is_not_cut_in_parts(
+    recipe: Any, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mamba_sft.training.first_checks.version", lambda name: "2.13.0")
     build_model(tie_word_embeddings=True).save_pretrained(tiny_base)
     check_sharing(recipe("train.parallel=ddp"), 2)
     with pytest.raises(TrainingError, match="its embeddings and its head are one matrix"):
@@ -222,4 +240,5 @@ def test_whether_processes_can_share_a_base_is_asked_without_fetching_its_weight
     recipe: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mamba_sft.model.checkpoint._download", lambda *words, **more: pytest.fail("fetched"))
+    monkeypatch.setattr("mamba_sft.training.first_checks.version", lambda name: "2.13.0")
     check_sharing(recipe("model.base=tiiuae/falcon-mamba-7b", "train.parallel=fsdp"), 2)
