@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from copy import copy
 from typing import Any
 
 from rich.console import Console
@@ -54,6 +55,22 @@ class TrainingBar(TrainerCallback):
         self.first_step = 0
         self.tokens: float | None = None
         self.counted = 0.0
+        self._due: TrainerState | None = None
+        self._answers: StageBar | None = None
+
+    def on_sample_answer(self, when: str, done: int, total: int) -> None:
+        """Shows how many of the sample prompts are answered."""
+        if self._answers is None:
+            self._answers = StageBar(self.console)
+            self._answers.bar.start()
+        self._answers.update("answers", done, total, name=f"answers {when} training")
+        if done == total:
+            self._end_answers()
+
+    def _end_answers(self) -> None:
+        if self._answers is not None:
+            self._answers.bar.stop()
+            self._answers = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -69,7 +86,8 @@ class TrainingBar(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Starts the clock of one step."""
+        """Starts the clock of one step; by now the last one was validated, if it was to be."""
+        self._print_due()
         self.step_started = time.monotonic()
 
     def on_step_end(
@@ -98,7 +116,7 @@ class TrainingBar(TrainerCallback):
         every = max(1, state.max_steps // PLAIN_LINES)
         due = state.global_step % every == 0 or state.global_step == state.max_steps
         if "loss" in logs and due and state.is_world_process_zero and not self.console.is_terminal:
-            self._print_line(state)
+            self._due = copy(state)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -108,6 +126,8 @@ class TrainingBar(TrainerCallback):
 
     def close(self) -> None:
         """Ends the bar; also when training stopped by an exception."""
+        self._print_due()
+        self._end_answers()
         self.bar.stop()
 
     def _count(self, tokens: float | None) -> None:
@@ -135,7 +155,11 @@ class TrainingBar(TrainerCallback):
                 rate=self.rate,
             )
 
-    def _print_line(self, state: TrainerState) -> None:
+    def _print_due(self) -> None:
+        """Prints the line of the last step, with the validation loss that came after it."""
+        state, self._due = self._due, None
+        if state is None:
+            return
         done = max(1, state.global_step - self.first_step)
         left = (time.monotonic() - self.begun) / done * (state.max_steps - state.global_step)
         parts = [

@@ -38,7 +38,14 @@ class LiveTraining(TrainerCallback):
         self.latest: dict[str, Any] = {}
         self._begun = self._drawn = 0.0
         self._first = 0
-        self._seen: tuple[TrainerState, bool] | None = None
+        self._state: TrainerState | None = None
+        self._answers: tuple[str, int, int] | None = None
+
+    def on_sample_answer(self, when: str, done: int, total: int) -> None:
+        """Shows how many of the sample prompts are answered."""
+        self._answers = (when, done, total) if done < total else None
+        if time.monotonic() - self._drawn >= EVERY or done == total:
+            self._draw(self._state)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -71,13 +78,18 @@ class LiveTraining(TrainerCallback):
         """Shows the last state, which stays in the notebook."""
         self._draw(state)
 
-    def _draw(self, state: TrainerState) -> None:
+    def _draw(self, state: TrainerState | None) -> None:
+        self._state = state
         shown = self.view(state)
         self.output.show(shown.html(), shown.text())
         self._drawn = time.monotonic()
 
-    def view(self, state: TrainerState) -> View:
-        """What is shown of a state of the trainer."""
+    def view(self, state: TrainerState | None) -> View:
+        """What is shown of a state of the trainer; before training there is none."""
+        title = f"training {self.run.path}"
+        answers = self._answer_blocks()
+        if state is None:
+            return View(title, [*(Text(warning, "note") for warning in self.warnings), *answers])
         step, steps = state.global_step, max(1, state.max_steps)
         line = " · ".join([f"step {step:,} of {steps:,}", *self._figures(step, steps)])
         facts = RunFacts(self.run, metrics=[one for one in state.log_history if "step" in one])
@@ -86,8 +98,15 @@ class LiveTraining(TrainerCallback):
             bar(step / steps),
             Text(line),
             loss_drawing(loss_curves(facts), "loss over steps", height=200),
+            *answers,
         ]
-        return View(f"training {self.run.path}", blocks)
+        return View(title, blocks)
+
+    def _answer_blocks(self) -> list[Block]:
+        if self._answers is None:
+            return []
+        when, done, total = self._answers
+        return [Text(f"sample prompts answered {when} training: {done:,} of {total:,}"), bar(done / total)]
 
     def _figures(self, step: int, steps: int) -> list[str]:
         found, latest = [], self.latest

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 from accelerate.utils import broadcast_object_list
@@ -27,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 ANSWERED_TOGETHER = 32
 """Sample prompts answered in one batch."""
+Tell = Callable[[int, int], None]
+"""Told how many of how many prompts this process has answered."""
 
 
 def answers_before(preparation: Preparation, trainer: Trainer) -> list[str]:
@@ -70,7 +73,17 @@ def _answer(preparation: Preparation, trainer: Trainer, when: str) -> list[str]:
     if not prompts:
         return []
     logger.info("answering %d sample prompts %s training", len(prompts), when)
-    return _given(preparation, trainer, prompts)
+    watchers = [
+        callback.on_sample_answer
+        for callback in trainer.callback_handler.callbacks
+        if hasattr(callback, "on_sample_answer") and trainer.is_world_process_zero()
+    ]
+
+    def tell(done: int, total: int) -> None:
+        for watcher in watchers:
+            watcher(when, done, total)
+
+    return _given(preparation, trainer, prompts, tell)
 
 
 def _kept_answers(path: Path, digest: str, count: int) -> list[str] | None:
@@ -82,17 +95,22 @@ def _kept_answers(path: Path, digest: str, count: int) -> list[str] | None:
     return [str(answer) for answer in given]
 
 
-def _given(preparation: Preparation, trainer: Trainer, prompts: Sequence[Prompt]) -> list[str]:
+def _given(
+    preparation: Preparation, trainer: Trainer, prompts: Sequence[Prompt], tell: Tell | None = None
+) -> list[str]:
     """The model's answers to prompts, as it is now, in every process.
 
     The processes share the prompts out, unless each of them holds a part of the model: then they give every
     answer together.
     """
-    answer = partial(_own_answers, preparation, trainer)
+    answer = partial(_own_answers, preparation, trainer, tell)
     return answer(prompts) if is_sharded(trainer.model) else deal_out(answer, prompts)
 
 
-def _own_answers(preparation: Preparation, trainer: Trainer, prompts: Sequence[Prompt]) -> list[str]:
+def _own_answers(
+    preparation: Preparation, trainer: Trainer, tell: Tell | None, prompts: Sequence[Prompt]
+) -> list[str]:
+    done = count(1)
     recipe, tokenizer = preparation.recipe, preparation.setup.tokenizer
     chats = [prompt.messages(recipe.chat.system) for prompt in prompts]
     given = answers(
@@ -102,5 +120,6 @@ def _own_answers(preparation: Preparation, trainer: Trainer, prompts: Sequence[P
         sampling=Sampling(max_new_tokens=recipe.eval.max_new_tokens),
         stop_ids=stop_token_ids(trainer.model, tokenizer),
         batch_size=ANSWERED_TOGETHER,
+        on_answer=None if tell is None else lambda number, answer: tell(next(done), len(prompts)),
     )
     return [answer.text for answer in given]

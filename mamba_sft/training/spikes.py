@@ -13,6 +13,7 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
@@ -21,7 +22,7 @@ from accelerate.utils import gather_object
 from mamba_sft.errors import TrainingError
 from mamba_sft.run import Run, write_atomically
 from mamba_sft.training.saving import left_out_if_refused
-from mamba_sft.wording import count_text
+from mamba_sft.wording import count_text, path_text
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ FAR = 6.0
 """Deviations above the median from which on a value is a spike."""
 FLOOR = 0.1
 """The least deviation, as a share of the median: where all steps are alike, a little more is no spike."""
-_NAMED = 5
+_NAMED = 3
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,9 @@ class SpikeWatch:
                 hint=f"all its rows are in `{self.run.spikes}`; mend them, or go on without such steps: "
                 "`--resume train.on_spike=skip`",
             )
-        logger.warning("%s%s", text, "; the step is left out" if skipped else "")
+        left_out = "; the step is left out" if skipped else ""
+        place = f"; all of them are in `{path_text(self.run.spikes)}`" if len(rows) > _NAMED else ""
+        logger.warning("%s%s%s", text, left_out, place)
         return skipped
 
     def write(self) -> None:
@@ -137,7 +140,8 @@ def named(rows: Sequence[str]) -> str:
     if not rows:
         return "where its rows came from is not known"
     more = f" and {count_text(len(rows) - _NAMED, 'more row')}" if len(rows) > _NAMED else ""
-    return "its rows: " + ", ".join(f"`{row}`" for row in rows[:_NAMED]) + more
+    here = f"{Path.cwd()}/"
+    return "its rows: " + ", ".join(f"`{row.removeprefix(here)}`" for row in rows[:_NAMED]) + more
 
 
 def _origins(micro_batches: Sequence[tuple[float, Any]]) -> list[tuple[float, str]]:

@@ -41,6 +41,28 @@ def test_a_log_file_gets_about_twenty_lines() -> None:
     assert lines[-1].endswith("0 s left")
 
 
+def test_a_line_has_the_validation_loss_of_its_own_step() -> None:
+    text = io.StringIO()
+    drive(Console(file=text, width=100), 8)
+    lines = text.getvalue().splitlines()
+    assert ["val" in line for line in lines] == [False] * 3 + [True] * 5
+    assert lines[3].startswith("step 4/8  loss 0.750  val 1.500")
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_sample_answers_are_counted_while_they_are_given(terminal: bool) -> None:
+    text = io.StringIO()
+    bar = TrainingBar(Console(file=text, force_terminal=terminal, width=100, color_system=None))
+    for when in ("before", "after"):
+        for done in (1, 2, 3):
+            bar.on_sample_answer(when, done, 3)
+    for when in ("before", "after"):
+        assert (f"answers {when} training" in text.getvalue()) == terminal
+    bar.on_sample_answer("after", 1, 3)
+    bar.close()  # stopped in the middle: the terminal is free again
+    assert bar._answers is None
+
+
 def test_a_terminal_gets_one_line_with_everything() -> None:
     text = io.StringIO()
     drive(Console(file=text, force_terminal=True, width=140, color_system=None), 8)

@@ -145,6 +145,26 @@ def test_training_is_one_output_that_changes(
     assert "left" in kernel.shown[2][2]
 
 
+def test_sample_answers_are_counted_before_and_after_training(
+    kernel: Kernel, tiny_run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live, "EVERY", 0.0)
+    shown, nothing = LiveTraining(tiny_run, ["a warning"]), None
+    shown.on_sample_answer("before", 1, 4)
+    shown.on_train_begin(nothing, state(0), nothing)  # type: ignore[arg-type]
+    shown.on_train_end(nothing, state(4), nothing)  # type: ignore[arg-type]
+    shown.on_sample_answer("after", 3, 4)
+    shown.on_sample_answer("after", 4, 4)
+    before, _, _, after, done = (html for _, _, html in kernel.shown)
+    assert "a warning" in before
+    assert "sample prompts answered before training: 1 of 4" in before
+    assert "width:25.0%" in before
+    assert "step 4 of 4" in after
+    assert "sample prompts answered after training: 3 of 4" in after
+    assert "sample prompts" not in done
+    assert len({number for number, _, _ in kernel.shown}) == 1
+
+
 def test_a_drawing_waits_for_the_last_one(
     kernel: Kernel, tiny_run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -80,8 +80,16 @@ def test_stop_says_how_to_go_on(tmp_path: Path) -> None:
 
 
 def test_many_rows_are_counted() -> None:
-    assert named([f"a:{n}" for n in range(8)]).endswith("`a:4` and 3 more rows")
+    assert named([f"a:{n}" for n in range(8)]).endswith("`a:2` and 5 more rows")
+    assert named([f"{Path.cwd()}/b.jsonl:1"]).endswith(": `b.jsonl:1`")
     assert "not known" in named([])
+
+
+def test_where_many_rows_are_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    one = watch(tmp_path)
+    feed(one, *[1.0] * 20)
+    one.skips(21, {"loss": 9.0}, [(9.0, [[f"a.jsonl:{n}" for n in range(8)]])])
+    assert caplog.messages[-1].endswith(f"and 5 more rows; all of them are in `{tmp_path}/run/spikes.jsonl`")
 
 
 class Far(TrainerCallback):
