@@ -30,7 +30,7 @@ CALLS = {
     "merge": ("merge", {"output", "dtype", "onto"}),
     "plan": ("plan", {"card"}),
     "report": ("report", {"output"}),
-    "train": ("train", {"resume", "overwrite", "allow_changed_data"}),
+    "train": ("train", {"resume", "overwrite", "allow_changed_data", "finish"}),
 }
 """By verb, the function that does the same, and the options that it has as arguments."""
 

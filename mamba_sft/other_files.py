@@ -30,11 +30,7 @@ def other_file(path: Path) -> OtherFile | None:
 
     A page is no surprise in a txt file, which may hold any text.
     """
-    try:
-        with path.open("rb") as file:
-            start = file.read(_BEGINNING)
-    except CANNOT_READ:
-        return None
+    start = _beginning(path)
     if start.startswith(b"version https://git-lfs.github.com/spec/"):
         return OtherFile(
             "a git-lfs pointer, not the file itself", "`git lfs pull` in its repository fetches the file"
@@ -54,6 +50,17 @@ def other_file(path: Path) -> OtherFile | None:
     if start.startswith(b"PK\x03\x04"):
         return OtherFile("a zip archive", shlex.join(["unzip", str(path)]))
     return None
+
+
+def _beginning(path: Path) -> bytes:
+    """The first bytes of a file; none of what can be read only once, as a pipe, or cannot be read."""
+    try:
+        if not path.is_file():
+            return b""
+        with path.open("rb") as file:
+            return file.read(_BEGINNING)
+    except CANNOT_READ:
+        return b""
 
 
 def fetching(address: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import gzip
 import lzma
+import os
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,11 @@ def test_the_rest_is_let_through(name: str, content: bytes, tmp_path: Path) -> N
 def test_a_directory_and_nothing_are_for_others_to_tell(tmp_path: Path) -> None:
     assert other_file(tmp_path) is None
     assert other_file(tmp_path / "none") is None
+
+
+def test_a_pipe_is_not_looked_into(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jsonl")  # which can be read once; a look would wait for a writer
+    assert other_file(tmp_path / "pipe.jsonl") is None
 
 
 def test_an_address_is_quoted() -> None:

@@ -17,7 +17,7 @@ from mamba_sft.kernels.falcon_mamba import install
 SIGNATURES: dict[str, tuple[Any, str]] = {
     "train": (
         mamba_sft.train,
-        "recipe, *, resume=False, overwrite=False, allow_changed_data=False, callbacks=()",
+        "recipe, *, resume=False, overwrite=False, allow_changed_data=False, finish=False, callbacks=()",
     ),
     "merge": (mamba_sft.merge, "run, *, output=None, dtype=None, onto='base', progress=None"),
     "export": (

@@ -37,6 +37,9 @@ def train(
         bool,
         typer.Option("--allow-changed-data", help="Resume though rows or prompts have changed."),
     ] = False,
+    finish: Annotated[
+        bool, typer.Option("--finish", help="With --resume: take no step more, end at the last checkpoint.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, stop before the weights.")
     ] = False,
@@ -63,7 +66,7 @@ def train(
     from mamba_sft.training.overwriting import refuse_both
 
     launch = asked_launch(processes, nodes, rank, master)
-    refuse_both(resume=resume, overwrite=overwrite)
+    refuse_both(resume=resume, overwrite=overwrite, finish=finish)
     if allow_changed_data and not resume:
         raise UsageError("`--allow-changed-data` goes with `--resume`", hint="a new run takes any data")
     changes = overrides or []
@@ -78,12 +81,13 @@ def train(
         loaded = own_recipe_moved(find_recipe(recipe), loaded)
     replaces = overwrite or (dry_run and not resume)  # a dry run asks what a run would do
     writes = launch is None or launch.rank == 0
-    checked = check_first(loaded, resume=resume, overwrite=replaces, writes=writes)
+    checked = check_first(loaded, resume=resume, overwrite=replaces, finish=finish, writes=writes)
     if launch is not None:
         flags = {
             "--resume": resume,
             "--overwrite": overwrite,
             "--allow-changed-data": allow_changed_data,
+            "--finish": finish,
             "--dry-run": dry_run,
         }
         words = ["train", recipe, *changes, *(flag for flag, given in flags.items() if given)]

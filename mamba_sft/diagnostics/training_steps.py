@@ -156,7 +156,8 @@ def take_our_steps(tell: Tell, recipe: Recipe, count: int, place: str) -> None:
         recipe=steps.recipe, run=run, setup=steps.setup,
         data=cast("PreparedData", _OnlyRows(steps.rows)), arguments=arguments,
         course=steps.course, prompts=[], length=replace(steps.length, steps=steps.course.steps),
-        start=find_start(recipe), resumed=False, resume_point=None, record={}, trained=0, seen=frozenset(),
+        start=find_start(recipe), resumed=False, resume_point=None, finish=False,
+        record={}, trained=0, seen=frozenset(),
     )  # fmt: skip
     clock = _Clock(tell, steps.course)
     counts = Counts(describe_device()["name"])

@@ -120,7 +120,8 @@ class Results:
                 str(found["suite"]), model, settings, made_with, scored, figures, _checked(found["compared"])
             )
         except (KeyError, TypeError, ValueError, OverflowError, AttributeError, OSError) as error:
-            said = "it is laid out otherwise" if isinstance(error, TypeError) else first_line(error)
+            odd = isinstance(error, TypeError | OverflowError)
+            said = "it is laid out otherwise" if odd else first_line(error)
             said = f"it has no `{error.args[0]}`" if isinstance(error, KeyError) else said
             raise UsageError(
                 f"`{path}` does not hold results of `mamba-sft eval`: {said}",

@@ -125,7 +125,8 @@ def _find_in_run(name: str, run: Run, merged: bool) -> ModelPlace:
         file = shlex.quote(str(run.recipe))
         raise UsageError(
             f"`{run.path}` has no {recipe.trains} yet: its training has not finished",
-            hint=f"finish it with `mamba-sft train {file} --resume`, or give one of its checkpoints",
+            hint=f"go on with `mamba-sft train {file} --resume` (`--finish` behind it ends the run at its "
+            "newest checkpoint), or give one of its checkpoints",
         )
     return ModelPlace(name, recipe.model, run.adapter, recipe, BaseFacts.read(run.adapter))
 

@@ -85,5 +85,6 @@ def check_adapter_files(path: Path) -> None:
             raise MergeError(
                 f"no adapter in `{path}`: it has no `{name}`",
                 hint="training writes it when it ends; a stopped run goes on with"
-                f" `mamba-sft train {shlex.quote(str(Run(path.parent).recipe))} --resume`",
+                f" `mamba-sft train {shlex.quote(str(Run(path.parent).recipe))} --resume`; `--finish` behind"
+                " it ends the run at its newest checkpoint",
             )

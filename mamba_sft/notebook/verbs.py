@@ -129,6 +129,7 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     allow_changed_data: bool = False,
+    finish: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Run:
     """Trains a recipe and returns the finished run; a notebook sees the loss while it falls.
@@ -143,6 +144,7 @@ def train(
         resume: Go on exactly where the newest complete checkpoint of `recipe.output_dir` stopped.
         overwrite: Replace an earlier run in `recipe.output_dir`.
         allow_changed_data: Resume with other rows, or other prompts, than the run was started with.
+        finish: With `resume`: take no step more, and finish the run at that checkpoint.
         callbacks: More callbacks of the trainer. One with `shows_progress = True` replaces its bar.
 
     Raises:
@@ -153,7 +155,7 @@ def train(
     chosen = _recipe(recipe)
     from mamba_sft.training.first_checks import check_first
 
-    checked = check_first(chosen, resume=resume, overwrite=overwrite)
+    checked = check_first(chosen, resume=resume, overwrite=overwrite, finish=finish)
     from mamba_sft.training.fine_tuning import train_prepared
     from mamba_sft.training.preparation import prepare_checked
 

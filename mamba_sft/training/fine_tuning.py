@@ -36,10 +36,11 @@ from mamba_sft.run import Run, atomic_directory, write_atomically
 from mamba_sft.training.activations import keep_activations
 from mamba_sft.training.callbacks import AdapterWatch, Interruption, MetricsLog
 from mamba_sft.training.counts import Counts
+from mamba_sft.training.first_checks import check_first
 from mamba_sft.training.keeping import Ask, save_surely
 from mamba_sft.training.live_report import LiveReport
 from mamba_sft.training.overwriting import sole_writer, start_anew
-from mamba_sft.training.preparation import Preparation, prepare
+from mamba_sft.training.preparation import Preparation, prepare_checked
 from mamba_sft.training.resume_points import step_in_name, sweep
 from mamba_sft.training.resuming import newest_resume_point
 from mamba_sft.training.sample_answers import answers_after, answers_before, watch_answers
@@ -67,6 +68,7 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     allow_changed_data: bool = False,
+    finish: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Run:
     """Trains `recipe` and returns the finished run.
@@ -76,13 +78,15 @@ def train(
         resume: Go on exactly where the newest complete checkpoint of `recipe.output_dir` stopped.
         overwrite: Replace an earlier run in `recipe.output_dir`.
         allow_changed_data: Resume with other rows, or other prompts, than the run was started with.
+        finish: With `resume`: take no step more, and finish the run at that checkpoint.
         callbacks: More trainer callbacks. When one of them shows progress, the trainer's own bar is off.
 
     Raises:
         MambaSFTError: The run cannot start, diverged, or trains weights that cannot learn.
         RunInterruptedError: Ctrl-C or SIGTERM; a checkpoint was saved.
     """
-    preparation = prepare(recipe, resume=resume, overwrite=overwrite, allow_changed_data=allow_changed_data)
+    checked = check_first(recipe, resume=resume, overwrite=overwrite, finish=finish)
+    preparation = prepare_checked(checked, allow_changed_data=allow_changed_data)
     return train_prepared(preparation, callbacks=callbacks)
 
 
@@ -125,7 +129,7 @@ def _train(
     explained = file_errors_explained(run, lambda: trainer.state.global_step)
     with report.telling_the_end():
         with explained, _out_of_memory_explained(recipe):
-            trainer.fit(preparation.resume_point)
+            trainer.fit(preparation.resume_point, finish=preparation.finish)
         if interruption.ends_the_run:
             raise _interrupted(run, interruption)
         interruption.where = "stopped after training, before all was written"
@@ -271,10 +275,14 @@ def _build_trainer(
 
 def _interrupted(run: Run, interruption: Interruption) -> RunInterruptedError:
     kept = newest_resume_point(run)
-    again = f"continue with `mamba-sft train {quote(str(run.recipe))} --resume`"
+    command = f"mamba-sft train {quote(str(run.recipe))} --resume"
+    again = f"continue with `{command}`"
     if kept is not None:
         told = "saved" if step_in_name(kept) == interruption.step else "the newest checkpoint is"
-        return RunInterruptedError(f"{interruption.where}; {told} `{kept}`", hint=again)
+        return RunInterruptedError(
+            f"{interruption.where}; {told} `{kept}`",
+            hint=f"{again}, or finish the run here with `{command} --finish`",
+        )
     begun = run.recipe.is_file()  # else it is as if nothing had been started
     return RunInterruptedError(f"{interruption.where}; no checkpoint yet", hint=again if begun else None)
 
@@ -312,6 +320,8 @@ def _say_what_is_left(preparation: Preparation) -> None:
     point, steps = preparation.resume_point, preparation.max_steps
     if point is None:
         logger.info("going on from step 0 of %d: the run ended before its first checkpoint", steps)
+    elif step_in_name(point) < steps and preparation.finish:
+        logger.info("finishing the run at step %d of %d", step_in_name(point), steps)
     elif step_in_name(point) < steps:
         logger.info("going on from step %d of %d", step_in_name(point), steps)
     else:

@@ -46,6 +46,7 @@ class Checked:
         run: Where it will be written.
         resumed: Whether this goes on with what is in the run directory.
         resume_point: What training goes on from; None where it begins at nothing.
+        finish: Whether the run ends at its resume point, with no step more.
         start: The adapter that training starts from, where `model.adapter` names one, or None.
         prompts: Sample prompts to answer before and after.
         seen: What was in the run's directory, by `contents_of`.
@@ -55,13 +56,19 @@ class Checked:
     run: Run
     resumed: bool
     resume_point: Path | None
+    finish: bool
     start: Path | None
     prompts: list[Prompt]
     seen: frozenset[tuple[str, int]]
 
 
 def check_first(
-    recipe: Recipe, *, resume: bool = False, overwrite: bool = False, writes: bool = True
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    finish: bool = False,
+    writes: bool = True,
 ) -> Checked:
     """Checks what the recipe and the file system alone can tell.
 
@@ -72,12 +79,13 @@ def check_first(
         recipe: What to train.
         resume: Go on from the newest complete checkpoint in `recipe.output_dir`.
         overwrite: Delete what is in `recipe.output_dir` when training starts.
+        finish: With `resume`: end the run at that checkpoint.
         writes: Whether the run is written from this machine, by the first of all processes.
 
     Raises:
         MambaSFTError: A place is missing, of the wrong kind, held by another process, or would be lost.
     """
-    refuse_both(resume=resume, overwrite=overwrite)
+    refuse_both(resume=resume, overwrite=overwrite, finish=finish)
     run = Run(Path(recipe.output_dir))
     writes = writes and is_first()  # with several processes, it writes for all
     if writes:
@@ -85,6 +93,11 @@ def check_first(
         check_writable(run.path, TrainingError, hint=ANOTHER_PLACE)
     seen = contents_of(run)
     recipe, resume_point = find_resume_point(run, recipe) if resume else (recipe, None)
+    if finish and resume_point is None:
+        raise TrainingError(
+            f"`{run.path}` has no checkpoint yet that it could be finished from",
+            hint="go on with it: `--resume` alone",
+        )
     if not resume and writes:
         refuse_to_overwrite(run, overwrite=overwrite)
         if overwrite:
@@ -100,6 +113,7 @@ def check_first(
         run=run,
         resumed=resume,
         resume_point=resume_point,
+        finish=finish,
         start=start,
         prompts=prompts,
         seen=seen,

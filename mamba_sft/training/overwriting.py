@@ -19,12 +19,17 @@ from mamba_sft.run_lock import hold_run
 _OTHER = "choose another directory: `output_dir=runs/NAME`"
 
 
-def refuse_both(*, resume: bool, overwrite: bool) -> None:
-    """Refuses to go on with a run and to replace it.
+def refuse_both(*, resume: bool, overwrite: bool, finish: bool = False) -> None:
+    """Refuses to go on with a run and to replace it, and to finish what is not gone on with.
 
     Raises:
-        UsageError: Both are asked for.
+        UsageError: Both are asked for, or `finish` without `resume`.
     """
+    if finish and not resume:
+        raise UsageError(
+            "`--finish` goes with `--resume`: it ends a run that was stopped",
+            hint="a new run ends where the recipe says: `train.max_steps`",
+        )
     if resume and overwrite:
         raise UsageError(
             "`--resume` goes on with a run and `--overwrite` replaces it: both cannot be meant",

@@ -49,6 +49,7 @@ class Preparation:
         start: The adapter that training starts from, where `model.adapter` names one, or None.
         resumed: Whether this goes on with what is in the run directory.
         resume_point: What training goes on from; None where it begins at nothing.
+        finish: Whether the run ends there.
         record: What the run keeps of its data.
         trained: Values that are trained.
         seen: What was in the run's directory, by `contents_of`.
@@ -65,6 +66,7 @@ class Preparation:
     start: Path | None
     resumed: bool
     resume_point: Path | None
+    finish: bool
     record: dict[str, Any]
     trained: int
     seen: frozenset[tuple[str, int]]
@@ -141,6 +143,7 @@ def prepare_checked(checked: Checked, *, allow_changed_data: bool = False) -> Pr
         start=checked.start,
         resumed=checked.resumed,
         resume_point=checked.resume_point,
+        finish=checked.finish,
         record=record,
         trained=trained,
         seen=checked.seen,

@@ -67,19 +67,24 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
 
     def __init__(self, **arguments: Any):
         self._resume_point: Path | None = None
+        self._finish = False
         self._last_step: _LastStep | None = None
         self._after_evaluation: RandomState | None = None
         super().__init__(**arguments)
 
-    def fit(self, resume_point: Path | None) -> None:
+    def fit(self, resume_point: Path | None, *, finish: bool = False) -> None:
         """Trains to the end of the run, from its start or from a resume point, which may be the end.
 
         When the user stops it, the state after the last whole step has been saved, if there was one.
 
+        Args:
+            resume_point: Where to go on; None at nothing.
+            finish: Take no step more: the run ends at its resume point.
+
         Raises:
             OSError: A resume point cannot be written.
         """
-        self._resume_point = resume_point
+        self._resume_point, self._finish = resume_point, finish
         try:
             self.train(resume_from_checkpoint=str(resume_point) if resume_point else None)
         except StepGivenUp:

@@ -101,7 +101,8 @@ def _directory(where: str) -> Path:
         if not run.adapter.is_dir():
             raise AdapterError(
                 f"`model.adapter: {where}`: that run has no adapter yet, its training has not finished",
-                hint=f"finish it first: `mamba-sft train {quote(str(run.recipe))} --resume`",
+                hint=f"finish it first: `mamba-sft train {quote(str(run.recipe))} --resume`; `--finish` "
+                "behind it ends the run at its newest checkpoint",
             )
         return run.adapter
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):

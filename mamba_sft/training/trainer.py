@@ -314,8 +314,12 @@ class Trainer(ResumableTrainer):
             super()._run_epoch(*args, **kwargs)
 
     def _is_over(self) -> bool:
-        return self.state.global_step >= self.state.max_steps or any(
-            callback.early_stopping_patience_counter >= callback.early_stopping_patience
-            for callback in self.callback_handler.callbacks
-            if isinstance(callback, EarlyStoppingCallback)
+        return (
+            self._finish
+            or self.state.global_step >= self.state.max_steps
+            or any(
+                callback.early_stopping_patience_counter >= callback.early_stopping_patience
+                for callback in self.callback_handler.callbacks
+                if isinstance(callback, EarlyStoppingCallback)
+            )
         )

@@ -15,6 +15,7 @@ from mamba_sft.cli.app import app
 from mamba_sft.errors import AdapterError, TrainingError
 from mamba_sft.planning import fitting
 from mamba_sft.planning.gpus import Accelerator
+from mamba_sft.training import fine_tuning
 from mamba_sft.training.fine_tuning import RunInterruptedError, train, train_prepared
 from mamba_sft.training.preparation import prepare
 from tests.training.test_fine_tuning import SignalAt
@@ -109,10 +110,16 @@ def test_a_run_refused_for_memory_leaves_nothing(
             assert tree(tmp_path) == before
 
 
-def test_a_run_that_cannot_attach_its_adapter_leaves_nothing(recipe: Any, tmp_path: Path) -> None:
+def test_a_run_that_cannot_attach_its_adapter_leaves_nothing(
+    recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*words: Any, **more: Any) -> None:
+        raise AdapterError("no such layer")
+
+    monkeypatch.setattr(fine_tuning, "attach_adapter", refuse)
     before = tree(tmp_path)
-    with pytest.raises(AdapterError, match="q_proj"):
-        train(recipe("adapter.target_modules=[q_proj]"))
+    with pytest.raises(AdapterError, match="no such layer"):
+        train(recipe())
     after = tree(tmp_path)
     del before["."], after["."]  # the run's directory was there for its lock, and is gone
     assert after == before

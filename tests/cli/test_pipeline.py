@@ -171,7 +171,8 @@ def test_recipes(mamba_sft: Command) -> None:
     assert json.loads(mamba_sft("recipes", "schema").out)["properties"]["train"]
     assert mamba_sft("recipes", "show", "nope").code == 2
     told = {one["name"]: one["for"] for one in json.loads(mamba_sft("recipes", "--json").out)}
-    assert [f"{name:<20} {about}" for name, about in told.items()] == listed.out.splitlines()
+    width = max(map(len, told)) + 2
+    assert [f"{name:<{width}}{about}" for name, about in told.items()] == listed.out.splitlines()
     assert mamba_sft("recipes", "--json", "schema").code == 2
 
 
@@ -182,7 +183,7 @@ def test_recipes(mamba_sft: Command) -> None:
         (("train", "{recipe}", "train.learning_rte=1"), 2, "did you mean `learning_rate`?"),
         (("train", "{recipe}", "data.sources.0.path=chat.jsonl"), 1, "chat.jsonl"),
         (("train", "{recipe}", "model.base=missing"), 1, "`missing` is not a directory here"),
-        (("train", "{recipe}", "adapter.target_modules=[q_proj]"), 1, "q_proj"),
+        (("train", "{recipe}", "adapter.target_modules=[q_proj]"), 2, "q_proj"),
         (("train", "{recipe}", "--resume"), 2, "no run at `runs/tiny`"),
         (("merge",), 2, "no run under `runs/`"),
         (("merge", "elsewhere"), 2, "no run at `elsewhere`"),

@@ -98,8 +98,8 @@ PROMPTS: list[tuple[str, str, str, str]] = [
     ("asked", "What is a haiku?\n", "asked:1: plain text", "mv asked asked.txt"),
     ("asked.jsonl", "\nWhat?\n", "asked.jsonl:2: plain text", "mv asked.jsonl asked.txt"),
     ("asked.txt", '{"prompt": "What?"}\n', "asked.txt:1: JSON", "mv asked.txt asked.jsonl"),
-    ("asked.csv", "prompt\nWhat?\n", "`asked.csv` is a table", "read_csv('asked.csv').to_json('asked.jsonl'"),
-    ("asked.parquet", "PAR1", "`asked.parquet` is a table", "read_parquet('asked.parquet').to_json("),
+    ("asked.csv", "prompt\nWhat?\n", "`asked.csv` is a table", 'read_csv("asked.csv").to_json("asked.jsonl"'),
+    ("asked.parquet", "PAR1", "`asked.parquet` is a table", 'read_parquet("asked.parquet").to_json('),
     ("asked.jsonl", '{"prompt": "What?\n', "asked.jsonl:1: not JSON", "one a line, as JSON: "),
 ]
 

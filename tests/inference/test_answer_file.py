@@ -52,7 +52,8 @@ def test_what_was_answered_stays_when_the_work_ends_early(
 ) -> None:
     caplog.set_level(logging.WARNING)
     path, given = tmp_path / "out.jsonl", []
-    path.write_text("earlier")
+    earlier = '{"prompt": "a", "answer": "b", "finish_reason": "stop"}\n'
+    path.write_text(earlier)
 
     def stop(number: int, one: Answer) -> None:
         given.append(one.text)
@@ -65,7 +66,7 @@ def test_what_was_answered_stays_when_the_work_ends_early(
             generate(chat_model, PROMPTS, output=path, sampling=SHORT, batch_size=1, on_answer=stop)
         assert rows(tmp_path / name) == given
         assert f"2 of 3 answers are in `{tmp_path / name}`" in caplog.text
-    assert path.read_text() == "earlier"
+    assert path.read_text() == earlier
 
 
 def test_nothing_is_left_where_nothing_was_answered(tmp_path: Path) -> None:

@@ -130,7 +130,8 @@ def test_loads_are_issued_before_they_are_needed(rows):
     for row in counted(rows, "scan.backward"):
         leads = sorted(lead for loop in row["lead"] for lead in loop)
         assert leads[0] >= 30, (named(row), leads)
-        assert sum(lead >= 60 for lead in leads) >= 0.95 * len(leads), (named(row), leads)
+        early = sum(lead >= 60 for lead in leads)
+        assert early >= (0.95 if COUNTED else 0.85) * len(leads), (named(row), leads)
 
 
 def test_a_load_that_is_used_at_once_has_no_lead():

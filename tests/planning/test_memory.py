@@ -283,8 +283,9 @@ def test_a_card_is_planned_with_the_states_that_its_kernels_save(
                     assert Work(shape, 1, 2048, 2048, card=card).state_stride == saved
 
 
-def test_a_small_cache_costs_states_saved_more_often() -> None:
+def test_a_small_cache_costs_states_saved_more_often(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a T4 every 16 steps, on an H100 every 64; 8192 channels of 16 states in float32, for one layer."""
+    monkeypatch.setattr("mamba_sft.kernels.launching.TRITON", (3, 7))  # another would spill on the H100
     t4, h100 = (Work(SEVEN_B, 1, 2048, 2048, policy="none", card=GPUS[name].card) for name in ("t4", "h100"))
     more = 4 * 8192 * 16 * (2048 // 16 - 2048 // 64)
     assert planned_parts(t4)["kept"] - planned_parts(h100)["kept"] == 64 * more

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from mamba_sft import Recipe, Run
 from mamba_sft.cli.app import app
-from mamba_sft.errors import TrainingError
+from mamba_sft.errors import TrainingError, UsageError
 from mamba_sft.training import fine_tuning, resume_points, sample_answers
 from mamba_sft.training.fine_tuning import RunInterruptedError, train, train_prepared
 from mamba_sft.training.preparation import prepare
@@ -364,6 +364,45 @@ def test_a_step_that_takes_too_long_is_given_up(recipe: Any, tmp_path: Path, how
     with pytest.raises(RunInterruptedError, match=r"stopped at step 1 of 4; saved .*checkpoint-1`"):
         train_prepared(prepare(recipe(*options, "train.grace_seconds=0")), callbacks=[Slow(2)])
     assert_same(whole, train(recipe(*options), resume=True))
+
+
+@pytest.mark.parametrize("best", [False, True])
+def test_a_stopped_run_can_be_finished_where_it_is(
+    recipe: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, best: bool
+) -> None:
+    """No step more: the adapter is that of the newest checkpoint, or of the best one where that is kept."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("hello 3\n")
+    options = ("train.max_steps=8", "eval.max_new_tokens=4", f"eval.prompts={prompts}", "data.validation=6",
+               "eval.eval_steps=2", "train.save_steps=2",
+               *(["eval.load_best_model_at_end=true"] if best else []))  # fmt: skip
+    with pytest.raises(OSError, match="gone"):
+        train_prepared(prepare(recipe(*options)), callbacks=[DieAt(1)])
+    with pytest.raises(TrainingError, match="no checkpoint yet that it could be finished from"):
+        train(recipe(*options), resume=True, finish=True)
+    with pytest.raises(RunInterruptedError) as stopped:
+        train_prepared(prepare(recipe(*options), resume=True), callbacks=[SignalAt(4)])
+    assert stopped.value.hint is not None
+    assert stopped.value.hint.endswith("--resume --finish`")
+    run = Run(tmp_path / "run")
+    newest = run.checkpoints / "checkpoint-4"
+    chosen = json.loads((newest / "trainer_state.json").read_text())["best_global_step"] if best else 4
+    wanted = load_file(run.checkpoints / f"checkpoint-{chosen}" / "adapter_model.safetensors")
+    with caplog.at_level(logging.INFO, "mamba_sft"):
+        assert train(recipe(*options), resume=True, finish=True).path == run.path
+    assert "finishing the run at step 4 of 8" in caplog.text
+    found = adapter(run)
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in found)
+    assert json.loads(run.environment.read_text())["steps"] == 4
+    assert len(run.samples()) == 1
+    with pytest.raises(TrainingError, match="is finished"):
+        train(recipe(*options), resume=True)
+
+
+def test_only_a_stopped_run_is_finished(recipe: Any) -> None:
+    with pytest.raises(UsageError, match="`--finish` goes with `--resume`"):
+        train(recipe(), finish=True)
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
