@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 
 from mamba_sft.disk import disk_errors_explained
 from mamba_sft.errors import ExportError, UsageError
@@ -117,7 +118,8 @@ def _refresh_report(prepared: PreparedFiles) -> None:
     if run.report.is_file():
         write_report(run)
     if (card := run.export / HUB_CHECKPOINT / MODEL_CARD).is_file():
-        logger.warning("`%s` does not list these files yet; `export --format hf` writes it anew", card)
+        again = f"mamba-sft export {quote(str(run.path))} --format hf"
+        logger.warning("`%s` does not list these files yet; `%s` writes it anew", card, again)
 
 
 def _write_modelfiles(output: Path, files: Sequence[GGUFFile], texts: Sequence[str]) -> list[Path]:
