@@ -216,12 +216,12 @@ def test_with_the_loss_in_its_own_size(case: Case) -> None:
 def test_the_triton_kernels_memory() -> None:
     """In Triton's interpreter, whose kernels get the tensors that they would get on a card.
 
-    It keeps the arguments of the last launch, which in float32 on such small shapes makes 10% of the peak.
+    It keeps the arguments of the last launch, which on so small a shape makes 9% of the peak.
     """
     pytest.importorskip("triton")
     if torch.cuda.is_available():
         pytest.skip("Triton compiles here; see the test on the GPU")
-    case = Case("none", bf16, hidden=64, length=64, layers=2, backend="triton")
+    case = Case("none", bf16, hidden=128, length=64, layers=2, backend="triton")
     assert planned_peak(case.work) == pytest.approx(measured_peak(case), rel=TOLERANCE)
 
 

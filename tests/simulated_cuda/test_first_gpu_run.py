@@ -51,5 +51,5 @@ def test_every_part_that_measures(run_script: Callable[..., Any], tmp_path: Path
     assert [row["batch"] for row in rows if row["table"] == "decoding"] == [1, 8, 1, 8]
     assert all(row["of bandwidth"] for row in rows if row["table"] == "decoding")
     scan, *_ = (row for row in rows if row["table"].startswith("scan, backend triton, bfloat16"))
-    assert scan["peak_MB"] > 0
+    assert scan["peak_MiB"] > 0
     assert all(f"\n{title}:\n\n|" in text for title in dict.fromkeys(row["table"] for row in rows))
