@@ -2,9 +2,9 @@
 
     python benchmarks/bench_start.py
 
-Two tables: processor seconds of `--help` (the bar is half a second) and of commands that are wrong, until they
-say so (the bar is one second); and the self time of all imports of one training step of the quickstart, by
-library, as Python's own `-X importtime` counts it, which adds some of its own.
+Two tables: processor seconds of `--help` (the bar is half a second) and of commands that are wrong, until
+they say so (the bar is one second); and the self time of all imports of one training step of the quickstart,
+by library, as Python's own `-X importtime` counts it, which adds some of its own.
 """
 
 from __future__ import annotations
