@@ -99,10 +99,10 @@ def _directory(where: str) -> Path:
                 hint=f"start from its model: `model.base={quote(str(run.model))}`, without `model.adapter`",
             )
         if not run.adapter.is_dir():
+            again = f"mamba-sft train {quote(str(run.recipe))} --resume"
             raise AdapterError(
                 f"`model.adapter: {where}`: that run has no adapter yet, its training has not finished",
-                hint=f"finish it first: `mamba-sft train {quote(str(run.recipe))} --resume`; `--finish` "
-                "behind it ends the run at its newest checkpoint",
+                hint=f"go on with it first: `{again}`, or end it where it is: `{again} --finish`",
             )
         return run.adapter
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):

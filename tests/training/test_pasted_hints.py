@@ -48,7 +48,7 @@ def resume_of(run: Run, *options: str) -> list[str]:
 
 
 def test_how_to_go_on_is_one_command(run: Run, tmp_path: Path) -> None:
-    assert commands(_interrupted(run, Interruption(60))) == [resume_of(run)]
+    assert commands(_interrupted(run, Interruption(60))) == [resume_of(run), [*resume_of(run), "--finish"]]
     unsaved = Unsaved(run.adapter, 1, 0, "full")
     assert commands(_not_saved(run, unsaved)) == [resume_of(run)]
     with pytest.raises(TrainingError) as stopped, file_errors_explained(run, lambda: 3):
@@ -58,7 +58,7 @@ def test_how_to_go_on_is_one_command(run: Run, tmp_path: Path) -> None:
     assert commands(ended) == [resume_of(run, "--processes", "2")]
     with pytest.raises(MambaSFTError) as lacks:
         check_adapter_files(run.adapter)
-    assert commands(lacks.value) == [resume_of(run)]
+    assert commands(lacks.value) == [resume_of(run), [*resume_of(run), "--finish"]]
 
 
 def test_what_follows_a_run_names_it_as_one_word(run: Run) -> None:
@@ -88,7 +88,7 @@ def test_what_a_run_starts_from_is_one_word(run: Run, tmp_path: Path) -> None:
     recipe = recipe.model_copy(update={"model": section})
     with pytest.raises(MambaSFTError, match="not finished") as unfinished:
         find_start(recipe)
-    assert commands(unfinished.value) == [resume_of(run)]
+    assert commands(unfinished.value) == [resume_of(run), [*resume_of(run), "--finish"]]
     run.model.mkdir()
     with pytest.raises(MambaSFTError, match="trained all weights") as whole:
         find_start(recipe)
