@@ -60,8 +60,10 @@ def state_text(facts: RunFacts, progress: Progress | None) -> str:
 
 def key_figures(facts: RunFacts) -> Iterator[tuple[str, str]]:
     """Yields (what, figure): the numbers that a reader looks for first."""
-    steps = facts.number("steps")
-    yield "steps", f"{facts.last_step if steps is None else steps:,.0f}"
+    found = facts.number("steps")
+    steps = facts.last_step if found is None else found
+    of = f" of {facts.steps:,}" if facts.steps is not None and steps < facts.steps else ""
+    yield "steps", f"{steps:,.0f}{of}"  # fewer after an early stop, or where a stopped run was finished
     if (seconds := facts.number("seconds")) is not None:
         yield "time", time_text(seconds)
     if tokens := [value for _, value in facts.series("num_tokens") if math.isfinite(value)]:

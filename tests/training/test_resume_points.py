@@ -395,6 +395,7 @@ def test_a_stopped_run_can_be_finished_where_it_is(
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], wanted[name]) for name in found)
     assert json.loads(run.environment.read_text())["steps"] == 4
+    assert "| steps | 4 of 8 |" in run.path.joinpath("report.md").read_text()
     assert len(run.samples()) == 1
     with pytest.raises(TrainingError, match="is finished"):
         train(recipe(*options), resume=True)
