@@ -72,6 +72,11 @@ class Run(Showing):
         object.__setattr__(self, "path", Path(self.path))
 
     @property
+    def resume_command(self) -> str:
+        """The command that goes on with it, as a shell takes it."""
+        return f"mamba-sft train {shlex.quote(str(self.recipe))} --resume"
+
+    @property
     def mark(self) -> Path:
         """What `train` makes a directory known by as a run."""
         return self.path / "run.json"

@@ -18,6 +18,13 @@ ROOMS = {
 KINDS = re.compile(r"Error$|^kind$|^error$")
 
 
+COMMANDS = {
+    "resume_command": "mamba-sft train ... --resume",
+    "own_data": "'data.sources=[{path: ...}]'",
+}
+"""What is computed in one place for many hints: a property or a function, and what it gives."""
+
+
 def text() -> str:
     """Returns a table of messages and hints for every room that has some."""
     rooms = [*ROOMS, *sorted({_room(path) for path in PACKAGE.rglob("*.py")} - {*ROOMS})]
@@ -87,10 +94,19 @@ def written(node: ast.expr, constants: dict[str, ast.expr]) -> str:
         return re.sub(r"(\.\.\.)+", "...", written(node.left, constants) + written(node.right, constants))
     if isinstance(node, ast.Name) and node.id in constants:
         return written(constants[node.id], {})
+    if isinstance(node, ast.FormattedValue) and (name := _name(node.value)) in COMMANDS:
+        return COMMANDS[name]
     if isinstance(node, ast.FormattedValue) and isinstance(node.value, ast.Name):
         value = constants.get(node.value.id)
         return written(value, {}) if isinstance(value, ast.Constant | ast.JoinedStr) else "..."
     return "..."
+
+
+def _name(node: ast.expr) -> str:
+    """What a property or a function is called."""
+    if isinstance(node, ast.Call):
+        return _name(node.func)
+    return node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "")
 
 
 def _cell(text: str) -> str:

@@ -23,7 +23,7 @@ from mamba_sft.model.checkpoint import is_hub_id
 from mamba_sft.model.checksums import file_checksum
 from mamba_sft.other_files import fetching, other_file
 from mamba_sft.packed_files import CANNOT_READ, PACKED, is_packed, kind_of_file, open_bytes
-from mamba_sft.recipe.builtin import find_path
+from mamba_sft.recipe.builtin import find_path, own_data
 from mamba_sft.recipe.globs import matching
 from mamba_sft.wording import printable
 
@@ -278,8 +278,8 @@ def _refuse_idle_fields(source: SourceSection, path: Path) -> None:
     if idle:
         raise DataError(
             f"`{path}` is a file, for which `{'` and `'.join(idle)}` means nothing",
-            hint=f"leave that out: it is for data sets of the hub; behind a recipe that names one, write"
-            f" `'data.sources=[{{path: {path}}}]'`",
+            hint="leave that out: it is for data sets of the hub; behind a recipe that names one, write"
+            f" `{own_data(path)}`",
         )
     if source.sample_by != "paragraph" and kind_of_file(path) != ".txt":
         raise DataError(

@@ -360,8 +360,7 @@ def next_commands(facts: RunFacts, progress: Progress | None) -> Iterator[tuple[
             yield "make one checkpoint of it", f"mamba-sft merge {where}"
         yield "make files for llama.cpp or Ollama", f"mamba-sft export {where} -q Q4_K_M --format ollama"
     elif progress is None or progress.ended is not None:
-        recipe = shlex.quote(str(facts.run.recipe))
-        yield "go on where it stopped", f"mamba-sft train {recipe} --resume"
+        yield "go on where it stopped", facts.run.resume_command
     yield "hold it against another run", f"mamba-sft report {where} runs/OTHER"
 
 

@@ -122,10 +122,10 @@ def _find_in_run(name: str, run: Run, merged: bool) -> ModelPlace:
     if run.model.is_dir():
         return ModelPlace(name, _section_of(str(run.model)), recipe=recipe)
     if not run.adapter.is_dir():
-        again = f"mamba-sft train {shlex.quote(str(run.recipe))} --resume"
         raise UsageError(
             f"`{run.path}` has no {recipe.trains} yet: its training has not finished",
-            hint=f"go on with `{again}`, end it with `{again} --finish`, or give one of its checkpoints",
+            hint=f"go on with `{run.resume_command}`, end it with `{run.resume_command} --finish`, or "
+            "give one of its checkpoints",
         )
     return ModelPlace(name, recipe.model, run.adapter, recipe, BaseFacts.read(run.adapter))
 

@@ -80,11 +80,11 @@ def check_adapter_files(path: Path) -> None:
     Raises:
         MergeError: One is missing.
     """
-    again = f"mamba-sft train {shlex.quote(str(Run(path.parent).recipe))} --resume"
+    run = Run(path.parent)
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if not (path / name).is_file():
             raise MergeError(
                 f"no adapter in `{path}`: it has no `{name}`",
-                hint=f"training writes it when it ends; a stopped run goes on with `{again}`, or ends "
-                f"where it is with `{again} --finish`",
+                hint=f"training writes it when it ends; a stopped run goes on with `{run.resume_command}`, "
+                f"or ends where it is with `{run.resume_command} --finish`",
             )

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ def _no_directory(path: Path) -> ModelError:
     if (path.parent / "config.json").is_file():
         hint = f"try `{path.parent}`"
     elif path.suffix in (".yaml", ".yml"):
-        hint = f"if it is a recipe, `mamba-sft train {path}` makes a run of it; give that"
+        hint = f"if it is a recipe, `mamba-sft train {shlex.quote(str(path))}` makes a run of it; give that"
     else:
         hint = "give the directory of a run or of a checkpoint, or a hub id such as `owner/name`"
     return ModelError(f"`{path}` is a file; a model is a directory", hint=hint)

@@ -169,11 +169,15 @@ def _refuse_other_files(text: str, path: Path) -> None:
         )
     if kind not in _DATA and not (kind in (".json", ".txt") and _holds_rows(path)):
         return
-    change = shlex.quote(f"data.sources=[{{path: {flow_text(text)}}}]")
     raise RecipeError(
         f"`{shown(text)}` is a file of data, not a recipe",
-        hint=f"name it in a recipe, for example: mamba-sft train instruct-qlora {change}",
+        hint=f"name it in a recipe, for example: mamba-sft train instruct-qlora {own_data(text)}",
     )
+
+
+def own_data(path: str | Path) -> str:
+    """Returns the override that reads a file instead of a recipe's sources, as a shell takes it."""
+    return shlex.quote(f"data.sources=[{{path: {flow_text(str(path))}}}]")
 
 
 def _holds_rows(path: Path) -> bool:

@@ -36,11 +36,10 @@ from mamba_sft.run import Run, atomic_directory, write_atomically
 from mamba_sft.training.activations import keep_activations
 from mamba_sft.training.callbacks import AdapterWatch, Interruption, MetricsLog
 from mamba_sft.training.counts import Counts
-from mamba_sft.training.first_checks import check_first
 from mamba_sft.training.keeping import Ask, save_surely
 from mamba_sft.training.live_report import LiveReport
 from mamba_sft.training.overwriting import sole_writer, start_anew
-from mamba_sft.training.preparation import Preparation, prepare_checked
+from mamba_sft.training.preparation import Preparation, prepare
 from mamba_sft.training.resume_points import step_in_name, sweep
 from mamba_sft.training.resuming import newest_resume_point
 from mamba_sft.training.sample_answers import answers_after, answers_before, watch_answers
@@ -85,8 +84,9 @@ def train(
         MambaSFTError: The run cannot start, diverged, or trains weights that cannot learn.
         RunInterruptedError: Ctrl-C or SIGTERM; a checkpoint was saved.
     """
-    checked = check_first(recipe, resume=resume, overwrite=overwrite, finish=finish)
-    preparation = prepare_checked(checked, allow_changed_data=allow_changed_data)
+    preparation = prepare(
+        recipe, resume=resume, overwrite=overwrite, allow_changed_data=allow_changed_data, finish=finish
+    )
     return train_prepared(preparation, callbacks=callbacks)
 
 
@@ -275,13 +275,12 @@ def _build_trainer(
 
 def _interrupted(run: Run, interruption: Interruption) -> RunInterruptedError:
     kept = newest_resume_point(run)
-    command = f"mamba-sft train {quote(str(run.recipe))} --resume"
-    again = f"continue with `{command}`"
+    again = f"continue with `{run.resume_command}`"
     if kept is not None:
         told = "saved" if step_in_name(kept) == interruption.step else "the newest checkpoint is"
         return RunInterruptedError(
             f"{interruption.where}; {told} `{kept}`",
-            hint=f"{again}, or finish the run here with `{command} --finish`",
+            hint=f"{again}, or finish the run here with `{run.resume_command} --finish`",
         )
     begun = run.recipe.is_file()  # else it is as if nothing had been started
     return RunInterruptedError(f"{interruption.where}; no checkpoint yet", hint=again if begun else None)

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from shlex import quote
 from types import FrameType
 from typing import Any
 
@@ -133,10 +132,7 @@ def _not_saved(run: Run, unsaved: Unsaved) -> TrainingError:
     kept = newest_resume_point(run)
     hint = "start anew on a disk with more room: `output_dir=...`"
     if kept is not None:
-        hint = (
-            f"free {size_text(unsaved.nbytes)}, then go on with "
-            f"`mamba-sft train {quote(str(run.recipe))} --resume`"
-        )
+        hint = f"free {size_text(unsaved.nbytes)}, then go on with `{run.resume_command}`"
     return TrainingError(f"{unsaved.text}; {newest_text(run)}", hint=hint)
 
 

@@ -78,7 +78,12 @@ class Preparation:
 
 
 def prepare(
-    recipe: Recipe, *, resume: bool = False, overwrite: bool = False, allow_changed_data: bool = False
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    allow_changed_data: bool = False,
+    finish: bool = False,
 ) -> Preparation:
     """Does everything that comes before the weights: reads and renders the data, checks every setting.
 
@@ -87,11 +92,12 @@ def prepare(
         resume: Go on from the newest complete checkpoint in `recipe.output_dir`.
         overwrite: Delete what is in `recipe.output_dir` when training starts.
         allow_changed_data: Resume with other rows, or other prompts, than the run was started with.
+        finish: With `resume`: end the run at that checkpoint.
 
     Raises:
         MambaSFTError: Anything in recipe, base, data, memory or output directory that would make it fail.
     """
-    checked = check_first(recipe, resume=resume, overwrite=overwrite)
+    checked = check_first(recipe, resume=resume, overwrite=overwrite, finish=finish)
     return prepare_checked(checked, allow_changed_data=allow_changed_data)
 
 

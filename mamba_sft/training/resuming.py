@@ -62,8 +62,7 @@ def find_resume_point(run: Run, recipe: Recipe) -> tuple[Recipe, Path | None]:
     changed = [entry for entry in differences(trained, recipe) if entry[0] not in CHANGEABLE]
     if changed:
         lines = [f"  `{name}` was {old!r}, now {new!r}" for name, old, new in changed]
-        its = quote(str(run.recipe))
-        own = f"go on with its own: `mamba-sft train {its} --resume`, or set another `output_dir`"
+        own = f"go on with its own: `{run.resume_command}`, or set another `output_dir`"
         longer = any(name in LENGTH for name, _, _ in changed)
         raise RecipeError(
             "\n".join([f"`{run.path}` was started with another recipe:", *lines]),
@@ -144,9 +143,7 @@ def _next(recipe: Recipe) -> str:
 
 def _more(run: Run, recipe: Recipe) -> str:
     """How to train on when a run's own steps are done: its learning rate has come down to its end."""
-    first = (
-        "" if run.result else f"finish it first, with `mamba-sft train {quote(str(run.recipe))} --resume`; "
-    )
+    first = "" if run.result else f"finish it first, with `{run.resume_command}`; "
     if recipe.trains == "model":
         model = quote(str(run.model))
         return f"{first}to train on, start from its model: `model.base={model} output_dir=runs/NAME`"

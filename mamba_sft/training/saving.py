@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
@@ -148,7 +147,7 @@ def file_errors_explained(run: Run, current_step: Callable[[], int]) -> Iterator
         path = Path(name) if isinstance(name, str) else run.path
         raise TrainingError(
             f"training stopped at step {current_step()}: `{path}`: {reason(error, path)}; {newest_text(run)}",
-            hint=f"mend that, then go on with `mamba-sft train {quote(str(run.recipe))} --resume`"
+            hint=f"mend that, then go on with `{run.resume_command}`"
             if newest_resume_point(run)
             else "mend that, then start anew with `--overwrite`",
         ) from error

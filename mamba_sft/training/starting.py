@@ -99,10 +99,10 @@ def _directory(where: str) -> Path:
                 hint=f"start from its model: `model.base={quote(str(run.model))}`, without `model.adapter`",
             )
         if not run.adapter.is_dir():
-            again = f"mamba-sft train {quote(str(run.recipe))} --resume"
             raise AdapterError(
                 f"`model.adapter: {where}`: that run has no adapter yet, its training has not finished",
-                hint=f"go on with it first: `{again}`, or end it where it is: `{again} --finish`",
+                hint=f"go on with it first: `{run.resume_command}`, "
+                f"or end it where it is: `{run.resume_command} --finish`",
             )
         return run.adapter
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):

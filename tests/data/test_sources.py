@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from mamba_sft.data.sources import check_source, identity, is_hub_dataset, read_
 from mamba_sft.errors import DataError
 from mamba_sft.json_lines import Row
 from mamba_sft.recipe.fields import SourceSection
+from mamba_sft.recipe.recipe import Recipe
 
 
 def read(path: Path | str, **fields: Any) -> list[Row]:
@@ -147,6 +149,15 @@ def test_globs_are_sorted_and_the_limit_spans_files(tmp_path: Path, monkeypatch:
     monkeypatch.chdir(tmp_path)
     assert [row.value["text"] for row in read("*.jsonl", limit=3)] == ["a0", "a1", "b0"]
     assert [row.file for row in read("[ab].jsonl")] == ["a.jsonl", "a.jsonl", "b.jsonl", "b.jsonl"]
+
+
+def test_what_a_file_cannot_honour_is_told_with_an_override_that_a_shell_takes(tmp_path: Path) -> None:
+    path = write(tmp_path / "it's mine.jsonl", '{"text": "a"}\n')
+    with pytest.raises(DataError, match="means nothing") as caught:
+        read(path, split="test")
+    (change,) = shlex.split((caught.value.hint or "").partition("write `")[2].rstrip("`"))
+    base = "model: {base: b}\noutput_dir: o\ndata: {sources: [{path: x/y}]}\n"
+    assert Recipe.from_text(base, overrides=[change]).data.sources[0].path == str(path)
 
 
 def test_a_name_that_is_not_utf8_is_told_and_its_hint_renames_it(tmp_path: Path) -> None:
